@@ -1,0 +1,155 @@
+"""The option names a user can pass, each an enum whose members are plain strings.
+
+``"kron" == HessianStructure.KRON`` holds, so either spelling works everywhere. What a name *does* lives in the room
+of its keyword (see ``DESIGN.md``); this module only lists the choices and turns text into members.
+"""
+
+from __future__ import annotations
+
+import difflib
+from enum import Enum
+from typing import TypeVar
+
+from laplace.errors import UnsupportedError
+
+
+class SubsetOfWeights(str, Enum):
+    """Which weights are random."""
+
+    ALL = "all"
+    """Every parameter that requires a gradient."""
+    LAST_LAYER = "last_layer"
+    """The weight and bias of the last linear layer."""
+    SUBNETWORK = "subnetwork"
+    """The parameters at chosen indices."""
+
+
+class HessianStructure(str, Enum):
+    """How the P×P curvature is stored and solved."""
+
+    FULL = "full"
+    """A dense matrix."""
+    KRON = "kron"
+    """One Kronecker product a layer."""
+    DIAG = "diag"
+    """The diagonal alone."""
+    LOWRANK = "lowrank"
+    """Leading eigenpairs plus the prior."""
+    GP = "gp"
+    """No P×P matrix at all: a Gaussian process over the outputs."""
+
+
+class FunctionalApproximation(str, Enum):
+    """How a function-space posterior is made affordable."""
+
+    SOD = "sod"
+    """A subset of the data."""
+    NYSTROM = "nystrom"
+    """Nyström features (ELLA)."""
+    VARIATIONAL = "variational"
+    """Variational inducing points (VaLLA)."""
+
+
+class Likelihood(str, Enum):
+    """What the outputs of the network mean."""
+
+    REGRESSION = "regression"
+    """The mean of a Gaussian with standard deviation ``sigma_noise``."""
+    CLASSIFICATION = "classification"
+    """The logits of a categorical distribution."""
+    REWARD_MODELING = "reward_modeling"
+    """The scores of a Bradley–Terry preference model."""
+
+
+class LinkApprox(str, Enum):
+    """How a Gaussian over logits becomes class probabilities."""
+
+    PROBIT = "probit"
+    """Logits divided by √(1 + π/8 · variance), then softmax: needs variances only."""
+    MC = "mc"
+    """The average softmax of samples: exact as their number grows."""
+    BRIDGE = "bridge"
+    """The mean of the Dirichlet that the Laplace bridge assigns."""
+    BRIDGE_NORM = "bridge_norm"
+    """The Laplace bridge after normalizing the size of the variances."""
+
+
+class PredType(str, Enum):
+    """How the posterior over weights is pushed to the outputs."""
+
+    GLM = "glm"
+    """Through the linearized network: a Gaussian over outputs in closed form."""
+    NN = "nn"
+    """Through the network itself, one weight sample at a time."""
+    GP = "gp"
+    """Through the Gaussian process of the function-space estimators."""
+
+
+class PriorStructure(str, Enum):
+    """How many prior precisions there are."""
+
+    SCALAR = "scalar"
+    """One for all weights."""
+    LAYERWISE = "layerwise"
+    """One a parameter group (weight and bias are two groups)."""
+    DIAG = "diag"
+    """One a weight."""
+
+
+class TuningMethod(str, Enum):
+    """How the prior precision is chosen."""
+
+    MARGLIK = "marglik"
+    """By gradient ascent on the log marginal likelihood: needs no validation data."""
+    GRIDSEARCH = "gridsearch"
+    """By the loss on validation data over a logarithmic grid."""
+
+
+class FeatureReduction(str, Enum):
+    """How features ``[batch, positions, features]`` become ``[batch, features]``, as the model itself does it."""
+
+    PICK_FIRST = "pick_first"
+    """The first position (a classification token)."""
+    PICK_LAST = "pick_last"
+    """The last position."""
+    AVERAGE = "average"
+    """The mean over positions."""
+
+
+class CurvatureKind(str, Enum):
+    """Which matrix a curvature back end computes; it decides how the matrix scales with the observation noise."""
+
+    GGN = "ggn"
+    """Generalized Gauss–Newton, Hessian, or Fisher sampled from the model: scales with 1/σ²."""
+    EF = "ef"
+    """Empirical Fisher, an outer product of gradients of the noisy likelihood: scales with 1/σ⁴."""
+
+
+E = TypeVar("E", bound=Enum)
+
+
+def choose(choices: type[E], value: object, keyword: str) -> E:
+    """Turn what the user wrote into an enum member.
+
+    Parameters
+    ----------
+    choices
+        The enum of valid choices.
+    value
+        A member, or the text of one.
+    keyword
+        The keyword the value was given for; it opens the error message.
+
+    Raises
+    ------
+    UnsupportedError
+        If ``value`` is none of the choices; the message lists them and the nearest.
+    """
+    try:
+        return choices(value)
+    except ValueError:
+        names = [member.value for member in choices]
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"{keyword} must be one of {', '.join(map(repr, names))}; got {value!r}.{hint}"
+        raise UnsupportedError(msg) from None

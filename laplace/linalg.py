@@ -1,0 +1,133 @@
+"""Numerical safety in one place: Cholesky factors that announce their jitter, eigenvalues clamped at rounding level.
+
+Storey 0: nothing here knows about models, priors or likelihoods.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.errors import NotPositiveDefiniteError, NumericalWarning
+
+_JITTER_STEPS = 6
+
+
+def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:
+    """Lower Cholesky factor ``L`` with ``L Lᵀ = matrix``.
+
+    Tries the matrix in its own dtype, then in float64, then in float64 with a jitter of ``eps · mean(diagonal)``
+    times 1, 10, … 10⁵ of the original dtype; a jitter is announced with its size.
+
+    Parameters
+    ----------
+    matrix
+        Symmetric, ``[..., n, n]``.
+    name
+        What the matrix is, for messages.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If it is not finite, or no jitter helps.
+
+    Notes
+    -----
+    Differentiable. Time O(n³).
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # An infinite entry passes for a success: look at the factor, too.
+    finite = bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
+    if finite and not bool(info.any()):
+        return factor
+    if not bool(torch.isfinite(matrix).all()):
+        msg = (
+            f"The {name} holds NaN or infinite entries. Check the training inputs and outputs for them, and the "
+            "prior precision and noise for overflow."
+        )
+        raise NotPositiveDefiniteError(msg)
+    wide = matrix.double()
+    factor, info = torch.linalg.cholesky_ex(wide)
+    if not bool(info.any()):
+        return factor.to(matrix.dtype)
+    level = torch.finfo(matrix.dtype).eps * wide.diagonal(dim1=-2, dim2=-1).abs().mean().detach()
+    eye = torch.eye(matrix.shape[-1], dtype=wide.dtype, device=wide.device)
+    for step in range(_JITTER_STEPS):
+        jitter = level * 10**step
+        factor, info = torch.linalg.cholesky_ex(wide + jitter * eye)
+        if not bool(info.any()):
+            msg = (
+                f"The {name} ({matrix.shape[-1]}×{matrix.shape[-1]}, {matrix.dtype}) is not positive definite to "
+                f"working precision; added {float(jitter):.2e} to its diagonal. A larger prior precision or "
+                "curvature_dtype=torch.float64 avoids this."
+            )
+            warnings.warn(msg, NumericalWarning, stacklevel=2)
+            return factor.to(matrix.dtype)
+    smallest = float(torch.linalg.eigvalsh(wide.detach()).min())
+    msg = (
+        f"The {name} ({matrix.shape[-1]}×{matrix.shape[-1]}) is not positive definite: its smallest eigenvalue is "
+        f"{smallest:.3e}. Likely causes, in order: a true Hessian away from a minimum (use a GGN back end), a prior "
+        "precision that is too small, a model that is not trained."
+    )
+    raise NotPositiveDefiniteError(msg)
+
+
+def eigh(matrix: Float[Tensor, "n n"], name: str = "Kronecker factor") -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors of a positive semi-definite matrix.
+
+    Negative eigenvalues of rounding size are set to zero; larger ones mean that the matrix is not what it claims.
+
+    Parameters
+    ----------
+    matrix
+        Symmetric positive semi-definite, ``[n, n]``.
+    name
+        What the matrix is, for messages.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If it is not finite, or clearly indefinite.
+    LinAlgError
+        If the iteration does not converge in float64 either.
+
+    Notes
+    -----
+    Time O(n³). In float32 a failure to converge is retried in float64.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        msg = f"The {name} holds NaN or infinite entries; check the training inputs and the model's outputs for them."
+        raise NotPositiveDefiniteError(msg)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        if matrix.dtype == torch.float64:
+            raise
+        wide_values, wide_vectors = torch.linalg.eigh(matrix.double())
+        values, vectors = wide_values.to(matrix.dtype), wide_vectors.to(matrix.dtype)
+    largest = values.abs().max() if values.numel() else values.sum()
+    rounding = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * largest
+    if bool((values < -rounding).any()):
+        msg = f"The {name} has a negative eigenvalue, {float(values.min()):.3e}, so it is no sum of outer products."
+        raise NotPositiveDefiniteError(msg)
+    return values.clamp(min=0), vectors
+
+
+def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """A square root ``R`` with ``R Rᵀ = matrix`` of a positive semi-definite, possibly singular, batch of matrices.
+
+    The Cholesky factor where there is one; else the symmetric root by eigenvalues, clamped at zero.
+
+    Parameters
+    ----------
+    matrix
+        Symmetric positive semi-definite, ``[..., n, n]``.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not bool(info.any()):
+        return factor
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)

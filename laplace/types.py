@@ -1,0 +1,41 @@
+"""Glossary: what the one-letter names and the axes mean, everywhere in this library.
+
+Symbols
+    ``f`` outputs of the network, ``x`` inputs, ``y`` targets, ``J`` Jacobian of ``f`` in the random weights,
+    ``phi`` features that enter the last layer, ``H`` curvature of the data term, ``theta`` weights,
+    ``s`` scale of the curvature, 1/(σ² T).
+
+Axes, always in this order
+    ``samples`` S, ``batch`` B (rows of the loader), ``positions`` T, ``outputs`` C, ``features`` D, ``params`` P.
+    ``rows`` N are unmasked positions of a batch, flattened: equal to B when the model has one output vector a datum.
+
+Order of the weights
+    Public vectors and matrices follow ``torch.nn.utils.parameters_to_vector``: for the last layer ``vec(W)`` row by
+    row, then ``b``.
+
+Units
+    Negative log-likelihood and evidence in nats, summed over data; ``sigma_noise`` in target units; prior precision in
+    1/weight²; variances of outputs in output units squared (logits² for classification), without observation noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Scalar: TypeAlias = Float[Tensor, ""]
+"""A single number, differentiable where its inputs are."""
+Outputs: TypeAlias = Float[Tensor, "rows outputs"]
+"""Network outputs, one row an unmasked position."""
+Features: TypeAlias = Float[Tensor, "rows features"]
+"""Inputs of the last layer, one row an unmasked position."""
+Targets: TypeAlias = Float[Tensor, "rows outputs"] | Int[Tensor, " rows"]
+"""Regression targets or soft labels ``[rows, outputs]``; class indices ``[rows]``."""
+Jacobians: TypeAlias = Float[Tensor, "batch outputs params"]
+"""Derivatives of the outputs in the random weights, output units a weight."""
+Inputs: TypeAlias = Any
+"""A tensor, or any nesting of tuples, lists and mappings of tensors: whatever the model takes."""
+
+__all__ = ["Features", "Inputs", "Jacobians", "Outputs", "Scalar", "Targets"]
