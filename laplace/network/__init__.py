@@ -1,0 +1,12 @@
+"""The user's model and data: read, never written.
+
+``model=``, ``last_layer_name=``, ``feature_reduction=``, ``dict_key_x=`` and ``dict_key_y=`` lead here. Nothing in this
+room knows about curvature, priors or likelihoods.
+"""
+
+from laplace.network.batches import Batch, iterate
+from laplace.network.feature_extractor import FeatureExtractor
+from laplace.network.modes import evaluating
+from laplace.network.parameters import ParameterSubset
+
+__all__ = ["Batch", "FeatureExtractor", "ParameterSubset", "evaluating", "iterate"]

@@ -1,0 +1,154 @@
+"""What a loader yields, as ``(x, y)`` on the model's device; and how ``x`` enters a model.
+
+A batch is ``(x, y)``, ``(x1, …, xk, y)``, or a mapping that holds the target under ``dict_key_y``. ``x`` is any nesting
+of tuples, lists and mappings of tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from laplace.errors import InputError
+from laplace.types import Inputs
+
+
+class Batch(NamedTuple):
+    """One batch: inputs and targets on the model's device."""
+
+    x: Inputs
+    y: Tensor
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Copy the tensors of a nested structure to ``device``; what is there already, and what is no tensor, is kept.
+
+    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), as do named tuples.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        moved = {key: to_device(item, device) for key, item in value.items()}
+        if not isinstance(value, MutableMapping):
+            return moved
+        same_type = copy.copy(value)
+        same_type.update(moved)
+        return same_type
+    if isinstance(value, tuple):
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    return value
+
+
+def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
+    """Split what a loader yielded into inputs and targets.
+
+    Raises
+    ------
+    InputError
+        If it is neither a mapping with ``dict_key_y`` nor a sequence of at least two entries.
+    """
+    if isinstance(batch, Mapping):
+        if dict_key_y not in batch:
+            keys = ", ".join(repr(key) for key in batch)
+            msg = (
+                f"The loader yields mappings with the keys {keys}; the targets are expected under {dict_key_y!r}. "
+                "Pass dict_key_y= with the right key."
+            )
+            raise InputError(msg)
+        moved = to_device(batch, device)
+        x, y = moved, moved[dict_key_y]
+    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        *inputs, y = to_device(tuple(batch), device)
+        x = inputs[0] if len(inputs) == 1 else tuple(inputs)
+    else:
+        msg = (
+            "The loader must yield (x, y), (x1, ..., xk, y), or a mapping that holds the targets under "
+            f"{dict_key_y!r}; got {type(batch).__name__}."
+        )
+        raise InputError(msg)
+    if not isinstance(y, Tensor):
+        msg = f"Targets must be a tensor; the loader yields {type(y).__name__} for them."
+        raise InputError(msg)
+    return Batch(x, y)
+
+
+def iterate(
+    loader: Any, *, dict_key_y: str, device: torch.device, progress_bar: bool = False, description: str = ""
+) -> Iterator[Batch]:
+    """Iterate over a loader: a ``DataLoader``, a list of batches, anything that can be looped over.
+
+    Parameters
+    ----------
+    loader
+        Yields batches; needs neither a length nor a ``dataset``.
+    dict_key_y
+        Where mappings hold their targets.
+    device
+        Where the tensors are sent.
+    progress_bar
+        Show a progress bar.
+    description
+        Text of the progress bar.
+
+    Raises
+    ------
+    InputError
+        If it is no iterable or yields something else than batches.
+    """
+    if not isinstance(loader, Iterable):
+        msg = f"Expected a DataLoader or another iterable of (x, y) batches; got {type(loader).__name__}."
+        raise InputError(msg)
+    for batch in tqdm(loader, desc=description, disable=not progress_bar):
+        yield split(batch, dict_key_y, device)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a nested structure, or ``None``."""
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for item in items if (found := first_tensor(item)) is not None), None)
+
+
+def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
+    """Call ``model`` on inputs of any nesting, reading its signature to see how it takes them.
+
+    A mapping is unpacked into keyword arguments when ``forward`` has a parameter named ``dict_key_x`` (the targets
+    under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes more than one.
+    Everything else is passed whole.
+
+    Raises
+    ------
+    InputError
+        If a mapping has no entry ``dict_key_x``.
+    """
+    if isinstance(x, Mapping):
+        if dict_key_x not in x:
+            keys = ", ".join(repr(key) for key in x)
+            msg = (
+                f"The inputs are a mapping with the keys {keys}; the main input is expected under {dict_key_x!r}. "
+                "Pass dict_key_x= with the right key."
+            )
+            raise InputError(msg)
+        if dict_key_x in inspect.signature(model.forward).parameters:
+            return model(**{key: value for key, value in x.items() if key != dict_key_y}, **model_kwargs)
+    elif isinstance(x, (tuple, list)) and takes_several(model):
+        return model(*x, **model_kwargs)
+    return model(x, **model_kwargs)
+
+
+def takes_several(model: nn.Module) -> bool:
+    """Whether ``forward`` takes more than one positional argument."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1

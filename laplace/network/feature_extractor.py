@@ -1,0 +1,318 @@
+"""Features before the last linear layer (``last_layer_name=``, ``feature_reduction=``), read by one forward pass.
+
+Hooks live for the length of a call and nothing is stored on the user's model. What the extractor relies on, that the
+outputs *are* the last layer applied to the features, is checked on the first pass and explained when it fails.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laplace.enums import FeatureReduction, choose
+from laplace.errors import ShapeError, UnsupportedError
+from laplace.network.batches import call
+from laplace.types import Inputs
+
+
+class FeatureExtractor(nn.Module):
+    """A model together with its last linear layer.
+
+    Parameters
+    ----------
+    model
+        The trained network. Its outputs must be those of its last linear layer: nothing that changes them may follow.
+        It may return a tensor, or a mapping (such as a Hugging Face ``ModelOutput``) with the entry ``logits``.
+    last_layer_name
+        Name of the last layer as in ``model.named_modules()``; found by the first forward pass when ``None``.
+    enable_backprop
+        Keep the graph from the features to the inputs.
+    feature_reduction
+        How the model reduces features ``[batch, positions, features]`` to one row a datum: ``"pick_first"``,
+        ``"pick_last"`` or ``"average"``; ``None`` when it does not.
+    dict_key_x, dict_key_y
+        Entries of a mapping input that hold the main input and the targets; the mapping is unpacked when ``forward``
+        has a parameter ``dict_key_x``, without the targets.
+
+    Raises
+    ------
+    UnsupportedError
+        If ``last_layer_name`` or ``feature_reduction`` is unknown, or the layer is not linear.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        last_layer_name: str | None = None,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        *,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.enable_backprop = enable_backprop
+        self.feature_reduction = (
+            None if feature_reduction is None else choose(FeatureReduction, feature_reduction, "feature_reduction")
+        )
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        self.last_layer_name: str | None = None
+        self._verified = False
+        if last_layer_name is not None:
+            self.set_last_layer(last_layer_name)
+
+    @property
+    def last_layer(self) -> nn.Linear | None:
+        """The last linear layer, or ``None`` before it is known."""
+        if self.last_layer_name is None:
+            return None
+        layer = self.model.get_submodule(self.last_layer_name)
+        assert isinstance(layer, nn.Linear), "set_last_layer checks this"
+        return layer
+
+    def set_last_layer(self, last_layer_name: str) -> None:
+        """Choose the last layer by name.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is no such module, or it is no ``torch.nn.Linear``; the message lists the candidates.
+        """
+        modules = dict(self.model.named_modules())
+        if last_layer_name not in modules:
+            near = difflib.get_close_matches(last_layer_name, modules, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            msg = f"The model has no module {last_layer_name!r}.{hint} {self._candidates()}"
+            raise UnsupportedError(msg)
+        layer = modules[last_layer_name]
+        if not isinstance(layer, nn.Linear):
+            msg = f"The last layer must be a torch.nn.Linear; {last_layer_name!r} is a {type(layer).__name__}. "
+            raise UnsupportedError(msg + self._candidates())
+        self.last_layer_name = last_layer_name
+        self._verified = False
+        self._warn_if_tied(layer)
+
+    def find_last_layer(self, x: Inputs) -> Tensor:
+        """Find the last linear layer by one forward pass.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+
+        Returns
+        -------
+        The outputs of the model, ``[batch, *positions, outputs]``.
+
+        Raises
+        ------
+        UnsupportedError
+            If no linear layer runs, or the outputs of the model are not those of the last one.
+        """
+        return self.forward_with_features(x)[0]
+
+    def forward(self, x: Inputs, **model_kwargs: Any) -> Tensor:
+        """Outputs of the model, ``[batch, *positions, outputs]``; finds the last layer when it is not known yet."""
+        return self.forward_with_features(x, **model_kwargs)[0]
+
+    def forward_with_features(self, x: Inputs, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and features in one forward pass.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs: a tensor or any nesting of tensors.
+        **model_kwargs
+            Passed to the model's ``forward``.
+
+        Returns
+        -------
+        Outputs ``f`` ``[batch, *positions, outputs]`` and features ``phi`` ``[batch, *positions, features]`` with
+        ``f = W phi + b``. A model that returns ``[batch]`` gets its output axis back.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is no linear last layer, or the outputs are not its outputs.
+        ShapeError
+            If outputs and features have positions that do not match.
+        """
+        known = self.last_layer
+        watched = {self.last_layer_name: known} if known is not None else self._linear_layers()
+        calls: Counter[str | None] = Counter()
+        seen: dict[str | None, Tensor] = {}
+
+        def watch(name: str | None) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+                calls[name] += 1
+                seen.clear()
+                seen[name] = args[0] if args else kwargs["input"]
+
+            return hook
+
+        handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in watched.items()]
+        try:
+            outputs = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        f = self._logits(outputs)
+        if not seen:
+            self._explain_unseen()
+        ((name, phi),) = seen.items()
+        if calls[name] > 1:
+            msg = (
+                f"The last linear layer {name!r} runs {calls[name]} times in one forward pass, so its features are "
+                "not one tensor. Call it once on stacked inputs. " + self._candidates()
+            )
+            raise UnsupportedError(msg)
+        if not self.enable_backprop:
+            phi = phi.detach()
+        layer = watched[name]
+        f, phi = self._align(f, phi, layer, name)
+        # A reduction can fit one batch and not the next (padding): it is checked every time, by one product.
+        if not self._verified or self.feature_reduction is not None:
+            self._verify(f, phi, layer, name)
+        if not self._verified:
+            if self.last_layer_name is None:
+                assert name is not None, "unnamed only when the layer was known"
+                self.last_layer_name = name
+                self._warn_if_tied(layer)
+            self._verified = True
+        return f, phi
+
+    # -- what the outputs are -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _logits(outputs: Any) -> Tensor:
+        """The output tensor of whatever the model returned."""
+        if isinstance(outputs, Mapping):
+            if "logits" not in outputs:
+                keys = ", ".join(repr(key) for key in outputs)
+                msg = f"The model returns a mapping without 'logits' (its keys: {keys}); return the outputs under it."
+                raise UnsupportedError(msg)
+            outputs = outputs["logits"]
+        if not isinstance(outputs, Tensor):
+            msg = (
+                "The model must return a tensor, or a mapping with the tensor 'logits'; "
+                f"it returns {type(outputs).__name__}."
+            )
+            raise UnsupportedError(msg)
+        return outputs
+
+    def _align(self, f: Tensor, phi: Tensor, layer: nn.Linear, name: str | None) -> tuple[Tensor, Tensor]:
+        """Give outputs and features the same leading axes."""
+        if f.shape == (*phi.shape[:-1], layer.out_features):
+            if self.feature_reduction is not None and not self._verified:
+                self._explain_useless_reduction(phi)
+            return f, phi
+        if self.feature_reduction is not None and phi.dim() >= 3:
+            phi = reduce(phi, self.feature_reduction)
+            if f.shape == (*phi.shape[:-1], layer.out_features):
+                return f, phi
+        rows = phi.numel() // layer.in_features
+        if f.numel() == rows * layer.out_features:
+            if layer.out_features == 1 and f.dim() < phi.dim():
+                f = f.reshape(*(f.shape or (1,)), 1)
+            if f.shape[-1] == layer.out_features:
+                return f, phi.reshape(*f.shape[:-1], layer.in_features)
+        msg = (
+            f"The last linear layer {name!r} maps features {list(phi.shape)} to {layer.out_features} outputs, but the "
+            f"model returns {list(f.shape)}. "
+        )
+        if phi.dim() >= 3 and f.shape == (phi.shape[0], layer.out_features):
+            fits = [repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r), layer)]
+            found = f"; {' and '.join(fits)} reproduces its outputs on this batch" if fits else ""
+            msg += f"It reduces positions: pass feature_reduction='pick_first', 'pick_last' or 'average'{found}. "
+        raise ShapeError(msg + self._candidates())
+
+    def _explain_useless_reduction(self, phi: Tensor) -> None:
+        assert self.feature_reduction is not None
+        if phi.dim() >= 3:
+            msg = (
+                f"feature_reduction={self.feature_reduction.value!r} was given, but the model returns one output for "
+                "each position; leave it out to treat positions as they are."
+            )
+            raise UnsupportedError(msg)
+        msg = (
+            f"feature_reduction={self.feature_reduction.value!r} has nothing to reduce: the features of the last layer "
+            f"have the shape {list(phi.shape)} already."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=4)
+
+    def _verify(self, f: Tensor, phi: Tensor, layer: nn.Linear, name: str | None) -> None:
+        """Check on the first pass that the outputs are the last layer applied to the features."""
+        if matches(f, phi, layer):
+            return
+        reduced = "" if self.feature_reduction is None else f" reduced by {self.feature_reduction.value!r}"
+        msg = (
+            f"The outputs of the model are not those of its last linear layer {name!r}{reduced}. Likely causes, in "
+            "order: something follows that layer (a softmax, a scaling: return the logits instead), another layer is "
+            "the last one (pass last_layer_name=), the features are reduced in another way (feature_reduction=). "
+        )
+        raise UnsupportedError(msg + self._candidates())
+
+    # -- which layers there are ---------------------------------------------------------------------------------------
+
+    def _linear_layers(self) -> dict[str | None, nn.Linear]:
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
+
+    def _candidates(self) -> str:
+        layers = [f"{name!r} ({d.in_features} → {d.out_features})" for name, d in self._linear_layers().items()]
+        if not layers:
+            return "The model has no linear layer; a last-layer approximation needs one."
+        return f"Linear layers of the model: {', '.join(layers)}."
+
+    def _explain_unseen(self) -> None:
+        """Raise: no linear layer ran."""
+        if self.last_layer_name is not None:
+            msg = f"The last layer {self.last_layer_name!r} does not run in the forward pass. {self._candidates()}"
+        else:
+            msg = f"No linear layer runs as a module in the forward pass. {self._candidates()}"
+        raise UnsupportedError(msg)
+
+    def _warn_if_tied(self, layer: nn.Linear) -> None:
+        """Warn when the weight of the head is used elsewhere, too."""
+        owners = [
+            name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter is layer.weight and name != f"{self.last_layer_name}.weight"
+        ]
+        if owners:
+            msg = (
+                f"The weight of the last layer {self.last_layer_name!r} is tied to {', '.join(map(repr, owners))}. "
+                "It is treated as the weight of the last layer alone: features do not change with it."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=3)
+
+
+def reduce(phi: Tensor, reduction: FeatureReduction) -> Tensor:
+    """Reduce features ``[batch, *positions, features]`` to ``[batch, features]``."""
+    flat = phi.flatten(1, -2)
+    if reduction is FeatureReduction.PICK_FIRST:
+        return flat[:, 0]
+    if reduction is FeatureReduction.PICK_LAST:
+        return flat[:, -1]
+    return flat.mean(1)
+
+
+def matches(f: Tensor, phi: Tensor, layer: nn.Linear) -> bool:
+    """Whether ``f`` equals ``layer`` applied to ``phi``, to the square root of the coarser dtype's precision."""
+    with torch.no_grad():
+        expected = F.linear(phi.to(layer.weight.dtype), layer.weight, layer.bias).to(f.dtype)
+        if expected.shape != f.shape:
+            return False
+        eps = max(torch.finfo(f.dtype).eps, torch.finfo(layer.weight.dtype).eps, torch.finfo(phi.dtype).eps)
+        finite = expected[torch.isfinite(expected)].abs()
+        size = float(finite.max()) if finite.numel() else 0.0
+        # NaN equals NaN here: what is not finite is reported by whoever uses the outputs, in its own words.
+        return torch.allclose(f, expected, rtol=0.0, atol=eps**0.5 * (1 + size), equal_nan=True)
