@@ -1,0 +1,150 @@
+"""Classification: a categorical distribution with the outputs as logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laplace.enums import CurvatureKind, Likelihood
+from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_same_shape, datum_index
+from laplace.types import Outputs, Scalar, Targets
+
+IGNORED = -100
+"""The target that masks a position, as in PyTorch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class CategoricalLikelihood(AbstractLikelihood):
+    """−log p(y|f) = logsumexp(f) − f_y, tempered by 1/T; soft labels weigh the classes.
+
+    Attributes
+    ----------
+    temperature
+        T.
+    """
+
+    temperature: float | Tensor = 1.0
+
+    name: ClassVar[Likelihood] = Likelihood.CLASSIFICATION
+    has_link: ClassVar[bool] = True
+
+    @property
+    def scale(self) -> Scalar:
+        """1/T."""
+        temperature = self.temperature
+        # 0-dimensional float64: exact, and it does not widen what it multiplies.
+        return 1 / (temperature if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64))
+
+    def curvature_scale(self, kind: CurvatureKind) -> Scalar:  # noqa: ARG002
+        """1/T for every curvature: there is no noise to scale with."""
+        return self.scale
+
+    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:  # noqa: ARG002
+        """Zero: the logits are normalized already."""
+        return torch.zeros(())
+
+    def nll(self, f: Outputs, y: Targets) -> Scalar:
+        """Cross-entropy summed over rows."""
+        return F.cross_entropy(f, y, reduction="sum")
+
+    def gradient(self, f: Outputs, y: Targets) -> Outputs:
+        """Softmax(f) minus the (soft) label, ``[rows, C]``."""
+        label = y if y.is_floating_point() else F.one_hot(y, f.shape[-1]).to(f.dtype)
+        return f.softmax(-1) - label
+
+    def hessian(self, f: Outputs) -> OutputHessian:
+        """``diag(p) − p pᵀ``; singular, since probabilities sum to one."""
+        p = f.softmax(-1)
+        return OutputHessian(f.shape[-1], diagonal=p, root=p.unsqueeze(-1), sign=-1)
+
+    def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Softmax(f) minus labels drawn from it, ``[samples, rows, C]``."""
+        p = f.softmax(-1)
+        labels = torch.multinomial(p, n_samples, replacement=True, generator=generator)
+        return p - F.one_hot(labels.T, f.shape[-1]).to(f.dtype)
+
+    def expectation(self, f: Tensor) -> Tensor:
+        """Class probabilities, ``[..., C]``."""
+        return f.softmax(-1)
+
+    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor:
+        """Class probabilities, ``[rows, C]``; rows sum to one."""
+        return link(mean, cov).exp()
+
+    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
+        """Cross-entropy of the predictive probabilities, summed; in log space, so that it stays finite."""
+        log_probabilities = link(mean, cov)
+        if y.is_floating_point():
+            return -(y * log_probabilities).sum()
+        return F.nll_loss(log_probabilities, y, reduction="sum")
+
+    def flatten(self, f: Tensor, y: Tensor) -> Positions:
+        """Check targets, flatten positions, drop the masked ones.
+
+        Parameters
+        ----------
+        f
+            Logits, ``[batch, *positions, C]``.
+        y
+            Class indices ``[batch, *positions]``, −100 where masked; or soft labels of the shape of ``f``.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model has a single output.
+        InputError
+            If class indices are out of range, or soft labels are no distributions.
+        ShapeError
+            If shapes do not fit.
+        """
+        n_outputs = f.shape[-1]
+        if n_outputs == 1:
+            msg = (
+                'likelihood="classification" is a softmax over one output a class, and the model has one output, whose '
+                "softmax is always 1. Give it two outputs (for a trained one-logit model: zero and the logit)."
+            )
+            raise UnsupportedError(msg)
+        flat = f.reshape(-1, n_outputs)
+        datum = datum_index(len(f), len(flat), f.device)
+        if y.is_floating_point():
+            check_same_shape(f, y, "Soft labels (floating-point targets of a classifier)")
+            soft = y.reshape(flat.shape).to(f.dtype)
+            tolerance = 10 * torch.finfo(y.dtype).eps * n_outputs
+            if bool((soft < 0).any()) or bool(((soft.sum(-1) - 1).abs() > tolerance).any()):
+                msg = "Soft labels must be non-negative and sum to one over the classes of each position."
+                raise InputError(msg)
+            return Positions(flat, soft, datum=datum)
+        if y.shape != f.shape[:-1]:
+            msg = (
+                f"Class indices must have the shape {list(f.shape[:-1])}, one for each output vector of "
+                f"{list(f.shape)}; got {list(y.shape)}."
+            )
+            raise ShapeError(msg)
+        if y.dtype is torch.bool:
+            msg = "Class indices must be integers; got torch.bool. Convert them with y.long()."
+            raise InputError(msg)
+        labels = y.reshape(-1).long()
+        masked = labels == IGNORED
+        if bool((((labels < 0) | (labels >= n_outputs)) & ~masked).any()):
+            msg = (
+                f"Class indices must lie in 0..{n_outputs - 1} (or be {IGNORED} to mask a position); the batch "
+                f"has {int(labels.min())}..{int(labels.max())}. Does the model have one output for each class?"
+            )
+            raise InputError(msg)
+        if not bool(masked.any()):
+            return Positions(flat, labels, datum=datum)
+        kept = (~masked).nonzero().squeeze(-1)
+        return Positions(flat[kept], labels[kept], kept, kept if datum is None else datum[kept])
+
+    def torch_loss(self) -> tuple[nn.Module, float]:
+        """``CrossEntropyLoss`` and 1."""
+        return nn.CrossEntropyLoss(reduction="sum"), 1.0
+
+    def count(self, y: Tensor, n_outputs: int) -> int:
+        """Number of positions that are not masked."""
+        return y.numel() // n_outputs if y.is_floating_point() else int((y != IGNORED).sum())

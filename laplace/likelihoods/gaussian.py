@@ -1,0 +1,113 @@
+"""Regression: a Gaussian with standard deviation ``sigma_noise`` around the outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from laplace.enums import CurvatureKind, Likelihood
+from laplace.errors import InputError
+from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_same_shape, datum_index
+from laplace.types import Outputs, Scalar, Targets
+
+
+@dataclass(frozen=True)
+class GaussianLikelihood(AbstractLikelihood):
+    """−log p(y|f) = ‖y − f‖² / (2σ²) + C log(σ√2π), tempered by 1/T in its first term.
+
+    Attributes
+    ----------
+    sigma_noise
+        σ, the standard deviation of the observation noise in target units.
+    temperature
+        T.
+    """
+
+    sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
+    temperature: float | Tensor = 1.0
+
+    name: ClassVar[Likelihood] = Likelihood.REGRESSION
+    has_noise: ClassVar[bool] = True
+
+    @property
+    def scale(self) -> Scalar:
+        """1/(σ² T)."""
+        return 1 / (self.sigma_noise**2 * self.temperature)
+
+    def curvature_scale(self, kind: CurvatureKind) -> Scalar:
+        """1/(σ² T); for the empirical Fisher 1/(σ⁴ T), its gradients being (f − y)/σ²."""
+        return self.scale if kind is CurvatureKind.GGN else self.scale / self.sigma_noise**2
+
+    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:
+        """n C log(σ √2π), in nats."""
+        return n_positions * n_outputs * (self.sigma_noise.log() + 0.5 * math.log(2 * math.pi))
+
+    def nll(self, f: Outputs, y: Targets) -> Scalar:
+        """½ Σ ‖y − f‖²."""
+        return 0.5 * (f - y).square().sum()
+
+    def gradient(self, f: Outputs, y: Targets) -> Outputs:
+        """F − y, ``[rows, C]``."""
+        return f - y
+
+    def hessian(self, f: Outputs) -> OutputHessian:
+        """The identity: one number for all outputs of a row."""
+        return OutputHessian(f.shape[-1], diagonal=torch.ones_like(f[:, :1]))
+
+    def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Standard normal numbers, ``[samples, rows, C]``."""
+        return torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+
+    def expectation(self, f: Tensor) -> Tensor:
+        """The outputs themselves."""
+        return f
+
+    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Mean and (co)variance of the outputs, without observation noise; there is no link to apply."""
+        return mean, cov
+
+    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:  # noqa: ARG002
+        """Negative log density of N(mean, cov + σ²), summed, in nats; a variance scores each output by itself."""
+        noise = (self.sigma_noise**2).to(mean.dtype)
+        if cov.dim() == mean.dim():
+            return nn.functional.gaussian_nll_loss(mean, y, cov + noise, full=True, reduction="sum", eps=0.0)
+        noisy = cov + noise * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        return -torch.distributions.MultivariateNormal(mean, noisy).log_prob(y).sum()
+
+    def flatten(self, f: Tensor, y: Tensor) -> Positions:
+        """Check targets and flatten positions.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[batch, *positions, C]``.
+        y
+            Targets of the same shape; ``[batch, *positions]`` when C = 1.
+
+        Raises
+        ------
+        InputError
+            If targets are no floating-point numbers.
+        ShapeError
+            If shapes differ.
+        """
+        if not y.is_floating_point():
+            msg = f"Regression targets must be floating-point numbers; got {y.dtype}. Convert them with y.float()."
+            raise InputError(msg)
+        if y.shape == f.shape[:-1] and f.shape[-1] == 1:
+            y = y.unsqueeze(-1)
+        check_same_shape(f, y, "Regression targets")
+        flat = f.reshape(-1, f.shape[-1])
+        return Positions(flat, y.reshape(flat.shape).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
+
+    def torch_loss(self) -> tuple[nn.Module, float]:
+        """``MSELoss`` and ½."""
+        return nn.MSELoss(reduction="sum"), 0.5
+
+    def count(self, y: Tensor, n_outputs: int) -> int:
+        """Number of positions: every one of them counts."""
+        return y.numel() // n_outputs
