@@ -1,0 +1,98 @@
+"""The Gaussian prior over the random weights (``prior_precision=``, ``prior_mean=``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.errors import ShapeError, UnsupportedError
+from laplace.network.parameters import expand_groups
+from laplace.types import Scalar
+
+
+@dataclass(frozen=True)
+class GaussianPrior:
+    """N(μ, diag(δ)⁻¹), with one precision for all weights, one a parameter group, or one a weight.
+
+    Attributes
+    ----------
+    mean
+        μ: ``[]`` or ``[P]``.
+    precision
+        δ: ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight².
+    sizes
+        Number of weights in each parameter group.
+
+    Raises
+    ------
+    ShapeError
+        If mean or precision fit neither.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check the shapes against the weights."""
+        n_params, n_layers = sum(self.sizes), len(self.sizes)
+        if self.precision.dim() != 1 or self.precision.numel() not in (1, n_layers, n_params):
+            msg = (
+                f"The prior precision must be a scalar, one value for each of the {n_layers} parameter groups "
+                f"(sizes {self.sizes}), or one for each of the {n_params} weights; got {list(self.precision.shape)}."
+            )
+            raise ShapeError(msg)
+        if self.mean.shape not in ((), (1,), (n_params,)):
+            msg = (
+                f"The prior mean must be a scalar or one value for each of the {n_params} weights; "
+                f"got {list(self.mean.shape)}."
+            )
+            raise ShapeError(msg)
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of random weights."""
+        return sum(self.sizes)
+
+    @property
+    def is_per_weight(self) -> bool:
+        """Whether every weight has a precision of its own, which no coarser setting expresses."""
+        return self.precision.numel() not in (1, len(self.sizes))
+
+    def diagonal(self) -> Float[Tensor, " params"]:
+        """One precision a weight, ``[P]``."""
+        if self.precision.numel() == 1:
+            return self.precision.expand(self.n_params)
+        if self.is_per_weight:
+            return self.precision
+        return expand_groups(self.precision, self.sizes)
+
+    def per_layer(self) -> Float[Tensor, " groups"]:
+        """One precision a parameter group, ``[n_layers]``.
+
+        Raises
+        ------
+        UnsupportedError
+            If every weight has its own.
+        """
+        if self.is_per_weight:
+            msg = (
+                "A Kronecker structure takes a scalar prior precision or one value for each parameter group; got one "
+                'for each weight. Use hessian_structure="diag" or "full" for that.'
+            )
+            raise UnsupportedError(msg)
+        return self.precision.expand(len(self.sizes))
+
+    def logdet(self) -> Scalar:
+        """Log |diag(δ)|."""
+        if self.is_per_weight:
+            return self.precision.log().sum()
+        sizes = torch.tensor(self.sizes, dtype=self.precision.dtype, device=self.precision.device)
+        return (sizes * self.precision.expand(len(self.sizes)).log()).sum()
+
+    def scatter(self, theta: Float[Tensor, " params"]) -> Scalar:
+        """(θ − μ)ᵀ diag(δ) (θ − μ)."""
+        return ((theta - self.mean).square() * self.diagonal()).sum()

@@ -1,0 +1,139 @@
+"""``hessian_structure="diag"``: one number a weight; everything is elementwise.
+
+H = diag(h),   A = diag(s·h + δ)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Self
+
+from laplace.network.parameters import head_views
+from laplace.prior import GaussianPrior
+from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature, check_jacobians
+from laplace.types import Scalar
+
+
+@dataclass(frozen=True)
+class DiagCurvature(AbstractCurvature):
+    """The diagonal of the curvature.
+
+    Attributes
+    ----------
+    vector
+        h, ``[P]``.
+    """
+
+    vector: Float[Tensor, " params"]
+
+    @classmethod
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+        """Ask the back end for the diagonal."""
+        nll, vector = backend.diag(x, y, **options)
+        return nll, cls(vector)
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return len(self.vector)
+
+    @property
+    def public(self) -> Float[Tensor, " params"]:
+        """The vector, ``[P]``."""
+        return self.vector
+
+    def merge(self, other: Self) -> Self:
+        """Sum of the two."""
+        return replace(self, vector=self.vector + other.vector)
+
+    def __mul__(self, factor: float | Tensor) -> Self:
+        """Elementwise."""
+        return replace(self, vector=self.vector * factor)
+
+    def posterior(self, prior: GaussianPrior, **options: Any) -> DiagPrecision:
+        """Add the prior; any prior fits."""
+        assert not options, "the diagonal has no options"
+        return DiagPrecision(self.vector + prior.diagonal())
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """As a matrix."""
+        return torch.diag(self.vector)
+
+
+@dataclass(frozen=True)
+class DiagPrecision(AbstractPrecision):
+    """A diagonal precision.
+
+    Attributes
+    ----------
+    vector
+        a, ``[P]``, positive.
+    """
+
+    vector: Float[Tensor, " params"]
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return len(self.vector)
+
+    @property
+    def public(self) -> Float[Tensor, " params"]:
+        """The vector, ``[P]``."""
+        return self.vector
+
+    def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
+        """V / a."""
+        return v / self.vector
+
+    def quadratic(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
+        """Σ a v²."""
+        return (self.vector * v.square()).sum(-1)
+
+    def logdet(self) -> Scalar:
+        """Σ log a."""
+        return self.vector.log().sum()
+
+    def diagonal_of_inverse(self) -> Float[Tensor, " params"]:
+        """1 / a."""
+        return 1 / self.vector
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
+        """Standard normal numbers divided by √a."""
+        a = self.vector
+        return torch.randn(n, len(a), dtype=a.dtype, device=a.device, generator=generator) * a.rsqrt()
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """As a matrix."""
+        return torch.diag(self.vector)
+
+    def functional_variance(self, J: Tensor) -> Float[Tensor, "batch outputs outputs"]:
+        """J diag(1/a) Jᵀ by one batched product."""
+        check_jacobians(J, self.n_params)
+        return (J / self.vector) @ J.mT
+
+    def feature_variance(
+        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
+    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
+        """φ² · (1/a): exactly diagonal over outputs, one product of ``[rows, D]`` with ``[D, C]``."""
+        weight, offset = head_views(1 / self.vector, n_outputs, phi.shape[-1], bias)
+        var = phi.square() @ weight.T
+        if offset is not None:
+            var = var + offset
+        return var if diagonal else torch.diag_embed(var)
+
+    def feature_covariance(
+        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
+    ) -> Float[Tensor, "joint joint"]:
+        """Outputs are independent of each other: one ``[rows, rows]`` matrix an output."""
+        weight, offset = head_views(1 / self.vector, n_outputs, phi.shape[-1], bias)
+        blocks = torch.einsum("nd,cd,md->cnm", phi, weight, phi)
+        if offset is not None:
+            blocks = blocks + offset[:, None, None]
+        eye = torch.eye(n_outputs, dtype=phi.dtype, device=phi.device)
+        return torch.einsum("ck,cnm->ncmk", eye, blocks).reshape(len(phi) * n_outputs, -1)

@@ -1,0 +1,195 @@
+"""``hessian_structure="full"``: the dense matrix and its Cholesky factor.
+
+A = s·H + diag(δ) = L Lᵀ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Self
+
+from laplace import linalg
+from laplace.network.parameters import augment, output_index
+from laplace.prior import GaussianPrior
+from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
+from laplace.types import Scalar
+
+
+@dataclass(frozen=True)
+class FullCurvature(AbstractCurvature):
+    """The dense curvature.
+
+    Attributes
+    ----------
+    matrix
+        H, ``[P, P]``, symmetric.
+    scale
+        Factor of it.
+    """
+
+    matrix: Float[Tensor, "params params"]
+    scale: Scalar | float = 1.0
+    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+        """Ask the back end for the dense matrix."""
+        nll, matrix = backend.full(x, y, **options)
+        return nll, cls(matrix)
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return len(self.matrix)
+
+    @property
+    def public(self) -> Float[Tensor, "params params"]:
+        """The matrix, ``[P, P]``."""
+        return self.matrix
+
+    def merge(self, other: Self) -> Self:
+        """Sum of the two."""
+        assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
+        return replace(self, matrix=self.matrix + other.matrix, _cache={})
+
+    def __mul__(self, factor: float | Tensor) -> Self:
+        """Scale the matrix; its eigenvalues are shared."""
+        return replace(self, scale=self.scale * factor)
+
+    def posterior(self, prior: GaussianPrior, **options: Any) -> FullPrecision:
+        """Add the prior; any prior fits."""
+        assert not options, "the dense matrix has no options"
+        return FullPrecision(self.matrix * self.scale + torch.diag(prior.diagonal()))
+
+    def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """Σ log(s λ + δ) for a scalar prior: O(P) once the eigenvalues are known; else by Cholesky, O(P³)."""
+        if prior.precision.numel() == 1:
+            shifted = self.eigenvalues * self.scale + prior.precision
+            if bool((shifted > 0).all()):
+                return shifted.log().sum()
+        return self.posterior(prior, **options).logdet()
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, " params"]:
+        """Eigenvalues of the unscaled matrix; computed once, O(P³)."""
+        if "eigenvalues" not in self._cache:
+            self._cache["eigenvalues"] = torch.linalg.eigvalsh(self.matrix)
+        return self._cache["eigenvalues"]
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """The matrix, scaled."""
+        return self.matrix * self.scale
+
+
+@dataclass(frozen=True)
+class FullPrecision(AbstractPrecision):
+    """A dense precision. Factorized on first use; time O(P³), memory O(P²).
+
+    Attributes
+    ----------
+    matrix
+        A, ``[P, P]``, symmetric positive definite.
+    """
+
+    matrix: Float[Tensor, "params params"]
+    _blocks: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return len(self.matrix)
+
+    @property
+    def public(self) -> Float[Tensor, "params params"]:
+        """The matrix, ``[P, P]``."""
+        return self.matrix
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "params params"]:
+        """Lower Cholesky factor L of A."""
+        return linalg.cholesky(self.matrix, "posterior precision")
+
+    @cached_property
+    def covariance(self) -> Float[Tensor, "params params"]:
+        """Σ = A⁻¹, ``[P, P]``."""
+        return torch.cholesky_inverse(self.factor)
+
+    @cached_property
+    def root(self) -> Float[Tensor, "params params"]:
+        """Lower-triangular ``S`` with ``S Sᵀ = Σ``."""
+        # A = R Rᵀ with R upper triangular (Cholesky with rows and columns reversed), hence Σ = R⁻ᵀ R⁻¹.
+        upper = linalg.cholesky(self.matrix.flip(0, 1), "posterior precision").flip(0, 1)
+        eye = torch.eye(self.n_params, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, eye, upper=True).mT
+
+    def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
+        """Two triangular solves."""
+        flat = v.reshape(-1, self.n_params)
+        return torch.cholesky_solve(flat.mT, self.factor).mT.reshape(v.shape)
+
+    def quadratic(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
+        """VᵀAv."""
+        return ((v @ self.matrix) * v).sum(-1)
+
+    def logdet(self) -> Scalar:
+        """2 Σ log L_ii."""
+        return 2 * self.factor.diagonal().log().sum()
+
+    def diagonal_of_inverse(self) -> Float[Tensor, " params"]:
+        """Diagonal of Σ."""
+        return self.covariance.diagonal()
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
+        """Solve Lᵀ z = ε for standard normal ε: its covariance is L⁻ᵀ L⁻¹ = A⁻¹."""
+        factor = self.factor
+        noise = torch.randn(n, self.n_params, dtype=factor.dtype, device=factor.device, generator=generator)
+        return torch.linalg.solve_triangular(factor.mT, noise.mT, upper=True).mT
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """The matrix itself."""
+        return self.matrix
+
+    def feature_variance(
+        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
+    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
+        """Φᵀ Σ_ck φ for each pair of outputs; variances use the C diagonal blocks of Σ alone."""
+        augmented = augment(phi, bias)
+        if diagonal:
+            # [rows, D] @ [D, C·D], then a dot product with φ: no [rows, C, C] and no Jacobian.
+            left = (augmented @ self._diagonal_blocks(n_outputs, bias)).view(len(phi), n_outputs, -1)
+            return (left * augmented.unsqueeze(1)).sum(-1)
+        rows = [torch.einsum("nke,ne->nk", left, augmented) for left in self._left_products(augmented, n_outputs, bias)]
+        return torch.stack(rows, 1)
+
+    def feature_covariance(
+        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
+    ) -> Float[Tensor, "joint joint"]:
+        """Φ Σ_ck Φᵀ for each pair of outputs."""
+        augmented = augment(phi, bias)
+        blocks = [
+            torch.einsum("nke,me->nmk", left, augmented) for left in self._left_products(augmented, n_outputs, bias)
+        ]
+        return torch.stack(blocks, 1).reshape(len(phi) * n_outputs, -1)
+
+    def _left_products(self, augmented: Tensor, n_outputs: int, bias: bool) -> Iterator[Tensor]:
+        """Φ Σ_ck for one output c at a time and all k: ``[rows, C, D]`` each."""
+        order = output_index(n_outputs, self.n_params, bias).to(augmented.device)
+        for rows in order:
+            block = self.covariance[rows][:, order.flatten()]
+            yield (augmented @ block).view(len(augmented), n_outputs, -1)
+
+    def _diagonal_blocks(self, n_outputs: int, bias: bool) -> Tensor:
+        """The blocks Σ_cc side by side, ``[D, C·D]``."""
+        key = (n_outputs, bias)
+        if key not in self._blocks:
+            order = output_index(n_outputs, self.n_params, bias).to(self.matrix.device)
+            blocks = self.covariance[order.unsqueeze(2), order.unsqueeze(1)]
+            self._blocks[key] = blocks.transpose(0, 1).reshape(order.shape[1], -1)
+        return self._blocks[key]

@@ -1,0 +1,244 @@
+"""``hessian_structure="kron"``: one Kronecker product a parameter group.
+
+    weight of a layer:  G ⊗ A,  G = Σ Λ  (outputs),  A = Σ φ φᵀ / N  (inputs);     its bias:  G
+
+``Kron`` holds factors, ``KronCurvature`` raw sums and a count around them; ``KronDecomposed`` (in
+``structures/kron_decomposed.py``) is the eigenbasis with the prior added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from laplace import linalg
+from laplace.errors import ShapeError
+from laplace.prior import GaussianPrior
+from laplace.structures.base import AbstractCurvature, SupportsCurvature
+from laplace.structures.kron_decomposed import KronDecomposed, apply_blocks
+from laplace.types import Scalar
+
+
+@dataclass(frozen=True)
+class KronCurvature(AbstractCurvature):
+    """Sums of outer products on both sides of each product, and how many there were.
+
+    Sums add up over batches, workers and calls; the mean of the inputs is taken once, when it is needed, so that the
+    result does not depend on how the data came.
+
+    Attributes
+    ----------
+    sums
+        Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias.
+    count
+        Number of unmasked positions in the sums.
+    scale
+        Factor of the whole matrix.
+    """
+
+    sums: Kron
+    count: int
+    scale: Scalar | float = 1.0
+    _cache: dict[str, KronDecomposed] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+        """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
+        nll, sums = backend.kron(x, y, N=1, **options)
+        return nll, cls(sums, backend.count(y))
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return self.sums.n_params
+
+    @property
+    def factors(self) -> Kron:
+        """The factors with the inputs' side divided by the count: what the matrix is made of."""
+        return self.sums.divide_inputs(max(self.count, 1))
+
+    @property
+    def decomposed(self) -> KronDecomposed:
+        """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
+        if "decomposed" not in self._cache:
+            self._cache["decomposed"] = self.factors.decompose()
+        return self._cache["decomposed"]
+
+    @property
+    def public(self) -> KronDecomposed:
+        """The matrix in its eigenbasis."""
+        return self.decomposed
+
+    def merge(self, other: Self) -> Self:
+        """Add sums and counts: not the sum of the two matrices."""
+        assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
+        return replace(self, sums=self.sums + other.sums, count=self.count + other.count, _cache={})
+
+    def __mul__(self, factor: float | Tensor) -> Self:
+        """Scale the matrix; the eigenbasis is shared."""
+        return replace(self, scale=self.scale * factor)
+
+    def posterior(self, prior: GaussianPrior, **options: Any) -> KronDecomposed:
+        """Add the prior in the eigenbasis: O(P) once that is known.
+
+        Parameters
+        ----------
+        prior
+            Scalar or one precision a parameter group.
+        **options
+            ``damping``: add √δ to each side instead of δ to their product.
+        """
+        decomposed = replace(self.decomposed, **options)
+        return decomposed * self.scale + prior.per_layer()
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """The block-diagonal matrix."""
+        return self.factors.to_matrix() * self.scale
+
+
+class Kron:
+    """A block-diagonal matrix whose blocks are Kronecker products.
+
+    Parameters
+    ----------
+    kfacs
+        For each parameter group its factors: two matrices ``[G, A]`` for the block ``G ⊗ A``, or one for the block
+        itself. A 1-D factor is a diagonal matrix.
+
+    Raises
+    ------
+    ShapeError
+        If a block has not one or two factors, or a factor is not square.
+    """
+
+    def __init__(self, kfacs: Sequence[Sequence[Tensor]]) -> None:
+        self.kfacs = [list(block) for block in kfacs]
+        for block in self.kfacs:
+            square = all(side.dim() == 1 or (side.dim() == 2 and side.shape[0] == side.shape[1]) for side in block)
+            if len(block) not in (1, 2) or not square:
+                shapes = [list(side.shape) for side in block]
+                msg = f"Each block takes one or two factors, square matrices or diagonals; got the shapes {shapes}."
+                raise ShapeError(msg)
+
+    @classmethod
+    def init_from_model(
+        cls, model: nn.Module | Iterable[Tensor], device: torch.device | str, dtype: torch.dtype
+    ) -> Kron:
+        """Zero factors for the parameters of a model: one block each.
+
+        Parameters
+        ----------
+        model
+            A module (its parameters that require a gradient) or an iterable of parameters.
+        device, dtype
+            Of the factors.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else model
+        blocks = []
+        for parameter in parameters:
+            sides = [parameter.shape[0]] if parameter.dim() > 0 else [1]
+            if parameter.dim() > 1:
+                sides.append(parameter[0].numel())
+            blocks.append([torch.zeros(side, side, device=device, dtype=dtype) for side in sides])
+        return cls(blocks)
+
+    @property
+    def n_params(self) -> int:
+        """P, the size of the matrix."""
+        return sum(math.prod(len(side) for side in block) for block in self.kfacs)
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.kfacs)
+
+    def __add__(self, other: Kron) -> Kron:
+        """Add factor by factor: how sums over batches add up. It is not the sum of the matrices."""
+        if not isinstance(other, Kron):
+            msg = f"A Kron adds to another Kron, factor by factor; got {type(other).__name__}."
+            raise TypeError(msg)
+        # A factor that two blocks share (the bias has the weight's G) stays shared: stored and decomposed once.
+        sums: dict[tuple[int, int], Tensor] = {}
+        blocks = []
+        for ours, theirs in zip(self.kfacs, other.kfacs, strict=True):
+            pairs = list(zip(ours, theirs, strict=True))
+            for a, b in pairs:
+                if (id(a), id(b)) not in sums:
+                    sums[id(a), id(b)] = a + b
+            blocks.append([sums[id(a), id(b)] for a, b in pairs])
+        return Kron(blocks)
+
+    def __mul__(self, scalar: float | Tensor) -> Kron:
+        """Multiply the matrix, spreading the scalar evenly over the factors of each block."""
+        return Kron([[side * scalar ** (1 / len(block)) for side in block] for block in self.kfacs])
+
+    def divide_inputs(self, count: int) -> Kron:
+        """Divide the inputs' side of each product, its second factor, by a count: from sums to a mean."""
+        return Kron([[*block[:1], *(side / count for side in block[1:])] for block in self.kfacs])
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def decompose(self, damping: bool = False) -> KronDecomposed:
+        """Eigendecompose every factor; one that occurs in several blocks is decomposed once.
+
+        Parameters
+        ----------
+        damping
+            Whether a prior is added to each side of a product (√δ) instead of to the product (δ).
+
+        Raises
+        ------
+        NotPositiveDefiniteError
+            If a factor is not finite or not positive semi-definite.
+        """
+        known: dict[int, tuple[Tensor, Tensor | None]] = {}
+        vectors: list[list[Tensor | None]] = []
+        values: list[list[Tensor]] = []
+        for block in self.kfacs:
+            for side in block:
+                if id(side) not in known:
+                    known[id(side)] = (side, None) if side.dim() == 1 else linalg.eigh(side)
+            values.append([known[id(side)][0] for side in block])
+            vectors.append([known[id(side)][1] for side in block])
+        return KronDecomposed(vectors, values, damping=damping)
+
+    def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
+        """Multiply rows by a power of the matrix.
+
+        Parameters
+        ----------
+        W
+            ``[..., P]``.
+        exponent
+            The power; 1 multiplies by the factors themselves, others go through the eigenbasis.
+        """
+        if exponent == 1:
+            blocks = [[densify(side) for side in block] for block in self.kfacs]
+            return apply_blocks(W, blocks, [[len(side) for side in block] for block in blocks])
+        return self.decompose().bmm(W, exponent)
+
+    def logdet(self) -> Scalar:
+        """Log-determinant; −∞ when a factor is singular."""
+        return self.decompose().logdet()
+
+    def diag(self) -> Float[Tensor, " params"]:
+        """Diagonal of the matrix, ``[P]``."""
+        diagonals = [[side if side.dim() == 1 else side.diagonal() for side in block] for block in self.kfacs]
+        return torch.cat([b[0] if len(b) == 1 else torch.outer(b[0], b[1]).flatten() for b in diagonals])
+
+    def to_matrix(self) -> Float[Tensor, "params params"]:
+        """The block-diagonal matrix, ``[P, P]``."""
+        blocks = [[densify(side) for side in block] for block in self.kfacs]
+        return torch.block_diag(*(b[0] if len(b) == 1 else torch.kron(b[0], b[1]) for b in blocks))
+
+
+def densify(side: Tensor) -> Tensor:
+    """A factor as a square matrix."""
+    return torch.diag(side) if side.dim() == 1 else side
