@@ -1,0 +1,104 @@
+"""The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
+
+For the last layer they call the closed forms of ``curvature/last_layer.py``: one forward pass a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from laplace.curvature import last_layer
+from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.likelihoods import Positions
+from laplace.structures import Kron
+from laplace.types import Inputs
+
+
+class AutogradInterface(CurvatureInterface):
+    """The closed forms of the last layer, given the output Hessian of the kind of curvature."""
+
+    finds_last_layer: ClassVar[bool] = True
+
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · (C D)²), see ``curvature.last_layer.full``."""
+        self._refuse(kwargs)
+        with torch.no_grad():
+            loss, phi, positions = self._forward(x, y)
+            return loss, last_layer.full(phi, self.output_hessian(positions), self._has_bias)
+
+    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and diagonal ``[P]``: O(rows · C D)."""
+        self._refuse(kwargs)
+        with torch.no_grad():
+            loss, phi, positions = self._forward(x, y)
+            return loss, last_layer.diag(phi, self.output_hessian(positions), self._has_bias)
+
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Loss ``[]`` and Kronecker factors: O(rows · (C² + D²)); the inputs' side divided by ``N``."""
+        self._refuse(kwargs)
+        with torch.no_grad():
+            loss, phi, positions = self._forward(x, y)
+            sums = last_layer.kron(phi, self.output_hessian(positions), self._has_bias)
+            return loss, sums if N == 1 else sums.divide_inputs(N)
+
+    @property
+    def _has_bias(self) -> bool:
+        return self._head.bias is not None
+
+    def _forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Positions]:
+        """Loss, features and outputs of the unmasked positions."""
+        f, phi = self.model.forward_with_features(x)
+        positions = self.output_likelihood.flatten(self._widen(f), y)
+        return self.output_likelihood.nll(positions.f, positions.y), positions.select(self._widen(phi)), positions
+
+
+class AutogradGGN(AutogradInterface, GGNInterface):
+    """Generalized Gauss–Newton matrix, exact or (``stochastic=True``) with Λ sampled from the model."""
+
+
+class AutogradHessian(AutogradInterface):
+    """The Hessian; for the last layer, in which outputs are linear, it equals the generalized Gauss–Newton matrix."""
+
+
+class AutogradEF(AutogradInterface, EFInterface):
+    """Empirical Fisher: outer products of the gradients of each datum (a row of the loader).
+
+    The Kronecker structure treats positions of a datum as independent, as its factors do everywhere.
+    """
+
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and ``Σ g gᵀ`` ``[P, P]``, ``g`` summed over the positions of a datum first."""
+        self._refuse(kwargs)
+        with torch.no_grad():
+            loss, phi, positions = self._forward(x, y)
+            if positions.datum is None:
+                return loss, last_layer.full(phi, self.output_hessian(positions), self._has_bias)
+            total = phi.new_zeros(self._n_params, self._n_params)
+            for gradients in self._datum_gradients(phi, positions):
+                total.addmm_(gradients.T, gradients)
+            return loss, total
+
+    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and ``Σ g²`` ``[P]``, ``g`` summed over the positions of a datum first."""
+        self._refuse(kwargs)
+        with torch.no_grad():
+            loss, phi, positions = self._forward(x, y)
+            if positions.datum is None:
+                return loss, last_layer.diag(phi, self.output_hessian(positions), self._has_bias)
+            total = phi.new_zeros(self._n_params)
+            for gradients in self._datum_gradients(phi, positions):
+                total += gradients.square().sum(0)
+            return loss, total
+
+    @property
+    def _n_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.params)
+
+    def _datum_gradients(self, phi: Tensor, positions: Positions) -> Iterator[Tensor]:
+        assert positions.datum is not None, "one position a datum needs no sums"
+        gradient = self.output_likelihood.gradient(positions.f, positions.y)
+        return last_layer.per_datum_gradients(phi, gradient, positions.datum, self._has_bias)

@@ -1,0 +1,150 @@
+"""Closed forms for the last layer: its curvature from features and output Hessians. No Jacobian, no backward pass.
+
+The last layer is linear, ``f = W φ + b``, so ``J = I_C ⊗ [φ, 1]ᵀ`` and every curvature is a sum of ``Λ ⊗ φφᵀ``, with
+``Λ = diag(d) ± r rᵀ`` the Hessian of the negative log-likelihood in the outputs (or an outer product of gradients, for
+a Fisher). The outputs are linear in these weights, so the generalized Gauss–Newton matrix *is* the Hessian.
+
+All results are sums over rows, in public order: the weight row by row, then the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace.likelihoods import OutputHessian
+from laplace.network.parameters import augment
+from laplace.structures import Kron
+
+CHUNK_ELEMENTS = 2**24
+"""Largest temporary, in numbers: 64 MB in float32."""
+
+
+def diag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:
+    """Diagonal of Σ Λ ⊗ φφᵀ: one product of ``[C, rows]`` with ``[rows, D]``.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    hessian
+        Output Hessians of the same rows.
+    bias
+        Whether the layer has a bias.
+    """
+    strength = hessian.diag()
+    weight = (strength.T @ phi.square()).flatten()
+    return torch.cat([weight, strength.sum(0)]) if bias else weight
+
+
+def kron(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Kron:
+    """Factors Σ Λ and Σ φφᵀ, both raw sums; the bias block shares the first.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    hessian
+        Output Hessians of the same rows.
+    bias
+        Whether the layer has a bias.
+    """
+    outer = hessian.sum()
+    return Kron([[outer, phi.T @ phi], [outer]] if bias else [[outer, phi.T @ phi]])
+
+
+def full(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Float[Tensor, "params params"]:
+    """Σ Λ ⊗ φφᵀ, dense: C products for the diagonal blocks, one for the outer products.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    hessian
+        Output Hessians of the same rows.
+    bias
+        Whether the layer has a bias.
+
+    Notes
+    -----
+    Time O(rows · (C D)²), memory O((C D)²).
+    """
+    augmented = augment(phi, bias)
+    n_outputs, width = hessian.n_outputs, augmented.shape[1]
+    if hessian.root is None:
+        matrix = phi.new_zeros(n_outputs * width, n_outputs * width)
+    else:
+        matrix = hessian.sign * outer_products(augmented, hessian.root)
+    if hessian.diagonal is not None:
+        # [1 or C, D, D]: one block serves all outputs when they share their diagonal.
+        blocks = torch.einsum("nd,nc,ne->cde", augmented, hessian.diagonal, augmented)
+        matrix.view(n_outputs, width, n_outputs, width).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
+    return public_order(matrix, n_outputs, bias)
+
+
+def outer_products(
+    augmented: Float[Tensor, "rows augmented"], root: Float[Tensor, "rows outputs samples"]
+) -> Float[Tensor, "internal internal"]:
+    """Σ z zᵀ over rows and samples with z = r ⊗ φ, in chunks of rows; row-major order of ``[W, b]``."""
+    n_rows, n_outputs, n_samples = root.shape
+    width = n_outputs * augmented.shape[1]
+    total = augmented.new_zeros(width, width)
+    step = max(1, CHUNK_ELEMENTS // (width * n_samples))
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        z = torch.einsum("nck,nd->nkcd", root[rows], augmented[rows]).reshape(-1, width)
+        total.addmm_(z.T, z)
+    return total
+
+
+def public_order(
+    matrix: Float[Tensor, "internal internal"], n_outputs: int, bias: bool
+) -> Float[Tensor, "params params"]:
+    """From the row-major order of ``[W, b]`` to the weight row by row, then the bias."""
+    if not bias:
+        return matrix
+    width = len(matrix) // n_outputs
+    size = len(matrix) - n_outputs
+    blocks = matrix.view(n_outputs, width, n_outputs, width)
+    ordered = torch.empty_like(matrix)
+    # Slices of one view instead of an index: a copy at memory speed.
+    shape = (n_outputs, width - 1, n_outputs, width - 1)
+    ordered[:size, :size].unflatten(1, shape[2:]).unflatten(0, shape[:2]).copy_(blocks[:, :-1, :, :-1])
+    ordered[:size, size:].unflatten(0, shape[:2]).copy_(blocks[:, :-1, :, -1])
+    ordered[size:, :size].unflatten(1, shape[2:]).copy_(blocks[:, -1, :, :-1])
+    ordered[size:, size:].copy_(blocks[:, -1, :, -1])
+    return ordered
+
+
+def per_datum_gradients(
+    phi: Float[Tensor, "rows features"],
+    gradient: Float[Tensor, "rows outputs"],
+    datum: Int[Tensor, " rows"],
+    bias: bool,
+) -> Iterator[Float[Tensor, "chunk params"]]:
+    """Gradients of each datum in the weights, summed over its positions first; in chunks of data, in public order.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    gradient
+        Gradients in the outputs, ``[rows, C]``.
+    datum
+        Which datum each row belongs to, ascending.
+    bias
+        Whether the layer has a bias.
+    """
+    positions = torch.unique_consecutive(datum, return_counts=True)[1].tolist()
+    step = max(1, CHUNK_ELEMENTS // ((phi.shape[1] + int(bias)) * gradient.shape[1]))
+    phis, gradients = phi.split(positions), gradient.split(positions)
+    for start in range(0, len(positions), step):
+        part = slice(start, start + step)
+        # Padded with zeros to [chunk, positions, ·]: the sum over positions becomes a batched product.
+        padded_phi = torch.nn.utils.rnn.pad_sequence(list(phis[part]), batch_first=True)
+        padded_gradient = torch.nn.utils.rnn.pad_sequence(list(gradients[part]), batch_first=True)
+        weight = (padded_gradient.mT @ padded_phi).flatten(1)
+        yield torch.cat([weight, padded_gradient.sum(1)], 1) if bias else weight
