@@ -1,0 +1,46 @@
+"""Draws from batches of possibly singular Gaussians over outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+
+CHUNK_ELEMENTS = 2**24
+"""Largest temporary, in numbers: 64 MB in float32."""
+
+
+def draw(
+    mean: Float[Tensor, "rows outputs"], cov: Tensor, n_samples: int, generator: torch.Generator | None = None
+) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+    """Draw outputs, chunk by chunk. All rows share their base samples, so that curves over inputs are smooth.
+
+    Parameters
+    ----------
+    mean
+        ``[rows, C]``.
+    cov
+        Variance ``[rows, C]`` (independent outputs) or covariance ``[rows, C, C]``.
+    n_samples
+        Total number of samples.
+    generator
+        Source of randomness.
+    """
+    scale = cov.clamp(min=0).sqrt() if cov.dim() == mean.dim() else linalg.root(cov)
+    for size in chunks(n_samples, mean.numel()):
+        base = torch.randn(size, mean.shape[-1], dtype=mean.dtype, device=mean.device, generator=generator)
+        if scale.dim() == mean.dim():
+            yield mean + scale * base.unsqueeze(1)
+        else:
+            yield mean + torch.einsum("nck,sk->snc", scale, base)
+
+
+def chunks(total: int, elements_each: int) -> Iterator[int]:
+    """Split ``total`` items of ``elements_each`` numbers into chunks of bounded size."""
+    step = max(1, CHUNK_ELEMENTS // max(elements_each, 1))
+    for start in range(0, total, step):
+        yield min(step, total - start)

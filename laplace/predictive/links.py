@@ -1,0 +1,150 @@
+"""From a Gaussian over logits to class probabilities (``link_approx=``). Pure functions.
+
+Each takes the mean ``[rows, C]`` and a variance ``[rows, C]`` or covariance ``[rows, C, C]`` of the logits and returns
+*log* probabilities ``[rows, C]``, so that the score of a saturated prediction stays finite. Rows sum to one (after
+exponentiation) for any finite logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.enums import LinkApprox
+from laplace.predictive.gaussian import draw
+
+LogProbabilities = Float[Tensor, "rows outputs"]
+
+
+def probit(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities:
+    """Softmax of ``f / √(1 + π/8 · var f)``: needs variances only.
+
+    Parameters
+    ----------
+    mean
+        Mean of the logits, ``[rows, C]``.
+    cov
+        Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
+
+    References
+    ----------
+    MacKay (1992), "The evidence framework applied to classification networks", for two classes; the multi-class form
+    scales each logit by its own variance.
+    """
+    var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
+    return (mean / (1 + math.pi / 8 * var).sqrt()).log_softmax(-1)
+
+
+def bridge(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows outputs outputs"]) -> LogProbabilities:
+    """Mean of the Dirichlet that the Laplace bridge assigns to the logits' Gaussian.
+
+    The Gaussian is first conditioned on logits that sum to zero (the softmax does not see their sum); then
+    ``α_k = (1 − 2/C + e^{f_k} Σ_j e^{−f_j} / C²) / Σ_kk`` and the probabilities are ``α / Σ α``.
+
+    Parameters
+    ----------
+    mean
+        Mean of the logits, ``[rows, C]``.
+    cov
+        Their covariance, ``[rows, C, C]``.
+
+    References
+    ----------
+    Hobbhahn, Kristiadi & Hennig (2022), "Fast predictive uncertainty for classification with Bayesian deep networks".
+    arXiv:2003.01227
+    """
+    mean, var = _sum_to_zero(mean, cov)
+    return _dirichlet_mean(mean, var)
+
+
+def bridge_norm(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows outputs outputs"]) -> LogProbabilities:
+    """The Laplace bridge with variances scaled to a mean of √(C/2), and logits accordingly.
+
+    Keeps the bridge in the range in which it is accurate when variances are large.
+
+    Parameters
+    ----------
+    mean
+        Mean of the logits, ``[rows, C]``.
+    cov
+        Their covariance, ``[rows, C, C]``.
+    """
+    mean, var = _sum_to_zero(mean, cov)
+    size = var.mean(-1, keepdim=True) / math.sqrt(mean.shape[-1] / 2)
+    return _dirichlet_mean(mean / size.sqrt(), var / size)
+
+
+def mc(
+    mean: Float[Tensor, "rows outputs"], cov: Tensor, n_samples: int = 100, generator: torch.Generator | None = None
+) -> LogProbabilities:
+    """Log of the average softmax over samples of the logits; all rows share their base samples.
+
+    Parameters
+    ----------
+    mean
+        Mean of the logits, ``[rows, C]``.
+    cov
+        Their variance ``[rows, C]`` (independent outputs) or covariance ``[rows, C, C]``.
+    n_samples
+        Number of samples; the error falls as its inverse root.
+    generator
+        Source of randomness.
+    """
+    return average_softmax(draw(mean, cov, n_samples, generator), n_samples)
+
+
+def average_softmax(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int) -> LogProbabilities:
+    """Log of the average softmax over samples that come in parts.
+
+    Parameters
+    ----------
+    parts
+        Logits, ``[samples, rows, C]`` each.
+    n_samples
+        How many there are in all.
+    """
+    total: Tensor | None = None
+    for f in parts:
+        part = f.log_softmax(-1).logsumexp(0)
+        total = part if total is None else torch.logaddexp(total, part)
+    assert total is not None, "the caller checks that there are samples"
+    return total - math.log(n_samples)
+
+
+def _sum_to_zero(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variances of the logits given that they sum to zero."""
+    # Without any uncertainty every scale gives the same answer: take one.
+    certain = (cov == 0).flatten(1).all(1)[:, None, None]
+    cov = torch.where(certain, torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device), cov)
+    row_sums = cov.sum(-1)
+    total = row_sums.sum(-1, keepdim=True)
+    var = cov.diagonal(dim1=-2, dim2=-1)
+    conditioned = var - row_sums.square() / total
+    # Non-negative but for rounding; a floor at rounding level keeps the division below finite.
+    floor = torch.finfo(var.dtype).eps * var.amax(-1, keepdim=True)
+    return mean - row_sums * mean.sum(-1, keepdim=True) / total, torch.maximum(conditioned, floor)
+
+
+def _dirichlet_mean(mean: Tensor, var: Tensor) -> LogProbabilities:
+    """Log of α / Σα, computed in logs so that no exponential overflows."""
+    n_classes = mean.shape[-1]
+    growth = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * math.log(n_classes)
+    if n_classes > 2:  # with two classes the constant 1 − 2/C vanishes
+        growth = torch.logaddexp(growth, torch.full_like(growth, math.log1p(-2 / n_classes)))
+    return (growth - var.log()).log_softmax(-1)
+
+
+LINKS: dict[LinkApprox, Callable[..., Tensor]] = {
+    LinkApprox.PROBIT: probit,
+    LinkApprox.MC: mc,
+    LinkApprox.BRIDGE: bridge,
+    LinkApprox.BRIDGE_NORM: bridge_norm,
+}
+"""Which function implements which name."""
+
+VARIANCE_LINKS = frozenset({LinkApprox.PROBIT})
+"""Links that use variances alone: covariances are not computed for them."""

@@ -1,0 +1,6 @@
+"""Choosing hyperparameters (``optimize_prior_precision``, ``log_marginal_likelihood``)."""
+
+from laplace.tuning.gridsearch import Loss, Validation, log_grid, search
+from laplace.tuning.marglik import log_likelihood, log_marginal_likelihood, optimize
+
+__all__ = ["Loss", "Validation", "log_grid", "log_likelihood", "log_marginal_likelihood", "optimize", "search"]
