@@ -1,0 +1,306 @@
+"""``BaseLaplace``: hyperparameters and their setters, argument checks, and the contract of the call.
+
+Estimators wire the other rooms together and hold no formulas.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.curvature import AutogradGGN, CurvatureInterface
+from laplace.enums import Likelihood, LinkApprox, PredType, choose
+from laplace.errors import InputError, NotFittedError, UnsupportedError
+from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood, resolve
+from laplace.predictive import Options
+from laplace.types import Inputs, Scalar
+
+
+class BaseLaplace(ABC):
+    """A network whose weights, after training, have a Gaussian posterior.
+
+    Parameters
+    ----------
+    model
+        The trained network; it is read, never written.
+    likelihood
+        ``"classification"`` or ``"regression"``.
+    sigma_noise
+        Standard deviation of the observation noise, in target units; regression only.
+    prior_precision
+        Of the Gaussian prior, in 1/weight²: a scalar, one value a parameter group, or one a weight.
+    prior_mean
+        Of the Gaussian prior: a scalar, or one value a weight.
+    temperature
+        T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
+    enable_backprop
+        Keep predictions differentiable with respect to the inputs.
+    dict_key_x, dict_key_y
+        Entries of mapping batches that hold the main input and the targets.
+    backend
+        Class that computes the curvature; ``AutogradGGN`` when ``None``.
+    backend_kwargs
+        Passed to it on construction.
+    asdl_fisher_kwargs
+        Passed to the methods of an ASDL back end; any other raises.
+    curvature_dtype
+        Precision of curvature, factorizations and evidence; that of the model by default, at least float32.
+
+    Raises
+    ------
+    UnsupportedError
+        If an option does not exist or does not fit another.
+    InputError
+        If a hyperparameter is not finite or not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
+            raise UnsupportedError(msg)
+        self.likelihood = choose(Likelihood, likelihood, "likelihood")
+        resolve(self.likelihood)
+        self.model = model
+        self._curvature_dtype = curvature_dtype
+        self._backend_cls = AutogradGGN if backend is None else backend
+        if not (isinstance(self._backend_cls, type) and issubclass(self._backend_cls, CurvatureInterface)):
+            msg = f"backend must be a subclass of CurvatureInterface (the class, not an object); got {backend!r}."
+            raise UnsupportedError(msg)
+        self._backend_kwargs = dict(backend_kwargs or {})
+        self._asdl_fisher_kwargs = dict(asdl_fisher_kwargs or {})
+        if self._asdl_fisher_kwargs and not self._backend_cls.accepts_fisher_kwargs:
+            msg = (
+                f"asdl_fisher_kwargs are options of the ASDL back ends; {self._backend_cls.__name__} does not read "
+                "them. Options of other back ends go into backend_kwargs."
+            )
+            raise UnsupportedError(msg)
+        self._backend: CurvatureInterface | None = None
+        self.enable_backprop = bool(enable_backprop)
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        self.prior_precision = prior_precision
+        self.prior_mean = prior_mean
+        self.sigma_noise = sigma_noise
+        self.temperature = temperature
+
+    # -- where and in which precision ---------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self._first_parameter.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What curvature, factorizations and hyperparameters are computed in."""
+        return self._curvature_dtype or torch.promote_types(self._first_parameter.dtype, torch.float32)
+
+    @property
+    def _first_parameter(self) -> Tensor:
+        for parameter in self.model.parameters():
+            return parameter
+        msg = "The model has no parameters; a Laplace approximation is one over its weights."
+        raise UnsupportedError(msg)
+
+    # -- hyperparameters ----------------------------------------------------------------------------------------------
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        precision = self._checked("prior_precision", value, positive=True)
+        if precision.dim() > 1:
+            msg = f"prior_precision must be a number or a vector; got the shape {list(precision.shape)}."
+            raise InputError(msg)
+        precision = precision.reshape(-1)
+        self._check_prior(precision, getattr(self, "_prior_mean", precision.new_zeros(())))
+        self._prior_precision = precision
+        self._hyperparameters_changed()
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Prior mean, ``[]`` or ``[P]``; assign a float or a tensor."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        mean = self._checked("prior_mean", value)
+        self._check_prior(self._prior_precision, mean)
+        self._prior_mean = mean
+        self._hyperparameters_changed()
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        sigma = self._checked("sigma_noise", value, positive=True)
+        if sigma.numel() != 1:
+            msg = f"sigma_noise must be one number for all outputs; got the shape {list(sigma.shape)}."
+            raise InputError(msg)
+        if not LIKELIHOODS[self.likelihood].has_noise and float(sigma.detach()) != 1:
+            msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {self.likelihood.value}."
+            raise UnsupportedError(msg)
+        self._sigma_noise = sigma.reshape(())
+        self._hyperparameters_changed()
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """T of the tempered likelihood; assign a float."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        checked = self._checked("temperature", value, positive=True)
+        if checked.numel() != 1:
+            msg = f"temperature must be one number; got the shape {list(checked.shape)}."
+            raise InputError(msg)
+        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
+        self._hyperparameters_changed()
+
+    def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
+        """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
+        try:
+            tensor = torch.as_tensor(value).to(self._device, self._dtype)
+        except (TypeError, ValueError) as error:
+            msg = f"{name} must be a number or a tensor; got {type(value).__name__}."
+            raise InputError(msg) from error
+        bad = ~torch.isfinite(tensor.detach())
+        if positive:
+            bad |= tensor.detach() <= 0
+        if bool(bad.any()) or tensor.numel() == 0:
+            need = "positive and finite" if positive else "finite"
+            got = tensor.detach().flatten()[bad.flatten()][:3].tolist() if tensor.numel() else "an empty tensor"
+            msg = f"{name} must be {need}; got {got}."
+            raise InputError(msg)
+        return tensor
+
+    @abstractmethod
+    def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
+        """Raise if a prior does not fit the weights or the structure, as far as they are known."""
+
+    @abstractmethod
+    def _hyperparameters_changed(self) -> None:
+        """Forget what depends on hyperparameters."""
+
+    @property
+    def _output_likelihood(self) -> AbstractLikelihood:
+        """The likelihood with its present noise and temperature."""
+        return resolve(self.likelihood, self._sigma_noise, self._temperature)
+
+    # -- back end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> CurvatureInterface:
+        """The object that computes the curvature; constructed on first use."""
+        if self._backend is None:
+            self._backend = self._make_backend()
+        return self._backend
+
+    @abstractmethod
+    def _make_backend(self) -> CurvatureInterface:
+        """Construct the back end."""
+
+    # -- the call -----------------------------------------------------------------------------------------------------
+
+    def _options(
+        self,
+        pred_type: PredType | str,
+        joint: bool = False,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+    ) -> Options:
+        """Check how to predict: names, combinations, the generator."""
+        kind = choose(PredType, pred_type, "pred_type")
+        link = choose(LinkApprox, link_approx, "link_approx")
+        has_link = LIKELIHOODS[self.likelihood].has_link
+        problem = ""
+        if kind is PredType.GP:
+            problem = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
+        elif fitting:
+            problem = f"fitting=True is for reward modeling; it has no meaning for {self.likelihood.value}."
+        elif joint and diagonal_output:
+            problem = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
+        elif joint and kind is PredType.NN:
+            problem = 'joint=True needs pred_type="glm"; sampled predictions are functions already.'
+        elif joint and has_link and link is not LinkApprox.MC:
+            problem = 'For classification joint=True averages over whole functions: pass link_approx="mc" with it.'
+        elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and not has_link:
+            problem = f"link_approx={link.value!r} turns logits into probabilities; regression has none."
+        elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and kind is PredType.NN:
+            problem = f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
+        elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and diagonal_output:
+            problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
+        if problem:
+            raise UnsupportedError(problem)
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+            msg = f"n_samples must be a positive whole number; got {n_samples!r}."
+            raise InputError(msg)
+        if generator is not None and generator.device.type != self._device.type:
+            msg = (
+                f"The generator is on {generator.device}, the model on {self._device}; create it on the model's device."
+            )
+            raise InputError(msg)
+        return Options(kind, link, joint, n_samples, diagonal_output, generator)
+
+    def predictive(
+        self, x: Inputs, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict; the same as calling the object.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        pred_type, link_approx, n_samples
+            As in ``__call__``.
+        """
+        return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
+
+    @abstractmethod
+    def __call__(self, x: Inputs, pred_type: PredType | str, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict at a batch of inputs."""
+
+    @abstractmethod
+    def fit(self, train_loader: Iterable[Any]) -> None:
+        """Learn from a loader of training batches."""
+
+    @abstractmethod
+    def log_marginal_likelihood(
+        self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
+    ) -> Scalar:
+        """Laplace approximation of log p(D), in nats."""
+
+    @staticmethod
+    def _not_fitted(what: str) -> NotFittedError:
+        return NotFittedError(f"{what} needs a fitted approximation: call fit(train_loader) first.")
+
+
+__all__ = ["BaseLaplace"]

@@ -1,0 +1,31 @@
+"""``FullLaplace``: dense curvature."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.structures import AbstractCurvature, FullCurvature, FullPrecision
+
+
+class FullLaplace(ParametricLaplace):
+    """A posterior with a dense precision: exact for the curvature, O(P²) memory, O(P³) time to factorize."""
+
+    curvature_type: ClassVar[type[AbstractCurvature]] = FullCurvature
+
+    @property
+    def posterior_scale(self) -> Float[Tensor, "params params"]:
+        """Lower-triangular ``L`` with ``L Lᵀ`` the posterior covariance, ``[P, P]``."""
+        posterior = self._posterior
+        assert isinstance(posterior, FullPrecision), "made by FullCurvature"
+        return posterior.root
+
+    @property
+    def posterior_covariance(self) -> Float[Tensor, "params params"]:
+        """Posterior covariance, ``[P, P]``."""
+        posterior = self._posterior
+        assert isinstance(posterior, FullPrecision), "made by FullCurvature"
+        return posterior.covariance

@@ -1,0 +1,98 @@
+"""``KronLaplace``: Kronecker-factored curvature, with or without damping."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.enums import Likelihood
+from laplace.errors import InputError
+from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature, Kron, KronCurvature
+
+
+class KronLaplace(ParametricLaplace):
+    """A posterior whose precision is a Kronecker product a parameter group, plus the prior.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y
+        As in ``BaseLaplace``; the prior precision is a scalar or one value a parameter group.
+    backend, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
+        As in ``BaseLaplace``.
+    damping
+        Add the root of the prior precision to both sides of each product instead of adding the prior to it; may be set
+        at any time.
+
+    References
+    ----------
+    Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
+    """
+
+    curvature_type: ClassVar[type[AbstractCurvature]] = KronCurvature
+    _damping = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            backend_kwargs,
+            asdl_fisher_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+        self.damping = damping
+
+    @property
+    def damping(self) -> bool:
+        """Whether the prior enters each side of a product; assign to change it, also after ``fit``."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            msg = f"damping must be True or False; got {value!r}."
+            raise InputError(msg)
+        self._damping = value
+        self._hyperparameters_changed()
+
+    def _posterior_options(self) -> dict[str, Any]:
+        return {"damping": self._damping}
+
+    def _fits_structure(self, prior: GaussianPrior) -> None:
+        prior.per_layer()
+
+    @property
+    def H_facs(self) -> Kron:  # noqa: N802 - the recorded name
+        """The Kronecker factors of the curvature."""
+        curvature = self._fitted.curvature
+        assert isinstance(curvature, KronCurvature), "made by this class"
+        return curvature.factors

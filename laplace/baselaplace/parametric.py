@@ -1,0 +1,326 @@
+"""``ParametricLaplace``: sampling, prediction and tuning of a Gaussian over weights.
+
+Predictions are delegated to ``predictive/``, tuning to ``tuning/``; what ``fit`` learns is in
+``baselaplace/posterior.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import tuning
+from laplace.baselaplace.posterior import WeightPosterior
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
+from laplace.errors import InputError, UnsupportedError
+from laplace.network import evaluating, iterate
+from laplace.network.parameters import expand_groups
+from laplace.predictive import functional_samples, predict
+from laplace.prior import GaussianPrior
+from laplace.types import Inputs
+
+
+class ParametricLaplace(WeightPosterior):
+    """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹). See ``BaseLaplace`` for the parameters."""
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
+        """Draw weights from the posterior, ``[n_samples, P]``.
+
+        Parameters
+        ----------
+        n_samples
+            How many.
+        generator
+            Source of randomness, on the model's device.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        InputError
+            If ``n_samples`` is not positive, or the generator is on another device.
+        """
+        self._options(PredType.NN, n_samples=n_samples, generator=generator)
+        with torch.no_grad():
+            return self.mean + self._frozen_posterior.sample(n_samples, generator)
+
+    def functional_variance(self, Js: Tensor) -> Float[Tensor, "batch outputs outputs"]:
+        """Covariance of the linearized outputs at each input, ``J Σ Jᵀ``, in output units squared.
+
+        Parameters
+        ----------
+        Js
+            Jacobians, ``[batch, outputs, P]``.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+
+        Notes
+        -----
+        The Jacobian dominates time and memory; calling the object never builds it.
+        """
+        return self._frozen_posterior.functional_variance(Js)
+
+    def functional_covariance(self, Js: Tensor) -> Float[Tensor, "joint joint"]:
+        """Covariance of the linearized outputs across inputs, ``[batch·outputs, batch·outputs]``.
+
+        Parameters
+        ----------
+        Js
+            Jacobians, ``[batch, outputs, P]``.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        return self._frozen_posterior.functional_covariance(Js)
+
+    # -- prediction ---------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        joint: bool = False,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict at a batch of inputs.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs: a tensor or any nesting of tensors.
+        pred_type
+            ``"glm"``: a Gaussian over the outputs of the linearized network, in closed form. ``"nn"``: the network at
+            sampled weights, averaged (after the link: ``link_approx`` is not used).
+        joint
+            Regression: covariance across inputs. Classification, with ``link_approx="mc"``: average over functions.
+        link_approx
+            From logits to probabilities: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+        n_samples
+            For ``"mc"`` and ``"nn"``.
+        diagonal_output
+            Use and return variances instead of covariances.
+        generator
+            Source of randomness, on the model's device.
+        fitting
+            For reward modeling; raises here.
+        **model_kwargs
+            Passed to the model's ``forward``.
+
+        Returns
+        -------
+        Classification: probabilities ``[batch, *positions, C]``. Regression: mean ``[batch, *positions, C]`` and
+        covariance ``[…, C, C]``, or variance ``[…, C]`` with ``diagonal_output`` or ``"nn"``, or ``[batch·C]`` and
+        ``[batch·C, batch·C]`` with ``joint``; in target units, without observation noise.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        UnsupportedError
+            If options do not exist or do not go together.
+
+        References
+        ----------
+        Immer, Korzepa & Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
+        arXiv:2008.08400
+        """
+        options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
+        posterior = self._frozen_posterior
+        with evaluating(self.model, enable_backprop=self.enable_backprop):
+            inputs = self._linearize(x, **model_kwargs)
+            return predict(inputs, posterior, self._output_likelihood, options, self._dtype)
+
+    def functional_samples(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "samples batch ..."]:
+        """Samples of the outputs (before any link), ``[n_samples, batch, *positions, C]``.
+
+        Functions drawn through the weights, coherent over the inputs of a call. For a linear last layer ``"glm"`` and
+        ``"nn"`` have the same distribution.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        pred_type
+            ``"glm"`` or ``"nn"``.
+        n_samples
+            How many.
+        diagonal_output
+            Draw each output from its own marginal instead (``"glm"``): cheaper, without correlations.
+        generator
+            Source of randomness, on the model's device.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        UnsupportedError
+            If options do not exist or do not go together.
+        """
+        options = self._options(pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator)
+        if options.diagonal_output and options.pred_type is PredType.NN:
+            msg = 'diagonal_output=True draws from marginals of the linearized outputs: it needs pred_type="glm".'
+            raise UnsupportedError(msg)
+        posterior = self._frozen_posterior
+        with evaluating(self.model, enable_backprop=self.enable_backprop):
+            return functional_samples(self._linearize(x), posterior, options, self._dtype)
+
+    def predictive_samples(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "samples batch ..."]:
+        """Samples of the predictions: ``functional_samples`` after the link (class probabilities; regression: means).
+
+        Parameters
+        ----------
+        x, pred_type, n_samples, diagonal_output, generator
+            As in ``functional_samples``.
+        """
+        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+        return self._output_likelihood.expectation(samples)
+
+    # -- tuning -------------------------------------------------------------------------------------------------------
+
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str = PredType.GLM,
+        method: TuningMethod | str = TuningMethod.MARGLIK,
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        val_loader: Iterable[Any] | None = None,
+        loss: tuning.Loss | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Choose the prior precision and assign it.
+
+        Parameters
+        ----------
+        pred_type, link_approx, n_samples
+            How the validation predictions are made (``"gridsearch"``).
+        method
+            ``"marglik"``: gradient ascent on the log marginal likelihood. ``"gridsearch"``: loss on validation data.
+        n_steps, lr
+            Adam steps on log precisions, and their learning rate (``"marglik"``).
+        init_prior_prec
+            Where to start (``"marglik"``): a scalar, or one value a precision.
+        prior_structure
+            ``"scalar"``, ``"layerwise"`` (a parameter group each) or ``"diag"`` (a weight each).
+        val_loader
+            Validation batches (``"gridsearch"``).
+        loss
+            ``loss(probabilities, targets)``, for regression ``loss(means, covariances, targets)``, to minimize; the
+            mean negative log predictive density (noise included) when ``None``.
+        log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+            The grid: ``base^min … base^max``, evenly spaced in the exponent.
+        verbose
+            Print the result in one line.
+        progress_bar
+            Show a progress bar.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        UnsupportedError
+            If names are unknown, or the structure takes no such prior.
+        InputError
+            If validation data are missing or empty, the grid is no grid, or the objective is finite nowhere.
+
+        Notes
+        -----
+        When something is raised the prior precision is what it was. Grid search runs the model over the validation data
+        once; each point then costs matrix products.
+        """
+        how = choose(TuningMethod, method, "method")
+        structure = choose(PriorStructure, prior_structure, "prior_structure")
+        options = self._options(pred_type, link_approx=link_approx, n_samples=n_samples)
+        fit, sizes = self._fitted, self._prior.sizes
+        n_values = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: len(sizes), PriorStructure.DIAG: sum(sizes)}
+        n_values = n_values[structure]
+
+        def prior(precision: Tensor) -> GaussianPrior:
+            return GaussianPrior(self._prior_mean, precision, sizes)
+
+        if how is TuningMethod.MARGLIK:
+            start = self._checked("init_prior_prec", init_prior_prec, positive=True).reshape(-1)
+            start = self._spread(start, n_values, sizes)
+            self._fits_structure(prior(start))
+            best, value = tuning.optimize(
+                lambda precision: self._evidence(fit, prior(precision)),
+                start,
+                n_steps=n_steps,
+                lr=lr,
+                progress_bar=progress_bar,
+            )
+            result = f"log marginal likelihood {value:.4f}"
+        else:
+            if val_loader is None:
+                msg = 'method="gridsearch" scores prior precisions on validation data: pass val_loader=.'
+                raise InputError(msg)
+            grid = tuning.log_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+            grid = grid.to(self._device, self._dtype)
+            self._fits_structure(prior(grid[:1].expand(n_values)))
+            likelihood, dtype = self._output_likelihood, self._dtype
+            with evaluating(self.model):
+                batches = iterate(val_loader, dict_key_y=self.dict_key_y, device=self._device)
+                data = tuning.Validation.collect(batches, self._linearize, likelihood)
+                curvature = fit.curvature * likelihood.curvature_scale(self.backend.kind)
+
+                def score(point: Tensor) -> float:
+                    posterior = curvature.posterior(prior(point.reshape(1)), **self._posterior_options())
+                    return data.score(posterior, likelihood, options, loss, dtype)
+
+                point, scores = tuning.search(score, grid, progress_bar=progress_bar)
+            best = point.reshape(1).expand(n_values).clone()
+            result = f"validation loss {float(scores[torch.isfinite(scores)].min()):.4f}"
+        self.prior_precision = best.detach()
+        if verbose:
+            shown = ", ".join(f"{float(p):.4g}" for p in best[:5]) + (", …" if len(best) > 5 else "")
+            print(f"Optimized prior precision: {shown} ({result})")
+
+    @staticmethod
+    def _spread(start: Tensor, n_values: int, sizes: tuple[int, ...]) -> Tensor:
+        """Initial precisions in the shape of the prior structure."""
+        if start.numel() == 1:
+            return start.expand(n_values)
+        if start.numel() == len(sizes) and n_values == sum(sizes):
+            return expand_groups(start, sizes)
+        if start.numel() != n_values:
+            msg = (
+                f"init_prior_prec must be a number or {n_values} of them for this prior_structure; got {start.numel()}."
+            )
+            raise InputError(msg)
+        return start

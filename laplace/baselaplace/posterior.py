@@ -1,0 +1,323 @@
+"""``WeightPosterior``: the fit loop, the posterior over weights and its evidence.
+
+Subclasses declare two independent things: a structure (``curvature_type``) and which weights are random
+(``_select_parameters`` and ``_linearize``). The curvature comes from the back end, formulas from the structure and from
+``tuning/``; this class wires them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import tuning
+from laplace.baselaplace.base import BaseLaplace
+from laplace.errors import InputError, ShapeError
+from laplace.fit import Fit
+from laplace.network import Batch, ParameterSubset, evaluating, iterate
+from laplace.predictive import Linearization
+from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature, AbstractPrecision
+from laplace.types import Inputs, Scalar
+
+
+class WeightPosterior(BaseLaplace):
+    """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹): what ``fit`` learns, and its evidence."""
+
+    curvature_type: ClassVar[type[AbstractCurvature]]
+    """Declared by a structure class."""
+
+    @abstractmethod
+    def _select_parameters(self) -> ParameterSubset | None:
+        """The random weights; ``None`` while they are not known. Declared by a subset class."""
+
+    @abstractmethod
+    def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        """Outputs at ``x`` and how they depend on the random weights. Declared by a subset class."""
+
+    def _posterior_options(self) -> dict[str, Any]:
+        """Options of the structure's ``posterior``."""
+        return {}
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
+    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
+        """Learn the curvature at the weights the model has.
+
+        Parameters
+        ----------
+        train_loader
+            Yields ``(x, y)``, ``(x1, …, xk, y)`` or mappings: a ``DataLoader``, a list, any iterable of batches, which
+            needs no length. Rows are counted as they come.
+        override
+            Start again; ``False`` adds the new data to what was learned before, exactly.
+        progress_bar
+            Show a progress bar.
+
+        Raises
+        ------
+        InputError
+            If the loader is empty, or yields something else than batches or valid targets.
+        UnsupportedError
+            If model, likelihood and structure do not fit together.
+        ShapeError
+            If outputs, targets or the prior have shapes that do not fit.
+
+        Notes
+        -----
+        The model is left as it was found. When something is raised, so is this object.
+        """
+        counts = {"data": 0, "positions": 0}
+        with evaluating(self.model):
+            batches = iterate(
+                train_loader,
+                dict_key_y=self.dict_key_y,
+                device=self._device,
+                progress_bar=progress_bar,
+                description="[Fitting]",
+            )
+            batches = self._counted(batches, counts)
+            learned = self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+        if learned is None:
+            msg = "The training loader is empty: there is nothing to learn the curvature from."
+            raise InputError(msg)
+        nll, curvature = learned
+        subset = self._known_parameters("fit")
+        mean = subset.vector().to(self._dtype)
+        fit = Fit(mean, curvature, nll.detach(), counts["data"], counts["positions"], self._count_outputs())
+        previous = None if override else self.__dict__.get("_fit")
+        self._fit = fit if previous is None else previous.merge(fit)
+        self._hyperparameters_changed()
+
+    def _counted(self, batches: Iterator[Batch], counts: dict[str, int]) -> Iterator[Batch]:
+        """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
+        for batch in batches:
+            if not counts["data"]:
+                self._before_first(batch)
+            yield batch
+            if not counts["data"]:
+                self._check_prior(self._prior_precision, self._prior_mean)
+            counts["data"] += len(batch.y)
+            counts["positions"] += self.backend.count(batch.y)
+
+    def _before_first(self, batch: Batch) -> None:
+        """Prepare for the first batch of a fit; subset classes use it."""
+
+    @abstractmethod
+    def _count_outputs(self) -> int:
+        """C, once the model has run."""
+
+    def _known_parameters(self, what: str) -> ParameterSubset:
+        subset = self._select_parameters()
+        if subset is None:
+            raise self._not_fitted(what)
+        return subset
+
+    @property
+    def _fitted(self) -> Fit:
+        fit: Fit | None = self.__dict__.get("_fit")
+        if fit is None:
+            message = "This"
+            raise self._not_fitted(message)
+        return fit
+
+    # -- what was learned ---------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The random parameters."""
+        return list(self._known_parameters("params").parameters)
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of random weights."""
+        return self._known_parameters("n_params").n_params
+
+    @property
+    def n_layers(self) -> int:
+        """Number of parameter groups."""
+        return self._known_parameters("n_layers").n_layers
+
+    @property
+    def mean(self) -> Float[Tensor, " params"]:
+        """The weights at which the curvature was taken, ``[P]``."""
+        return self._fitted.mean
+
+    @property
+    def H(self) -> Any:
+        """Curvature of the data term at unit noise and temperature, in the form of the structure."""
+        return self._fitted.curvature.public
+
+    @property
+    def loss(self) -> Scalar:
+        """Negative log-likelihood of the training data at σ = T = 1, without constants, in nats."""
+        return self._fitted.nll
+
+    @property
+    def n_data(self) -> int:
+        """Number of rows that the training loaders yielded."""
+        return self._fitted.n_data
+
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self._fitted.n_outputs
+
+    # -- posterior ----------------------------------------------------------------------------------------------------
+
+    def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
+        subset = self._select_parameters()
+        if subset is not None:
+            self._fits_structure(GaussianPrior(mean, precision, subset.sizes))
+
+    def _fits_structure(self, prior: GaussianPrior) -> None:
+        """Raise if the structure cannot take a prior; structure classes use it."""
+
+    def _hyperparameters_changed(self) -> None:
+        self._posterior_cache: AbstractPrecision | None = None
+
+    @property
+    def _prior(self) -> GaussianPrior:
+        return GaussianPrior(self._prior_mean, self._prior_precision, self._known_parameters("The prior").sizes)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " params"]:
+        """Prior precision of each weight, ``[P]``."""
+        return self._prior.diagonal()
+
+    @property
+    def _posterior(self) -> AbstractPrecision:
+        """Factorized posterior precision; cached unless hyperparameters are being differentiated."""
+        if self._posterior_cache is not None:
+            return self._posterior_cache
+        scale = self._output_likelihood.curvature_scale(self.backend.kind)
+        posterior = (self._fitted.curvature * scale).posterior(self._prior, **self._posterior_options())
+        if not (scale.requires_grad or self._prior_precision.requires_grad):
+            self._posterior_cache = posterior
+        return posterior
+
+    @property
+    def _frozen_posterior(self) -> AbstractPrecision:
+        """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
+        if self._posterior_cache is None:
+            with torch.no_grad():
+                scale = self._output_likelihood.curvature_scale(self.backend.kind)
+                curvature = self._fitted.curvature * scale
+                self._posterior_cache = curvature.posterior(self._prior, **self._posterior_options())
+        return self._posterior_cache
+
+    @property
+    def posterior_precision(self) -> Any:
+        """Posterior precision in the form of the structure."""
+        return self._posterior.public
+
+    def log_prob(self, value: Float[Tensor, "*batch params"], normalized: bool = True) -> Float[Tensor, "*batch"]:
+        """Log density of weights under the posterior, in nats.
+
+        Parameters
+        ----------
+        value
+            Weights, ``[..., P]``.
+        normalized
+            Include the normalizer ``½ (log|A| − P log 2π)``.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        quadratic = -0.5 * self.square_norm(value)
+        if not normalized:
+            return quadratic
+        return quadratic + 0.5 * (self.log_det_posterior_precision - self.n_params * math.log(2 * math.pi))
+
+    def square_norm(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
+        """(θ − θ*)ᵀ A (θ − θ*) with A the posterior precision.
+
+        Parameters
+        ----------
+        value
+            Weights, ``[..., P]``.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        mean = self.mean
+        if value.shape[-1:] != mean.shape:
+            msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
+            raise ShapeError(msg)
+        return self._posterior.quadratic(value - mean)
+
+    # -- evidence -----------------------------------------------------------------------------------------------------
+
+    @property
+    def log_likelihood(self) -> Scalar:
+        """Log p(D | θ*) at the present noise and temperature, in nats."""
+        return tuning.log_likelihood(self._fitted, self._output_likelihood)
+
+    @property
+    def scatter(self) -> Scalar:
+        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
+        return self._prior.scatter(self.mean)
+
+    @property
+    def log_det_prior_precision(self) -> Scalar:
+        """Log |P₀|."""
+        return self._prior.logdet()
+
+    @property
+    def log_det_posterior_precision(self) -> Scalar:
+        """Log |s·H + P₀|."""
+        scale = self._output_likelihood.curvature_scale(self.backend.kind)
+        return (self._fitted.curvature * scale).posterior_logdet(self._prior, **self._posterior_options())
+
+    @property
+    def log_det_ratio(self) -> Scalar:
+        """Log |s·H + P₀| − log |P₀|."""
+        return self.log_det_posterior_precision - self.log_det_prior_precision
+
+    def log_marginal_likelihood(
+        self, prior_precision: float | Tensor | None = None, sigma_noise: float | Tensor | None = None
+    ) -> Scalar:
+        """Laplace approximation of log p(D), in nats; differentiable in prior precision and noise.
+
+        Parameters
+        ----------
+        prior_precision
+            Assigned first when given, and kept, with its gradient.
+        sigma_noise
+            Assigned first when given, and kept, with its gradient.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        InputError
+            If a value is not positive or not finite.
+        UnsupportedError
+            If ``sigma_noise`` has no meaning for the likelihood.
+
+        References
+        ----------
+        Immer, Bauer, Fortuin, Rätsch & Khan (2021), "Scalable marginal likelihood estimation for model selection in
+        deep learning". arXiv:2104.04975
+        """
+        fit = self._fitted
+        if prior_precision is not None:
+            self.prior_precision = prior_precision
+        if sigma_noise is not None:
+            self.sigma_noise = sigma_noise
+        return self._evidence(fit, self._prior)
+
+    def _evidence(self, fit: Fit, prior: GaussianPrior) -> Scalar:
+        """The evidence at a prior that is not assigned."""
+        likelihood, kind = self._output_likelihood, self.backend.kind
+        return tuning.log_marginal_likelihood(fit, prior, likelihood, kind, **self._posterior_options())

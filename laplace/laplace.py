@@ -1,0 +1,70 @@
+"""``Laplace()``: from option names to an estimator, through one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from laplace.baselaplace import ParametricLaplace
+from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.errors import UnsupportedError
+from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+
+ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
+}
+"""Which class implements which combination."""
+
+
+def Laplace(
+    model: nn.Module,
+    likelihood: Likelihood | str,
+    subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
+    hessian_structure: HessianStructure | str = HessianStructure.KRON,
+    *args: Any,
+    functional_approximation: FunctionalApproximation | str = FunctionalApproximation.SOD,
+    **kwargs: Any,
+) -> ParametricLaplace:
+    """Construct the estimator for a choice of weights and structure.
+
+    Parameters
+    ----------
+    model
+        The trained network.
+    likelihood
+        ``"classification"`` or ``"regression"``.
+    subset_of_weights
+        Which weights are random: ``"last_layer"``.
+    hessian_structure
+        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
+    *args, **kwargs
+        Further arguments of the estimator, see ``LLLaplace``.
+    functional_approximation
+        Of function-space estimators; any but the default raises with other structures.
+
+    Returns
+    -------
+    An estimator that is not fitted yet.
+
+    Raises
+    ------
+    UnsupportedError
+        If the combination does not exist; the message lists those that do.
+    """
+    subset = choose(SubsetOfWeights, subset_of_weights, "subset_of_weights")
+    structure = choose(HessianStructure, hessian_structure, "hessian_structure")
+    approximation = choose(FunctionalApproximation, functional_approximation, "functional_approximation")
+    if approximation is not FunctionalApproximation.SOD and structure is not HessianStructure.GP:
+        msg = f'functional_approximation={approximation.value!r} needs hessian_structure="gp".'
+        raise UnsupportedError(msg)
+    if (subset, structure) not in ESTIMATORS:
+        known = ", ".join(f"({s.value!r}, {h.value!r})" for s, h in ESTIMATORS)
+        msg = (
+            f"There is no estimator for subset_of_weights={subset.value!r} with "
+            f"hessian_structure={structure.value!r}; available combinations: {known}."
+        )
+        raise UnsupportedError(msg)
+    return ESTIMATORS[subset, structure](model, likelihood, *args, **kwargs)

@@ -1,0 +1,253 @@
+"""Last-layer estimators (``subset_of_weights="last_layer"``): the weights of the last linear layer are random.
+
+Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/*.feature_variance`` (predict).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.enums import FeatureReduction, HessianStructure, Likelihood
+from laplace.errors import UnsupportedError
+from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating
+from laplace.predictive import Linearization
+from laplace.structures import STRUCTURES
+from laplace.types import Inputs
+
+
+class LLLaplace(ParametricLaplace):
+    """Laplace approximation of the last layer; the rest of the network is a fixed feature map.
+
+    Parameters
+    ----------
+    model
+        The trained network, or a ``FeatureExtractor`` around it. Its outputs must be those of its last linear layer.
+    likelihood
+        ``"classification"`` or ``"regression"``.
+    sigma_noise
+        Standard deviation of the observation noise, in target units; regression only.
+    prior_precision
+        Of the Gaussian prior, in 1/weight²: a scalar, one value each for weight and bias, or one a weight.
+    prior_mean
+        Of the Gaussian prior: a scalar, or one value a weight.
+    temperature
+        T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
+    enable_backprop
+        Keep predictions differentiable with respect to the inputs.
+    feature_reduction
+        How the model reduces features over positions: ``"pick_first"``, ``"pick_last"``, ``"average"``; ``None`` when
+        it does not.
+    dict_key_x, dict_key_y
+        Entries of mapping batches that hold the main input and the targets.
+    backend
+        Class that computes the curvature; ``AutogradGGN`` when ``None``.
+    last_layer_name
+        Name of the last layer; found by one forward pass when ``None``.
+    backend_kwargs
+        Passed to the back end on construction.
+    asdl_fisher_kwargs
+        Passed to the methods of an ASDL back end; any other raises.
+    curvature_dtype
+        Precision of curvature, factorizations and evidence; that of the model by default, at least float32.
+
+    Raises
+    ------
+    UnsupportedError
+        If an option does not exist or does not fit another.
+    InputError
+        If a hyperparameter is not finite or not positive.
+
+    References
+    ----------
+    Kristiadi, Hein & Hennig (2020), "Being Bayesian, even just a bit, fixes overconfidence in ReLU networks".
+    arXiv:2002.10118; Daxberger et al. (2021), "Laplace redux". arXiv:2106.14806
+    """
+
+    model: FeatureExtractor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(model, FeatureExtractor):
+            last_layer_name = last_layer_name or model.last_layer_name
+            feature_reduction = feature_reduction or model.feature_reduction
+            model = model.model
+        if not isinstance(model, nn.Module):
+            msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
+            raise UnsupportedError(msg)
+        extractor = FeatureExtractor(
+            model,
+            last_layer_name,
+            bool(enable_backprop),
+            feature_reduction,
+            dict_key_x=dict_key_x,
+            dict_key_y=dict_key_y,
+        )
+        super().__init__(
+            extractor,
+            likelihood,
+            sigma_noise=sigma_noise,
+            prior_precision=prior_precision,
+            prior_mean=prior_mean,
+            temperature=temperature,
+            enable_backprop=enable_backprop,
+            dict_key_x=dict_key_x,
+            dict_key_y=dict_key_y,
+            backend=backend,
+            backend_kwargs=backend_kwargs,
+            asdl_fisher_kwargs=asdl_fisher_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+
+    @property
+    def enable_backprop(self) -> bool:
+        """Whether predictions are differentiable with respect to the inputs; assign to change it."""
+        return self.model.enable_backprop
+
+    @enable_backprop.setter
+    def enable_backprop(self, value: bool) -> None:
+        self.model.enable_backprop = bool(value)
+
+    def _select_parameters(self) -> ParameterSubset | None:
+        layer = self.model.last_layer
+        return None if layer is None else ParameterSubset.last_layer(layer)
+
+    def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        f, phi = self.model.forward_with_features(x, **model_kwargs)
+        assert self.model.last_layer is not None, "the forward pass finds it"
+        return Linearization(f, phi, bias=self.model.last_layer.bias is not None)
+
+    def _before_first(self, batch: Batch) -> None:
+        if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
+            self.model.find_last_layer(batch.x)
+
+    def _count_outputs(self) -> int:
+        assert self.model.last_layer is not None, "fit has run the model"
+        return self.model.last_layer.out_features
+
+    def _make_backend(self) -> CurvatureInterface:
+        options = dict(self._backend_kwargs)
+        if self._curvature_dtype is not None:
+            options.setdefault("curvature_dtype", self._curvature_dtype)
+        backend = self._backend_cls(
+            self.model,
+            self.likelihood,
+            last_layer=True,
+            dict_key_x=self.dict_key_x,
+            dict_key_y=self.dict_key_y,
+            **options,
+        )
+        structure = next(name for name, cls in STRUCTURES.items() if cls is self.curvature_type)
+        if structure not in backend.structures:
+            available = ", ".join(sorted(repr(s.value) for s in backend.structures)) or "none"
+            msg = (
+                f"{type(backend).__name__} does not provide hessian_structure={HessianStructure(structure).value!r}; "
+                f"it provides {available}."
+            )
+            raise UnsupportedError(msg)
+        return backend
+
+    def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+        """Outputs and their variances, without covariances and without a Jacobian.
+
+        Parameters
+        ----------
+        X
+            A batch of inputs.
+
+        Returns
+        -------
+        Outputs and variances, ``[batch, *positions, C]`` each; output units and their square.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        """
+        posterior = self._frozen_posterior
+        with evaluating(self.model, enable_backprop=self.enable_backprop):
+            inputs = self._linearize(X)
+            return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
+
+
+class FullLLLaplace(LLLaplace, FullLaplace):
+    """Last layer with dense curvature: exact, O((C D)²) memory. See ``LLLaplace`` for the parameters."""
+
+
+class DiagLLLaplace(LLLaplace, DiagLaplace):
+    """Last layer with diagonal curvature: O(C D) memory and time. See ``LLLaplace`` for the parameters."""
+
+
+class KronLLLaplace(LLLaplace, KronLaplace):
+    """Last layer with Kronecker-factored curvature: O(C² + D²) memory.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, feature_reduction
+        As in ``LLLaplace``; the prior precision is a scalar or one value each for weight and bias.
+    dict_key_x, dict_key_y, backend, last_layer_name, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
+        As in ``LLLaplace``.
+    damping
+        As in ``KronLaplace``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            last_layer_name,
+            backend_kwargs,
+            asdl_fisher_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+        self.damping = damping

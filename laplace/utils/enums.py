@@ -1,0 +1,3 @@
+"""Forwarding address of ``laplace.enums``."""
+
+from laplace.enums import *  # noqa: F403

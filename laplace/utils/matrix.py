@@ -1,0 +1,5 @@
+"""Forwarding address of ``laplace.structures``."""
+
+from laplace.structures import Kron, KronDecomposed
+
+__all__ = ["Kron", "KronDecomposed"]
