@@ -2,8 +2,8 @@
 
 A back end sees the model and the likelihood, never the prior. Subclass ``GGNInterface`` or ``EFInterface``, provide
 ``jacobians`` or ``gradients``, and the dense and diagonal structures follow; override ``full``, ``diag`` or ``kron``
-where a better way exists. All of them return the negative log-likelihood at unit noise together with the curvature at unit
-noise, summed over the batch.
+where a better way exists. All of them return the negative log-likelihood at unit noise together with the curvature at
+unit noise, summed over the batch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+# Every target installs what it needs into $(VENV), once; a change of pyproject.toml installs again.
+# pip honors PIP_CONSTRAINT: .ci/run sets it to the tested versions.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= auto
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-all lint format types docs bench check clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra: $(VENV)/.test is newer than pyproject.toml when .[test] is installed.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.examples ## run the calibration example: prints a table, writes a picture
+	$(BIN)/python examples/calibration.py
+
+test: $(VENV)/.test ## the default test suite
+	$(PYTEST)
+
+test-slow: $(VENV)/.test ## the tests marked slow, and only those
+	$(PYTEST) -m slow || test $$? -eq 5 # 5: there are none
+
+test-all: $(VENV)/.test ## all tests
+	$(PYTEST) -m ""
+
+lint: $(VENV)/.lint ## style, formatting, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/typos
+
+format: $(VENV)/.lint ## repair what lint can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.lint $(VENV)/.examples ## static types
+	$(BIN)/pyright
+
+docs: $(VENV)/.docs ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.examples ## time and memory of the last layer
+	$(BIN)/python benchmarks/last_layer.py
+
+check: lint types docs demo test-slow test ## what CI runs, in this order
+
+clean: ## remove everything that these targets made
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis

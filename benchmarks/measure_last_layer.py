@@ -1,0 +1,116 @@
+"""Time one case of ``last_layer.json`` with whichever ``laplace`` the interpreter finds; print one JSON line.
+
+The same file runs under this library and under laplace-torch, whose import name is the same: each in an environment of
+its own. Every figure is a median over repeats that alternate with bare inference of the same model on the same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+warnings.filterwarnings("ignore")
+
+
+def build(config: dict[str, Any], case: dict[str, Any]) -> nn.Sequential:
+    """A convolutional backbone and a linear head."""
+    layers: list[nn.Module] = []
+    width, size = config["image"][0], config["image"][1]
+    for channels in config["channels"]:
+        layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        width, size = channels, size // 2
+    layers += [nn.Flatten(), nn.Linear(width * size * size, case["n_features"]), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(case["n_features"], case["n_outputs"])).eval()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def peak_mb(action: Callable[[], object]) -> float:
+    """Highest resident memory of this process during one call, in MB (Linux: the high-water mark is reset first)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    action()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+def interleave(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median wall time in ms of each action, in turns; one round of warming up is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for repeat in range(repeats + 1):
+        for name, action in actions.items():
+            elapsed = seconds(action)
+            if repeat:
+                times[name].append(1e3 * elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[str, Any]:
+    """All figures of one case."""
+    from laplace import Laplace
+
+    torch.set_num_threads(config["threads"])
+    torch.manual_seed(config["seed"])
+    dtype = getattr(torch, config["dtype"])
+    model = build(config, case).to(dtype)
+    x = torch.randn(config["rows"], *config["image"], dtype=dtype)
+    y = torch.randint(case["n_outputs"], (config["rows"],))
+    loader = DataLoader(TensorDataset(x, y), batch_size=config["batch_size"])
+    inputs = x[: config["predict_rows"]]
+
+    def bare_pass() -> None:
+        with torch.inference_mode():
+            for batch, _ in loader:
+                model(batch)
+
+    def bare_forward() -> None:
+        with torch.inference_mode():
+            model(inputs)
+
+    def fit() -> Any:
+        la = Laplace(model, "classification", "last_layer", case["structure"])
+        la.fit(loader)
+        return la
+
+    # The peer takes minutes for some rows: fewer repeats there, and a limit enforced by the caller.
+    fits = interleave({"bare": bare_pass, "fit": fit}, 1 if peer else config["repeats"])
+    print(json.dumps({"fit": fits}), flush=True)
+    bare_mb = peak_mb(bare_pass)
+    fit_mb = peak_mb(fit) - bare_mb
+    la = fit()
+    factorize_ms = 1e3 * seconds(lambda: la.posterior_precision)
+    first_ms = 1e3 * seconds(lambda: la(inputs))
+    print(json.dumps({"first": first_ms, "factorize": factorize_ms, "fit_mb": fit_mb}), flush=True)
+    predicts = interleave({"bare": bare_forward, "predict": lambda: la(inputs)}, 1 if peer else config["predict_repeats"])
+    forward_mb = peak_mb(bare_forward)
+    predict_mb = peak_mb(lambda: la(inputs)) - forward_mb
+    return {"predict": predicts, "predict_mb": predict_mb}
+
+
+def main() -> None:
+    """Read the case from the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--case", type=int, required=True)
+    parser.add_argument("--peer", action="store_true")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text())
+    print(json.dumps(measure(config, config["cases"][arguments.case], arguments.peer)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What every test stands on: checked shapes, float64, fixed seeds, warnings as errors (in pyproject.toml)."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+
+import pytest
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: F401 - the hook below finds it by name
+
+# Every annotated shape and type inside the house is checked at run time, in modules that are imported from here on. The
+# estimators are the border: they check what users pass themselves, and tests must reach their own messages.
+INSIDE = ["curvature", "fit", "likelihoods", "linalg", "network", "predictive", "prior", "structures", "tuning"]
+if any(name.split(".")[0] == "laplace" for name in sys.modules):
+    message = "laplace was imported before tests/conftest.py, so its annotations would not be checked."
+    raise RuntimeError(message)
+install_import_hook([f"laplace.{room}" for room in INSIDE], "tests.typechecker.check")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# Properties draw the same examples every time, and the first call of a torch function may be slow.
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("house")
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each parallel worker one thread: a test is too small to share."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible_in_float64() -> Iterator[None]:
+    """Same random numbers whatever ran before, and a default dtype that no test can leave behind."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and a CUDA device where there is one."""
+    return torch.device(request.param)

@@ -1,0 +1,226 @@
+"""One contract a room: what every likelihood, structure, link and back end must satisfy, compared with dense algebra.
+
+A test file builds an instance, states what it means, and calls its contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests import reference
+from tests.cases import Case
+from tests.tools import assert_close, assert_covariance_of, assert_mean_is
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# -- likelihoods ------------------------------------------------------------------------------------------------------
+
+
+def check_likelihood(likelihood: Any, f: Tensor, y: Tensor) -> None:
+    """nll, gradient, Hessian and sampled gradients are those of the definition; f [N, C] with one target a row."""
+    name = likelihood.name.value
+    rows = [(f[n : n + 1], y[n]) for n in range(len(f))]
+    data = [reference.Datum(row, torch.eye(row.shape[1]), target, (0,), name) for row, target in rows]
+    assert_close(likelihood.nll(f, y), sum(reference.datum_nll(name, row, target) for row, target in rows), "nll")
+    assert_close(likelihood.gradient(f, y), torch.stack([datum.gradient for datum in data]), "gradient")
+    by_autograd = torch.func.grad(likelihood.nll)(f, y)
+    assert_close(likelihood.gradient(f, y), by_autograd, "gradient, by autograd of nll")
+
+    Lambda = torch.stack([datum.output_hessian for datum in data])
+    output_hessian = likelihood.hessian(f)
+    assert_close(output_hessian.dense(), Lambda, "Hessian")
+    assert_close(output_hessian.diag(), Lambda.diagonal(dim1=1, dim2=2), "diagonal of the Hessian")
+    assert_close(output_hessian.sum(), Lambda.sum(0), "sum of the Hessians")
+
+    n = 4000
+    g = likelihood.sample_gradient(f, n, generator(0))
+    assert g.shape == (n, *f.shape)
+    for row in range(len(f)):
+        assert_mean_is(g[:, row], torch.zeros(f.shape[1]), "mean of sampled gradients")
+        assert_mean_is(torch.einsum("nc,nk->nck", g[:, row], g[:, row]), Lambda[row], "second moment of them")
+    assert torch.equal(g, likelihood.sample_gradient(f, n, generator(0)))
+    assert not torch.equal(g, likelihood.sample_gradient(f, n, generator(1)))
+
+    loss, factor = likelihood.torch_loss()
+    assert_close(factor * loss(f, y), likelihood.nll(f, y), "the loss for third-party packages")
+
+
+# -- structures -------------------------------------------------------------------------------------------------------
+
+
+def check_curvature(first: Any, second: Any, union: Tensor, dense: tuple[Tensor, Tensor], prior: Any) -> None:
+    """Two curvatures with the dense meanings `dense`; `union` is that of their data together."""
+    assert_close(first.to_dense(), dense[0], "dense")
+    assert_close(first.merge(second).to_dense(), union, "merge")
+    assert_close(second.merge(first).to_dense(), union, "merge in the other order")
+    assert_close(first.to_dense(), dense[0], "dense after merge: curvatures are immutable")
+    assert_close(second.to_dense(), dense[1], "dense after merge: curvatures are immutable")
+
+    matrix = first.to_dense()
+    assert_close(matrix, matrix.T, "symmetry")
+    assert torch.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.abs().max(), "a sum of outer products"
+
+    factor = torch.tensor(1.7, requires_grad=True)
+    assert_close((first * factor).to_dense(), 1.7 * dense[0], "multiple")
+    precision = (first * factor).posterior(prior)
+    P0 = prior.diagonal().diag()
+    assert_close(precision.to_dense(), 1.7 * dense[0] + P0, "posterior precision")
+    (slope,) = torch.autograd.grad(precision.logdet(), factor)
+    assert_close(slope, ((1.7 * dense[0] + P0).inverse() @ dense[0]).trace(), "derivative of the log-determinant")
+    check_precision(precision, 1.7 * dense[0] + P0)
+
+
+def check_precision(precision: Any, dense: Tensor, *, n_outputs: int | None = None, bias: bool = True) -> None:
+    """`precision` is the factorized form of `dense` [P, P]; with `n_outputs`, of the weights of a linear layer."""
+    P = len(dense)
+    covariance = dense.inverse()
+    noise = generator(3)
+    v = torch.randn(2, 3, P, generator=noise)
+    assert_close(precision.to_dense(), dense, "dense")
+    assert_close(precision.solve(v), v @ covariance, "solve")
+    assert_close(precision.solve(v[0, 0]), covariance @ v[0, 0], "solve, one vector")
+    assert_close(precision.quadratic(v), torch.einsum("abp,pq,abq->ab", v, dense, v), "quadratic")
+    assert_close(precision.quadratic(v[0, 0]), v[0, 0] @ dense @ v[0, 0], "quadratic, one vector")
+    assert_close(precision.logdet(), dense.logdet(), "log-determinant")
+    assert_close(precision.diagonal_of_inverse(), covariance.diagonal(), "marginal variances")
+
+    J = torch.randn(4, 3, P, generator=noise)
+    assert_close(precision.functional_variance(J), reference.output_covariance(J, dense), "functional variance")
+    assert_close(precision.functional_covariance(J), reference.joint_covariance(J, dense), "functional covariance")
+
+    z = precision.sample(20_000, generator(4))
+    assert z.shape == (20_000, P)
+    assert_covariance_of(z, torch.zeros(P), covariance)
+    assert torch.equal(z, precision.sample(20_000, generator(4)))
+    assert not torch.equal(z, precision.sample(20_000, generator(5)))
+    if n_outputs is not None:
+        check_feature_variance(precision, dense, n_outputs, bias)
+
+
+def check_feature_variance(precision: Any, dense: Tensor, n_outputs: int, bias: bool) -> None:
+    """The closed forms for a linear layer equal the materialized Jacobian."""
+    n_features = len(dense) // n_outputs - bias
+    phi = torch.randn(4, n_features, generator=generator(6))
+    J = torch.stack([linear_jacobian(row, n_outputs, bias) for row in phi])
+    V = reference.output_covariance(J, dense)
+    assert_close(precision.feature_variance(phi, n_outputs, bias), V, "feature variance")
+    diagonal = precision.feature_variance(phi, n_outputs, bias, diagonal=True)
+    assert_close(diagonal, V.diagonal(dim1=1, dim2=2), "diagonal of the feature variance")
+    joint = reference.joint_covariance(J, dense)
+    assert_close(precision.feature_covariance(phi, n_outputs, bias), joint, "feature covariance")
+
+
+def linear_jacobian(phi: Tensor, n_outputs: int, bias: bool) -> Tensor:
+    """[C, P]: derivative of W phi + b in (vec W, b)."""
+    eye = torch.eye(n_outputs).to(phi)
+    weight = torch.kron(eye, phi.unsqueeze(0))
+    return torch.cat([weight, eye], 1) if bias else weight
+
+
+# -- predictive -------------------------------------------------------------------------------------------------------
+
+
+def check_link(link: Callable[[Tensor, Tensor], Tensor], expected: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """log-probabilities of `link` are those of the formula, normalized and finite for any logits, equivariant."""
+    noise = generator(7)
+    for n_classes in (2, 3, 5):
+        mean = 2 * torch.randn(6, n_classes, generator=noise)
+        root = torch.randn(6, n_classes, n_classes, generator=noise)
+        cov = root @ root.mT + 0.1 * torch.eye(n_classes)
+        before = mean.clone(), cov.clone()
+        log_probabilities = link(mean, cov)
+        assert_close(log_probabilities.exp(), expected(mean, cov), f"{n_classes} classes")
+        assert torch.equal(mean, before[0]), "the mean is not written to"
+        assert torch.equal(cov, before[1]), "the covariance is not written to"
+        order = torch.randperm(n_classes, generator=noise)
+        permuted = link(mean[:, order], cov[:, order][:, :, order])
+        assert_close(permuted, log_probabilities[:, order], "classes in another order")
+        check_normalized_for_any_logits(link, n_classes)
+
+
+def check_normalized_for_any_logits(link: Callable[[Tensor, Tensor], Tensor], n_classes: int) -> None:
+    """Rows sum to one, without NaN or infinity, for logits up to 1e4 and variances from 1e-6 to 1e6."""
+    noise = generator(8)
+    for size in (1.0, 30.0, 1e3, 1e4):
+        for variance in (1e-6, 1.0, 1e6):
+            mean = size * (2 * torch.rand(5, n_classes, generator=noise) - 1)
+            mean[0], mean[1, 0], mean[2, 0] = 0.0, size, -size
+            cov = torch.diag_embed(variance * (0.5 + torch.rand(5, n_classes, generator=noise)))
+            log_probabilities = link(mean, cov)
+            what = f"logits of size {size:g}, variance {variance:g}"
+            assert bool(torch.isfinite(log_probabilities.exp()).all()), what
+            assert not bool(log_probabilities.isnan().any()), what
+            assert_close(log_probabilities.exp().sum(-1), torch.ones(5), what)
+
+
+# -- back ends --------------------------------------------------------------------------------------------------------
+
+
+def check_backend(backend: Any, case: Case, *, fisher: bool) -> None:
+    """A last-layer back end on all rows of a case: loss, curvature in each structure, Jacobians, gradients."""
+    problem = case.problem()
+    x, y = case.data()
+    for structure in ("full", "diag"):
+        loss, H = getattr(backend, structure)(x, y)
+        expected = problem.curvature(structure, fisher=fisher)
+        assert_close(loss, problem.nll(), "loss")
+        assert_close(H, expected if structure == "full" else expected.diagonal(), structure)
+    loss, kron = backend.kron(x, y, N=problem.n_positions())
+    assert_close(loss, problem.nll(), "loss")
+    assert_close(kron.to_matrix(), problem.kron(fisher=fisher), "kron")
+    J, f = backend.jacobians(x)
+    assert_close(J, problem.jacobian(x).flatten(0, 1), "Jacobians")
+    assert_close(f, problem.outputs(problem.theta(), x).flatten(0, 1), "outputs")
+    gradients, loss = backend.gradients(x, y)
+    assert_close(gradients, problem.gradients(), "gradients")
+    assert_close(loss, problem.nll(), "loss")
+
+
+@contextmanager
+def model_untouched(model: nn.Module) -> Iterator[None]:
+    """The body leaves parameters, gradients, buffers, modes, hooks and attributes of `model` exactly as they were."""
+    before = _snapshot(model)
+    try:
+        yield
+    finally:
+        after = _snapshot(model)
+        assert before.keys() == after.keys(), f"modules changed: {before.keys() ^ after.keys()}"
+        for name, attributes in before.items():
+            assert attributes.keys() == after[name].keys(), f"{name}: {attributes.keys() ^ after[name].keys()}"
+            for key, value in attributes.items():
+                assert _same(value, after[name][key]), f"{name or 'the model'}: {key} changed"
+
+
+def _snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: {key: _copy(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
+
+
+def _copy(value: Any) -> Any:
+    """Identity and contents, so that a change of either is seen."""
+    if isinstance(value, Tensor):
+        gradient = value.grad if value.is_leaf else None
+        kept = None if gradient is None else (id(gradient), gradient.clone())
+        return "tensor", id(value), value.detach().clone(), value.requires_grad, kept, value._version
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_copy(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return type(first) is type(second) and first == second

@@ -1,0 +1,122 @@
+"""The interface a user's own back end derives from."""
+
+import pytest
+import torch
+
+from laplace.curvature import AutogradGGN, CurvatureInterface, EFInterface, GGNInterface
+from laplace.enums import CurvatureKind
+from laplace.errors import UnsupportedError
+from tests.cases import BASIC, CASES, Case, named
+from tests.tools import assert_close, assert_mean_is
+
+
+def jacobians_by_autograd(self, x, enable_backprop=False):
+    """What a user writes who knows nothing of closed forms; [rows, C, P] with one row a position."""
+    f = self.model(x)
+    f = f.reshape(-1, f.shape[-1])
+    rows = [torch.autograd.grad(value, self.params, retain_graph=True) for value in f.flatten()]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    return J.reshape(*f.shape, -1).detach(), f.detach()
+
+
+class PlainGGN(GGNInterface):
+    jacobians = jacobians_by_autograd
+
+
+class PlainEF(EFInterface):
+    def jacobians(self, x, enable_backprop=False):
+        with torch.enable_grad():
+            return jacobians_by_autograd(self, x)
+
+
+class Nothing(CurvatureInterface):
+    """Provides no structure of its own."""
+
+
+def backend(cls, case: Case, **options):
+    return cls(case.extractor(), case.likelihood, last_layer=True, **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ggn_follows_from_jacobians(case):
+    (x, y), problem, engine = case.data(), case.problem(), backend(PlainGGN, case)
+    for structure, expected in (("full", problem.ggn()), ("diag", problem.ggn().diagonal())):
+        loss, H = getattr(engine, structure)(x, y)
+        assert_close(loss, problem.nll(), "loss")
+        assert_close(H, expected, structure)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_empirical_fisher_follows_from_jacobians(case):
+    (x, y), problem, engine = case.data(), case.problem(), backend(PlainEF, case)
+    for structure, expected in (("full", problem.empirical_fisher()), ("diag", problem.empirical_fisher().diagonal())):
+        loss, H = getattr(engine, structure)(x, y)
+        assert_close(loss, problem.nll(), "loss")
+        assert_close(H, expected, structure)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("case", BASIC, ids=str)
+def test_a_stochastic_back_end_samples_also_from_jacobians(case, structure):
+    generator = torch.Generator().manual_seed(0)
+    engine = backend(PlainGGN, case, stochastic=True, generator=generator)
+    draws = torch.stack([getattr(engine, structure)(*case.data())[1] for _ in range(200)])
+    assert draws.std(0).max() > 0
+    ggn = case.problem().ggn()
+    assert_mean_is(draws, ggn if structure == "full" else ggn.diagonal())
+
+
+def test_the_kind_of_a_back_end_decides_how_it_scales():
+    assert (GGNInterface.kind, EFInterface.kind) == (CurvatureKind.GGN, CurvatureKind.EF)
+
+
+@pytest.mark.parametrize(("cls", "methods"), [(Nothing, ("full", "diag", "kron")), (PlainGGN, ("kron",)), (PlainEF, ("kron",))])
+def test_structures_that_a_back_end_lacks_are_refused_by_name(cls, methods):
+    engine, (x, y) = backend(cls, BASIC[0]), BASIC[0].data()
+    for method in methods:
+        with pytest.raises(UnsupportedError, match=f"{cls.__name__}.*'{method}'"):
+            getattr(engine, method)(x, y, **({"N": 1} if method == "kron" else {}))
+
+
+def test_last_layer_jacobians_can_keep_the_graph_to_the_inputs():
+    case = BASIC[1]
+    engine = AutogradGGN(case.extractor(enable_backprop=True), case.likelihood, last_layer=True)
+    x = case.test_inputs().requires_grad_()
+    J, f = engine.last_layer_jacobians(x, enable_backprop=True)
+    assert J.requires_grad
+    assert f.requires_grad
+    assert torch.autograd.grad(J.sum(), x)[0].abs().max() > 0
+    J, f = engine.last_layer_jacobians(x)
+    assert not J.requires_grad
+    assert not f.requires_grad
+
+
+def test_params_are_those_of_the_last_layer():
+    case = BASIC[0]
+    engine = backend(AutogradGGN, case)
+    head = engine.model.model.head
+    assert [p is q for p, q in zip(engine.params, head.parameters(), strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("case", [BASIC[0], named("masked_positions"), named("soft_labels")], ids=str)
+def test_positions_are_counted_without_the_masked_ones(case):
+    assert backend(AutogradGGN, case).count(case.data()[1]) == case.problem().n_positions()
+
+
+def test_what_is_no_last_layer_is_refused():
+    case = BASIC[0]
+    with pytest.raises(UnsupportedError, match="FeatureExtractor"):
+        AutogradGGN(case.model(), case.likelihood, last_layer=True)
+    with pytest.raises(UnsupportedError, match="last_layer=True"):
+        AutogradGGN(case.extractor(), case.likelihood)
+    with pytest.raises(UnsupportedError, match="subnetwork_indices"):
+        AutogradGGN(case.extractor(), case.likelihood, last_layer=True, subnetwork_indices=torch.arange(3))
+    with pytest.raises(UnsupportedError, match="likelihood"):
+        AutogradGGN(case.extractor(), "clustering", last_layer=True)
+
+
+@pytest.mark.parametrize("method", ["full", "diag", "kron"])
+def test_options_that_nobody_reads_are_refused(method):
+    engine, (x, y) = backend(AutogradGGN, BASIC[0]), BASIC[0].data()
+    with pytest.raises(UnsupportedError, match="fisher_type"):
+        getattr(engine, method)(x, y, fisher_type="mc", **({"N": 1} if method == "kron" else {}))

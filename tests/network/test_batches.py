@@ -1,0 +1,152 @@
+"""What loaders yield, and how inputs enter a model."""
+
+from collections import UserDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
+
+from laplace.errors import InputError
+from laplace.network.batches import call, first_tensor, iterate, split, takes_several, to_device
+from tests.cases import stream
+
+CPU = torch.device("cpu")
+X, Y = torch.randn(5, 3), torch.arange(5)
+BATCHES = [(X[:3], Y[:3]), (X[3:], Y[3:])]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [BATCHES, tuple(BATCHES), stream(BATCHES), DataLoader(TensorDataset(X, Y), batch_size=3), [list(b) for b in BATCHES]],
+    ids=["list", "tuple", "stream without length", "DataLoader", "lists as batches"],
+)  # fmt: skip
+def test_any_iterable_of_batches_is_a_loader(loader):
+    seen = list(iterate(loader, dict_key_y="labels", device=CPU))
+    assert torch.equal(torch.cat([batch.x for batch in seen]), X)
+    assert torch.equal(torch.cat([batch.y for batch in seen]), Y)
+
+
+def test_a_generator_is_read_once_and_lazily():
+    pulled = []
+    batches = iterate((pulled.append(b) or b for b in BATCHES), dict_key_y="labels", device=CPU)
+    next(batches)
+    assert len(pulled) == 1
+
+
+def test_several_inputs_come_before_the_target():
+    x, y = split((X, X + 1, Y), "labels", CPU)
+    assert isinstance(x, tuple)
+    assert len(x) == 2
+    assert torch.equal(y, Y)
+
+
+def test_nested_inputs_keep_their_structure():
+    Pair = namedtuple("Pair", "a b")
+    x, _ = split(([X, {"deep": (X, "text", 3)}, Pair(X, None)], Y), "labels", CPU)
+    assert isinstance(x, list)
+    assert x[1]["deep"][1:] == ("text", 3)
+    assert isinstance(x[2], Pair)
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, BatchEncoding])
+def test_mappings_keep_their_type_and_give_up_their_target(kind):
+    batch = kind({"input_ids": X, "labels": Y})
+    x, y = split(batch, "labels", CPU)
+    assert type(x) is kind
+    assert torch.equal(x["input_ids"], X)
+    assert torch.equal(y, Y)
+    assert set(batch) == {"input_ids", "labels"}, "the loader's own batch is left alone"
+
+
+def test_moving_does_not_write_to_the_batch():
+    batch = {"a": X, "b": [X]}
+    moved = to_device(batch, torch.device("meta"))
+    assert batch["a"] is X
+    assert batch["b"][0] is X
+    assert moved["a"].is_meta
+    assert moved["b"][0].is_meta
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ({"input_ids": X, "target": Y}, "'input_ids', 'target'.*'labels'.*dict_key_y"),
+        (X, r"\(x, y\).*Tensor"),
+        ((X,), r"\(x, y\).*tuple"),
+        ((X, [0, 1]), "Targets must be a tensor.*list"),
+        ("text", r"\(x, y\).*str"),
+    ],
+    ids=["key missing", "bare tensor", "no target", "targets as a list", "text"],
+)
+def test_batches_that_are_none_are_explained(batch, says):
+    with pytest.raises(InputError, match=says):
+        list(iterate([batch], dict_key_y="labels", device=CPU))
+
+
+def test_what_cannot_be_looped_over_is_no_loader():
+    with pytest.raises(InputError, match="iterable"):
+        list(iterate(3, dict_key_y="labels", device=CPU))
+
+
+class Whole(nn.Module):
+    def forward(self, batch):
+        return batch
+
+
+class Keywords(nn.Module):
+    def forward(self, input_ids, attention_mask=None, labels=None, **options):
+        return input_ids, attention_mask, labels, options
+
+
+class Several(nn.Module):
+    def forward(self, first, second=None):
+        return first, second
+
+
+class Any_(nn.Module):
+    def forward(self, *inputs):
+        return inputs
+
+
+class KeywordOnly(nn.Module):
+    def forward(self, x, *, scale=1.0):
+        return x, scale
+
+
+KEYS = {"dict_key_x": "input_ids", "dict_key_y": "labels"}
+
+
+def test_mappings_are_unpacked_when_forward_names_their_main_entry():
+    batch = {"input_ids": X, "attention_mask": Y, "labels": Y, "extra": 1}
+    assert call(Keywords(), batch, **KEYS) == (X, Y, None, {"extra": 1})
+    assert call(Whole(), batch, **KEYS) is batch
+
+
+def test_a_mapping_without_its_main_entry_is_explained():
+    with pytest.raises(InputError, match="'pixels'.*'input_ids'.*dict_key_x"):
+        call(Keywords(), {"pixels": X}, **KEYS)
+
+
+def test_sequences_are_unpacked_when_forward_takes_several():
+    assert call(Several(), (X, Y), **KEYS) == (X, Y)
+    assert call(Any_(), [X, Y], **KEYS) == (X, Y)
+    pair = (X, Y)
+    assert call(Whole(), pair, **KEYS) is pair
+    assert call(KeywordOnly(), pair, scale=2.0, **KEYS) == (pair, 2.0)
+    assert call(Several(), X, **KEYS) == (X, None)
+
+
+def test_model_kwargs_are_passed_on():
+    assert call(Keywords(), {"input_ids": X}, attention_mask=Y, **KEYS)[1] is Y
+    assert call(KeywordOnly(), X, scale=3.0, **KEYS) == (X, 3.0)
+
+
+def test_counting_positional_parameters():
+    assert [takes_several(m) for m in (Whole(), Keywords(), Several(), Any_(), KeywordOnly())] == [False, True, True, True, False]
+
+
+def test_the_first_tensor_is_found_at_any_depth():
+    assert first_tensor([{"a": 3, "b": (None, X)}, Y]) is X
+    assert first_tensor({"a": "text"}) is None

@@ -1,0 +1,45 @@
+"""Evaluation mode, and back."""
+
+import pytest
+import torch
+from torch import nn
+
+from laplace.network.modes import evaluating
+from tests.contracts import model_untouched
+
+
+def mixed_model() -> nn.Module:
+    """Some modules train, some do not: a flag for the whole model would not bring this back."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()))
+    model.train()
+    model[2][0].eval()
+    return model
+
+
+def test_every_module_evaluates_inside_and_is_restored_after():
+    model = mixed_model()
+    with model_untouched(model), evaluating(model):
+        assert not any(module.training for module in model.modules())
+
+
+def test_modes_are_restored_when_the_body_raises():
+    model = mixed_model()
+    with model_untouched(model), pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        raise RuntimeError("inside")
+
+
+@pytest.mark.parametrize("enable_backprop", [False, True])
+def test_a_graph_is_built_only_on_request(enable_backprop):
+    model, x = nn.Linear(2, 2), torch.randn(3, 2, requires_grad=True)
+    with evaluating(model, enable_backprop=enable_backprop):
+        assert model(x).requires_grad == enable_backprop
+    assert torch.is_grad_enabled()
+
+
+def test_results_made_under_inference_mode_can_take_part_in_autograd():
+    model = nn.Linear(2, 2)
+    with torch.inference_mode():
+        with evaluating(model):
+            f = model(torch.ones(3, 2))
+        assert not f.is_inference()
+        assert torch.is_inference_mode_enabled()

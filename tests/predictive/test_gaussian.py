@@ -1,0 +1,46 @@
+"""Draws from batches of Gaussians over outputs."""
+
+import pytest
+import torch
+
+from laplace.predictive import gaussian
+from tests.contracts import generator
+from tests.structures.samples import psd, uniform
+from tests.tools import LargestTensor, assert_covariance_of
+
+MEAN = uniform(6).reshape(2, 3)
+
+
+def samples(cov: torch.Tensor, n: int = 20_000, seed: int = 0) -> torch.Tensor:
+    return torch.cat(list(gaussian.draw(MEAN, cov, n, generator(seed))))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3], ids=["certain", "singular", "full rank"])
+def test_draws_have_the_mean_and_covariance_asked_for(rank):
+    cov = torch.stack([psd(3, 1, rank=rank), psd(3, 2, rank=rank)])
+    drawn = samples(cov)
+    assert drawn.shape == (20_000, 2, 3)
+    for row in range(2):
+        assert_covariance_of(drawn[:, row], MEAN[row], cov[row])
+
+
+def test_variances_draw_independent_outputs():
+    variances = uniform(6, 1).reshape(2, 3)
+    variances[0, 0] = 0.0
+    drawn = samples(variances)
+    for row in range(2):
+        assert_covariance_of(drawn[:, row], MEAN[row], variances[row].diag())
+
+
+def test_draws_are_reproducible():
+    cov = psd(3, 1).expand(2, 3, 3)
+    assert torch.equal(samples(cov, 5, seed=1), samples(cov, 5, seed=1))
+    assert not torch.equal(samples(cov, 5, seed=1), samples(cov, 5, seed=2))
+
+
+def test_chunks_bound_memory_and_keep_the_number_of_samples(monkeypatch):
+    monkeypatch.setattr(gaussian, "CHUNK_ELEMENTS", 60)
+    with LargestTensor() as largest:
+        sizes = [len(part) for part in gaussian.draw(MEAN, uniform(6, 1).reshape(2, 3), 25, generator(0))]
+    assert sizes == [10, 10, 5]
+    assert largest.numel <= 60, largest.operation

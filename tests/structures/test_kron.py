@@ -1,0 +1,119 @@
+"""Kronecker factors: raw sums, a count, and the public `Kron`."""
+
+import pytest
+import torch
+from torch import nn
+
+from laplace.errors import NotPositiveDefiniteError, ShapeError, UnsupportedError
+from laplace.structures.kron import Kron, KronCurvature
+from tests.contracts import check_curvature
+from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, C, D, prior, psd
+from tests.tools import assert_close
+
+
+def sums(seed: int, *, bias: bool = True) -> tuple[torch.Tensor, torch.Tensor, Kron]:
+    G, A = psd(C, seed), psd(D, seed + 1, rank=3)
+    return G, A, Kron([[G, A], [G]] if bias else [[G, A]])
+
+
+def dense(G: torch.Tensor, A: torch.Tensor, count: int, *, bias: bool = True) -> torch.Tensor:
+    return torch.block_diag(torch.kron(G, A / count), *[G] * bias)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("precision", [SCALAR, PER_LAYER], ids=["scalar", "per layer"])
+def test_kron_satisfies_the_contract(precision, bias):
+    (G1, A1, first), (G2, A2, second) = sums(1, bias=bias), sums(3, bias=bias)
+    sizes = (C * D, C)[: 1 + bias]
+    check_curvature(
+        KronCurvature(first, 5),
+        KronCurvature(second, 2),
+        dense(G1 + G2, A1 + A2, 7, bias=bias),
+        (dense(G1, A1, 5, bias=bias), dense(G2, A2, 2, bias=bias)),
+        prior(precision[: len(sizes)], sizes),
+    )
+
+
+def test_the_union_of_data_is_not_the_sum_of_the_matrices():
+    (_, _, first), (_, _, second) = sums(1), sums(3)
+    union = KronCurvature(first, 5).merge(KronCurvature(second, 2)).to_dense()
+    added = KronCurvature(first, 5).to_dense() + KronCurvature(second, 2).to_dense()
+    assert not torch.allclose(union, added)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_damping_adds_the_root_of_the_prior_to_each_side_of_a_product(bias):
+    G, A, factors = sums(1, bias=bias)
+    delta, s = PER_LAYER[: 1 + bias], 1.7
+    eye_C, eye_D = torch.eye(C).double(), torch.eye(D).double()
+    sides = (s**0.5 * G + delta[0].sqrt() * eye_C, s**0.5 * A / 5 + delta[0].sqrt() * eye_D)
+    blocks = [torch.kron(*sides), *[s * G + d * eye_C for d in delta[1:]]]
+    damped = (KronCurvature(factors, 5) * s).posterior(prior(delta, (C * D, C)[: 1 + bias]), damping=True)
+    assert_close(damped.to_dense(), torch.block_diag(*blocks))
+    assert_close(damped.logdet(), torch.block_diag(*blocks).logdet())
+
+
+def test_one_precision_a_weight_is_refused():
+    with pytest.raises(UnsupportedError, match="Kronecker"):
+        KronCurvature(sums(1)[2], 5).posterior(prior(PER_WEIGHT))
+
+
+# -- the public Kron --------------------------------------------------------------------------------------------------
+
+
+def test_kron_is_block_diagonal_and_knows_its_algebra():
+    G, A, factors = sums(1)
+    matrix = dense(G, A, 1)
+    assert len(factors) == 2
+    assert_close(factors.to_matrix(), matrix)
+    assert_close(factors.diag(), matrix.diagonal())
+    W = torch.randn(2, 5, len(matrix)).double()
+    assert_close(factors.bmm(W), W @ matrix)
+    assert_close((factors * 2.5).to_matrix(), 2.5 * matrix)
+    assert_close((2.5 * factors).to_matrix(), 2.5 * matrix)
+    assert factors.logdet() < -50  # singular
+
+
+def test_powers_and_log_determinants_go_through_the_eigenbasis():
+    G, A = psd(C, 1, rank=C) + torch.eye(C).double(), psd(D, 2, rank=D) + torch.eye(D).double()
+    factors, matrix = Kron([[G, A], [G]]), dense(G, A, 1)
+    assert_close(factors.logdet(), matrix.logdet())
+    W = torch.randn(2, 5, len(matrix)).double()
+    assert_close(factors.bmm(W, exponent=-1), W @ matrix.inverse())
+    root = factors.bmm(factors.bmm(W, exponent=0.5), exponent=0.5)
+    assert_close(root, W @ matrix)
+
+
+def test_adding_adds_factor_by_factor():
+    (G1, A1, first), (G2, A2, second) = sums(1), sums(3)
+    assert_close((first + second).to_matrix(), dense(G1 + G2, A1 + A2, 1))
+    with pytest.raises(TypeError, match="Kron"):
+        first + 1.0
+
+
+def test_a_vector_is_a_diagonal_factor():
+    G, A, _ = sums(1)
+    d = torch.rand(C).double()
+    factors = Kron([[d, A], [d]])
+    matrix = dense(d.diag(), A, 1)
+    assert_close(factors.to_matrix(), matrix)
+    assert_close(factors.diag(), matrix.diagonal())
+    assert_close(factors.decompose().to_matrix(), matrix)
+
+
+def test_factors_from_a_model_are_zero_and_fit_its_parameters():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False))
+    factors = Kron.init_from_model(model, "cpu", torch.float64)
+    assert [[len(side) for side in block] for block in factors.kfacs] == [[3, 4], [3], [2, 3]]
+    assert_close(factors.to_matrix(), torch.zeros(21, 21).double())
+
+
+@pytest.mark.parametrize("block", [[], [torch.zeros(2, 3)], [torch.eye(2)] * 3])
+def test_blocks_that_are_no_products_of_square_matrices_are_refused(block):
+    with pytest.raises(ShapeError, match="one or two factors"):
+        Kron([block])
+
+
+def test_factors_that_are_not_finite_are_refused_in_words():
+    with pytest.raises(NotPositiveDefiniteError, match="NaN"):
+        Kron([[torch.full((2, 2), float("nan"))]]).decompose()

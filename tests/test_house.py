@@ -1,0 +1,233 @@
+"""The plan of the house itself: size of files, direction of imports, what an import loads, tables and names."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import laplace
+from laplace import enums
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "laplace"
+MAX_LINES = 400
+
+STOREYS = {
+    0: {"enums", "linalg", "errors", "types"},
+    1: {"structures", "likelihoods", "network", "prior"},
+    2: {"curvature", "fit"},
+    3: {"tuning", "predictive", "gp", "evaluation"},
+    4: {"baselaplace", "lllaplace", "subnetlaplace"},
+    5: {"laplace", "marglik_training"},
+    6: {"utils", "__init__"},
+}
+"""A room may import from its own storey and from lower ones. `__init__` is the front door, `utils` has doors only."""
+STOREY = {room: storey for storey, rooms in STOREYS.items() for room in rooms}
+
+CLOSED = {
+    "structures": {"likelihoods"},
+    "likelihoods": {"network", "structures", "prior"},
+    "network": {"structures", "likelihoods", "prior"},
+    "prior": {"structures", "likelihoods"},
+    "curvature": {"prior"},
+    "predictive": {"curvature"},
+}
+"""Doors that stay shut although the storeys would allow them: room -> rooms it never imports."""
+NETWORK_FOR_SIZES = {"structures", "prior"}
+"""Rooms that may know the sizes of the parameters, and nothing else of the network."""
+
+HEAVY = {
+    "asdl", "backpack", "curvlinops", "matplotlib", "mlxtend", "pandas", "scipy", "sklearn", "torchmetrics",
+    "torchvision", "transformers",
+}  # fmt: skip
+"""Packages that `import laplace` must not load: they are optional, or slow to import, or both."""
+
+TABLES = [
+    ("laplace.laplace", "ESTIMATORS", (enums.SubsetOfWeights, enums.HessianStructure)),
+    ("laplace.likelihoods", "LIKELIHOODS", (enums.Likelihood,)),
+    ("laplace.structures", "STRUCTURES", (enums.HessianStructure,)),
+    ("laplace.predictive.links", "LINKS", (enums.LinkApprox,)),
+]
+"""(module, table, enums of its keys): the literal tables that turn an option into its implementation."""
+
+
+def module_name(path: Path) -> str:
+    """`laplace/network/batches.py` -> `laplace.network.batches`; a package keeps its `__init__`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(module: str) -> str:
+    """The part of a dotted name that STOREY knows."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imported_modules(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import from the library, wherever in the file it stands."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            anchor = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*anchor, *([node.module] if node.module else [])])
+            if origin == "laplace":  # rooms are taken by name, anything else comes through the front door
+                found = [f"laplace.{alias.name}" if alias.name in STOREY else "laplace" for alias in node.names]
+            elif origin == "laplace.network":
+                found = [f"{origin}.{alias.name}" for alias in node.names]
+            else:
+                found = [origin]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in found if name.split(".")[0] == "laplace")
+
+
+def broken_rules(source: str, module: str) -> list[str]:
+    """What the imports of one module do against the plan."""
+    room, broken = room_of(module), []
+    for line, target in imported_modules(source, module):
+        other = room_of(target)
+        if other == room:
+            continue
+        where = f"{module}:{line} imports {target}: "
+        if other not in STOREY:
+            broken.append(where + f"{other!r} has no storey")
+        elif STOREY[other] > STOREY[room]:
+            broken.append(where + f"storey {STOREY[room]} may not import from storey {STOREY[other]}")
+        elif other == "utils":
+            broken.append(where + "utils holds forwarding addresses for users; import from the real home")
+        elif other in CLOSED.get(room, ()):
+            broken.append(where + f"{room} never imports {other}")
+        elif other == "network" and room in NETWORK_FOR_SIZES and not target.startswith("laplace.network.parameters"):
+            broken.append(where + f"{room} may use network.parameters only")
+    return broken
+
+
+LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
+ALL_FILES = sorted(
+    path for folder in ("laplace", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+)
+MODULES = ["laplace", *sorted(module.name for module in pkgutil.walk_packages(laplace.__path__, "laplace."))]
+
+
+def name_of(path: Path) -> str:
+    """A readable test id."""
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
+def test_no_file_is_too_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
+def test_every_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "say what lives here"
+
+
+def test_every_room_has_a_storey() -> None:
+    rooms = {room_of(module_name(path)) for path in LIBRARY_FILES}
+    assert rooms <= set(STOREY), f"give {rooms - set(STOREY)} a storey in STOREYS"
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    assert not broken_rules(path.read_text(encoding="utf-8"), module_name(path))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("laplace.enums", "from laplace.prior import GaussianPrior", "storey 0 may not import from storey 1"),
+        ("laplace.network.batches", "from ..curvature import autograd", "storey 1 may not import from storey 2"),
+        ("laplace.tuning.marglik", "import laplace.baselaplace.full", "storey 3 may not import from storey 4"),
+        ("laplace.fit", "from . import tuning", "storey 2 may not import from storey 3"),
+        ("laplace.prior", "from laplace import Laplace", "storey 1 may not import from storey 6"),
+        ("laplace.linalg", "if TYPE_CHECKING:\n    from laplace.types import A\n    import laplace.fit", "storey 0"),
+        ("laplace.lllaplace", "def f():\n    from laplace.utils.matrix import Kron", "storey 4 may not"),
+        ("laplace.__init__", "from laplace.utils.matrix import Kron", "forwarding addresses"),
+        ("laplace.structures.full", "from laplace.likelihoods.base import X", "structures never imports likelihoods"),
+        ("laplace.structures.full", "from laplace.network import batches", "network.parameters only"),
+        ("laplace.likelihoods.base", "from laplace import network", "likelihoods never imports network"),
+        ("laplace.curvature.kfac", "from ..prior import GaussianPrior", "curvature never imports prior"),
+        ("laplace.predictive.links", "from laplace.curvature import x", "predictive never imports curvature"),
+        ("laplace.fit", "import laplace.attic", "'attic' has no storey"),
+    ],
+)
+def test_the_checker_sees_a_bad_import(module: str, source: str, complaint: str) -> None:
+    broken = broken_rules(source, module)
+    assert len(broken) == 1
+    assert complaint in broken[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("laplace.structures.kron", "from laplace.network.parameters import expand_groups"),
+        ("laplace.structures.kron", "from ..network import parameters\nfrom .base import X\nfrom laplace import prior"),
+        ("laplace.curvature.autograd", "import torch\nfrom laplace.likelihoods import X\nfrom . import last_layer"),
+        ("laplace.utils.matrix", "from laplace.structures.kron import Kron"),
+        ("laplace.utils.__init__", "from laplace.utils.matrix import Kron"),
+        ("laplace.__init__", "from laplace.laplace import Laplace"),
+        ("laplace.evaluation.plots", "import laplaced\nfrom . import metrics"),
+    ],
+)
+def test_the_checker_lets_a_good_import_pass(module: str, source: str) -> None:
+    assert broken_rules(source, module) == []
+
+
+@pytest.mark.parametrize("path", sorted((LIBRARY / "utils").glob("*.py")), ids=name_of)
+def test_doors_only_forward(path: Path) -> None:
+    docstring, *body = ast.parse(path.read_text(encoding="utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+    for node in body:
+        is_all = isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+        assert is_all or isinstance(node, (ast.Import, ast.ImportFrom)), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports(name: str) -> None:
+    importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_resolve(name: str) -> None:
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [])
+    assert len(set(public)) == len(public)
+    for attribute in public:
+        getattr(module, attribute)
+
+
+def test_the_front_door_lists_its_names() -> None:
+    assert "Laplace" in laplace.__all__
+    assert set(laplace.__all__) <= set(dir(laplace))
+
+
+def test_import_loads_nothing_optional() -> None:
+    code = "import sys, laplace; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "laplace" in loaded.split()
+    assert HEAVY.isdisjoint(loaded.split())
+
+
+@pytest.mark.parametrize(("module", "table", "keys"), TABLES, ids=lambda value: value if isinstance(value, str) else "")
+def test_table_keys_are_options(module: str, table: str, keys: tuple[type, ...]) -> None:
+    rows = getattr(importlib.import_module(module), table)
+    assert rows
+    for key, value in rows.items():
+        parts = key if isinstance(key, tuple) else (key,)
+        assert [type(part) for part in parts] == list(keys), f"{key!r} is not made of members of {keys}"
+        assert callable(value), f"{table}[{key!r}] is not something to call"
+
+
+def test_every_link_has_an_implementation() -> None:
+    links = importlib.import_module("laplace.predictive.links").LINKS
+    assert set(links) == set(enums.LinkApprox)

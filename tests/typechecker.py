@@ -1,0 +1,6 @@
+"""The run-time checker of annotated types and shapes that ``conftest.py`` installs for the whole test run."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+"""As PEP 484 says, an ``int`` is good where a ``float`` is expected."""
