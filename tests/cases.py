@@ -34,7 +34,9 @@ class ConvNet(nn.Module):
 
     def __init__(self, n_outputs: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Flatten())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Flatten()
+        )
         self.head = nn.Linear(8, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +158,9 @@ class Case:
         """A feature extractor around the model, with the options that this case needs."""
         from laplace.network.feature_extractor import FeatureExtractor
 
-        chosen = {key: self.options[key] for key in ("feature_reduction", "dict_key_x", "dict_key_y") if key in self.options}
+        chosen = {
+            key: self.options[key] for key in ("feature_reduction", "dict_key_x", "dict_key_y") if key in self.options
+        }
         extractor = FeatureExtractor(self.model() if model is None else model, **chosen, **options)
         extractor.find_last_layer(self.test_inputs())
         return extractor

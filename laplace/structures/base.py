@@ -13,7 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Self
 
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
@@ -41,15 +40,17 @@ class AbstractCurvature(ABC):
 
     @classmethod
     @abstractmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+    def from_batch(
+        cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
+    ) -> tuple[Scalar, AbstractCurvature]:
         """Negative log-likelihood and curvature of one batch, asked of the back end in its own structure."""
 
     @classmethod
     def accumulate(
         cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
-    ) -> tuple[Scalar, Self] | None:
+    ) -> tuple[Scalar, AbstractCurvature] | None:
         """Negative log-likelihood and curvature of a whole data set; ``None`` when it is empty."""
-        total: tuple[Scalar, Self] | None = None
+        total: tuple[Scalar, AbstractCurvature] | None = None
         for x, y in batches:
             nll, curvature = cls.from_batch(backend, x, y, **options)
             total = (nll, curvature) if total is None else (total[0] + nll, total[1].merge(curvature))
@@ -66,11 +67,11 @@ class AbstractCurvature(ABC):
         """What users find under ``H``."""
 
     @abstractmethod
-    def merge(self, other: Any) -> Self:
+    def merge(self, other: Any) -> AbstractCurvature:
         """Curvature of the union of two data sets; ``other`` has the same structure."""
 
     @abstractmethod
-    def __mul__(self, factor: float | Tensor) -> Self:
+    def __mul__(self, factor: float | Tensor) -> AbstractCurvature:
         """``factor · H``, differentiable in ``factor``."""
 
     @abstractmethod

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Self
 
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
@@ -32,7 +31,7 @@ class DiagCurvature(AbstractCurvature):
     vector: Float[Tensor, " params"]
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, DiagCurvature]:
         """Ask the back end for the diagonal."""
         nll, vector = backend.diag(x, y, **options)
         return nll, cls(vector)
@@ -47,11 +46,11 @@ class DiagCurvature(AbstractCurvature):
         """The vector, ``[P]``."""
         return self.vector
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: DiagCurvature) -> DiagCurvature:
         """Sum of the two."""
         return replace(self, vector=self.vector + other.vector)
 
-    def __mul__(self, factor: float | Tensor) -> Self:
+    def __mul__(self, factor: float | Tensor) -> DiagCurvature:
         """Elementwise."""
         return replace(self, vector=self.vector * factor)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Self
 
 from laplace import linalg
 from laplace.network.parameters import augment, output_index
@@ -39,7 +38,7 @@ class FullCurvature(AbstractCurvature):
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, FullCurvature]:
         """Ask the back end for the dense matrix."""
         nll, matrix = backend.full(x, y, **options)
         return nll, cls(matrix)
@@ -54,12 +53,12 @@ class FullCurvature(AbstractCurvature):
         """The matrix, ``[P, P]``."""
         return self.matrix
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: FullCurvature) -> FullCurvature:
         """Sum of the two."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         return replace(self, matrix=self.matrix + other.matrix, _cache={})
 
-    def __mul__(self, factor: float | Tensor) -> Self:
+    def __mul__(self, factor: float | Tensor) -> FullCurvature:
         """Scale the matrix; its eigenvalues are shared."""
         return replace(self, scale=self.scale * factor)
 

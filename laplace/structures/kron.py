@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from laplace import linalg
 from laplace.errors import ShapeError
@@ -49,7 +48,7 @@ class KronCurvature(AbstractCurvature):
     _cache: dict[str, KronDecomposed] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, Self]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, KronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
         return nll, cls(sums, backend.count(y))
@@ -76,12 +75,12 @@ class KronCurvature(AbstractCurvature):
         """The matrix in its eigenbasis."""
         return self.decomposed
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: KronCurvature) -> KronCurvature:
         """Add sums and counts: not the sum of the two matrices."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         return replace(self, sums=self.sums + other.sums, count=self.count + other.count, _cache={})
 
-    def __mul__(self, factor: float | Tensor) -> Self:
+    def __mul__(self, factor: float | Tensor) -> KronCurvature:
         """Scale the matrix; the eigenbasis is shared."""
         return replace(self, scale=self.scale * factor)
 

@@ -9,7 +9,7 @@ from laplace.errors import InputError, ShapeError, UnsupportedError
 from tests import reference
 from tests.cases import BASIC, CASES, Case, named
 from tests.contracts import generator
-from tests.estimators import basic_cases, dense, estimator, every_structure, evidence, fitted, posterior, prior_diagonal
+from tests.estimators import basic_cases, dense, every_structure, evidence, fitted, posterior, prior_diagonal
 from tests.tools import assert_close
 
 BACKENDS = pytest.mark.parametrize("options", [{}, {"backend": AutogradEF}], ids=["GGN", "EF"])

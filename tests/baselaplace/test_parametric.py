@@ -226,7 +226,10 @@ def test_a_strong_prior_predicts_what_the_network_does(case, structure):
     with torch.no_grad():
         f = case.forward(case.model(), case.test_inputs())
     result = la(case.test_inputs())
-    assert_close(result if case.likelihood == "classification" else result[0], f.softmax(-1) if case.likelihood == "classification" else f)
+    assert_close(
+        result if case.likelihood == "classification" else result[0],
+        f.softmax(-1) if case.likelihood == "classification" else f,
+    )
 
 
 EVERY_LINK = ({}, {"link_approx": "mc"}, {"link_approx": "bridge"}, {"link_approx": "bridge_norm"}, {"pred_type": "nn"})

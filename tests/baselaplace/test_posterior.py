@@ -44,7 +44,13 @@ def test_fit_is_exact(case, structure, options):
 @basic_cases
 def test_any_iterable_of_batches_can_be_fitted(case, structure):
     expected = fitted(case, structure)
-    for loader in (tensor_loader(case, 4), case.batches(1, 3), tuple(case.batches(5)), stream(case.batches(2, 2)), iter(case.batches(4))):
+    for loader in (
+        tensor_loader(case, 4),
+        case.batches(1, 3),
+        tuple(case.batches(5)),
+        stream(case.batches(2, 2)),
+        iter(case.batches(4)),
+    ):
         la = estimator(case, structure)
         la.fit(loader)
         same_fit(la, expected)

@@ -70,7 +70,9 @@ def test_the_kind_of_a_back_end_decides_how_it_scales():
     assert (GGNInterface.kind, EFInterface.kind) == (CurvatureKind.GGN, CurvatureKind.EF)
 
 
-@pytest.mark.parametrize(("cls", "methods"), [(Nothing, ("full", "diag", "kron")), (PlainGGN, ("kron",)), (PlainEF, ("kron",))])
+@pytest.mark.parametrize(
+    ("cls", "methods"), [(Nothing, ("full", "diag", "kron")), (PlainGGN, ("kron",)), (PlainEF, ("kron",))]
+)
 def test_structures_that_a_back_end_lacks_are_refused_by_name(cls, methods):
     engine, (x, y) = backend(cls, BASIC[0]), BASIC[0].data()
     for method in methods:

@@ -111,7 +111,7 @@ def test_class_indices_of_any_integer_dtype_are_read(dtype):
 def test_predictive_nll_is_the_cross_entropy_of_the_link():
     likelihood, f, y = CategoricalLikelihood(), logits(4, 3), torch.tensor([0, 2, 1, 1])
     cov = torch.ones(4, 3)
-    link = lambda mean, cov: mean.log_softmax(-1)  # noqa: E731, ARG005
+    link = lambda mean, cov: mean.log_softmax(-1)  # noqa: E731
     assert_close(likelihood.predictive_nll(f, cov, y, link), likelihood.nll(f, y))
     one_hot = torch.nn.functional.one_hot(y, 3).double()
     assert_close(likelihood.predictive_nll(f, cov, one_hot, link), likelihood.nll(f, y))

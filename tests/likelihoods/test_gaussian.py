@@ -8,6 +8,7 @@ import torch
 from laplace.enums import CurvatureKind
 from laplace.errors import InputError, ShapeError
 from laplace.likelihoods import GaussianLikelihood
+from laplace.predictive import links
 from tests.contracts import check_likelihood
 from tests.tools import assert_close
 
@@ -56,10 +57,10 @@ def test_predictive_nll_adds_the_noise_to_the_covariance():
     cov = root @ root.mT
     likelihood = GaussianLikelihood(torch.tensor(0.6))
     density = torch.distributions.MultivariateNormal(mean, cov + 0.36 * torch.eye(3))
-    assert_close(likelihood.predictive_nll(mean, cov, y, None), -density.log_prob(y).sum())
+    assert_close(likelihood.predictive_nll(mean, cov, y, links.probit), -density.log_prob(y).sum())
     variances = cov.diagonal(dim1=1, dim2=2)
     independent = torch.distributions.Normal(mean, (variances + 0.36).sqrt())
-    assert_close(likelihood.predictive_nll(mean, variances, y, None), -independent.log_prob(y).sum())
+    assert_close(likelihood.predictive_nll(mean, variances, y, links.probit), -independent.log_prob(y).sum())
 
 
 def test_positions_are_flattened_and_counted():

@@ -144,7 +144,13 @@ def test_model_kwargs_are_passed_on():
 
 
 def test_counting_positional_parameters():
-    assert [takes_several(m) for m in (Whole(), Keywords(), Several(), Any_(), KeywordOnly())] == [False, True, True, True, False]
+    assert [takes_several(m) for m in (Whole(), Keywords(), Several(), Any_(), KeywordOnly())] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_the_first_tensor_is_found_at_any_depth():

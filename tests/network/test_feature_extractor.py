@@ -197,7 +197,11 @@ def test_flattened_positions_are_positions():
 
 @pytest.mark.parametrize(
     ("function", "says"),
-    [(lambda f: {"scores": f}, "without 'logits'.*'scores'"), (lambda f: (f, f), "tuple"), (lambda f: None, "NoneType")],
+    [
+        (lambda f: {"scores": f}, "without 'logits'.*'scores'"),
+        (lambda f: (f, f), "tuple"),
+        (lambda f: None, "NoneType"),
+    ],
     ids=["mapping without logits", "tuple", "nothing"],
 )
 def test_outputs_that_are_no_tensor_are_explained(function, says):

@@ -62,7 +62,9 @@ def encode(*, padded: bool = True, rows: int = ROWS, seed: int = 0) -> BatchEnco
 def batches(labels: torch.Tensor, **options) -> list[BatchEncoding]:
     """The rows in two batches of different size."""
     encoded = {**encode(**options), "labels": labels}
-    return [BatchEncoding({key: value[part] for key, value in encoded.items()}) for part in (slice(0, 4), slice(4, ROWS))]
+    return [
+        BatchEncoding({key: value[part] for key, value in encoded.items()}) for part in (slice(0, 4), slice(4, ROWS))
+    ]
 
 
 def row_labels() -> torch.Tensor:

@@ -120,7 +120,9 @@ def test_probabilities_flatten_as_logits_become_uncertain(n_classes):
     assert (confidence[-1] - 1 / n_classes).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("link", [links.probit, links.bridge, links.bridge_norm, SEEDED_MC[7]], ids=["probit", "bridge", "bridge_norm", "mc"])
+@pytest.mark.parametrize(
+    "link", [links.probit, links.bridge, links.bridge_norm, SEEDED_MC[7]], ids=["probit", "bridge", "bridge_norm", "mc"]
+)
 def test_links_are_differentiable_in_mean_and_covariance(link):
     mean, root = gaussian(3, 3)
 

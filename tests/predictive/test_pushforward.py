@@ -109,7 +109,9 @@ def test_sampled_classification_converges_to_the_exact_integral(precision, optio
     V = reference.output_covariance(jacobian(inputs), precision.to_dense())
     exact = reference.expected_softmax(inputs.f, V)
     link = LinkApprox.MC
-    probabilities = predict(inputs, precision, "classification", link=link, n_samples=n, generator=generator(0), **options)
+    probabilities = predict(
+        inputs, precision, "classification", link=link, n_samples=n, generator=generator(0), **options
+    )
     assert_within(probabilities, exact, (exact * (1 - exact) / n).sqrt(), "probabilities")
 
 

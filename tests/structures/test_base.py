@@ -47,7 +47,9 @@ def test_a_structure_that_overrides_nothing_is_correct(bias):
     check_precision(Dense(dense), dense, n_outputs=C, bias=bias)
 
 
-@pytest.mark.parametrize("precision", [FullPrecision(psd(6, 1, rank=6)), DiagPrecision(uniform(6))], ids=["full", "diag"])
+@pytest.mark.parametrize(
+    "precision", [FullPrecision(psd(6, 1, rank=6)), DiagPrecision(uniform(6))], ids=["full", "diag"]
+)
 @pytest.mark.parametrize("shape", [(4, 3, 5), (4, 6), (2, 4, 3, 6)])
 def test_jacobians_of_another_shape_are_refused(precision, shape):
     for method in (precision.functional_variance, precision.functional_covariance):

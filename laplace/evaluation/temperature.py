@@ -1,0 +1,180 @@
+"""Temperature scaling: the one-number recalibration that every other method should be compared with.
+
+A network's logits are divided by one scalar T, chosen on validation data after training. Classes keep their order, so
+accuracy does not change. (The keyword ``temperature=`` of the estimators is another thing: it tempers the likelihood.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.likelihoods.categorical import IGNORED
+from laplace.network import batches
+from laplace.network.modes import evaluating
+from laplace.types import Inputs
+
+
+@dataclass(frozen=True)
+class SoftmaxPredictor:
+    """A network as it is, as a predictor: the softmax of its logits, divided by a temperature.
+
+    Attributes
+    ----------
+    model
+        The trained network, evaluated in evaluation mode; it returns logits or a mapping with ``logits``.
+    temperature
+        What the logits are divided by; 1 is the network itself.
+    dict_key_x, dict_key_y
+        Entries of mapping inputs that hold the main input and the targets.
+    """
+
+    model: nn.Module
+    temperature: float = 1.0
+    dict_key_x: str = "input_ids"
+    dict_key_y: str = "labels"
+
+    def logits(self, x: Inputs) -> Float[Tensor, "*positions outputs"]:
+        """Logits ``[batch, ..., C]`` in float64, before the temperature.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model returns neither a tensor nor a mapping with the tensor ``logits``.
+        """
+        with evaluating(self.model):
+            outputs = batches.call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+        if isinstance(outputs, Mapping):
+            outputs = outputs.get("logits")
+        if not isinstance(outputs, Tensor):
+            msg = f"The model must return logits, or a mapping with 'logits'; it returns {type(outputs).__name__}."
+            raise UnsupportedError(msg)
+        return outputs.double()
+
+    def __call__(self, x: Inputs) -> Float[Tensor, "*positions outputs"]:
+        """Class probabilities ``[batch, ..., C]`` in float64: overconfident logits underflow in float32."""
+        return (self.logits(x) / self.temperature).softmax(-1)
+
+
+def fit_temperature(
+    model: nn.Module, val_loader: Iterable[Any], *, dict_key_x: str = "input_ids", dict_key_y: str = "labels"
+) -> SoftmaxPredictor:
+    """Choose the temperature of a network on validation data.
+
+    Parameters
+    ----------
+    model
+        The trained network.
+    val_loader
+        Batches that the network was not trained on.
+    dict_key_x, dict_key_y
+        Entries of mapping batches that hold the main input and the targets.
+
+    Returns
+    -------
+    The network as a predictor, with ``temperature`` set.
+
+    Raises
+    ------
+    InputError
+        If no temperature is best on these data; see ``best_temperature``.
+
+    References
+    ----------
+    Guo, Pleiss, Sun & Weinberger (2017), "On calibration of modern neural networks", section 4.2. arXiv:1706.04599
+    """
+    plain = SoftmaxPredictor(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+    device = device_of(model)
+    logits: list[Tensor] = []
+    targets: list[Tensor] = []
+    for x, y in batches.iterate(val_loader, dict_key_y=dict_key_y, device=device):
+        f = plain.logits(x)
+        logits.append(f.reshape(-1, f.shape[-1]))
+        targets.append(y.reshape(-1))
+    if not targets:
+        msg = "The validation loader is empty."
+        raise InputError(msg)
+    temperature = best_temperature(torch.cat(logits), torch.cat(targets))
+    return replace(plain, temperature=temperature)
+
+
+def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."]) -> float:
+    """Temperature that minimizes the negative log-likelihood, T* = argmin_T −Σ_n log softmax(f_n / T)[y_n].
+
+    Parameters
+    ----------
+    logits
+        ``[rows, C]``.
+    y
+        Class indices, ``[rows]``; -100 leaves a row out.
+
+    Returns
+    -------
+    T*, positive, with no unit. T* > 1 where the network is overconfident.
+
+    Raises
+    ------
+    ShapeError
+        If there is not one target a row.
+    InputError
+        If there is no row, a logit is not finite, or the minimum is at no positive temperature: T = 0 when every row
+        is classified correctly, T = ∞ when the logits know nothing about the targets.
+
+    Notes
+    -----
+    The likelihood is convex in 1/T, so the minimum is unique; one scalar is fitted by L-BFGS in log T, in float64.
+    """
+    if len(logits) != len(y):
+        msg = f"Expected one target a row; got {len(logits)} rows of logits and {len(y)} targets."
+        raise ShapeError(msg)
+    kept = y != IGNORED
+    logits, y = logits.detach().double()[kept], y[kept].long()
+    if not len(y) or not bool(torch.isfinite(logits).all()):
+        msg = f"Expected at least one row, and finite logits; got {len(y)} rows."
+        raise InputError(msg)
+    _check_minimum_exists(logits, y)
+    unit = logits.std(-1).mean()  # T* is proportional to the logits; with this unit it is near 1
+    log_t = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [log_t], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits / unit * (-log_t).exp(), y)
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch declares a closure that returns float
+    return float(log_t.detach().exp() * unit)
+
+
+def _check_minimum_exists(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, " rows"]) -> None:
+    """Raise unless the convex function of 1/T falls at first and rises in the end."""
+    right = logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    if bool((right >= logits.amax(-1)).all()):
+        msg = (
+            f"Every one of the {len(y)} validation rows is classified correctly, so the likelihood grows without end "
+            "as the temperature falls to 0. Use more validation data, and none that the network was trained on."
+        )
+        raise InputError(msg)
+    if float((right - logits.mean(-1)).mean()) <= 0:
+        msg = (
+            "The logits do not favor the right classes, so the likelihood is best at an infinite temperature. Check "
+            "that the classes of the targets are in the order of the outputs, and that the network is trained."
+        )
+        raise InputError(msg)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter; the CPU for a model without any."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

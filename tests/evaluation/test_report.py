@@ -1,0 +1,169 @@
+"""A report holds the numbers of the metrics, and prints them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace.errors import InputError
+from laplace.evaluation import Report, SoftmaxPredictor, fit_temperature, metrics, predict, side_by_side
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def labeled(model: nn.Module, n: int) -> tuple[Tensor, Tensor]:
+    """Inputs, and targets that follow the model most of the time."""
+    x = 2 * torch.randn(n, 2)
+    with torch.no_grad():
+        y = torch.where(torch.rand(n) < 0.8, model(x).argmax(-1), torch.randint(3, (n,)))
+    return x, y
+
+
+@pytest.fixture
+def data(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: labeled(model, n) for name, n in (("val", 60), ("test", 70), ("shifted", 50), ("ood", 40))}
+
+
+def loader(pair: tuple[Tensor, Tensor]) -> DataLoader:
+    return DataLoader(TensorDataset(*pair), batch_size=16)
+
+
+def uniform(x: Tensor) -> Tensor:
+    return torch.full((len(x), 3), 1 / 3)
+
+
+def test_predict_gathers_all_batches(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+    x, y = data["test"]
+    result = predict(SoftmaxPredictor(model), loader(data["test"]))
+    torch.testing.assert_close(result.probs, model(x).softmax(-1))
+    assert result.y.equal(y)
+    assert result.seconds > 0
+
+
+def test_predict_takes_positions_for_rows() -> None:
+    y = torch.tensor([[0, 1], [2, -100]])
+    result = predict(lambda x: x.softmax(-1), [(torch.randn(2, 2, 3), y), (torch.randn(1, 4, 3), y[:1].repeat(1, 2))])
+    assert result.probs.shape == (8, 3)
+    assert result.y.tolist() == [0, 1, 2, -100, 0, 1, 0, 1]
+
+
+def test_predict_needs_a_batch() -> None:
+    with pytest.raises(InputError, match="empty"):
+        predict(uniform, [])
+
+
+def test_side_by_side_holds_the_metrics(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+    report = side_by_side(
+        model,
+        {"uniform": uniform},
+        loader(data["test"]),
+        val_loader=loader(data["val"]),
+        shifted={"later": loader(data["shifted"])},
+        ood_loader=loader(data["ood"]),
+        n_bins=7,
+    )
+    assert list(report.rows) == ["MAP", "MAP, temperature T", "uniform"]
+    assert report.columns == [
+        "accuracy", "NLL", "ECE", "Brier", "NLL later", "ECE later", "OOD AUROC", "predict ms",
+    ]  # fmt: skip
+    scaled = fit_temperature(model, loader(data["val"]))
+    for name, predictor in (("MAP", SoftmaxPredictor(model)), ("MAP, temperature T", scaled), ("uniform", uniform)):
+        row = dict(report.rows[name])
+        probs, y = predictor(data["test"][0]), data["test"][1]
+        later, later_y = predictor(data["shifted"][0]), data["shifted"][1]
+        foreign = predictor(data["ood"][0])
+        assert row.pop("predict ms") > 0
+        assert row == pytest.approx(
+            {
+                "accuracy": metrics.accuracy(probs, y),
+                "NLL": metrics.mean_nll(probs, y),
+                "ECE": metrics.calibration_error(probs, y, n_bins=7),
+                "Brier": metrics.brier_score(probs, y),
+                "NLL later": metrics.mean_nll(later, later_y),
+                "ECE later": metrics.calibration_error(later, later_y, n_bins=7),
+                "OOD AUROC": metrics.ood_auroc(metrics.uncertainty(probs), metrics.uncertainty(foreign)),
+            },
+            abs=1e-12,
+        )
+    assert report.rows["uniform"]["NLL"] == pytest.approx(math.log(3))
+    assert report.rows["uniform"]["OOD AUROC"] == 0.5
+
+
+def test_a_temperature_keeps_the_accuracy_and_lowers_the_nll_it_was_fitted_on(
+    model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    report = side_by_side(model, {}, loader(data["val"]), val_loader=loader(data["val"]))
+    plain, scaled = report.rows.values()
+    assert scaled["accuracy"] == plain["accuracy"]
+    assert scaled["NLL"] < plain["NLL"]
+
+
+def test_what_is_not_given_is_not_reported(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+    report = side_by_side(model, {}, loader(data["test"]))
+    assert list(report.rows) == ["MAP"]
+    assert report.columns == ["accuracy", "NLL", "ECE", "Brier", "predict ms"]
+
+
+def test_targets_of_foreign_inputs_are_ignored(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+    x, _ = data["ood"]
+    reports = [
+        side_by_side(model, {}, loader(data["test"]), ood_loader=[(x, torch.full((len(x),), label))])
+        for label in (0, -1, -100)
+    ]
+    assert len({report.rows["MAP"]["OOD AUROC"] for report in reports}) == 1
+
+
+def test_names_of_the_network_are_taken(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+    with pytest.raises(InputError, match="MAP"):
+        side_by_side(model, {"MAP": uniform}, loader(data["test"]))
+
+
+REPORT = Report({"first": {"NLL": 0.25, "ECE": 0.1}, "second one": {"NLL": 10.5, "ECE": 0.03}})
+
+
+def test_a_table_is_aligned_markdown() -> None:
+    assert REPORT.table(digits=2).splitlines() == [
+        "|            |   NLL |  ECE |",
+        "|:-----------|------:|-----:|",
+        "| first      |  0.25 | 0.10 |",
+        "| second one | 10.50 | 0.03 |",
+    ]
+
+
+def test_columns_are_chosen_and_ordered() -> None:
+    assert REPORT.table(["ECE"]).splitlines()[0].split() == ["|", "|", "ECE", "|"]
+    assert REPORT.table(["ECE", "NLL"]).splitlines()[2].split() == ["|", "first", "|", "0.100", "|", "0.250", "|"]
+    with pytest.raises(InputError, match=r"no columns \['Brier'\]"):
+        REPORT.table(["Brier"])
+
+
+def test_a_column_is_added_and_may_have_gaps() -> None:
+    report = REPORT.with_column("fit s", {"second one": 1.5})
+    assert report.columns == ["NLL", "ECE", "fit s"]
+    assert report.table(["fit s"], digits=1).splitlines()[2:] == ["| first      |       |", "| second one |   1.5 |"]
+    assert "fit s" not in REPORT.columns
+    with pytest.raises(InputError, match="no rows"):
+        REPORT.with_column("fit s", {"third": 1.0})
+
+
+def test_an_average_has_mean_and_standard_error() -> None:
+    values = [1.0, 2.0, 6.0]
+    report = Report.average([Report({"a": {"NLL": value}}) for value in values])
+    spread = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (6 - 3) ** 2) / 2)
+    assert report.rows == {"a": {"NLL": pytest.approx(3)}}
+    assert report.errors == {"a": {"NLL": pytest.approx(spread / math.sqrt(3))}}
+    assert report.table(digits=2).splitlines()[-1] == "| a | 3.00 ± 1.53 |"
+
+
+def test_only_alike_reports_are_averaged() -> None:
+    with pytest.raises(InputError, match="at least two"):
+        Report.average([REPORT])
+    with pytest.raises(InputError, match="same rows"):
+        Report.average([REPORT, Report({"first": {"NLL": 1.0}})])
