@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TOLERANCES = {torch.float64: (1e-7, 1e-9), torch.float32: (2e-4, 2e-5)}
+TOLERANCES = {torch.float64: (1e-9, 1e-10), torch.float32: (2e-4, 2e-5)}
 """(relative, absolute to the largest entry): a dozen chained operations above the rounding unit of each dtype."""
 
 

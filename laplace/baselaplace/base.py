@@ -185,8 +185,9 @@ class BaseLaplace(ABC):
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
         try:
-            tensor = torch.as_tensor(value).to(self._device, self._dtype)
-        except (TypeError, ValueError) as error:
+            # Straight into the precision of the evidence: a detour through the default dtype would round.
+            tensor = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:
             msg = f"{name} must be a number or a tensor; got {type(value).__name__}."
             raise InputError(msg) from error
         bad = ~torch.isfinite(tensor.detach())
@@ -209,8 +210,9 @@ class BaseLaplace(ABC):
 
     @property
     def _output_likelihood(self) -> AbstractLikelihood:
-        """The likelihood with its present noise and temperature."""
-        return resolve(self.likelihood, self._sigma_noise, self._temperature)
+        """The likelihood with its present noise and temperature, in the precision of the evidence."""
+        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
+        return resolve(self.likelihood, self._sigma_noise, temperature)
 
     # -- back end -----------------------------------------------------------------------------------------------------
 

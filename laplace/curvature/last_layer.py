@@ -78,10 +78,13 @@ def full(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool
         matrix = phi.new_zeros(n_outputs * width, n_outputs * width)
     else:
         matrix = hessian.sign * outer_products(augmented, hessian.root)
-    if hessian.diagonal is not None:
+    strength = hessian.diagonal if hessian.total is None else hessian.total
+    if strength is not None:
         # [1 or C, D, D]: one block serves all outputs when they share their diagonal.
-        blocks = torch.einsum("nd,nc,ne->cde", augmented, hessian.diagonal, augmented)
-        matrix.view(n_outputs, width, n_outputs, width).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
+        blocks = torch.einsum("nd,nc,ne->cde", augmented, strength, augmented).permute(1, 2, 0)
+        diagonal = matrix.view(n_outputs, width, n_outputs, width).diagonal(dim1=0, dim2=2)
+        # Where the whole diagonal is known it replaces what the outer products left there.
+        diagonal.add_(blocks) if hessian.total is None else diagonal.copy_(blocks)
     return public_order(matrix, n_outputs, bias)
 
 

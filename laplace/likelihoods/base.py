@@ -37,15 +37,20 @@ class OutputHessian:
         ``r``: ``[rows, C, k]``, or ``None`` for zero.
     sign
         Of the product ``r rᵀ``: 1 or −1.
+    total
+        The diagonal of the whole, ``[rows, C]``, given where ``d − r²`` would cancel; it is then used instead.
     """
 
     n_outputs: int
     diagonal: Tensor | None = None
     root: Tensor | None = None
     sign: int = 1
+    total: Tensor | None = None
 
     def diag(self) -> Float[Tensor, "rows outputs"]:
         """Diagonals, ``[rows, C]``."""
+        if self.total is not None:
+            return self.total
         total: Tensor | float = 0.0
         if self.root is not None:
             root = self.root.squeeze(-1)
@@ -64,6 +69,8 @@ class OutputHessian:
         if self.diagonal is not None:
             total = total + torch.diag(self.diagonal.sum(0).expand(self.n_outputs))
         assert isinstance(total, Tensor), "one of the two parts is there"
+        if self.total is not None:
+            total.diagonal().copy_(self.total.sum(0))
         return total
 
     def dense(self) -> Float[Tensor, "rows outputs outputs"]:
@@ -74,6 +81,8 @@ class OutputHessian:
         if self.diagonal is not None:
             total = total + torch.diag_embed(self.diagonal.expand(-1, self.n_outputs))
         assert isinstance(total, Tensor), "one of the two parts is there"
+        if self.total is not None:
+            total.diagonal(dim1=1, dim2=2).copy_(self.total)
         return total
 
 

@@ -36,9 +36,7 @@ class CategoricalLikelihood(AbstractLikelihood):
     @property
     def scale(self) -> Scalar:
         """1/T."""
-        temperature = self.temperature
-        # 0-dimensional float64: exact, and it does not widen what it multiplies.
-        return 1 / (temperature if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64))
+        return 1 / torch.as_tensor(self.temperature)
 
     def curvature_scale(self, kind: CurvatureKind) -> Scalar:  # noqa: ARG002
         """1/T for every curvature: there is no noise to scale with."""
@@ -46,7 +44,7 @@ class CategoricalLikelihood(AbstractLikelihood):
 
     def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:  # noqa: ARG002
         """Zero: the logits are normalized already."""
-        return torch.zeros(())
+        return torch.zeros_like(self.scale)
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
         """Cross-entropy summed over rows."""
@@ -58,9 +56,15 @@ class CategoricalLikelihood(AbstractLikelihood):
         return f.softmax(-1) - label
 
     def hessian(self, f: Outputs) -> OutputHessian:
-        """``diag(p) − p pᵀ``; singular, since probabilities sum to one."""
+        """``diag(p) − p pᵀ``; singular, since probabilities sum to one.
+
+        Its diagonal ``p (1 − p)`` is computed without the difference: where a network is confident, as on its training
+        data, ``p − p²`` has no digits left in float32.
+        """
         p = f.softmax(-1)
-        return OutputHessian(f.shape[-1], diagonal=p, root=p.unsqueeze(-1), sign=-1)
+        top = p.argmax(-1, keepdim=True)
+        rest = (1 - p).scatter(-1, top, p.scatter(-1, top, 0.0).sum(-1, keepdim=True))
+        return OutputHessian(f.shape[-1], diagonal=p, root=p.unsqueeze(-1), sign=-1, total=p * rest)
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Softmax(f) minus labels drawn from it, ``[samples, rows, C]``."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import ShapeError
+from laplace.errors import InputError, ShapeError
 from laplace.prior import GaussianPrior
 from laplace.types import Scalar
 
@@ -49,10 +49,23 @@ class AbstractCurvature(ABC):
     def accumulate(
         cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
     ) -> tuple[Scalar, AbstractCurvature] | None:
-        """Negative log-likelihood and curvature of a whole data set; ``None`` when it is empty."""
+        """Negative log-likelihood and curvature of a whole data set; ``None`` when it is empty.
+
+        Raises
+        ------
+        InputError
+            If the negative log-likelihood of a batch is not finite.
+        """
         total: tuple[Scalar, AbstractCurvature] | None = None
-        for x, y in batches:
+        for index, (x, y) in enumerate(batches):
             nll, curvature = cls.from_batch(backend, x, y, **options)
+            if not bool(torch.isfinite(nll)):
+                msg = (
+                    f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll)}. Its inputs or "
+                    "targets, or the outputs of the model for them, are NaN or infinite (or overflow when squared): "
+                    "look for them in the data."
+                )
+                raise InputError(msg)
             total = (nll, curvature) if total is None else (total[0] + nll, total[1].merge(curvature))
         return total
 

@@ -111,7 +111,7 @@ def log_grid(low: float, high: float, size: int, base: float) -> Tensor:
             f"grid_size >= 1; got {low}, {high}, {base}, {size}."
         )
         raise InputError(msg)
-    return torch.logspace(low, high, size, base=base)
+    return torch.logspace(low, high, size, base=base, dtype=torch.float64)
 
 
 def search(score: Callable[[Tensor], float], grid: Tensor, *, progress_bar: bool = False) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,11 @@ def test_full_knows_the_closed_forms_of_a_linear_layer(bias):
     check_precision(FullPrecision(dense), dense, n_outputs=C, bias=bias)
 
 
-def test_scale_is_a_lower_triangular_root_of_the_covariance():
+def test_the_root_is_a_lower_triangular_root_of_the_covariance():
     dense = psd(P, 4, rank=P) + torch.eye(P).double()
     precision = FullPrecision(dense)
-    assert_close(precision.scale, precision.scale.tril())
-    assert_close(precision.scale @ precision.scale.T, dense.inverse())
+    assert_close(precision.root, precision.root.tril())
+    assert_close(precision.root @ precision.root.T, dense.inverse())
     assert_close(precision.covariance, dense.inverse())
 
 
