@@ -50,10 +50,18 @@ types: $(VENV)/.lint $(VENV)/.examples ## static types
 docs: $(VENV)/.docs ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.examples ## time and memory of the last layer
-	$(BIN)/python benchmarks/last_layer.py
+# laplace-torch has the same import name: it is measured in an environment of its own. Its dependencies bring a
+# torchvision that does not fit this torch and that nothing needs.
+$(VENV)-peer/.ready:
+	$(PYTHON) -m venv $(VENV)-peer
+	$(VENV)-peer/bin/python -m pip install --quiet torch==2.13.0 laplace-torch==0.3
+	$(VENV)-peer/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+bench: $(VENV)/.examples $(VENV)-peer/.ready ## time and memory of the last layer, beside laplace-torch
+	$(BIN)/python benchmarks/last_layer.py --peer $(abspath $(VENV)-peer/bin/python)
 
 check: lint types docs demo test-slow test ## what CI runs, in this order
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peer site build dist .pytest_cache .ruff_cache .hypothesis

@@ -47,7 +47,13 @@ def run(python: str, case: int, limit_s: float, peer: bool) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or not peer}
     try:
         done = subprocess.run(
-            command + ["--peer"] * peer, capture_output=True, text=True, timeout=limit_s, cwd="/", env=environment, check=False
+            command + ["--peer"] * peer,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            cwd="/",
+            env=environment,
+            check=False,
         )
         output, note = done.stdout, "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
     except subprocess.TimeoutExpired as expired:
@@ -71,6 +77,11 @@ def number(value: float | None, unit: str) -> str:
     return "–" if value is None else f"{value:.0f} {unit}"
 
 
+def shorten(note: str) -> str:
+    """The end of an error message that is too long for a cell: where the numbers are."""
+    return note if len(note) <= 100 else "… " + note[-98:]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -90,7 +101,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             number(predict and predict["bare"], "ms"),
             number(r.get("fit_mb"), "MB"),
             number(r.get("predict_mb"), "MB"),
-            r["note"],
+            shorten(r["note"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
