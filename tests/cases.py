@@ -57,6 +57,13 @@ class TwoInputs(Net):
         return super().forward(torch.cat([first, second], -1))
 
 
+class NestedInputs(Net):
+    """Takes a tensor and a nested structure."""
+
+    def forward(self, first: Tensor, rest: dict[str, list[Tensor]]) -> Tensor:
+        return super().forward(torch.cat([first, rest["deep"][0]], -1))
+
+
 class WholeMapping(Net):
     """Takes the batch itself, as a mapping."""
 
@@ -115,7 +122,7 @@ class Case:
             torch.manual_seed(self.seed)
             model = self.build().double()
             with torch.no_grad():
-                for name, buffer in model.named_buffers():
+                for buffer in model.buffers():
                     if buffer.is_floating_point():
                         buffer.copy_(torch.rand(buffer.shape, dtype=buffer.dtype) + 0.5)
         return model.eval()
@@ -181,8 +188,8 @@ def labels(n_classes: int, *positions: int, masked: bool = False) -> Callable[[i
     return draw
 
 
-def soft_labels(n_classes: int) -> Callable[[int], Tensor]:
-    return lambda n: torch.randn(n, n_classes, dtype=torch.float64).softmax(-1)
+def soft_labels(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randn(n, *shape, dtype=torch.float64).softmax(-1)
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -205,9 +212,15 @@ CASES = (
     Case("no_bias_classification", "classification", lambda: Net(3, 5, 3, bias=False), normal(3), labels(3), 3, seed=5, bias=False),
     Case("no_bias_regression", "regression", lambda: Net(3, 4, 2, bias=False), normal(3), normal(2), 2, seed=6, bias=False, sigma=0.5),
     Case("soft_labels", "classification", lambda: Net(3, 5, 3), normal(3), soft_labels(3), 3, seed=7),
+    Case("masked_rows", "classification", lambda: Net(3, 5, 4), normal(3), labels(4, masked=True), 4, n_rows=9, seed=19),
     Case("masked_positions", "classification", lambda: Net(3, 5, 4), normal(6, 3), labels(4, 6, masked=True), 4, n_rows=5, seed=8),
     Case("positions_regression", "regression", lambda: Net(3, 4, 2), normal(3, 3), normal(3, 2), 2, n_rows=5, seed=9, sigma=0.8),
     Case("squeezed_regression", "regression", lambda: Squeezed(3, 4, 1), normal(3), normal(), 1, seed=10, sigma=0.6),
+    Case("squeezed_positions", "regression", lambda: Squeezed(3, 4, 1), normal(3, 3), normal(3), 1, n_rows=5, seed=15, sigma=0.9),
+    Case("soft_positions", "classification", lambda: Net(3, 4, 3), normal(2, 3), soft_labels(2, 3), 3, n_rows=5, seed=16),
+    Case("image_positions", "classification", lambda: Net(2, 4, 3), normal(2, 2, 2), labels(3, 2, 2, masked=True), 3, n_rows=5, seed=17),
+    Case("nested_inputs", "classification", lambda: NestedInputs(5, 4, 3), lambda n: (normal(2)(n), {"deep": [normal(3)(n)]}), labels(3), 3,
+         seed=18, forward=lambda model, x: model(*x), batch=lambda x, y: (*x, y)),
     Case("two_inputs", "regression", lambda: TwoInputs(5, 4, 3), lambda n: (normal(2)(n), normal(3)(n)), normal(3), 3, seed=11,
          forward=lambda model, x: model(*x), batch=lambda x, y: (*x, y)),
     Case("whole_mapping", "classification", lambda: WholeMapping(3, 5, 3), as_mapping(inputs=3), labels(3), 3, seed=12,

@@ -14,6 +14,11 @@ from tests.cases import BASIC, STRUCTURES, Case
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 basic_cases = pytest.mark.parametrize("case", BASIC, ids=str)
+PREDICTIONS = {
+    "classification": ({}, {"link_approx": "mc"}, {"link_approx": "bridge"}, {"link_approx": "bridge_norm"}, {"link_approx": "mc", "joint": True}, {"pred_type": "nn"}),
+    "regression": ({}, {"diagonal_output": True}, {"joint": True}, {"pred_type": "nn"}),
+}  # fmt: skip
+"""Every kind of prediction."""
 
 
 def estimator(case: Case, structure: str, model: nn.Module | None = None, **options: Any) -> Any:

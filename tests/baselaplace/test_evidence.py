@@ -98,6 +98,23 @@ def test_evidence_is_differentiable_after_predictions_were_made(case, structure)
 
 
 @every_structure
+@basic_cases
+def test_every_backward_pass_gets_a_graph_of_its_own(case, structure):
+    """With a prior precision that has a gradient: densities twice, and predictions that stay off its graph."""
+    la = fitted(case, structure, enable_backprop=True)
+    delta = torch.tensor([1.7], requires_grad=True)
+    la.prior_precision = delta
+    gradients = [torch.autograd.grad(la.log_prob(torch.zeros(la.n_params)), delta)[0] for _ in range(2)]
+    assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs() > 0
+    for _ in range(2):
+        x = case.test_inputs().requires_grad_()
+        la.functional_variance_fast(x)[1].sum().backward()
+        assert x.grad.abs().max() > 0
+    assert delta.grad is None
+
+
+@every_structure
 def test_the_published_loop_tunes_prior_and_noise_and_predicts_afterwards(structure):
     """Optimize log prior and log noise through the evidence, then predict with what was assigned."""
     case = BASIC[1]

@@ -132,7 +132,7 @@ def test_a_fit_that_fails_changes_nothing(case, structure):
 
 @every_structure
 def test_an_empty_loader_is_an_error(structure):
-    with pytest.raises(InputError, match="empty|no batch"):
+    with pytest.raises(InputError, match=r"empty|no batch"):
         estimator(CASES[0], structure).fit([])
 
 
@@ -235,10 +235,14 @@ def test_what_needs_a_fit_says_so(structure):
         "functional_variance_fast": lambda: la.functional_variance_fast(case.test_inputs()),
         "optimize": lambda: la.optimize_prior_precision(),
     }
+    said = {}
     for name, request in requests.items():
-        with pytest.raises(NotFittedError, match="fit"):
+        try:
             request()
-            pytest.fail(name)
+        except NotFittedError as error:
+            said[name] = str(error)
+    assert said.keys() == requests.keys()
+    assert all("fit(" in message for message in said.values())
 
 
 def test_a_data_set_of_tensors_may_hold_more_than_two():

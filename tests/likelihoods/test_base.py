@@ -22,8 +22,12 @@ ROOT = torch.randn(ROWS, OUTPUTS, 2, dtype=torch.float64, generator=torch.Genera
         (OutputHessian(OUTPUTS, diagonal=DIAGONAL, root=ROOT), torch.diag_embed(DIAGONAL) + ROOT @ ROOT.mT),
         (OutputHessian(OUTPUTS, diagonal=DIAGONAL, root=ROOT, sign=-1), torch.diag_embed(DIAGONAL) - ROOT @ ROOT.mT),
         (OutputHessian(OUTPUTS, root=ROOT[..., :1]), ROOT[..., :1] @ ROOT[..., :1].mT),
+        (
+            OutputHessian(OUTPUTS, diagonal=DIAGONAL, root=ROOT, sign=-1, total=DIAGONAL),
+            torch.diag_embed(DIAGONAL) - ROOT @ ROOT.mT + torch.diag_embed((ROOT**2).sum(-1)),
+        ),
     ],
-    ids=["diagonal", "shared diagonal", "root", "plus", "minus", "rank one"],
+    ids=["diagonal", "shared diagonal", "root", "plus", "minus", "rank one", "diagonal given"],
 )
 def test_output_hessian_means_diagonal_plus_or_minus_root(kept, dense):
     assert_close(kept.dense(), dense)

@@ -125,7 +125,7 @@ def test_mappings_are_unpacked_when_forward_names_their_main_entry():
 
 
 def test_a_mapping_without_its_main_entry_is_explained():
-    with pytest.raises(InputError, match="'pixels'.*'input_ids'.*dict_key_x"):
+    with pytest.raises(InputError, match=r"'pixels'.*'input_ids'.*dict_key_x"):
         call(Keywords(), {"pixels": X}, **KEYS)
 
 

@@ -1,5 +1,6 @@
 """From Gaussians over logits to probabilities."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -116,7 +117,7 @@ def test_saturated_monte_carlo_keeps_finite_logs():
 def test_probabilities_flatten_as_logits_become_uncertain(n_classes):
     mean, _ = gaussian(5, n_classes)
     confidence = [links.probit(mean, torch.full_like(mean, v)).exp().max(-1).values for v in (0.0, 1.0, 10.0, 1e6)]
-    assert all(bool((more > less).all()) for more, less in zip(confidence, confidence[1:], strict=False))
+    assert all(bool((more > less).all()) for more, less in itertools.pairwise(confidence))
     assert (confidence[-1] - 1 / n_classes).abs().max() < 0.01
 
 
