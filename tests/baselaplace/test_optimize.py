@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from laplace.curvature import AutogradEF
 from laplace.errors import InputError, UnsupportedError
 from tests import reference
 from tests.cases import BASIC, named
@@ -127,6 +128,20 @@ def test_grid_search_takes_the_best_point_of_exactly_the_grid_asked_for(case, st
     with pytest.warns(UserWarning, match="end of the grid") if best in (0, 5) else contextlib.nullcontext():
         grid_search(la, case, log_prior_prec_base=base)
     assert_close(la.prior_precision, grid[best : best + 1])
+
+
+@every_structure
+@pytest.mark.parametrize("options", [{}, {"backend": AutogradEF}, {"damping": True}], ids=["GGN", "EF", "damped"])
+def test_grid_search_scores_the_posterior_at_each_point(structure, options):
+    if structure != "kron":
+        options = {key: value for key, value in options.items() if key != "damping"}
+    case, seen, scores = BASIC[1], [], iter([3.0, 2.0, 1.0, 2.0, 3.0, 4.0])
+    la = fitted(case, structure, temperature=1.4, **options)
+    grid_search(la, case, loss=lambda mean, cov, y: seen.append(cov) or next(scores))
+    J = case.problem().jacobian(case.data(n_rows=9, shift=3)[0]).flatten(0, 1)
+    chosen = {"temperature": 1.4, "fisher": "backend" in options, "damping": "damping" in options}
+    for delta, cov in zip((10.0 ** torch.arange(-2.0, 4.0)).tolist(), seen, strict=True):
+        assert_close(cov, reference.output_covariance(J, posterior(case, structure, delta=delta, **chosen)))
 
 
 @every_structure
