@@ -5,7 +5,7 @@ A = s·H + diag(δ) = L Lᵀ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,15 @@ class FullCurvature(AbstractCurvature):
     def public(self) -> Float[Tensor, "params params"]:
         """The matrix, ``[P, P]``."""
         return self.matrix
+
+    def state(self) -> dict[str, Any]:
+        """The matrix."""
+        return {"matrix": self.matrix}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FullCurvature:
+        """From the matrix."""
+        return cls(state["matrix"])
 
     def merge(self, other: FullCurvature) -> FullCurvature:
         """Sum of the two."""
