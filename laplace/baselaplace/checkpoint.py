@@ -61,8 +61,8 @@ def check(state: Any, expected: Mapping[str, Any]) -> None:
         raise StateError(msg)
     if state["schema_version"] != SCHEMA_VERSION:
         msg = (
-            f"The state has schema version {state['schema_version']}, this release reads {SCHEMA_VERSION}. Load it with "
-            "the release that saved it, or fit again."
+            f"The state has schema version {state['schema_version']}, this release reads {SCHEMA_VERSION}. Load it "
+            "with the release that saved it, or fit again."
         )
         raise StateError(msg)
     for key, value in expected.items():

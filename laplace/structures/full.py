@@ -132,10 +132,7 @@ class FullPrecision(AbstractPrecision):
     @cached_property
     def root(self) -> Float[Tensor, "params params"]:
         """Lower-triangular ``S`` with ``S Sᵀ = Σ``."""
-        # A = R Rᵀ with R upper triangular (Cholesky with rows and columns reversed), hence Σ = R⁻ᵀ R⁻¹.
-        upper = linalg.cholesky(self.matrix.flip(0, 1), "posterior precision").flip(0, 1)
-        eye = torch.eye(self.n_params, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye, upper=True).mT
+        return linalg.invsqrt_precision(self.matrix)
 
     def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
         """Two triangular solves."""

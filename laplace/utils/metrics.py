@@ -1,0 +1,3 @@
+"""Forwarding address of ``laplace.tuning.metrics``."""
+
+from laplace.tuning.metrics import RunningNLLMetric
