@@ -21,6 +21,10 @@ class ShapeError(InputError):
     """A tensor has another shape than the formula needs."""
 
 
+class StateError(InputError):
+    """A saved state cannot be loaded here: it is no state, or was saved for another object."""
+
+
 class UnsupportedError(ValueError):
     """An option, or a combination of options, that does not exist here; the message lists those that do."""
 

@@ -6,12 +6,13 @@ Storey 0: nothing here knows about models, priors or likelihoods.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import NotPositiveDefiniteError, NumericalWarning
+from laplace.errors import NotPositiveDefiniteError, NumericalWarning, ShapeError
 
 _JITTER_STEPS = 6
 
@@ -131,3 +132,81 @@ def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         return factor
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+
+def invsqrt_precision(M: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Lower-triangular ``L`` with ``L Lᵀ = M⁻¹``: from a precision to the scale of its Gaussian.
+
+    Parameters
+    ----------
+    M
+        Symmetric positive definite, ``[n, n]``.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If it is not.
+    """
+    # M = R Rᵀ with R upper triangular (Cholesky with rows and columns reversed), hence M⁻¹ = R⁻ᵀ R⁻¹.
+    upper = cholesky(M.flip(0, 1), "precision").flip(0, 1)
+    eye = torch.eye(len(M), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True).mT
+
+
+def symeig(M: Float[Tensor, "n n"]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending, clamped at zero) and eigenvectors of a positive semi-definite matrix.
+
+    Parameters
+    ----------
+    M
+        Symmetric positive semi-definite, ``[n, n]``.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If it is not finite, or clearly indefinite.
+    """
+    return eigh(M, "matrix")
+
+
+def kron(t1: Float[Tensor, "n m"], t2: Float[Tensor, "k l"]) -> Float[Tensor, "nk ml"]:
+    """Kronecker product of two matrices.
+
+    Parameters
+    ----------
+    t1, t2
+        Matrices, ``[n, m]`` and ``[k, l]``.
+    """
+    return torch.kron(t1, t2)
+
+
+def block_diag(blocks: Sequence[Tensor]) -> Float[Tensor, "n m"]:
+    """Block-diagonal matrix of blocks.
+
+    Parameters
+    ----------
+    blocks
+        Matrices; they need not be square.
+    """
+    return torch.block_diag(*blocks)
+
+
+def diagonal_add_scalar(X: Float[Tensor, "n n"], value: float | Tensor) -> Float[Tensor, "n n"]:
+    """Add a number to the diagonal; a new matrix.
+
+    Parameters
+    ----------
+    X
+        Square, ``[n, n]``.
+    value
+        The number.
+
+    Raises
+    ------
+    ShapeError
+        If the matrix is not square.
+    """
+    if X.dim() != 2 or X.shape[0] != X.shape[1]:
+        msg = f"Expected a square matrix; got the shape {list(X.shape)}."
+        raise ShapeError(msg)
+    return X + value * torch.eye(len(X), dtype=X.dtype, device=X.device)

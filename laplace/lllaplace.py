@@ -5,6 +5,7 @@ Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/*.featu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, HessianStructure, Likelihood
-from laplace.errors import UnsupportedError
+from laplace.errors import StateError, UnsupportedError
 from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating
 from laplace.predictive import Linearization
 from laplace.structures import STRUCTURES
@@ -133,6 +134,38 @@ class LLLaplace(ParametricLaplace):
     def _select_parameters(self) -> ParameterSubset | None:
         layer = self.model.last_layer
         return None if layer is None else ParameterSubset.last_layer(layer)
+
+    @property
+    def _network(self) -> nn.Module:
+        return self.model.model
+
+    def _identity(self) -> dict[str, Any]:
+        reduction = self.model.feature_reduction
+        return {**super()._identity(), "feature_reduction": None if reduction is None else reduction.value}
+
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "last_layer_name": self.model.last_layer_name}
+
+    @property
+    def _changed_by_loading(self) -> tuple[object, ...]:
+        return (self, self.model)
+
+    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
+        layer = dict(self._network.named_modules())[state["last_layer_name"]]
+        assert isinstance(layer, nn.Linear), "_restore checks this"
+        return ParameterSubset.last_layer(layer).sizes
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        name, known = state["last_layer_name"], self.model.last_layer_name
+        if known not in (None, name):
+            msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
+            raise StateError(msg)
+        if not isinstance(dict(self._network.named_modules()).get(name), nn.Linear):
+            msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
+            raise StateError(msg)
+        if known is None:
+            self.model.set_last_layer(name)
 
     def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
         f, phi = self.model.forward_with_features(x, **model_kwargs)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from laplace.errors import ShapeError, UnsupportedError
+from laplace.enums import PriorStructure, choose
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.network.parameters import expand_groups
 from laplace.types import Scalar
 
@@ -96,3 +97,75 @@ class GaussianPrior:
     def scatter(self, theta: Float[Tensor, " params"]) -> Scalar:
         """(θ − μ)ᵀ diag(δ) (θ − μ)."""
         return ((theta - self.mean).square() * self.diagonal()).sum()
+
+
+def parameters_per_layer(model: nn.Module) -> list[int]:
+    """Number of weights in each parameter group of a model that requires a gradient.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    """
+    return [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Float[Tensor, " params"]:
+    """One prior precision a weight of a model.
+
+    Parameters
+    ----------
+    prior_prec
+        A scalar, one value a parameter group, or one a weight.
+    model
+        Whose parameters that require a gradient are meant.
+
+    Raises
+    ------
+    ShapeError
+        If it is neither.
+    """
+    sizes = tuple(parameters_per_layer(model))
+    precision = prior_prec.reshape(-1)
+    return GaussianPrior(precision.new_zeros(()), precision, sizes).diagonal()
+
+
+def fix_prior_prec_structure(
+    prior_prec_init: float | Tensor,
+    prior_structure: PriorStructure | str,
+    n_layers: int,
+    n_params: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Float[Tensor, " values"]:
+    """Initial prior precisions in the shape of a prior structure.
+
+    Parameters
+    ----------
+    prior_prec_init
+        One value for all, or as many as the structure has.
+    prior_structure
+        ``"scalar"``, ``"layerwise"`` or ``"diag"``.
+    n_layers, n_params
+        Numbers of parameter groups and of weights.
+    device, dtype
+        Of the result.
+
+    Returns
+    -------
+    ``[1]``, ``[n_layers]`` or ``[n_params]``.
+
+    Raises
+    ------
+    UnsupportedError
+        If the structure is unknown.
+    InputError
+        If there are neither one value nor as many as the structure has.
+    """
+    structure = choose(PriorStructure, prior_structure, "prior_structure")
+    n_values = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: n_layers, PriorStructure.DIAG: n_params}[structure]
+    values = torch.as_tensor(prior_prec_init, dtype=dtype, device=device).reshape(-1)
+    if values.numel() not in (1, n_values):
+        msg = f"prior_structure={structure.value!r} takes one value or {n_values} of them; got {values.numel()}."
+        raise InputError(msg)
+    return values.expand(n_values).clone()

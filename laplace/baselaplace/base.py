@@ -6,14 +6,14 @@ Estimators wire the other rooms together and hold no formulas.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace.curvature import AutogradGGN, CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType, choose
+from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, NotFittedError, UnsupportedError
 from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood, resolve
 from laplace.predictive import Options
@@ -299,6 +299,53 @@ class BaseLaplace(ABC):
         self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
     ) -> Scalar:
         """Laplace approximation of log p(D), in nats."""
+
+    @property
+    @abstractmethod
+    def log_likelihood(self) -> Scalar:
+        """Log p(D | θ*), in nats."""
+
+    @property
+    @abstractmethod
+    def prior_precision_diag(self) -> Tensor:
+        """Prior precision of each weight, ``[P]``."""
+
+    @abstractmethod
+    def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Draw weights from the posterior."""
+
+    @abstractmethod
+    def functional_samples(
+        self,
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        n_samples: int = 1,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples of the outputs."""
+
+    @abstractmethod
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str,
+        method: TuningMethod | str = TuningMethod.MARGLIK,
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.DIAG,
+        val_loader: Iterable[Any] | None = None,
+        loss: Callable[..., Any] | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Choose the prior precision and assign it."""
 
     @staticmethod
     def _not_fitted(what: str) -> NotFittedError:

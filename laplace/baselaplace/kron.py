@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +87,13 @@ class KronLaplace(ParametricLaplace):
 
     def _posterior_options(self) -> dict[str, Any]:
         return {"damping": self._damping}
+
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "damping": self._damping}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self.damping = state["damping"]
 
     def _fits_structure(self, prior: GaussianPrior) -> None:
         prior.per_layer()

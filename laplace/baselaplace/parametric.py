@@ -1,7 +1,7 @@
 """``ParametricLaplace``: sampling, prediction and tuning of a Gaussian over weights.
 
 Predictions are delegated to ``predictive/``, tuning to ``tuning/``; what ``fit`` learns is in
-``baselaplace/posterior.py``.
+``baselaplace/posterior.py``, saving in ``baselaplace/checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import tuning
-from laplace.baselaplace.posterior import WeightPosterior
+from laplace.baselaplace.checkpoint import CheckpointedPosterior
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.network import evaluating, iterate
@@ -24,7 +24,7 @@ from laplace.prior import GaussianPrior
 from laplace.types import Inputs
 
 
-class ParametricLaplace(WeightPosterior):
+class ParametricLaplace(CheckpointedPosterior):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹). See ``BaseLaplace`` for the parameters."""
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:

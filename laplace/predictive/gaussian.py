@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
+from laplace.errors import ShapeError
 
 CHUNK_ELEMENTS = 2**24
 """Largest temporary, in numbers: 64 MB in float32."""
@@ -44,3 +45,33 @@ def chunks(total: int, elements_each: int) -> Iterator[int]:
     step = max(1, CHUNK_ELEMENTS // max(elements_each, 1))
     for start in range(0, total, step):
         yield min(step, total - start)
+
+
+def normal_samples(
+    mean: Tensor, var: Tensor, n_samples: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "samples rows outputs"]:
+    """Samples of a batch of Gaussians, ``[samples, rows, C]``; all rows share their base samples.
+
+    Parameters
+    ----------
+    mean
+        ``[rows, C]``.
+    var
+        Variance ``[rows, C]`` or covariance ``[rows, C, C]``, possibly singular.
+    n_samples
+        How many.
+    generator
+        Source of randomness.
+
+    Raises
+    ------
+    ShapeError
+        If mean and variance do not fit together.
+    """
+    if mean.dim() != 2 or var.shape not in (mean.shape, (*mean.shape, mean.shape[-1])):
+        msg = (
+            "Expected a mean [rows, C] with a variance of the same shape or a covariance [rows, C, C]; got "
+            f"{list(mean.shape)} and {list(var.shape)}."
+        )
+        raise ShapeError(msg)
+    return torch.cat(list(draw(mean, var, n_samples, generator)))

@@ -7,7 +7,7 @@ error instead of a branch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,6 +78,21 @@ class AbstractCurvature(ABC):
     @abstractmethod
     def public(self) -> Any:
         """What users find under ``H``."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values from which ``from_state`` makes an equal curvature."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Any]) -> AbstractCurvature:
+        """The curvature that ``state`` described.
+
+        Raises
+        ------
+        KeyError
+            If an entry is missing.
+        """
 
     @abstractmethod
     def merge(self, other: Any) -> AbstractCurvature:

@@ -5,6 +5,7 @@ H = diag(h),   A = diag(s·h + δ)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,15 @@ class DiagCurvature(AbstractCurvature):
     def public(self) -> Float[Tensor, " params"]:
         """The vector, ``[P]``."""
         return self.vector
+
+    def state(self) -> dict[str, Any]:
+        """The vector."""
+        return {"vector": self.vector}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> DiagCurvature:
+        """From the vector."""
+        return cls(state["vector"])
 
     def merge(self, other: DiagCurvature) -> DiagCurvature:
         """Sum of the two."""

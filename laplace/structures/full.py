@@ -5,7 +5,7 @@ A = s·H + diag(δ) = L Lᵀ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,15 @@ class FullCurvature(AbstractCurvature):
     def public(self) -> Float[Tensor, "params params"]:
         """The matrix, ``[P, P]``."""
         return self.matrix
+
+    def state(self) -> dict[str, Any]:
+        """The matrix."""
+        return {"matrix": self.matrix}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FullCurvature:
+        """From the matrix."""
+        return cls(state["matrix"])
 
     def merge(self, other: FullCurvature) -> FullCurvature:
         """Sum of the two."""
@@ -123,10 +132,7 @@ class FullPrecision(AbstractPrecision):
     @cached_property
     def root(self) -> Float[Tensor, "params params"]:
         """Lower-triangular ``S`` with ``S Sᵀ = Σ``."""
-        # A = R Rᵀ with R upper triangular (Cholesky with rows and columns reversed), hence Σ = R⁻ᵀ R⁻¹.
-        upper = linalg.cholesky(self.matrix.flip(0, 1), "posterior precision").flip(0, 1)
-        eye = torch.eye(self.n_params, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye, upper=True).mT
+        return linalg.invsqrt_precision(self.matrix)
 
     def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
         """Two triangular solves."""

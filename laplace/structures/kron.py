@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,15 @@ class KronCurvature(AbstractCurvature):
     def public(self) -> KronDecomposed:
         """The matrix in its eigenbasis."""
         return self.decomposed
+
+    def state(self) -> dict[str, Any]:
+        """Raw sums and their count."""
+        return {"sums": self.sums.kfacs, "count": self.count}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> KronCurvature:
+        """From raw sums and their count."""
+        return cls(Kron(state["sums"]), state["count"])
 
     def merge(self, other: KronCurvature) -> KronCurvature:
         """Add sums and counts: not the sum of the two matrices."""

@@ -10,8 +10,13 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
+from laplace.linalg import block_diag, diagonal_add_scalar, invsqrt_precision, kron, symeig
 from laplace.network.feature_extractor import FeatureExtractor
+from laplace.network.sampler import SoDSampler
+from laplace.predictive.gaussian import normal_samples
+from laplace.prior import expand_prior_precision, fix_prior_prec_structure, parameters_per_layer
 from laplace.structures import Kron, KronDecomposed
+from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
 
 __all__ = [
     "FeatureExtractor",
@@ -23,6 +28,19 @@ __all__ = [
     "LinkApprox",
     "PredType",
     "PriorStructure",
+    "RunningNLLMetric",
+    "SoDSampler",
     "SubsetOfWeights",
     "TuningMethod",
+    "block_diag",
+    "diagonal_add_scalar",
+    "expand_prior_precision",
+    "fix_prior_prec_structure",
+    "get_nll",
+    "invsqrt_precision",
+    "kron",
+    "normal_samples",
+    "parameters_per_layer",
+    "symeig",
+    "validate",
 ]

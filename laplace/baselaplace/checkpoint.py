@@ -1,0 +1,305 @@
+"""Saving and moving a fitted approximation: ``state_dict``, ``save``, ``load``, ``to``, pickling.
+
+A state holds tensors and plain values only, so that ``torch.load(..., weights_only=True)`` reads it; it holds no data.
+It names its schema version and the fingerprint of the model's weights, and is refused where either differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.baselaplace.posterior import WeightPosterior
+from laplace.errors import StateError
+from laplace.fit import Fit
+from laplace.prior import GaussianPrior
+
+SCHEMA_VERSION = 1
+"""Version of the layout of a state; raised when it changes."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes, dtypes and values of everything in ``model.state_dict()``, in hexadecimal.
+
+    A model that was trained further has another one. Buffers that are not persistent, such as caches, do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy())
+    return digest.hexdigest()
+
+
+def check(state: Any, expected: Mapping[str, Any]) -> None:
+    """Raise unless a state can be loaded: complete, of this schema, and made by the same kind of object.
+
+    Parameters
+    ----------
+    state
+        What is to be loaded.
+    expected
+        Entries that must be equal: class, likelihood, curvature, fingerprint.
+
+    Raises
+    ------
+    StateError
+        If it cannot; the message says what differs and what to do.
+    """
+    if not isinstance(state, Mapping) or "schema_version" not in state:
+        msg = "This is no state of a Laplace approximation: it has no 'schema_version'. Save one with la.save(path)."
+        raise StateError(msg)
+    if state["schema_version"] != SCHEMA_VERSION:
+        msg = (
+            f"The state has schema version {state['schema_version']}, this release reads {SCHEMA_VERSION}. Load it "
+            "with the release that saved it, or fit again."
+        )
+        raise StateError(msg)
+    for key, value in expected.items():
+        if state.get(key) != value:
+            advice = "Construct the object with what was saved."
+            if key == "fingerprint":
+                advice = "The weights of the model differ: give it those it had when it was fitted, or fit again."
+            there = state.get(key)
+            if key == "fingerprint":
+                there, value = str(there)[:12], value[:12]
+            msg = f"The state was saved for another object: {key} is {there!r} there, {value!r} here. {advice}"
+            raise StateError(msg)
+
+
+def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a state atomically: the file is complete or not there, whatever happens meanwhile."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def move(value: Any, device: torch.device, dtype: torch.dtype, known: dict[int, Tensor] | None = None) -> Any:
+    """Copies of the tensors of nested mappings and lists, on a device and in a precision.
+
+    A tensor that occurs twice (the factor that weight and bias share) stays one tensor.
+    """
+    known = {} if known is None else known
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = value.detach().to(device, dtype, copy=True)
+        return known[id(value)]
+    if isinstance(value, Mapping):
+        return {key: move(item, device, dtype, known) for key, item in value.items()}
+    if isinstance(value, list):
+        return [move(item, device, dtype, known) for item in value]
+    return value
+
+
+class CheckpointedPosterior(WeightPosterior):
+    """A posterior that can be saved, loaded, moved and pickled."""
+
+    @property
+    def _network(self) -> nn.Module:
+        """The user's model."""
+        return self.model
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state and the object that loads it must agree on."""
+        return {
+            "cls_name": type(self).__name__,
+            "likelihood": self.likelihood.value,
+            "curvature_kind": self._backend_cls.kind.value,
+            "fingerprint": fingerprint(self._network),
+        }
+
+    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:  # noqa: ARG002 - subset classes read it
+        """Sizes of the parameter groups that are random in a state."""
+        return self._known_parameters("load_state_dict").sizes
+
+    def _choices(self) -> dict[str, Any]:
+        """Plain settings that a state carries and restores."""
+        return {"temperature": float(self.temperature), "enable_backprop": self.enable_backprop}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Assign the settings of ``_choices``."""
+        self.temperature = state["temperature"]
+        self.enable_backprop = state["enable_backprop"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``fit`` learned and the hyperparameters: tensors and plain values, no data.
+
+        Returns
+        -------
+        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads; its tensors are those
+        of this object, not copies.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        """
+        fit = self._fitted
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **self._identity(),
+            **self._choices(),
+            "prior_precision": self.prior_precision.detach(),
+            "prior_mean": self.prior_mean.detach(),
+            "sigma_noise": self.sigma_noise.detach(),
+            "mean": fit.mean,
+            "loss": fit.nll,
+            "n_data": fit.n_data,
+            "n_positions": fit.n_positions,
+            "n_outputs": fit.n_outputs,
+            "H": fit.curvature.state(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what another object learned about the same model.
+
+        Parameters
+        ----------
+        state_dict
+            Made by ``state_dict``; its tensors may be on any device.
+
+        Raises
+        ------
+        StateError
+            If it is no state, of another schema, class, likelihood or curvature, or the weights of the model differ.
+            This object is then what it was.
+        """
+        check(state_dict, self._identity())
+        before = [(holder, dict(vars(holder))) for holder in self._changed_by_loading]
+        try:
+            self._take(move(dict(state_dict), self._device, self._dtype))
+        except BaseException as error:
+            for holder, attributes in before:
+                vars(holder).clear()
+                vars(holder).update(attributes)
+            if isinstance(error, StateError):
+                raise
+            if isinstance(error, KeyError):
+                msg = f"The state is incomplete: it has no entry {error}."
+                raise StateError(msg) from error
+            if isinstance(error, ValueError):
+                msg = f"The state holds what this object cannot take: {error}"
+                raise StateError(msg) from error
+            raise
+
+    @property
+    def _changed_by_loading(self) -> tuple[object, ...]:
+        """The objects whose attributes loading assigns."""
+        return (self,)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Assign everything in a state, on the right device and in the right precision."""
+        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
+        for key, kind in kinds.items():
+            if not isinstance(state[key], kind):
+                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
+                raise StateError(msg)
+        curvature = self.curvature_type.from_state(state["H"])
+        self._restore(state)
+        self.sigma_noise = state["sigma_noise"]
+        mean = self._checked("prior_mean", state["prior_mean"])
+        precision = self._checked("prior_precision", state["prior_precision"], positive=True)
+        prior = GaussianPrior(mean, precision, self._sizes_in(state))
+        self._fits_structure(prior)
+        if {len(state["mean"]), curvature.n_params} != {prior.n_params}:
+            msg = (
+                f"The state holds {len(state['mean'])} weights and a curvature of {curvature.n_params}; the model has "
+                f"{prior.n_params} random weights."
+            )
+            raise StateError(msg)
+        self._prior_mean, self._prior_precision = prior.mean, prior.precision
+        counts = state["n_data"], state["n_positions"], state["n_outputs"]
+        self._fit = Fit(state["mean"], curvature, state["loss"], *counts)
+        self._hyperparameters_changed()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``state_dict()`` to a file, atomically.
+
+        Parameters
+        ----------
+        path
+            Of the file; it is replaced.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        """
+        save(self.state_dict(), path)
+
+    def load(self, path: str | os.PathLike[str], map_location: Any = None) -> None:
+        """Read a file written by ``save`` and take over what it holds; nothing in it is executed.
+
+        Parameters
+        ----------
+        path
+            Of the file.
+        map_location
+            Where ``torch.load`` puts tensors first: the model's device when ``None``. They end there in any case.
+
+        Raises
+        ------
+        StateError
+            If the file is no state, and as in ``load_state_dict``.
+        """
+        location = self._device if map_location is None else map_location
+        try:
+            state = torch.load(path, map_location=location, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            msg = (
+                f"The file {os.fspath(path)!r} cannot be read as a state: {reason} States are written by la.save(path)."
+            )
+            raise StateError(msg) from error
+        self.load_state_dict(state)
+
+    def to(self, device: torch.device | str) -> CheckpointedPosterior:
+        """Move the model, what was learned and the hyperparameters to a device.
+
+        Parameters
+        ----------
+        device
+            Where to.
+
+        Returns
+        -------
+        This object.
+        """
+        self.model.to(device)
+        self._backend = None
+        self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
+        self.prior_precision = self._prior_precision
+        fit: Fit | None = self.__dict__.get("_fit")
+        if fit is not None:
+            state = move(fit.curvature.state(), self._device, self._dtype)
+            self._fit = replace(
+                fit,
+                mean=fit.mean.to(self._device),
+                nll=fit.nll.to(self._device),
+                curvature=type(fit.curvature).from_state(state),
+            )
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying take along: not the back end, the cache, or the graph of a hyperparameter."""
+        state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
+        return {**state, "_backend": None, "_posterior_cache": None}
