@@ -16,6 +16,9 @@ from laplace.errors import NotPositiveDefiniteError, NumericalWarning, ShapeErro
 
 _JITTER_STEPS = 6
 
+CHUNK_ELEMENTS = 2**24
+"""Largest temporary that chunked computations make, in numbers: 64 MB in float32."""
+
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:
     """Lower Cholesky factor ``L`` with ``L Lᵀ = matrix``.

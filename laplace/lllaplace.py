@@ -5,6 +5,7 @@ Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/*.featu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, Parametri
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, HessianStructure, Likelihood
 from laplace.errors import StateError, UnsupportedError
-from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating
+from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating, full_precision
+from laplace.network.parameters import split_sizes
 from laplace.predictive import Linearization
 from laplace.structures import STRUCTURES
 from laplace.types import Inputs
@@ -92,8 +94,12 @@ class LLLaplace(ParametricLaplace):
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(model, FeatureExtractor):
+            # What the extractor was told holds, unless the call says otherwise.
             last_layer_name = last_layer_name or model.last_layer_name
             feature_reduction = feature_reduction or model.feature_reduction
+            enable_backprop = enable_backprop or model.enable_backprop
+            dict_key_x = model.dict_key_x if dict_key_x == "input_ids" else dict_key_x
+            dict_key_y = model.dict_key_y if dict_key_y == "labels" else dict_key_y
             model = model.model
         if not isinstance(model, nn.Module):
             msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
@@ -130,6 +136,12 @@ class LLLaplace(ParametricLaplace):
     @enable_backprop.setter
     def enable_backprop(self, value: bool) -> None:
         self.model.enable_backprop = bool(value)
+
+    @property
+    def _first_parameter(self) -> Tensor:
+        """The head decides device and precision, once it is known: the backbone may have others."""
+        layer = self.model.last_layer
+        return super()._first_parameter if layer is None else layer.weight
 
     def _select_parameters(self) -> ParameterSubset | None:
         layer = self.model.last_layer
@@ -170,7 +182,22 @@ class LLLaplace(ParametricLaplace):
     def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
         f, phi = self.model.forward_with_features(x, **model_kwargs)
         assert self.model.last_layer is not None, "the forward pass finds it"
+        self._warn_if_moved()
         return Linearization(f, phi, bias=self.model.last_layer.bias is not None)
+
+    def _warn_if_moved(self) -> None:
+        """Warn when the head is not what it was in ``fit``: outputs and posterior then belong to other weights."""
+        fit = self.__dict__.get("_fit")
+        if fit is None:
+            return
+        for parameter, fitted in zip(self.params, split_sizes(fit.mean, self._prior.sizes), strict=True):
+            if not torch.equal(parameter.detach().reshape(-1).to(fitted), fitted):
+                msg = (
+                    "The weights of the last layer have changed since fit: predictions are centered at the new ones, "
+                    "their uncertainty belongs to the old ones. Fit again."
+                )
+                warnings.warn(msg, UserWarning, stacklevel=4)
+                return
 
     def _before_first(self, batch: Batch) -> None:
         if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
@@ -222,7 +249,8 @@ class LLLaplace(ParametricLaplace):
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._linearize(X)
-            return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
+            with full_precision(self._device):
+                return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
 
 
 class FullLLLaplace(LLLaplace, FullLaplace):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ class BaseLaplace(ABC):
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
         resolve(self.likelihood)
         self.model = model
+        if curvature_dtype not in (None, torch.float32, torch.float64):
+            msg = f"curvature_dtype must be torch.float32 or torch.float64; got {curvature_dtype!r}."
+            raise UnsupportedError(msg)
         self._curvature_dtype = curvature_dtype
         self._backend_cls = AutogradGGN if backend is None else backend
         if not (isinstance(self._backend_cls, type) and issubclass(self._backend_cls, CurvatureInterface)):
@@ -126,7 +130,7 @@ class BaseLaplace(ABC):
     @property
     def prior_precision(self) -> Tensor:
         """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor."""
-        return self._prior_precision
+        return self._handed_out(self._prior_precision)
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
@@ -142,7 +146,7 @@ class BaseLaplace(ABC):
     @property
     def prior_mean(self) -> Tensor:
         """Prior mean, ``[]`` or ``[P]``; assign a float or a tensor."""
-        return self._prior_mean
+        return self._handed_out(self._prior_mean)
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
@@ -154,10 +158,15 @@ class BaseLaplace(ABC):
     @property
     def sigma_noise(self) -> Tensor:
         """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor."""
-        return self._sigma_noise
+        return self._handed_out(self._sigma_noise)
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
+        self._sigma_noise = self._checked_noise(value)
+        self._hyperparameters_changed()
+
+    def _checked_noise(self, value: float | Tensor) -> Tensor:
+        """A valid observation noise, ``[]``."""
         sigma = self._checked("sigma_noise", value, positive=True)
         if sigma.numel() != 1:
             msg = f"sigma_noise must be one number for all outputs; got the shape {list(sigma.shape)}."
@@ -165,8 +174,7 @@ class BaseLaplace(ABC):
         if not LIKELIHOODS[self.likelihood].has_noise and float(sigma.detach()) != 1:
             msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {self.likelihood.value}."
             raise UnsupportedError(msg)
-        self._sigma_noise = sigma.reshape(())
-        self._hyperparameters_changed()
+        return sigma.reshape(())
 
     @property
     def temperature(self) -> float | Tensor:
@@ -181,6 +189,11 @@ class BaseLaplace(ABC):
             raise InputError(msg)
         self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
         self._hyperparameters_changed()
+
+    @staticmethod
+    def _handed_out(value: Tensor) -> Tensor:
+        """What a getter returns: a copy, unless a gradient is asked of it."""
+        return value if value.requires_grad else value.clone()
 
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
@@ -198,7 +211,8 @@ class BaseLaplace(ABC):
             got = tensor.detach().flatten()[bad.flatten()][:3].tolist() if tensor.numel() else "an empty tensor"
             msg = f"{name} must be {need}; got {got}."
             raise InputError(msg)
-        return tensor
+        # A copy: changing the user's tensor in place, or ours through the getter, would go past these checks.
+        return tensor.clone()
 
     @abstractmethod
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
@@ -213,6 +227,12 @@ class BaseLaplace(ABC):
         """The likelihood with its present noise and temperature, in the precision of the evidence."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
         return resolve(self.likelihood, self._sigma_noise, temperature)
+
+    @property
+    def _frozen_likelihood(self) -> AbstractLikelihood:
+        """The same, cut off the graph of its hyperparameters."""
+        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
+        return resolve(self.likelihood, self._sigma_noise.detach(), temperature.detach())
 
     # -- back end -----------------------------------------------------------------------------------------------------
 
@@ -262,7 +282,7 @@ class BaseLaplace(ABC):
             problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
         if problem:
             raise UnsupportedError(problem)
-        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+        if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
             msg = f"n_samples must be a positive whole number; got {n_samples!r}."
             raise InputError(msg)
         if generator is not None and generator.device.type != self._device.type:
@@ -270,7 +290,7 @@ class BaseLaplace(ABC):
                 f"The generator is on {generator.device}, the model on {self._device}; create it on the model's device."
             )
             raise InputError(msg)
-        return Options(kind, link, joint, n_samples, diagonal_output, generator)
+        return Options(kind, link, joint, int(n_samples), diagonal_output, generator)
 
     def predictive(
         self, x: Inputs, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int

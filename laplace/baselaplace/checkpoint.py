@@ -38,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy())
+        digest.update(memoryview(content.numpy()))
     return digest.hexdigest()
 
 
@@ -93,20 +93,20 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         raise
 
 
-def move(value: Any, device: torch.device, dtype: torch.dtype, known: dict[int, Tensor] | None = None) -> Any:
-    """Copies of the tensors of nested mappings and lists, on a device and in a precision.
+def move(value: Any, device: torch.device, known: dict[int, Tensor] | None = None) -> Any:
+    """Copies of the tensors of nested mappings and lists on a device, each in its own precision.
 
     A tensor that occurs twice (the factor that weight and bias share) stays one tensor.
     """
     known = {} if known is None else known
     if isinstance(value, Tensor):
         if id(value) not in known:
-            known[id(value)] = value.detach().to(device, dtype, copy=True)
+            known[id(value)] = value.detach().to(device, copy=True)
         return known[id(value)]
     if isinstance(value, Mapping):
-        return {key: move(item, device, dtype, known) for key, item in value.items()}
+        return {key: move(item, device, known) for key, item in value.items()}
     if isinstance(value, list):
-        return [move(item, device, dtype, known) for item in value]
+        return [move(item, device, known) for item in value]
     return value
 
 
@@ -186,7 +186,7 @@ class CheckpointedPosterior(WeightPosterior):
         check(state_dict, self._identity())
         before = [(holder, dict(vars(holder))) for holder in self._changed_by_loading]
         try:
-            self._take(move(dict(state_dict), self._device, self._dtype))
+            self._take(move(dict(state_dict), self._device))
         except BaseException as error:
             for holder, attributes in before:
                 vars(holder).clear()
@@ -207,13 +207,13 @@ class CheckpointedPosterior(WeightPosterior):
         return (self,)
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        """Assign everything in a state, on the right device and in the right precision."""
+        """Assign everything in a state, on the right device."""
         kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
         for key, kind in kinds.items():
             if not isinstance(state[key], kind):
                 msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
                 raise StateError(msg)
-        curvature = self.curvature_type.from_state(state["H"])
+        curvature = self.curvature_type.from_state(state["H"], self._dtype)
         self._restore(state)
         self.sigma_noise = state["sigma_noise"]
         mean = self._checked("prior_mean", state["prior_mean"])
@@ -228,7 +228,7 @@ class CheckpointedPosterior(WeightPosterior):
             raise StateError(msg)
         self._prior_mean, self._prior_precision = prior.mean, prior.precision
         counts = state["n_data"], state["n_positions"], state["n_outputs"]
-        self._fit = Fit(state["mean"], curvature, state["loss"], *counts)
+        self._fit = Fit(state["mean"].to(self._dtype), curvature, state["loss"].to(self._dtype), *counts)
         self._hyperparameters_changed()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -290,12 +290,12 @@ class CheckpointedPosterior(WeightPosterior):
         self.prior_precision = self._prior_precision
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is not None:
-            state = move(fit.curvature.state(), self._device, self._dtype)
+            state = move(fit.curvature.state(), self._device)
             self._fit = replace(
                 fit,
                 mean=fit.mean.to(self._device),
                 nll=fit.nll.to(self._device),
-                curvature=type(fit.curvature).from_state(state),
+                curvature=type(fit.curvature).from_state(state, self._dtype),
             )
         return self
 

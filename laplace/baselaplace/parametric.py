@@ -7,6 +7,7 @@ Predictions are delegated to ``predictive/``, tuning to ``tuning/``; what ``fit`
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from laplace import tuning
 from laplace.baselaplace.checkpoint import CheckpointedPosterior
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
-from laplace.network import evaluating, iterate
+from laplace.network import evaluating, full_precision, iterate
 from laplace.network.parameters import expand_groups
 from laplace.predictive import functional_samples, predict
 from laplace.prior import GaussianPrior
@@ -142,7 +143,8 @@ class ParametricLaplace(CheckpointedPosterior):
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._linearize(x, **model_kwargs)
-            return predict(inputs, posterior, self._output_likelihood, options, self._dtype)
+            with full_precision(self._device):
+                return predict(inputs, posterior, self._frozen_likelihood, options, self._dtype)
 
     def functional_samples(
         self,
@@ -183,7 +185,9 @@ class ParametricLaplace(CheckpointedPosterior):
             raise UnsupportedError(msg)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            return functional_samples(self._linearize(x), posterior, options, self._dtype)
+            inputs = self._linearize(x)
+            with full_precision(self._device):
+                return functional_samples(inputs, posterior, options, self._dtype)
 
     def predictive_samples(
         self,
@@ -223,6 +227,8 @@ class ParametricLaplace(CheckpointedPosterior):
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Choose the prior precision and assign it.
 
@@ -245,6 +251,9 @@ class ParametricLaplace(CheckpointedPosterior):
             mean negative log predictive density (noise included) when ``None``.
         log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
             The grid: ``base^min … base^max``, evenly spaced in the exponent.
+        generator
+            Source of randomness of sampled predictions (``"gridsearch"``), on the model's device. Every point of the
+            grid sees the same random numbers.
         verbose
             Print the result in one line.
         progress_bar
@@ -266,20 +275,21 @@ class ParametricLaplace(CheckpointedPosterior):
         """
         how = choose(TuningMethod, method, "method")
         structure = choose(PriorStructure, prior_structure, "prior_structure")
-        options = self._options(pred_type, link_approx=link_approx, n_samples=n_samples)
+        options = self._options(pred_type, link_approx=link_approx, n_samples=n_samples, generator=generator)
         fit, sizes = self._fitted, self._prior.sizes
         n_values = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: len(sizes), PriorStructure.DIAG: sum(sizes)}
         n_values = n_values[structure]
 
         def prior(precision: Tensor) -> GaussianPrior:
-            return GaussianPrior(self._prior_mean, precision, sizes)
+            return GaussianPrior(self._prior_mean.detach(), precision, sizes)
 
         if how is TuningMethod.MARGLIK:
             start = self._checked("init_prior_prec", init_prior_prec, positive=True).reshape(-1)
             start = self._spread(start, n_values, sizes)
             self._fits_structure(prior(start))
+            likelihood, kind, choices = self._frozen_likelihood, self.backend.kind, self._posterior_options()
             best, value = tuning.optimize(
-                lambda precision: self._evidence(fit, prior(precision)),
+                lambda precision: tuning.log_marginal_likelihood(fit, prior(precision), likelihood, kind, **choices),
                 start,
                 n_steps=n_steps,
                 lr=lr,
@@ -293,15 +303,20 @@ class ParametricLaplace(CheckpointedPosterior):
             grid = tuning.log_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
             grid = grid.to(self._device, self._dtype)
             self._fits_structure(prior(grid[:1].expand(n_values)))
-            likelihood, dtype = self._output_likelihood, self._dtype
+            likelihood, dtype = self._frozen_likelihood, self._dtype
             with evaluating(self.model):
                 batches = iterate(val_loader, dict_key_y=self.dict_key_y, device=self._device)
                 data = tuning.Validation.collect(batches, self._linearize, likelihood)
+            with torch.inference_mode(False), torch.no_grad(), full_precision(self._device):
                 curvature = fit.curvature * likelihood.curvature_scale(self.backend.kind)
 
+                draws = torch.randint(2**62, (), generator=generator, device=self._device)
+
                 def score(point: Tensor) -> float:
+                    # The same random numbers at each point: the loss is then a smooth function of the prior.
+                    same = torch.Generator(self._device).manual_seed(int(draws))
                     posterior = curvature.posterior(prior(point.reshape(1)), **self._posterior_options())
-                    return data.score(posterior, likelihood, options, loss, dtype)
+                    return data.score(posterior, likelihood, replace(options, generator=same), loss, dtype)
 
                 point, scores = tuning.search(score, grid, progress_bar=progress_bar)
             best = point.reshape(1).expand(n_values).clone()

@@ -20,7 +20,7 @@ from laplace import tuning
 from laplace.baselaplace.base import BaseLaplace
 from laplace.errors import InputError, ShapeError
 from laplace.fit import Fit
-from laplace.network import Batch, ParameterSubset, evaluating, iterate
+from laplace.network import Batch, ParameterSubset, evaluating, full_precision, iterate
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision
@@ -86,6 +86,11 @@ class WeightPosterior(BaseLaplace):
             learned = self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
+            raise InputError(msg)
+        if not counts["positions"]:
+            msg = (
+                f"All {counts['data']} rows of training data are masked: there is nothing to learn the curvature from."
+            )
             raise InputError(msg)
         nll, curvature = learned
         subset = self._known_parameters("fit")
@@ -193,20 +198,18 @@ class WeightPosterior(BaseLaplace):
 
     @property
     def _posterior(self) -> AbstractPrecision:
-        """Factorized posterior precision; cached unless hyperparameters are being differentiated."""
-        if self._posterior_cache is not None:
-            return self._posterior_cache
+        """Factorized posterior precision; the cached one unless hyperparameters are being differentiated."""
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
-        posterior = (self._fitted.curvature * scale).posterior(self._prior, **self._posterior_options())
-        if not (scale.requires_grad or self._prior_precision.requires_grad):
-            self._posterior_cache = posterior
-        return posterior
+        if not (torch.is_grad_enabled() and (scale.requires_grad or self._prior_precision.requires_grad)):
+            return self._frozen_posterior
+        return (self._fitted.curvature * scale).posterior(self._prior, **self._posterior_options())
 
     @property
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
         if self._posterior_cache is None:
-            with torch.no_grad():
+            # Out of inference mode: what is cached may take part in autograd later.
+            with torch.inference_mode(False), torch.no_grad(), full_precision(self._device):
                 scale = self._output_likelihood.curvature_scale(self.backend.kind)
                 curvature = self._fitted.curvature * scale
                 self._posterior_cache = curvature.posterior(self._prior, **self._posterior_options())
@@ -311,13 +314,11 @@ class WeightPosterior(BaseLaplace):
         deep learning". arXiv:2104.04975
         """
         fit = self._fitted
+        if sigma_noise is not None:
+            sigma_noise = self._checked_noise(sigma_noise)
         if prior_precision is not None:
             self.prior_precision = prior_precision
         if sigma_noise is not None:
             self.sigma_noise = sigma_noise
-        return self._evidence(fit, self._prior)
-
-    def _evidence(self, fit: Fit, prior: GaussianPrior) -> Scalar:
-        """The evidence at a prior that is not assigned."""
         likelihood, kind = self._output_likelihood, self.backend.kind
-        return tuning.log_marginal_likelihood(fit, prior, likelihood, kind, **self._posterior_options())
+        return tuning.log_marginal_likelihood(fit, self._prior, likelihood, kind, **self._posterior_options())

@@ -5,7 +5,8 @@ For the last layer they call the closed forms of ``curvature/last_layer.py``: on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from laplace.curvature import last_layer
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.likelihoods import Positions
+from laplace.network.modes import full_precision
 from laplace.structures import Kron
 from laplace.types import Inputs
 
@@ -26,34 +28,43 @@ class AutogradInterface(CurvatureInterface):
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · (C D)²), see ``curvature.last_layer.full``."""
         self._refuse(kwargs)
-        with torch.no_grad():
-            loss, phi, positions = self._forward(x, y)
+        with self._rows(x, y) as (loss, phi, positions):
             return loss, last_layer.full(phi, self.output_hessian(positions), self._has_bias)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal ``[P]``: O(rows · C D)."""
         self._refuse(kwargs)
-        with torch.no_grad():
-            loss, phi, positions = self._forward(x, y)
+        with self._rows(x, y) as (loss, phi, positions):
             return loss, last_layer.diag(phi, self.output_hessian(positions), self._has_bias)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Loss ``[]`` and Kronecker factors: O(rows · (C² + D²)); the inputs' side divided by ``N``."""
+        """Loss ``[]`` and Kronecker factors: O(rows · (C² + D²)); the inputs' side divided by ``N``.
+
+        The factors are summed in float64 whatever the model is: an eigenvalue that is zero but for rounding to float32
+        would count as curvature where the prior precision is smaller, and variances would come out too small.
+        """
         self._refuse(kwargs)
-        with torch.no_grad():
-            loss, phi, positions = self._forward(x, y)
-            sums = last_layer.kron(phi, self.output_hessian(positions), self._has_bias)
+        with self._rows(x, y) as (loss, phi, positions):
+            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # which that device does not have
+            sums = last_layer.kron(phi.to(wide), self.output_hessian(positions.to(wide)), self._has_bias)
             return loss, sums if N == 1 else sums.divide_inputs(N)
 
     @property
     def _has_bias(self) -> bool:
         return self._head.bias is not None
 
-    def _forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Positions]:
-        """Loss, features and outputs of the unmasked positions."""
-        f, phi = self.model.forward_with_features(x)
-        positions = self.output_likelihood.flatten(self._widen(f), y)
-        return self.output_likelihood.nll(positions.f, positions.y), positions.select(self._widen(phi)), positions
+    @contextmanager
+    def _rows(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Tensor, Positions], None, None]:
+        """Loss, features and outputs of the unmasked positions; the body runs in full precision and builds no graph."""
+        with torch.no_grad():
+            f, phi = self.model.forward_with_features(x)
+            with full_precision(f.device):
+                positions = self.output_likelihood.flatten(self._widen(f), y)
+                yield (
+                    self.output_likelihood.nll(positions.f, positions.y),
+                    positions.select(self._widen(phi)),
+                    positions,
+                )
 
 
 class AutogradGGN(AutogradInterface, GGNInterface):
@@ -73,8 +84,7 @@ class AutogradEF(AutogradInterface, EFInterface):
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and ``Σ g gᵀ`` ``[P, P]``, ``g`` summed over the positions of a datum first."""
         self._refuse(kwargs)
-        with torch.no_grad():
-            loss, phi, positions = self._forward(x, y)
+        with self._rows(x, y) as (loss, phi, positions):
             if positions.datum is None:
                 return loss, last_layer.full(phi, self.output_hessian(positions), self._has_bias)
             total = phi.new_zeros(self._n_params, self._n_params)
@@ -85,8 +95,7 @@ class AutogradEF(AutogradInterface, EFInterface):
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and ``Σ g²`` ``[P]``, ``g`` summed over the positions of a datum first."""
         self._refuse(kwargs)
-        with torch.no_grad():
-            loss, phi, positions = self._forward(x, y)
+        with self._rows(x, y) as (loss, phi, positions):
             if positions.datum is None:
                 return loss, last_layer.diag(phi, self.output_hessian(positions), self._has_bias)
             total = phi.new_zeros(self._n_params)

@@ -180,7 +180,11 @@ class CurvatureInterface(ABC):
         raise self._cannot(HessianStructure.KRON)
 
     def _cannot(self, structure: HessianStructure) -> UnsupportedError:
-        available = ", ".join(sorted(repr(s.value) for s in self.structures)) or "none"
+        # Whatever is still the method of the interface only raises this error.
+        own = {
+            name for name in ("full", "diag", "kron") if getattr(type(self), name) is not vars(CurvatureInterface)[name]
+        }
+        available = ", ".join(sorted(repr(s.value) for s in self.structures if s.value in own)) or "none"
         msg = f"{type(self).__name__} does not provide hessian_structure={structure.value!r}; it provides {available}."
         return UnsupportedError(msg)
 

@@ -16,11 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.likelihoods import OutputHessian
+from laplace.linalg import CHUNK_ELEMENTS
 from laplace.network.parameters import augment
 from laplace.structures import Kron
-
-CHUNK_ELEMENTS = 2**24
-"""Largest temporary, in numbers: 64 MB in float32."""
 
 
 def diag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:

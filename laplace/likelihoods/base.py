@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -106,6 +106,11 @@ class Positions:
     y: Targets
     kept: Int[Tensor, " rows"] | None = None
     datum: Int[Tensor, " rows"] | None = None
+
+    def to(self, dtype: torch.dtype) -> Positions:
+        """The same in another precision."""
+        y = self.y.to(dtype) if self.y.is_floating_point() else self.y
+        return replace(self, f=self.f.to(dtype), y=y)
 
     def select(self, values: Tensor) -> Tensor:
         """Flatten ``[batch, *positions, k]`` and keep the same rows."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.enums import CurvatureKind, Likelihood
 from laplace.errors import InputError
 from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_same_shape, datum_index
@@ -75,8 +76,10 @@ class GaussianLikelihood(AbstractLikelihood):
         noise = (self.sigma_noise**2).to(mean.dtype)
         if cov.dim() == mean.dim():
             return nn.functional.gaussian_nll_loss(mean, y, cov + noise, full=True, reduction="sum", eps=0.0)
-        noisy = cov + noise * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        return -torch.distributions.MultivariateNormal(mean, noisy).log_prob(y).sum()
+        noisy = 0.5 * (cov + cov.mT) + noise * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        factor = linalg.cholesky(noisy, "predictive covariance")
+        density = torch.distributions.MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+        return -density.log_prob(y).sum()
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets and flatten positions.

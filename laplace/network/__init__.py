@@ -6,7 +6,7 @@ room knows about curvature, priors or likelihoods.
 
 from laplace.network.batches import Batch, iterate
 from laplace.network.feature_extractor import FeatureExtractor
-from laplace.network.modes import evaluating
+from laplace.network.modes import evaluating, full_precision
 from laplace.network.parameters import ParameterSubset
 
-__all__ = ["Batch", "FeatureExtractor", "ParameterSubset", "evaluating", "iterate"]
+__all__ = ["Batch", "FeatureExtractor", "ParameterSubset", "evaluating", "full_precision", "iterate"]

@@ -111,19 +111,11 @@ def iterate(
         yield split(batch, dict_key_y, device)
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in a nested structure, or ``None``."""
-    if isinstance(value, Tensor):
-        return value
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return next((found for item in items if (found := first_tensor(item)) is not None), None)
-
-
 def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
     """Call ``model`` on inputs of any nesting, reading its signature to see how it takes them.
 
     A mapping is unpacked into keyword arguments when ``forward`` has a parameter named ``dict_key_x`` (the targets
-    under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes more than one.
+    under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes several inputs.
     Everything else is passed whole.
 
     Raises
@@ -139,16 +131,36 @@ def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **mod
                 "Pass dict_key_x= with the right key."
             )
             raise InputError(msg)
-        if dict_key_x in inspect.signature(model.forward).parameters:
+        if takes_keyword(model, dict_key_x):
             return model(**{key: value for key, value in x.items() if key != dict_key_y}, **model_kwargs)
     elif isinstance(x, (tuple, list)) and takes_several(model):
         return model(*x, **model_kwargs)
     return model(x, **model_kwargs)
 
 
+def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of ``forward``, seen through wrappers that pass everything on."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def takes_keyword(model: nn.Module, name: str) -> bool:
+    """Whether ``forward`` has a parameter of that name, or passes all keywords on."""
+    parameters = parameters_of(model)
+    if any(p.name == name for p in parameters):
+        return True
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def takes_several(model: nn.Module) -> bool:
-    """Whether ``forward`` takes more than one positional argument."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    """Whether ``forward`` takes several inputs: any number, or two or more that have no default or ``None`` for one.
+
+    Parameters with another default are options, not inputs.
+    """
+    parameters = parameters_of(model)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return True
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(p.default is p.empty or p.default is None for p in positional) > 1

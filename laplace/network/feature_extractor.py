@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.batches import call
+from laplace.network.modes import full_precision
 from laplace.types import Inputs
 
 
@@ -58,7 +59,10 @@ class FeatureExtractor(nn.Module):
         dict_key_y: str = "labels",
     ) -> None:
         super().__init__()
-        self.model = model
+        # A compiled module may run a graph that was made without our hooks: use the module it was compiled from, which
+        # has the same weights.
+        original = model._modules.get("_orig_mod")
+        self.model = model if original is None else original
         self.enable_backprop = enable_backprop
         self.feature_reduction = (
             None if feature_reduction is None else choose(FeatureReduction, feature_reduction, "feature_reduction")
@@ -87,7 +91,7 @@ class FeatureExtractor(nn.Module):
         UnsupportedError
             If there is no such module, or it is no ``torch.nn.Linear``; the message lists the candidates.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if last_layer_name not in modules:
             near = difflib.get_close_matches(last_layer_name, modules, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -149,13 +153,13 @@ class FeatureExtractor(nn.Module):
         known = self.last_layer
         watched = {self.last_layer_name: known} if known is not None else self._linear_layers()
         calls: Counter[str | None] = Counter()
-        seen: dict[str | None, Tensor] = {}
+        seen: dict[str | None, tuple[Tensor, Tensor]] = {}
 
         def watch(name: str | None) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 calls[name] += 1
                 seen.clear()
-                seen[name] = args[0] if args else kwargs["input"]
+                seen[name] = (args[0] if args else kwargs["input"], output)
 
             return hook
 
@@ -168,7 +172,7 @@ class FeatureExtractor(nn.Module):
         f = self._logits(outputs)
         if not seen:
             self._explain_unseen()
-        ((name, phi),) = seen.items()
+        ((name, (phi, head_outputs)),) = seen.items()
         if calls[name] > 1:
             msg = (
                 f"The last linear layer {name!r} runs {calls[name]} times in one forward pass, so its features are "
@@ -179,9 +183,7 @@ class FeatureExtractor(nn.Module):
             phi = phi.detach()
         layer = watched[name]
         f, phi = self._align(f, phi, layer, name)
-        # A reduction can fit one batch and not the next (padding): it is checked every time, by one product.
-        if not self._verified or self.feature_reduction is not None:
-            self._verify(f, phi, layer, name)
+        self._verify(f, phi, head_outputs, layer, name)
         if not self._verified:
             if self.last_layer_name is None:
                 assert name is not None, "unnamed only when the layer was known"
@@ -249,9 +251,23 @@ class FeatureExtractor(nn.Module):
         )
         warnings.warn(msg, UserWarning, stacklevel=4)
 
-    def _verify(self, f: Tensor, phi: Tensor, layer: nn.Linear, name: str | None) -> None:
-        """Check on the first pass that the outputs are the last layer applied to the features."""
-        if matches(f, phi, layer):
+    def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Linear, name: str | None) -> None:
+        """Check that the outputs are the last layer applied to the features.
+
+        On the first pass by that product; later by comparing the outputs with those of the layer, which costs no more
+        than reading them: what follows it may act on some batches only (clamping, padding).
+
+        Raises
+        ------
+        UnsupportedError
+            If they are not.
+        """
+        if self._verified:
+            if f.numel() != head_outputs.numel():
+                head_outputs = reduce(head_outputs, self.feature_reduction) if self.feature_reduction else head_outputs
+            if f.numel() == head_outputs.numel() and close(f, head_outputs.reshape(f.shape), f.dtype):
+                return
+        elif matches(f, phi, layer):
             return
         reduced = "" if self.feature_reduction is None else f" reduced by {self.feature_reduction.value!r}"
         msg = (
@@ -283,9 +299,10 @@ class FeatureExtractor(nn.Module):
     def _warn_if_tied(self, layer: nn.Linear) -> None:
         """Warn when the weight of the head is used elsewhere, too."""
         owners = [
-            name
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if parameter is layer.weight and name != f"{self.last_layer_name}.weight"
+            f"{name}.{key}"
+            for name, module in self.model.named_modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter is layer.weight and module is not layer
         ]
         if owners:
             msg = (
@@ -306,13 +323,21 @@ def reduce(phi: Tensor, reduction: FeatureReduction) -> Tensor:
 
 
 def matches(f: Tensor, phi: Tensor, layer: nn.Linear) -> bool:
-    """Whether ``f`` equals ``layer`` applied to ``phi``, to the square root of the coarser dtype's precision."""
+    """Whether ``f`` equals ``layer`` applied to ``phi``, to the square root of the coarsest dtype's precision."""
+    with torch.no_grad(), full_precision(f.device):
+        expected = F.linear(phi.to(layer.weight.dtype), layer.weight, layer.bias)
+        return close(f, expected, max(f.dtype, layer.weight.dtype, phi.dtype, key=lambda d: torch.finfo(d).eps))
+
+
+def close(f: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether outputs agree, relative to the largest and to the square root of a dtype's precision.
+
+    NaN equals NaN here: what is not finite is reported by whoever uses the outputs, in its own words.
+    """
+    if expected.shape != f.shape:
+        return False
     with torch.no_grad():
-        expected = F.linear(phi.to(layer.weight.dtype), layer.weight, layer.bias).to(f.dtype)
-        if expected.shape != f.shape:
-            return False
-        eps = max(torch.finfo(f.dtype).eps, torch.finfo(layer.weight.dtype).eps, torch.finfo(phi.dtype).eps)
+        f, expected = f.detach().double(), expected.detach().double()
         finite = expected[torch.isfinite(expected)].abs()
         size = float(finite.max()) if finite.numel() else 0.0
-        # NaN equals NaN here: what is not finite is reported by whoever uses the outputs, in its own words.
-        return torch.allclose(f, expected, rtol=0.0, atol=eps**0.5 * (1 + size), equal_nan=True)
+        return torch.allclose(f, expected, rtol=0.0, atol=torch.finfo(dtype).eps ** 0.5 * size, equal_nan=True)

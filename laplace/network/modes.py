@@ -18,17 +18,34 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
     model
         Any module. The ``training`` flag of each of its submodules is restored on every exit.
     enable_backprop
-        Build a graph, so that results can be differentiated with respect to the inputs.
+        Build a graph, so that results can be differentiated with respect to the inputs; not under ``torch.no_grad``.
 
     Notes
     -----
     Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
     """
     flags = [(module, module.training) for module in model.modules()]
+    build_graph = enable_backprop and torch.is_grad_enabled()
     try:
         model.eval()
-        with torch.inference_mode(False), torch.set_grad_enabled(enable_backprop):
+        with torch.inference_mode(False), torch.set_grad_enabled(build_graph):
             yield
     finally:
+        # A module may do more in train() than set its flag (merge adapters, say): undo it the same way. The flags below
+        # are then set one by one, since train() reaches the children, too.
+        for module, training in flags:
+            if module.training is not training:
+                module.train(training)
         for module, training in flags:
             module.training = training
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Switch autocasting off for the body: it is for the model's own forward pass, not for curvature and variances.
+
+    Parameters
+    ----------
+    device
+        Of the computation.
+    """
+    return torch.autocast(device.type, enabled=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,10 +92,3 @@ def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) ->
 def expand_groups(values: Float[Tensor, " groups"], sizes: Sequence[int]) -> Float[Tensor, " params"]:
     """Repeat one value a parameter group to one value a weight."""
     return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
-
-
-def describe_bytes(n_elements: float, dtype: torch.dtype) -> str:
-    """Size of a tensor in words, such as ``1.6 GB``, for error messages."""
-    size = n_elements * torch.finfo(dtype).bits / 8
-    power = min(int(math.log10(max(size, 1)) // 3), 5)
-    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

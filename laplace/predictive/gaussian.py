@@ -10,9 +10,7 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import ShapeError
-
-CHUNK_ELEMENTS = 2**24
-"""Largest temporary, in numbers: 64 MB in float32."""
+from laplace.linalg import CHUNK_ELEMENTS
 
 
 def draw(

@@ -117,6 +117,9 @@ def average_softmax(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_sa
 
 def _sum_to_zero(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variances of the logits given that they sum to zero."""
+    # Keep sums of logits below the largest number: so far out the probabilities are zero and one anyway.
+    limit = torch.finfo(mean.dtype).max / (8 * mean.shape[-1])
+    mean = mean.clamp(-limit, limit)
     # Without any uncertainty every scale gives the same answer: take one.
     certain = (cov == 0).flatten(1).all(1)[:, None, None]
     cov = torch.where(certain, torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device), cov)

@@ -85,8 +85,8 @@ class AbstractCurvature(ABC):
 
     @classmethod
     @abstractmethod
-    def from_state(cls, state: Mapping[str, Any]) -> AbstractCurvature:
-        """The curvature that ``state`` described.
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> AbstractCurvature:
+        """The curvature that ``state`` described, for use in a precision.
 
         Raises
         ------

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.errors import NotPositiveDefiniteError
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature, check_jacobians
@@ -52,9 +53,9 @@ class DiagCurvature(AbstractCurvature):
         return {"vector": self.vector}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> DiagCurvature:
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> DiagCurvature:
         """From the vector."""
-        return cls(state["vector"])
+        return cls(state["vector"].to(dtype))
 
     def merge(self, other: DiagCurvature) -> DiagCurvature:
         """Sum of the two."""
@@ -65,9 +66,22 @@ class DiagCurvature(AbstractCurvature):
         return replace(self, vector=self.vector * factor)
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> DiagPrecision:
-        """Add the prior; any prior fits."""
+        """Add the prior; any prior fits.
+
+        Raises
+        ------
+        NotPositiveDefiniteError
+            If the curvature is negative somewhere and the prior does not make up for it.
+        """
         assert not options, "the diagonal has no options"
-        return DiagPrecision(self.vector + prior.diagonal())
+        vector = self.vector + prior.diagonal()
+        if bool((vector <= 0).any()):
+            msg = (
+                f"The posterior precision of a weight is {float(vector.min()):.3e}, not positive: the back end gave a "
+                "negative curvature. Use a GGN or Fisher back end, or a larger prior precision."
+            )
+            raise NotPositiveDefiniteError(msg)
+        return DiagPrecision(vector)
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """As a matrix."""

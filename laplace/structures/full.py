@@ -58,9 +58,9 @@ class FullCurvature(AbstractCurvature):
         return {"matrix": self.matrix}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FullCurvature:
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> FullCurvature:
         """From the matrix."""
-        return cls(state["matrix"])
+        return cls(state["matrix"].to(dtype))
 
     def merge(self, other: FullCurvature) -> FullCurvature:
         """Sum of the two."""
@@ -88,7 +88,9 @@ class FullCurvature(AbstractCurvature):
     def eigenvalues(self) -> Float[Tensor, " params"]:
         """Eigenvalues of the unscaled matrix; computed once, O(P³)."""
         if "eigenvalues" not in self._cache:
-            self._cache["eigenvalues"] = torch.linalg.eigvalsh(self.matrix)
+            # Out of inference mode: what is cached may take part in autograd later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache["eigenvalues"] = torch.linalg.eigvalsh(self.matrix)
         return self._cache["eigenvalues"]
 
     def to_dense(self) -> Float[Tensor, "params params"]:
@@ -107,7 +109,7 @@ class FullPrecision(AbstractPrecision):
     """
 
     matrix: Float[Tensor, "params params"]
-    _blocks: dict[tuple[int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _blocks: dict[tuple[str, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_params(self) -> int:
@@ -185,14 +187,16 @@ class FullPrecision(AbstractPrecision):
 
     def _left_products(self, augmented: Tensor, n_outputs: int, bias: bool) -> Iterator[Tensor]:
         """Φ Σ_ck for one output c at a time and all k: ``[rows, C, D]`` each."""
-        order = output_index(n_outputs, self.n_params, bias).to(augmented.device)
-        for rows in order:
-            block = self.covariance[rows][:, order.flatten()]
-            yield (augmented @ block).view(len(augmented), n_outputs, -1)
+        key = ("all", n_outputs, bias)
+        if key not in self._blocks:
+            order = output_index(n_outputs, self.n_params, bias).to(augmented.device).flatten()
+            self._blocks[key] = self.covariance[order][:, order].unflatten(0, (n_outputs, -1))
+        for rows in self._blocks[key]:
+            yield (augmented @ rows).view(len(augmented), n_outputs, -1)
 
     def _diagonal_blocks(self, n_outputs: int, bias: bool) -> Tensor:
         """The blocks Σ_cc side by side, ``[D, C·D]``."""
-        key = (n_outputs, bias)
+        key = ("diagonal", n_outputs, bias)
         if key not in self._blocks:
             order = output_index(n_outputs, self.n_params, bias).to(self.matrix.device)
             blocks = self.covariance[order.unsqueeze(2), order.unsqueeze(1)]

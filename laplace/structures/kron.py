@@ -40,18 +40,21 @@ class KronCurvature(AbstractCurvature):
         Number of unmasked positions in the sums.
     scale
         Factor of the whole matrix.
+    dtype
+        Precision of what is made of the sums, which may be wider themselves; that of the sums when ``None``.
     """
 
     sums: Kron
     count: int
     scale: Scalar | float = 1.0
+    dtype: torch.dtype | None = None
     _cache: dict[str, KronDecomposed] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, KronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
-        return nll, cls(sums, backend.count(y))
+        return nll, cls(sums, backend.count(y), dtype=nll.dtype)
 
     @property
     def n_params(self) -> int:
@@ -61,13 +64,17 @@ class KronCurvature(AbstractCurvature):
     @property
     def factors(self) -> Kron:
         """The factors with the inputs' side divided by the count: what the matrix is made of."""
-        return self.sums.divide_inputs(max(self.count, 1))
+        factors = self.sums.divide_inputs(max(self.count, 1))
+        return factors if self.dtype is None else factors.to(self.dtype)
 
     @property
     def decomposed(self) -> KronDecomposed:
         """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
         if "decomposed" not in self._cache:
-            self._cache["decomposed"] = self.factors.decompose()
+            # Out of inference mode: what is cached may take part in autograd later.
+            with torch.inference_mode(False), torch.no_grad():
+                decomposed = self.sums.divide_inputs(max(self.count, 1)).decompose()
+                self._cache["decomposed"] = decomposed if self.dtype is None else decomposed.to(self.dtype)
         return self._cache["decomposed"]
 
     @property
@@ -80,9 +87,9 @@ class KronCurvature(AbstractCurvature):
         return {"sums": self.sums.kfacs, "count": self.count}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> KronCurvature:
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:
         """From raw sums and their count."""
-        return cls(Kron(state["sums"]), state["count"])
+        return cls(Kron(state["sums"]), state["count"], dtype=dtype)
 
     def merge(self, other: KronCurvature) -> KronCurvature:
         """Add sums and counts: not the sum of the two matrices."""
@@ -185,6 +192,11 @@ class Kron:
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""
         return Kron([[side * scalar ** (1 / len(block)) for side in block] for block in self.kfacs])
+
+    def to(self, dtype: torch.dtype) -> Kron:
+        """The same in another precision; shared factors stay shared."""
+        known = {id(side): side.to(dtype) for block in self.kfacs for side in block}
+        return Kron([[known[id(side)] for side in block] for block in self.kfacs])
 
     def divide_inputs(self, count: int) -> Kron:
         """Divide the inputs' side of each product, its second factor, by a count: from sums to a mean."""

@@ -78,6 +78,14 @@ class KronDecomposed(AbstractPrecision):
     __radd__ = __add__
     __rmul__ = __mul__
 
+    def to(self, dtype: torch.dtype) -> KronDecomposed:
+        """The same in another precision; shared eigenvectors stay shared."""
+        assert self.deltas is not None, "filled in on construction"
+        known = {id(side): side.to(dtype) for block in self.eigenvectors for side in block if side is not None}
+        vectors = [[None if side is None else known[id(side)] for side in block] for block in self.eigenvectors]
+        values = [[side.to(dtype) for side in block] for block in self.eigenvalues]
+        return KronDecomposed(vectors, values, self.deltas.to(dtype), self.damping)
+
     def detach(self) -> KronDecomposed:
         """The same, cut off the graph."""
         values = [[side.detach() for side in block] for block in self.eigenvalues]

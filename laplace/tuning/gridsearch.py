@@ -49,7 +49,7 @@ class Validation:
         Raises
         ------
         InputError
-            If there are none.
+            If there are none, or all are masked.
         """
         collected = []
         for x, y in batches:
@@ -57,6 +57,9 @@ class Validation:
             collected.append((inputs, likelihood.flatten(inputs.f, y)))
         if not collected:
             msg = "The validation loader is empty: grid search scores each prior precision on its data."
+            raise InputError(msg)
+        if not any(len(positions.f) for _, positions in collected):
+            msg = "All targets of the validation loader are masked: there is nothing to score."
             raise InputError(msg)
         return cls(collected)
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 from laplace.errors import InputError
-from laplace.network.batches import call, first_tensor, iterate, split, takes_several, to_device
+from laplace.network.batches import call, iterate, split, takes_several, to_device
 from tests.cases import stream
 
 CPU = torch.device("cpu")
@@ -151,8 +151,3 @@ def test_counting_positional_parameters():
         True,
         False,
     ]
-
-
-def test_the_first_tensor_is_found_at_any_depth():
-    assert first_tensor([{"a": 3, "b": (None, X)}, Y]) is X
-    assert first_tensor({"a": "text"}) is None

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from laplace.network.parameters import ParameterSubset, describe_bytes, expand_groups, head_views, split_sizes
+from laplace.network.parameters import ParameterSubset, expand_groups, head_views, split_sizes
 from tests.tools import assert_close
 
 
@@ -45,9 +45,3 @@ def test_groups_split_and_expand():
     first, second = split_sizes(vector.expand(4, 8), (6, 2))
     assert (first.shape, second.shape) == ((4, 6), (4, 2))
     assert expand_groups(torch.tensor([1.0, 2.0]), (3, 2)).tolist() == [1, 1, 1, 2, 2]
-
-
-def test_sizes_in_words():
-    assert describe_bytes(1000, torch.float64) == "8.0 kB"
-    assert describe_bytes(4e8, torch.float32) == "1.6 GB"
-    assert describe_bytes(1, torch.float32) == "4.0 B"
