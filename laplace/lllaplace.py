@@ -218,10 +218,12 @@ class LLLaplace(ParametricLaplace):
         ------
         NotFittedError
             Before ``fit``.
+        InputError
+            If the model's outputs are not finite.
         """
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._linearize(X)
+            inputs = self._checked_linearization(X)
             return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
 
 
