@@ -106,8 +106,8 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
         if not bool(info.any()):
             msg = (
                 f"The {name} ({matrix.shape[-1]}×{matrix.shape[-1]}, {matrix.dtype}) is not positive definite to "
-                f"working precision; added {float(jitter):.2e} to its diagonal. A larger prior precision or "
-                "curvature_dtype=torch.float64 avoids this."
+                f"working precision; added {float(jitter):.2e} to its diagonal. A larger prior precision "
+                f"{'' if matrix.dtype == torch.float64 else 'or curvature_dtype=torch.float64 '}avoids this."
             )
             warnings.warn(msg, NumericalWarning, stacklevel=2)
             return factor.to(matrix.dtype)

@@ -49,6 +49,11 @@ class FullCurvature(AbstractCurvature):
         return len(self.matrix)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the matrix is."""
+        return bool(torch.isfinite(self.matrix.diagonal()).all())
+
+    @property
     def public(self) -> Float[Tensor, "params params"]:
         """The matrix, ``[P, P]``."""
         return self.matrix

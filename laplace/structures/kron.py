@@ -59,6 +59,11 @@ class KronCurvature(AbstractCurvature):
         return self.sums.n_params
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the matrix is."""
+        return all(bool(torch.isfinite(side).all()) for block in self.sums.kfacs for side in block)
+
+    @property
     def factors(self) -> Kron:
         """The factors with the inputs' side divided by the count: what the matrix is made of."""
         return self.sums.divide_inputs(max(self.count, 1))
