@@ -245,10 +245,12 @@ class LLLaplace(ParametricLaplace):
         ------
         NotFittedError
             Before ``fit``.
+        InputError
+            If the model's outputs are not finite.
         """
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._linearize(X)
+            inputs = self._checked_linearization(X)
             with full_precision(self._device):
                 return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, NotFittedError, UnsupportedError
@@ -134,14 +135,17 @@ class BaseLaplace(ABC):
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
+        self._prior_precision = self._checked_prior_precision(value)
+        self._hyperparameters_changed()
+
+    def _checked_prior_precision(self, value: Any) -> Tensor:
         precision = self._checked("prior_precision", value, positive=True)
         if precision.dim() > 1:
             msg = f"prior_precision must be a number or a vector; got the shape {list(precision.shape)}."
             raise InputError(msg)
         precision = precision.reshape(-1)
         self._check_prior(precision, getattr(self, "_prior_mean", precision.new_zeros(())))
-        self._prior_precision = precision
-        self._hyperparameters_changed()
+        return precision
 
     @property
     def prior_mean(self) -> Tensor:
@@ -162,10 +166,10 @@ class BaseLaplace(ABC):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self._sigma_noise = self._checked_noise(value)
+        self._sigma_noise = self._checked_sigma_noise(value)
         self._hyperparameters_changed()
 
-    def _checked_noise(self, value: float | Tensor) -> Tensor:
+    def _checked_sigma_noise(self, value: Any) -> Tensor:
         """A valid observation noise, ``[]``."""
         sigma = self._checked("sigma_noise", value, positive=True)
         if sigma.numel() != 1:
@@ -195,6 +199,7 @@ class BaseLaplace(ABC):
         """What a getter returns: a copy, unless a gradient is asked of it."""
         return value if value.requires_grad else value.clone()
 
+    @linalg.lasting
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
         try:
@@ -203,6 +208,8 @@ class BaseLaplace(ABC):
         except (TypeError, ValueError, RuntimeError) as error:
             msg = f"{name} must be a number or a tensor; got {type(value).__name__}."
             raise InputError(msg) from error
+        if tensor.is_inference():
+            tensor = tensor.clone()
         bad = ~torch.isfinite(tensor.detach())
         if positive:
             bad |= tensor.detach() <= 0
@@ -284,6 +291,9 @@ class BaseLaplace(ABC):
             raise UnsupportedError(problem)
         if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
             msg = f"n_samples must be a positive whole number; got {n_samples!r}."
+            raise InputError(msg)
+        if not isinstance(generator, (torch.Generator, type(None))):
+            msg = f"generator must be a torch.Generator or None; got {type(generator).__name__}."
             raise InputError(msg)
         if generator is not None and generator.device.type != self._device.type:
             msg = (

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.baselaplace.posterior import WeightPosterior
 from laplace.errors import StateError
 from laplace.fit import Fit
@@ -169,6 +170,7 @@ class CheckpointedPosterior(WeightPosterior):
             "H": fit.curvature.state(),
         }
 
+    @linalg.lasting
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what another object learned about the same model.
 
@@ -272,6 +274,7 @@ class CheckpointedPosterior(WeightPosterior):
             raise StateError(msg) from error
         self.load_state_dict(state)
 
+    @linalg.lasting
     def to(self, device: torch.device | str) -> CheckpointedPosterior:
         """Move the model, what was learned and the hyperparameters to a device.
 

@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import tuning
+from laplace import linalg, tuning
 from laplace.baselaplace.checkpoint import CheckpointedPosterior
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
+from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision, iterate
 from laplace.network.parameters import expand_groups
-from laplace.predictive import functional_samples, predict
+from laplace.predictive import Linearization, functional_samples, predict
 from laplace.prior import GaussianPrior
 from laplace.types import Inputs
 
@@ -133,6 +134,8 @@ class ParametricLaplace(CheckpointedPosterior):
             Before ``fit``.
         UnsupportedError
             If options do not exist or do not go together.
+        InputError
+            If the model's outputs are not finite.
 
         References
         ----------
@@ -142,9 +145,15 @@ class ParametricLaplace(CheckpointedPosterior):
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._linearize(x, **model_kwargs)
+            inputs = self._checked_linearization(x, **model_kwargs)
             with full_precision(self._device):
                 return predict(inputs, posterior, self._frozen_likelihood, options, self._dtype)
+
+    def _checked_linearization(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        """Outputs at inputs of a user, which must be finite."""
+        inputs = self._linearize(x, **model_kwargs)
+        check_outputs(inputs.f)
+        return inputs
 
     def functional_samples(
         self,
@@ -178,6 +187,8 @@ class ParametricLaplace(CheckpointedPosterior):
             Before ``fit``.
         UnsupportedError
             If options do not exist or do not go together.
+        InputError
+            If the model's outputs are not finite.
         """
         options = self._options(pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator)
         if options.diagonal_output and options.pred_type is PredType.NN:
@@ -185,7 +196,7 @@ class ParametricLaplace(CheckpointedPosterior):
             raise UnsupportedError(msg)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._linearize(x)
+            inputs = self._checked_linearization(x)
             with full_precision(self._device):
                 return functional_samples(inputs, posterior, options, self._dtype)
 
@@ -209,6 +220,7 @@ class ParametricLaplace(CheckpointedPosterior):
 
     # -- tuning -------------------------------------------------------------------------------------------------------
 
+    @linalg.lasting
     def optimize_prior_precision(
         self,
         pred_type: PredType | str = PredType.GLM,

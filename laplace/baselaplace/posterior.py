@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import tuning
+from laplace import linalg, tuning
 from laplace.baselaplace.base import BaseLaplace
 from laplace.errors import InputError, ShapeError
 from laplace.fit import Fit
@@ -47,6 +47,7 @@ class WeightPosterior(BaseLaplace):
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
+    @linalg.lasting
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
         """Learn the curvature at the weights the model has.
 
@@ -197,6 +198,7 @@ class WeightPosterior(BaseLaplace):
         return self._prior.diagonal()
 
     @property
+    @linalg.lasting
     def _posterior(self) -> AbstractPrecision:
         """Factorized posterior precision; the cached one unless hyperparameters are being differentiated."""
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
@@ -205,6 +207,7 @@ class WeightPosterior(BaseLaplace):
         return (self._fitted.curvature * scale).posterior(self._prior, **self._posterior_options())
 
     @property
+    @linalg.lasting
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
         if self._posterior_cache is None:
@@ -314,11 +317,10 @@ class WeightPosterior(BaseLaplace):
         deep learning". arXiv:2104.04975
         """
         fit = self._fitted
-        if sigma_noise is not None:
-            sigma_noise = self._checked_noise(sigma_noise)
+        # Both are checked before either is assigned.
+        sigma_noise = self._sigma_noise if sigma_noise is None else self._checked_sigma_noise(sigma_noise)
         if prior_precision is not None:
             self.prior_precision = prior_precision
-        if sigma_noise is not None:
-            self.sigma_noise = sigma_noise
+        self.sigma_noise = sigma_noise
         likelihood, kind = self._output_likelihood, self.backend.kind
         return tuning.log_marginal_likelihood(fit, self._prior, likelihood, kind, **self._posterior_options())

@@ -54,11 +54,15 @@ class AbstractCurvature(ABC):
         Raises
         ------
         InputError
-            If the negative log-likelihood of a batch is not finite.
+            If a batch cannot be used, or its negative log-likelihood or the curvature is not finite.
         """
         total: tuple[Scalar, AbstractCurvature] | None = None
         for index, (x, y) in enumerate(batches):
-            nll, curvature = cls.from_batch(backend, x, y, **options)
+            try:
+                nll, curvature = cls.from_batch(backend, x, y, **options)
+            except InputError as error:
+                msg = f"Batch {index} of the loader (counting from 0): {error}"
+                raise type(error)(msg) from error
             if not bool(torch.isfinite(nll)):
                 msg = (
                     f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll)}. Its inputs or "
@@ -67,12 +71,23 @@ class AbstractCurvature(ABC):
                 )
                 raise InputError(msg)
             total = (nll, curvature) if total is None else (total[0] + nll, total[1].merge(curvature))
+        if total is not None and not total[1].is_finite:
+            msg = (
+                "The curvature of the training data is not finite: features of the last layer overflow when squared. "
+                "Scale the inputs, or pass curvature_dtype=torch.float64."
+            )
+            raise InputError(msg)
         return total
 
     @property
     @abstractmethod
     def n_params(self) -> int:
         """P, the number of random weights."""
+
+    @property
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether the diagonal is finite, and with it, the matrix being a sum of outer products, every entry."""
 
     @property
     @abstractmethod

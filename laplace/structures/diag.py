@@ -44,6 +44,11 @@ class DiagCurvature(AbstractCurvature):
         return len(self.vector)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the matrix is."""
+        return bool(torch.isfinite(self.vector).all())
+
+    @property
     def public(self) -> Float[Tensor, " params"]:
         """The vector, ``[P]``."""
         return self.vector

@@ -62,12 +62,18 @@ class KronCurvature(AbstractCurvature):
         return self.sums.n_params
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the diagonal of the matrix is, in the precision it is used in."""
+        return bool(torch.isfinite(self.factors.diag()).all())
+
+    @property
     def factors(self) -> Kron:
         """The factors with the inputs' side divided by the count: what the matrix is made of."""
         factors = self.sums.divide_inputs(max(self.count, 1))
         return factors if self.dtype is None else factors.to(self.dtype)
 
     @property
+    @linalg.lasting
     def decomposed(self) -> KronDecomposed:
         """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
         if "decomposed" not in self._cache:

@@ -55,11 +55,9 @@ class Validation:
         for x, y in batches:
             inputs = linearize(x)
             collected.append((inputs, likelihood.flatten(inputs.f, y)))
-        if not collected:
-            msg = "The validation loader is empty: grid search scores each prior precision on its data."
-            raise InputError(msg)
         if not any(len(positions.f) for _, positions in collected):
-            msg = "All targets of the validation loader are masked: there is nothing to score."
+            empty = "every target is masked" if collected else "it is empty"
+            msg = f"The validation loader has nothing to score prior precisions on: {empty}. Pass labeled batches."
             raise InputError(msg)
         return cls(collected)
 
