@@ -239,7 +239,7 @@ def block_diag(blocks: Sequence[Tensor]) -> Float[Tensor, "n m"]:
     return torch.block_diag(*blocks)
 
 
-def diagonal_add_scalar(X: Float[Tensor, "n n"], value: float | Tensor) -> Float[Tensor, "n n"]:
+def diagonal_add_scalar(X: Tensor, value: float | Tensor) -> Float[Tensor, "n n"]:
     """Add a number to the diagonal; a new matrix.
 
     Parameters

@@ -82,9 +82,10 @@ class RunningNLLMetric:
 
     def __call__(self, probs: Tensor, targets: Tensor) -> Tensor:
         """Take a batch and return the score of that batch alone."""
-        self.update(probs, targets)
         total, count = _nll(probs, targets, self.ignore_index)
-        return total / count
+        mean = _mean(total, count)
+        self._sum, self._count = self._sum + float(total), self._count + count
+        return mean
 
 
 def _nll(probs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
@@ -95,6 +96,13 @@ def _nll(probs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int
     flat = targets.reshape(-1)
     log_probs = probs.reshape(-1, probs.shape[-1]).log()
     return F.nll_loss(log_probs, flat, ignore_index=ignore_index, reduction="sum"), int((flat != ignore_index).sum())
+
+
+def _mean(total: Tensor, count: int) -> Tensor:
+    if not count:
+        msg = "There are no targets to average over: all of them are masked, or there are none."
+        raise InputError(msg)
+    return total / count
 
 
 def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
@@ -115,10 +123,7 @@ def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
         If no target counts.
     """
     total, count = _nll(out_dist, targets, -100)
-    if not count:
-        msg = "There are no targets to average over: all of them are -100, or there are none."
-        raise InputError(msg)
-    return total / count
+    return _mean(total, count)
 
 
 def _takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:

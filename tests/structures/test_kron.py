@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from laplace import utils
 from laplace.errors import NotPositiveDefiniteError, ShapeError, UnsupportedError
 from laplace.structures.kron import Kron, KronCurvature
+from laplace.utils import matrix
 from tests.contracts import check_curvature
 from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, C, D, prior, psd
 from tests.tools import assert_close
@@ -99,6 +101,47 @@ def test_a_vector_is_a_diagonal_factor():
     assert_close(factors.to_matrix(), matrix)
     assert_close(factors.diag(), matrix.diagonal())
     assert_close(factors.decompose().to_matrix(), matrix)
+
+
+def test_the_recorded_path_leads_to_the_same_classes():
+    assert matrix.Kron is utils.Kron is Kron
+    assert matrix.KronDecomposed is utils.KronDecomposed is type(sums(1)[2].decompose())
+
+
+@pytest.mark.parametrize("exponent", [1, -1, 0.5])
+def test_a_diagonal_factor_takes_part_in_all_algebra(exponent):
+    A, d = psd(D, 2, rank=D) + torch.eye(D).double(), 0.5 + torch.rand(C).double()
+    factors, matrix = Kron([[d, A], [d]]), dense(d.diag(), A, 1)
+    assert_close(factors.logdet(), matrix.logdet())
+    assert_close((factors + factors).to_matrix(), dense(2 * d.diag(), 2 * A, 1))
+    assert_close((3.0 * factors).to_matrix(), 3 * matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    W = torch.randn(2, 5, len(matrix)).double()
+    assert_close(factors.bmm(W, exponent), W @ vectors @ (values**exponent).diag() @ vectors.T)
+    precision = factors.decompose() + PER_LAYER
+    assert_close(precision.to_matrix(), matrix + prior(PER_LAYER).diagonal().diag())
+    assert_close(precision.logdet(), (matrix + prior(PER_LAYER).diagonal().diag()).logdet())
+    assert factors.n_params == len(matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_init_from_model_takes_modules_and_parameters_of_any_shape(dtype):
+    conv = nn.Conv2d(2, 3, 4)
+    conv.register_parameter("gain", nn.Parameter(torch.ones(())))
+    conv.register_parameter("frozen", nn.Parameter(torch.ones(7), requires_grad=False))
+    factors = Kron.init_from_model(conv, torch.device("cpu"), dtype)
+    assert [[tuple(side.shape) for side in block] for block in factors.kfacs] == [
+        [(3, 3), (32, 32)],
+        [(3, 3)],
+        [(1, 1)],
+    ]
+    assert {side.dtype for block in factors.kfacs for side in block} == {dtype}
+    assert factors.n_params == 3 * 32 + 3 + 1
+    of_parameters = Kron.init_from_model(iter(conv.parameters()), "cpu", dtype)
+    assert len(of_parameters) == 4
+    layer = nn.Linear(D, C)
+    G, A, other = sums(1)
+    assert_close((Kron.init_from_model(layer, "cpu", torch.float64) + other).to_matrix(), dense(G, A, 1))
 
 
 def test_factors_from_a_model_are_zero_and_fit_its_parameters():

@@ -5,8 +5,9 @@ import torch
 
 from laplace.errors import ShapeError
 from laplace.structures.kron import Kron
+from laplace.utils import KronDecomposed
 from tests.contracts import check_precision
-from tests.structures.samples import PER_LAYER, SCALAR, C, D, psd
+from tests.structures.samples import PER_LAYER, SCALAR, C, D, prior, psd
 from tests.tools import LargestTensor, assert_close
 
 SIDES = psd(C, 1), psd(D, 2)
@@ -71,6 +72,16 @@ def test_powers_of_the_matrix(exponent):
     assert_close(precision.bmm(W, exponent), W @ power)
     if exponent == -1:
         assert_close(precision.inv_square_form(W), W @ power @ W.mT)
+
+
+def test_a_sum_of_eigenvalues_and_priors_may_be_built_by_hand():
+    """From eigenvectors and eigenvalues, as user code does it; missing eigenvectors are an identity."""
+    (G, A), (gammas, U) = SIDES, torch.linalg.eigh(SIDES[0])
+    gammas = gammas.clamp(min=0)
+    decomposed = KronDecomposed([[U, None], [U]], [[gammas, A.diagonal()], [gammas]])
+    expected = torch.block_diag(torch.kron(G, A.diagonal().diag()), G)
+    assert_close(decomposed.to_matrix(), expected)
+    assert_close((decomposed + PER_LAYER).logdet(), (expected + prior(PER_LAYER).diagonal().diag()).logdet())
 
 
 def test_detach_cuts_the_graph_and_keeps_the_numbers():
