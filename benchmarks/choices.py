@@ -180,11 +180,12 @@ def table(average: Report, reports: list[Report]) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row, values in average.rows.items():
-        quality = [f"{values[c]:.3f} ± {average.errors[row][c]:.3f}" for c in ("NLL", "ECE", "accuracy")]
+        # No-break spaces: a mean and its error stay on one line.
+        quality = [f"{values[c]:.3f}\u00a0±\u00a0{average.errors[row][c]:.3f}" for c in ("NLL", "ECE", "accuracy")]
         middle = {c: statistics.median(report.rows[row][c] for report in reports) for c in values}
         costs = [f"{middle[c]:.1f}" if c in middle else "" for c in ("fit ms", "predict ms")]
         size = f"{middle['bytes'] / 1000:,.1f}" if "bytes" in middle else ""
-        chosen = f"{middle['precision']:.3g}" if "precision" in middle else ""
+        chosen = f"{float(format(middle['precision'], '.3g')):,g}" if "precision" in middle else ""
         lines.append("| " + " | ".join([row, *quality, *costs, size, chosen]) + " |")
     bare = statistics.median(report.rows["MAP"]["bare pass ms"] for report in reports)
     lines += ["", f"For “fit ms”: a bare pass of the network over the training images takes {bare:.1f} ms."]
