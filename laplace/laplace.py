@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 from torch import nn
@@ -53,6 +55,8 @@ def Laplace(
     ------
     UnsupportedError
         If the combination does not exist; the message lists those that do.
+    TypeError
+        If the estimator has no such argument; the message lists those it has.
     """
     subset = choose(SubsetOfWeights, subset_of_weights, "subset_of_weights")
     structure = choose(HessianStructure, hessian_structure, "hessian_structure")
@@ -67,4 +71,12 @@ def Laplace(
             f"hessian_structure={structure.value!r}; available combinations: {known}."
         )
         raise UnsupportedError(msg)
-    return ESTIMATORS[subset, structure](model, likelihood, *args, **kwargs)
+    cls = ESTIMATORS[subset, structure]
+    options = [name for name in inspect.signature(cls).parameters if name != "model"]
+    for key in kwargs:
+        if key not in options:
+            near = difflib.get_close_matches(key, options, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            msg = f"{cls.__name__} has no option {key!r}; its options are {', '.join(options)}.{hint}"
+            raise TypeError(msg)
+    return cls(model, likelihood, *args, **kwargs)

@@ -5,16 +5,60 @@ Storey 0: nothing here knows about models, priors or likelihoods.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import NotPositiveDefiniteError, NumericalWarning, ShapeError
+from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError
 
 _JITTER_STEPS = 6
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Leave ``torch.inference_mode`` while a function runs that makes tensors to keep.
+
+    An inference tensor can never be differentiated through: one that is kept would break later calls.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def check_finite(values: Tensor, name: str, advice: str) -> None:
+    """Raise unless all values are finite.
+
+    Parameters
+    ----------
+    values
+        One datum or position a row, ``[..., n]``.
+    name
+        What they are, in the plural.
+    advice
+        What to do.
+
+    Raises
+    ------
+    InputError
+        If one is not.
+    """
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        rows = finite.reshape(-1, values.shape[-1]).all(-1)
+        msg = f"{name} must be finite; {int((~rows).sum())} of {len(rows)} rows hold NaN or infinite values. {advice}"
+        raise InputError(msg)
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:

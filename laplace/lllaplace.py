@@ -146,21 +146,26 @@ class LLLaplace(ParametricLaplace):
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "last_layer_name": self.model.last_layer_name}
 
+    @property
+    def _changed_by_loading(self) -> tuple[object, ...]:
+        return (self, self.model)
+
     def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
-        name, known = state["last_layer_name"], self.model.last_layer_name
-        if known not in (None, name):
-            msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
-            raise StateError(msg)
-        layer = dict(self._network.named_modules()).get(name)
-        if not isinstance(layer, nn.Linear):
-            msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
-            raise StateError(msg)
+        layer = dict(self._network.named_modules())[state["last_layer_name"]]
+        assert isinstance(layer, nn.Linear), "_restore checks this"
         return ParameterSubset.last_layer(layer).sizes
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
-        if self.model.last_layer_name is None:
-            self.model.set_last_layer(state["last_layer_name"])
+        name, known = state["last_layer_name"], self.model.last_layer_name
+        if known not in (None, name):
+            msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
+            raise StateError(msg)
+        if not isinstance(dict(self._network.named_modules()).get(name), nn.Linear):
+            msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
+            raise StateError(msg)
+        if known is None:
+            self.model.set_last_layer(name)
 
     def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
         f, phi = self.model.forward_with_features(x, **model_kwargs)
@@ -213,10 +218,12 @@ class LLLaplace(ParametricLaplace):
         ------
         NotFittedError
             Before ``fit``.
+        InputError
+            If the model's outputs are not finite.
         """
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._linearize(X)
+            inputs = self._checked_linearization(X)
             return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
 
 

@@ -218,7 +218,9 @@ def _copy(value: Any) -> Any:
 
 def _same(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and torch.equal(first, second)
+        if not isinstance(second, Tensor) or first.shape != second.shape:
+            return False
+        return torch.equal(first, second) or torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):

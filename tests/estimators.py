@@ -34,6 +34,16 @@ def fitted(case: Case, structure: str, model: nn.Module | None = None, **options
     return la
 
 
+def everything(la: Any, case: Case) -> list[Tensor]:
+    """All that a user can see of a fit, with fixed seeds: to be compared bit for bit."""
+    found = [la.log_marginal_likelihood().detach(), la.sample(2, generator=torch.Generator().manual_seed(0))]
+    for options in PREDICTIONS[case.likelihood]:
+        noise = torch.Generator().manual_seed(0)
+        result = la(case.test_inputs(), n_samples=5, generator=noise, **options)
+        found += [result] if isinstance(result, Tensor) else result
+    return found
+
+
 def dense(matrix: Any) -> Tensor:
     """Whatever a structure calls H or the posterior precision, as a matrix."""
     if hasattr(matrix, "to_matrix"):

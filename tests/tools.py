@@ -23,6 +23,13 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol * scale, msg=lambda text: f"{what}: {text}")
 
 
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Equal bit for bit, and in dtype."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
 def assert_within(estimate: Tensor, truth: Tensor, standard_error: Tensor, what: str = "estimate") -> None:
     """A Monte-Carlo estimate lies within five standard errors of the truth, entry by entry (plus rounding)."""
     assert estimate.shape == truth.shape, f"{what}: shape {tuple(estimate.shape)}, expected {tuple(truth.shape)}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, NotFittedError, UnsupportedError
@@ -130,14 +131,17 @@ class BaseLaplace(ABC):
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
+        self._prior_precision = self._checked_prior_precision(value)
+        self._hyperparameters_changed()
+
+    def _checked_prior_precision(self, value: Any) -> Tensor:
         precision = self._checked("prior_precision", value, positive=True)
         if precision.dim() > 1:
             msg = f"prior_precision must be a number or a vector; got the shape {list(precision.shape)}."
             raise InputError(msg)
         precision = precision.reshape(-1)
         self._check_prior(precision, getattr(self, "_prior_mean", precision.new_zeros(())))
-        self._prior_precision = precision
-        self._hyperparameters_changed()
+        return precision
 
     @property
     def prior_mean(self) -> Tensor:
@@ -158,6 +162,10 @@ class BaseLaplace(ABC):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
+        self._sigma_noise = self._checked_sigma_noise(value)
+        self._hyperparameters_changed()
+
+    def _checked_sigma_noise(self, value: Any) -> Tensor:
         sigma = self._checked("sigma_noise", value, positive=True)
         if sigma.numel() != 1:
             msg = f"sigma_noise must be one number for all outputs; got the shape {list(sigma.shape)}."
@@ -165,8 +173,7 @@ class BaseLaplace(ABC):
         if not LIKELIHOODS[self.likelihood].has_noise and float(sigma.detach()) != 1:
             msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {self.likelihood.value}."
             raise UnsupportedError(msg)
-        self._sigma_noise = sigma.reshape(())
-        self._hyperparameters_changed()
+        return sigma.reshape(())
 
     @property
     def temperature(self) -> float | Tensor:
@@ -182,6 +189,7 @@ class BaseLaplace(ABC):
         self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
         self._hyperparameters_changed()
 
+    @linalg.lasting
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
         try:
@@ -190,6 +198,8 @@ class BaseLaplace(ABC):
         except (TypeError, ValueError, RuntimeError) as error:
             msg = f"{name} must be a number or a tensor; got {type(value).__name__}."
             raise InputError(msg) from error
+        if tensor.is_inference():
+            tensor = tensor.clone()
         bad = ~torch.isfinite(tensor.detach())
         if positive:
             bad |= tensor.detach() <= 0
@@ -264,6 +274,9 @@ class BaseLaplace(ABC):
             raise UnsupportedError(problem)
         if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
             msg = f"n_samples must be a positive whole number; got {n_samples!r}."
+            raise InputError(msg)
+        if not isinstance(generator, (torch.Generator, type(None))):
+            msg = f"generator must be a torch.Generator or None; got {type(generator).__name__}."
             raise InputError(msg)
         if generator is not None and generator.device.type != self._device.type:
             msg = (

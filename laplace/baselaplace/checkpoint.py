@@ -1,13 +1,14 @@
 """Saving and moving a fitted approximation: ``state_dict``, ``save``, ``load``, ``to``, pickling.
 
 A state holds tensors and plain values only, so that ``torch.load(..., weights_only=True)`` reads it; it holds no data.
-It names its schema version and the fingerprint of the model that was fitted, and is refused where either differs.
+It names its schema version and the fingerprint of the model's weights, and is refused where either differs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.baselaplace.posterior import WeightPosterior
 from laplace.errors import StateError
 from laplace.fit import Fit
@@ -27,9 +29,9 @@ SCHEMA_VERSION = 1
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of all parameters and buffers, in hexadecimal.
+    """SHA-256 of the names, shapes, dtypes and values of everything in ``model.state_dict()``, in hexadecimal.
 
-    Two models with the same fingerprint compute the same function; one that was trained further has another.
+    A model that was trained further has another one. Buffers that are not persistent, such as caches, do not count.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -37,7 +39,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().tobytes())
+        digest.update(content.numpy().data)
     return digest.hexdigest()
 
 
@@ -93,14 +95,14 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def move(value: Any, device: torch.device, dtype: torch.dtype, known: dict[int, Tensor] | None = None) -> Any:
-    """Copy the tensors of nested mappings and lists to a device and a precision.
+    """Copies of the tensors of nested mappings and lists, on a device and in a precision.
 
     A tensor that occurs twice (the factor that weight and bias share) stays one tensor.
     """
     known = {} if known is None else known
     if isinstance(value, Tensor):
         if id(value) not in known:
-            known[id(value)] = value.detach().to(device, dtype)
+            known[id(value)] = value.detach().to(device, dtype, copy=True)
         return known[id(value)]
     if isinstance(value, Mapping):
         return {key: move(item, device, dtype, known) for key, item in value.items()}
@@ -168,6 +170,7 @@ class CheckpointedPosterior(WeightPosterior):
             "H": fit.curvature.state(),
         }
 
+    @linalg.lasting
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what another object learned about the same model.
 
@@ -183,29 +186,51 @@ class CheckpointedPosterior(WeightPosterior):
             This object is then what it was.
         """
         check(state_dict, self._identity())
-        state: dict[str, Any] = move(dict(state_dict), self._device, self._dtype)
+        before = [(holder, dict(vars(holder))) for holder in self._changed_by_loading]
         try:
-            curvature = self.curvature_type.from_state(state["H"])
-            fit = Fit(
-                state["mean"], curvature, state["loss"], state["n_data"], state["n_positions"], state["n_outputs"]
-            )
-            prior = GaussianPrior(state["prior_mean"], state["prior_precision"], self._sizes_in(state))
-            sigma_noise, choices = state["sigma_noise"], {key: state[key] for key in self._choices()}
-        except KeyError as error:
-            msg = f"The state is incomplete: it has no entry {error}."
-            raise StateError(msg) from error
-        if {len(fit.mean), curvature.n_params} != {prior.n_params}:
+            self._take(move(dict(state_dict), self._device, self._dtype))
+        except BaseException as error:
+            for holder, attributes in before:
+                vars(holder).clear()
+                vars(holder).update(attributes)
+            if isinstance(error, StateError):
+                raise
+            if isinstance(error, KeyError):
+                msg = f"The state is incomplete: it has no entry {error}."
+                raise StateError(msg) from error
+            if isinstance(error, ValueError):
+                msg = f"The state holds what this object cannot take: {error}"
+                raise StateError(msg) from error
+            raise
+
+    @property
+    def _changed_by_loading(self) -> tuple[object, ...]:
+        """The objects whose attributes loading assigns."""
+        return (self,)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Assign everything in a state, on the right device and in the right precision."""
+        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
+        for key, kind in kinds.items():
+            if not isinstance(state[key], kind):
+                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
+                raise StateError(msg)
+        curvature = self.curvature_type.from_state(state["H"])
+        self._restore(state)
+        self.sigma_noise = state["sigma_noise"]
+        mean = self._checked("prior_mean", state["prior_mean"])
+        precision = self._checked("prior_precision", state["prior_precision"], positive=True)
+        prior = GaussianPrior(mean, precision, self._sizes_in(state))
+        self._fits_structure(prior)
+        if {len(state["mean"]), curvature.n_params} != {prior.n_params}:
             msg = (
-                f"The state holds {len(fit.mean)} weights and a curvature of {curvature.n_params}; the model has "
+                f"The state holds {len(state['mean'])} weights and a curvature of {curvature.n_params}; the model has "
                 f"{prior.n_params} random weights."
             )
             raise StateError(msg)
-        # All of it is valid, so none of the assignments below fails half-way.
-        self._fits_structure(prior)
-        self._restore(choices)
-        self.sigma_noise = sigma_noise
         self._prior_mean, self._prior_precision = prior.mean, prior.precision
-        self._fit = fit
+        counts = state["n_data"], state["n_positions"], state["n_outputs"]
+        self._fit = Fit(state["mean"], curvature, state["loss"], *counts)
         self._hyperparameters_changed()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -231,15 +256,25 @@ class CheckpointedPosterior(WeightPosterior):
         path
             Of the file.
         map_location
-            Where ``torch.load`` puts tensors first; they end on the model's device.
+            Where ``torch.load`` puts tensors first: the model's device when ``None``. They end there in any case.
 
         Raises
         ------
         StateError
-            As in ``load_state_dict``.
+            If the file is no state, and as in ``load_state_dict``.
         """
-        self.load_state_dict(torch.load(path, map_location=map_location, weights_only=True))
+        location = self._device if map_location is None else map_location
+        try:
+            state = torch.load(path, map_location=location, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            msg = (
+                f"The file {os.fspath(path)!r} cannot be read as a state: {reason} States are written by la.save(path)."
+            )
+            raise StateError(msg) from error
+        self.load_state_dict(state)
 
+    @linalg.lasting
     def to(self, device: torch.device | str) -> CheckpointedPosterior:
         """Move the model, what was learned and the hyperparameters to a device.
 
@@ -254,7 +289,7 @@ class CheckpointedPosterior(WeightPosterior):
         """
         self.model.to(device)
         self._backend = None
-        self.prior_mean, self.sigma_noise = self._prior_mean, self._sigma_noise
+        self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
         self.prior_precision = self._prior_precision
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is not None:

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import tuning
+from laplace import linalg, tuning
 from laplace.baselaplace.checkpoint import CheckpointedPosterior
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
+from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, iterate
 from laplace.network.parameters import expand_groups
-from laplace.predictive import functional_samples, predict
+from laplace.predictive import Linearization, functional_samples, predict
 from laplace.prior import GaussianPrior
 from laplace.types import Inputs
 
@@ -132,6 +133,8 @@ class ParametricLaplace(CheckpointedPosterior):
             Before ``fit``.
         UnsupportedError
             If options do not exist or do not go together.
+        InputError
+            If the model's outputs are not finite.
 
         References
         ----------
@@ -141,8 +144,14 @@ class ParametricLaplace(CheckpointedPosterior):
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._linearize(x, **model_kwargs)
+            inputs = self._checked_linearization(x, **model_kwargs)
             return predict(inputs, posterior, self._output_likelihood, options, self._dtype)
+
+    def _checked_linearization(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        """Outputs at inputs of a user, which must be finite."""
+        inputs = self._linearize(x, **model_kwargs)
+        check_outputs(inputs.f)
+        return inputs
 
     def functional_samples(
         self,
@@ -176,6 +185,8 @@ class ParametricLaplace(CheckpointedPosterior):
             Before ``fit``.
         UnsupportedError
             If options do not exist or do not go together.
+        InputError
+            If the model's outputs are not finite.
         """
         options = self._options(pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator)
         if options.diagonal_output and options.pred_type is PredType.NN:
@@ -183,7 +194,7 @@ class ParametricLaplace(CheckpointedPosterior):
             raise UnsupportedError(msg)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            return functional_samples(self._linearize(x), posterior, options, self._dtype)
+            return functional_samples(self._checked_linearization(x), posterior, options, self._dtype)
 
     def predictive_samples(
         self,
@@ -205,6 +216,7 @@ class ParametricLaplace(CheckpointedPosterior):
 
     # -- tuning -------------------------------------------------------------------------------------------------------
 
+    @linalg.lasting
     def optimize_prior_precision(
         self,
         pred_type: PredType | str = PredType.GLM,

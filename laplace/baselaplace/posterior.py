@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import tuning
+from laplace import linalg, tuning
 from laplace.baselaplace.base import BaseLaplace
 from laplace.errors import InputError, ShapeError
 from laplace.fit import Fit
@@ -47,6 +47,7 @@ class WeightPosterior(BaseLaplace):
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
+    @linalg.lasting
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
         """Learn the curvature at the weights the model has.
 
@@ -192,6 +193,7 @@ class WeightPosterior(BaseLaplace):
         return self._prior.diagonal()
 
     @property
+    @linalg.lasting
     def _posterior(self) -> AbstractPrecision:
         """Factorized posterior precision; cached unless hyperparameters are being differentiated."""
         if self._posterior_cache is not None:
@@ -203,6 +205,7 @@ class WeightPosterior(BaseLaplace):
         return posterior
 
     @property
+    @linalg.lasting
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
         if self._posterior_cache is None:
@@ -311,10 +314,11 @@ class WeightPosterior(BaseLaplace):
         deep learning". arXiv:2104.04975
         """
         fit = self._fitted
+        # Both are checked before either is assigned.
+        sigma_noise = self._sigma_noise if sigma_noise is None else self._checked_sigma_noise(sigma_noise)
         if prior_precision is not None:
             self.prior_precision = prior_precision
-        if sigma_noise is not None:
-            self.sigma_noise = sigma_noise
+        self.sigma_noise = sigma_noise
         return self._evidence(fit, self._prior)
 
     def _evidence(self, fit: Fit, prior: GaussianPrior) -> Scalar:

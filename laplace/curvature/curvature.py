@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.enums import CurvatureKind, HessianStructure, Likelihood, choose
-from laplace.errors import UnsupportedError
+from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, resolve
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.structures import Kron
@@ -214,6 +214,8 @@ class GGNInterface(CurvatureInterface):
     ------
     UnsupportedError
         If ``num_samples`` is not positive, or sampling options are given without ``stochastic``.
+    InputError
+        If the generator is on another device than the model.
     """
 
     def __init__(
@@ -239,6 +241,10 @@ class GGNInterface(CurvatureInterface):
         if not stochastic and (num_samples != 1 or generator is not None):
             msg = "num_samples and generator belong to the sampled Fisher: pass stochastic=True with them."
             raise UnsupportedError(msg)
+        device = next(model.parameters()).device
+        if generator is not None and generator.device.type != device.type:
+            msg = f"The generator is on {generator.device}, the model on {device}; create it on the model's device."
+            raise InputError(msg)
         self.stochastic = stochastic
         self.num_samples = num_samples
         self.generator = generator

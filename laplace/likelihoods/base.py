@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.enums import CurvatureKind, Likelihood
 from laplace.errors import ShapeError
 from laplace.types import Outputs, Scalar, Targets
@@ -184,6 +185,11 @@ def datum_index(batch_size: int, n_rows: int, device: torch.device) -> Tensor | 
     if n_rows == batch_size:
         return None
     return torch.arange(batch_size, device=device).repeat_interleave(n_rows // max(batch_size, 1))
+
+
+def check_outputs(f: Tensor) -> None:
+    """Raise unless outputs are finite."""
+    linalg.check_finite(f, "The outputs of the model", "Look for NaN or infinite values in the inputs and weights.")
 
 
 def check_same_shape(f: Tensor, y: Tensor, what: str) -> None:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from laplace.enums import CurvatureKind, Likelihood
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_same_shape, datum_index
+from laplace.likelihoods.base import (
+    AbstractLikelihood,
+    Link,
+    OutputHessian,
+    Positions,
+    check_outputs,
+    check_same_shape,
+    datum_index,
+)
 from laplace.types import Outputs, Scalar, Targets
 
 IGNORED = -100
@@ -102,7 +110,7 @@ class CategoricalLikelihood(AbstractLikelihood):
         UnsupportedError
             If the model has a single output.
         InputError
-            If class indices are out of range, or soft labels are no distributions.
+            If class indices are out of range, soft labels are no distributions, or unmasked outputs are not finite.
         ShapeError
             If shapes do not fit.
         """
@@ -119,9 +127,10 @@ class CategoricalLikelihood(AbstractLikelihood):
             check_same_shape(f, y, "Soft labels (floating-point targets of a classifier)")
             soft = y.reshape(flat.shape).to(f.dtype)
             tolerance = 10 * torch.finfo(y.dtype).eps * n_outputs
-            if bool((soft < 0).any()) or bool(((soft.sum(-1) - 1).abs() > tolerance).any()):
-                msg = "Soft labels must be non-negative and sum to one over the classes of each position."
+            if not bool((soft >= 0).all()) or not bool(((soft.sum(-1) - 1).abs() <= tolerance).all()):
+                msg = "Soft labels must be non-negative, finite, and sum to one over the classes of each position."
                 raise InputError(msg)
+            check_outputs(flat)
             return Positions(flat, soft, datum=datum)
         if y.shape != f.shape[:-1]:
             msg = (
@@ -129,8 +138,8 @@ class CategoricalLikelihood(AbstractLikelihood):
                 f"{list(f.shape)}; got {list(y.shape)}."
             )
             raise ShapeError(msg)
-        if y.dtype is torch.bool:
-            msg = "Class indices must be integers; got torch.bool. Convert them with y.long()."
+        if y.dtype is torch.bool or y.is_complex():
+            msg = f"Class indices must be integers; got {y.dtype}. Convert them with y.long()."
             raise InputError(msg)
         labels = y.reshape(-1).long()
         masked = labels == IGNORED
@@ -141,8 +150,10 @@ class CategoricalLikelihood(AbstractLikelihood):
             )
             raise InputError(msg)
         if not bool(masked.any()):
+            check_outputs(flat)
             return Positions(flat, labels, datum=datum)
         kept = (~masked).nonzero().squeeze(-1)
+        check_outputs(flat[kept])
         return Positions(flat[kept], labels[kept], kept, kept if datum is None else datum[kept])
 
     def torch_loss(self) -> tuple[nn.Module, float]:
@@ -151,4 +162,4 @@ class CategoricalLikelihood(AbstractLikelihood):
 
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions that are not masked."""
-        return y.numel() // n_outputs if y.is_floating_point() else int((y != IGNORED).sum())
+        return y.numel() // n_outputs if y.is_floating_point() else int((y.long() != IGNORED).sum())

@@ -9,9 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.enums import CurvatureKind, Likelihood
 from laplace.errors import InputError
-from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_same_shape, datum_index
+from laplace.likelihoods.base import (
+    AbstractLikelihood,
+    Link,
+    OutputHessian,
+    Positions,
+    check_outputs,
+    check_same_shape,
+    datum_index,
+)
 from laplace.types import Outputs, Scalar, Targets
 
 
@@ -91,7 +100,7 @@ class GaussianLikelihood(AbstractLikelihood):
         Raises
         ------
         InputError
-            If targets are no floating-point numbers.
+            If targets are no floating-point numbers, or outputs or targets are not finite.
         ShapeError
             If shapes differ.
         """
@@ -101,6 +110,8 @@ class GaussianLikelihood(AbstractLikelihood):
         if y.shape == f.shape[:-1] and f.shape[-1] == 1:
             y = y.unsqueeze(-1)
         check_same_shape(f, y, "Regression targets")
+        check_outputs(f)
+        linalg.check_finite(y, "Regression targets", "Leave those rows out of the data.")
         flat = f.reshape(-1, f.shape[-1])
         return Positions(flat, y.reshape(flat.shape).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
 

@@ -18,12 +18,14 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
     model
         Any module. The ``training`` flag of each of its submodules is restored on every exit.
     enable_backprop
-        Build a graph, so that results can be differentiated with respect to the inputs.
+        Build a graph, so that results can be differentiated with respect to the inputs; not under
+        ``torch.inference_mode``, where there is nothing to differentiate.
 
     Notes
     -----
     Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
     """
+    enable_backprop = enable_backprop and not torch.is_inference_mode_enabled()
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -54,11 +54,15 @@ class AbstractCurvature(ABC):
         Raises
         ------
         InputError
-            If the negative log-likelihood of a batch is not finite.
+            If a batch cannot be used, or its negative log-likelihood is not finite.
         """
         total: tuple[Scalar, AbstractCurvature] | None = None
         for index, (x, y) in enumerate(batches):
-            nll, curvature = cls.from_batch(backend, x, y, **options)
+            try:
+                nll, curvature = cls.from_batch(backend, x, y, **options)
+            except InputError as error:
+                msg = f"Batch {index} of the loader (counting from 0): {error}"
+                raise type(error)(msg) from error
             if not bool(torch.isfinite(nll)):
                 msg = (
                     f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll)}. Its inputs or "

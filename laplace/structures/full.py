@@ -85,6 +85,7 @@ class FullCurvature(AbstractCurvature):
         return self.posterior(prior, **options).logdet()
 
     @property
+    @linalg.lasting
     def eigenvalues(self) -> Float[Tensor, " params"]:
         """Eigenvalues of the unscaled matrix; computed once, O(P³)."""
         if "eigenvalues" not in self._cache:
@@ -120,16 +121,19 @@ class FullPrecision(AbstractPrecision):
         return self.matrix
 
     @cached_property
+    @linalg.lasting
     def factor(self) -> Float[Tensor, "params params"]:
         """Lower Cholesky factor L of A."""
         return linalg.cholesky(self.matrix, "posterior precision")
 
     @cached_property
+    @linalg.lasting
     def covariance(self) -> Float[Tensor, "params params"]:
         """Σ = A⁻¹, ``[P, P]``."""
         return torch.cholesky_inverse(self.factor)
 
     @cached_property
+    @linalg.lasting
     def root(self) -> Float[Tensor, "params params"]:
         """Lower-triangular ``S`` with ``S Sᵀ = Σ``."""
         return linalg.invsqrt_precision(self.matrix)
@@ -190,6 +194,7 @@ class FullPrecision(AbstractPrecision):
             block = self.covariance[rows][:, order.flatten()]
             yield (augmented @ block).view(len(augmented), n_outputs, -1)
 
+    @linalg.lasting
     def _diagonal_blocks(self, n_outputs: int, bias: bool) -> Tensor:
         """The blocks Σ_cc side by side, ``[D, C·D]``."""
         key = (n_outputs, bias)

@@ -64,6 +64,7 @@ class KronCurvature(AbstractCurvature):
         return self.sums.divide_inputs(max(self.count, 1))
 
     @property
+    @linalg.lasting
     def decomposed(self) -> KronDecomposed:
         """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
         if "decomposed" not in self._cache:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import linalg
 from laplace.errors import ShapeError
 from laplace.network.parameters import split_sizes
 from laplace.structures.base import AbstractPrecision, check_jacobians
@@ -86,6 +87,7 @@ class KronDecomposed(AbstractPrecision):
         return KronDecomposed(vectors, values, self.deltas.detach(), self.damping)
 
     @cached_property
+    @linalg.lasting
     def spectrum(self) -> list[Tensor]:
         """Eigenvalues of each block with the prior added: ``[rows, columns]``, or ``[rows]`` with one factor."""
         assert self.deltas is not None, "filled in on construction"

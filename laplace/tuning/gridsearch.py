@@ -49,14 +49,15 @@ class Validation:
         Raises
         ------
         InputError
-            If there are none.
+            If there are none, or all of them are masked.
         """
         collected = []
         for x, y in batches:
             inputs = linearize(x)
             collected.append((inputs, likelihood.flatten(inputs.f, y)))
-        if not collected:
-            msg = "The validation loader is empty: grid search scores each prior precision on its data."
+        if not any(len(positions.f) for _, positions in collected):
+            empty = "every target is masked" if collected else "it is empty"
+            msg = f"The validation loader has nothing to score prior precisions on: {empty}. Pass labeled batches."
             raise InputError(msg)
         return cls(collected)
 

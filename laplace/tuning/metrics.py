@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -105,9 +106,28 @@ def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
         Class probabilities, ``[..., C]``.
     targets
         Class indices, ``[...]``; −100 does not count.
+
+    Raises
+    ------
+    ShapeError
+        If shapes do not fit.
+    InputError
+        If no target counts.
     """
     total, count = _nll(out_dist, targets, -100)
+    if not count:
+        msg = "There are no targets to average over: all of them are -100, or there are none."
+        raise InputError(msg)
     return total / count
+
+
+def _takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+    """Whether a function can be called with these positional arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def validate(
@@ -129,7 +149,8 @@ def validate(
         Yields validation batches.
     loss
         A running metric (torchmetrics, ``RunningNLLMetric``) or a function of all predictions and targets:
-        ``loss(probabilities, targets)``, for regression ``loss(means, covariances, targets)``.
+        ``loss(probabilities, targets)``, for regression ``loss(means, covariances, targets)``. A running metric of two
+        arguments gets means and targets.
     pred_type, link_approx, n_samples
         How to predict.
     dict_key_y
@@ -151,7 +172,8 @@ def validate(
         row = (*(result if isinstance(result, tuple) else (result,)), y)
         count += 1
         if running:
-            loss.update(*row)
+            # A metric of two arguments (a mean squared error, say) scores the means.
+            loss.update(*(row if _takes(loss.update, row) else (row[0], row[-1])))
         else:
             batches.append(row)
     if not count:
