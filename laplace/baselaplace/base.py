@@ -126,7 +126,11 @@ class BaseLaplace(ABC):
 
     @property
     def prior_precision(self) -> Tensor:
-        """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor."""
+        """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor.
+
+        An assigned value must be positive and finite (``InputError``), fit the weights (``ShapeError``) and the
+        structure: a Kronecker structure takes no precision a weight (``UnsupportedError``).
+        """
         return self._prior_precision
 
     @prior_precision.setter
@@ -145,7 +149,10 @@ class BaseLaplace(ABC):
 
     @property
     def prior_mean(self) -> Tensor:
-        """Prior mean, ``[]`` or ``[P]``; assign a float or a tensor."""
+        """Prior mean, ``[]`` or ``[P]``; assign a float or a tensor.
+
+        An assigned value must be finite (``InputError``) and fit the weights (``ShapeError``).
+        """
         return self._prior_mean
 
     @prior_mean.setter
@@ -157,7 +164,11 @@ class BaseLaplace(ABC):
 
     @property
     def sigma_noise(self) -> Tensor:
-        """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor."""
+        """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor.
+
+        An assigned value must be one positive and finite number (``InputError``), and 1 for classification
+        (``UnsupportedError``).
+        """
         return self._sigma_noise
 
     @sigma_noise.setter
@@ -177,7 +188,12 @@ class BaseLaplace(ABC):
 
     @property
     def temperature(self) -> float | Tensor:
-        """T of the tempered likelihood; assign a float."""
+        """T of the tempered likelihood; assign a float.
+
+        An assigned value must be one positive and finite number (``InputError``). It tempers the likelihood and
+        so widens (T > 1) or narrows the posterior; temperature scaling of predictions is
+        ``laplace.evaluation.fit_temperature``.
+        """
         return self._temperature
 
     @temperature.setter
@@ -296,6 +312,10 @@ class BaseLaplace(ABC):
             A batch of inputs.
         pred_type, link_approx, n_samples
             As in ``__call__``.
+
+        Returns
+        -------
+        As ``__call__``.
         """
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
 

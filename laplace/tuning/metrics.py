@@ -107,12 +107,18 @@ def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
     targets
         Class indices, ``[...]``; −100 does not count.
 
+    Returns
+    -------
+    ``[]``; infinite where a target has probability zero.
+
     Raises
     ------
     ShapeError
         If shapes do not fit.
     InputError
         If no target counts.
+    ShapeError
+        If shapes do not fit.
     """
     total, count = _nll(out_dist, targets, -100)
     if not count:
@@ -155,6 +161,10 @@ def validate(
         How to predict.
     dict_key_y
         Where mappings hold their targets.
+
+    Returns
+    -------
+    The score, in the units of ``loss``.
 
     Raises
     ------
