@@ -140,6 +140,10 @@ def choose(choices: type[E], value: object, keyword: str) -> E:
     keyword
         The keyword the value was given for; it opens the error message.
 
+    Returns
+    -------
+    The member.
+
     Raises
     ------
     UnsupportedError

@@ -42,6 +42,15 @@ class Fit:
     def merge(self, other: Fit) -> Fit:
         """The fit to the union of two data sets (``override=False``).
 
+        Parameters
+        ----------
+        other
+            The later fit.
+
+        Returns
+        -------
+        A new fit, at the weights of the later one.
+
         Raises
         ------
         InputError

@@ -78,10 +78,19 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
     name
         What the matrix is, for messages.
 
+    Returns
+    -------
+    ``[..., n, n]``, lower triangular, in the dtype of the matrix.
+
     Raises
     ------
     NotPositiveDefiniteError
         If it is not finite, or no jitter helps.
+
+    Warns
+    -----
+    NumericalWarning
+        If a jitter was added, with its size.
 
     Notes
     -----
@@ -136,6 +145,10 @@ def eigh(matrix: Float[Tensor, "n n"], name: str = "Kronecker factor") -> tuple[
     name
         What the matrix is, for messages.
 
+    Returns
+    -------
+    Eigenvalues ``[n]``, ascending and not negative, and eigenvectors ``[n, n]`` in columns.
+
     Raises
     ------
     NotPositiveDefiniteError
@@ -174,6 +187,14 @@ def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     ----------
     matrix
         Symmetric positive semi-definite, ``[..., n, n]``.
+
+    Returns
+    -------
+    ``[..., n, n]``.
+
+    Notes
+    -----
+    Exact up to rounding. O(n³) a matrix.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not bool(info.any()):
@@ -190,10 +211,18 @@ def invsqrt_precision(M: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     M
         Symmetric positive definite, ``[n, n]``.
 
+    Returns
+    -------
+    ``[n, n]``.
+
     Raises
     ------
     NotPositiveDefiniteError
         If it is not.
+
+    Notes
+    -----
+    O(n³): a Cholesky factorization and a triangular solve.
     """
     # M = R Rᵀ with R upper triangular (Cholesky with rows and columns reversed), hence M⁻¹ = R⁻ᵀ R⁻¹.
     upper = cholesky(M.flip(0, 1), "precision").flip(0, 1)
@@ -209,10 +238,18 @@ def symeig(M: Float[Tensor, "n n"]) -> tuple[Tensor, Tensor]:
     M
         Symmetric positive semi-definite, ``[n, n]``.
 
+    Returns
+    -------
+    Eigenvalues ``[n]`` and eigenvectors ``[n, n]`` in columns.
+
     Raises
     ------
     NotPositiveDefiniteError
         If it is not finite, or clearly indefinite.
+
+    Notes
+    -----
+    O(n³).
     """
     return eigh(M, "matrix")
 
@@ -224,6 +261,10 @@ def kron(t1: Float[Tensor, "n m"], t2: Float[Tensor, "k l"]) -> Float[Tensor, "n
     ----------
     t1, t2
         Matrices, ``[n, m]`` and ``[k, l]``.
+
+    Returns
+    -------
+    ``[n·k, m·l]``.
     """
     return torch.kron(t1, t2)
 
@@ -235,6 +276,10 @@ def block_diag(blocks: Sequence[Tensor]) -> Float[Tensor, "n m"]:
     ----------
     blocks
         Matrices; they need not be square.
+
+    Returns
+    -------
+    A matrix as high and as wide as the blocks together.
     """
     return torch.block_diag(*blocks)
 
@@ -248,6 +293,10 @@ def diagonal_add_scalar(X: Tensor, value: float | Tensor) -> Float[Tensor, "n n"
         Square, ``[n, n]``.
     value
         The number.
+
+    Returns
+    -------
+    ``[n, n]``.
 
     Raises
     ------

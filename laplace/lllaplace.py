@@ -247,6 +247,10 @@ class LLLaplace(ParametricLaplace):
             Before ``fit``.
         InputError
             If the model's outputs are not finite.
+
+        Notes
+        -----
+        Exact for the structure; the first call factorizes. For probabilities call the object.
         """
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
@@ -256,11 +260,17 @@ class LLLaplace(ParametricLaplace):
 
 
 class FullLLLaplace(LLLaplace, FullLaplace):
-    """Last layer with dense curvature: exact, O((C D)²) memory. See ``LLLaplace`` for the parameters."""
+    """Last layer with dense curvature: for these weights the exact Hessian.
+
+    O((C D)²) memory, O((C D)³) time to factorize, once. See ``LLLaplace`` for the parameters.
+    """
 
 
 class DiagLLLaplace(LLLaplace, DiagLaplace):
-    """Last layer with diagonal curvature: O(C D) memory and time. See ``LLLaplace`` for the parameters."""
+    """Last layer with diagonal curvature: O(C D) memory and time.
+
+    Weights are independent, and so are the outputs. See ``LLLaplace`` for the parameters.
+    """
 
 
 class KronLLLaplace(LLLaplace, KronLaplace):

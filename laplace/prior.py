@@ -95,7 +95,13 @@ class GaussianPrior:
         return (sizes * self.precision.expand(len(self.sizes)).log()).sum()
 
     def scatter(self, theta: Float[Tensor, " params"]) -> Scalar:
-        """(θ − μ)ᵀ diag(δ) (θ − μ)."""
+        """(θ − μ)ᵀ diag(δ) (θ − μ).
+
+        Parameters
+        ----------
+        theta
+            Weights, ``[P]``.
+        """
         return ((theta - self.mean).square() * self.diagonal()).sum()
 
 
@@ -106,6 +112,10 @@ def parameters_per_layer(model: nn.Module) -> list[int]:
     ----------
     model
         Any module.
+
+    Returns
+    -------
+    One number a parameter, in the order of ``model.parameters()``.
     """
     return [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
 
@@ -119,6 +129,10 @@ def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Float[Tensor
         A scalar, one value a parameter group, or one a weight.
     model
         Whose parameters that require a gradient are meant.
+
+    Returns
+    -------
+    ``[P]``, in 1/weight².
 
     Raises
     ------

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace import linalg
+from laplace.baselaplace.options import prediction_options
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, NotFittedError, UnsupportedError
@@ -130,7 +130,11 @@ class BaseLaplace(ABC):
 
     @property
     def prior_precision(self) -> Tensor:
-        """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor."""
+        """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor.
+
+        An assigned value must be positive and finite (``InputError``), fit the weights (``ShapeError``) and the
+        structure: a Kronecker structure takes no precision a weight (``UnsupportedError``).
+        """
         return self._handed_out(self._prior_precision)
 
     @prior_precision.setter
@@ -149,7 +153,10 @@ class BaseLaplace(ABC):
 
     @property
     def prior_mean(self) -> Tensor:
-        """Prior mean, ``[]`` or ``[P]``; assign a float or a tensor."""
+        """Prior mean, ``[]`` or ``[P]``; assign a float or a tensor.
+
+        An assigned value must be finite (``InputError``) and fit the weights (``ShapeError``).
+        """
         return self._handed_out(self._prior_mean)
 
     @prior_mean.setter
@@ -161,7 +168,11 @@ class BaseLaplace(ABC):
 
     @property
     def sigma_noise(self) -> Tensor:
-        """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor."""
+        """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor.
+
+        An assigned value must be one positive and finite number (``InputError``), and 1 for classification
+        (``UnsupportedError``).
+        """
         return self._handed_out(self._sigma_noise)
 
     @sigma_noise.setter
@@ -182,7 +193,12 @@ class BaseLaplace(ABC):
 
     @property
     def temperature(self) -> float | Tensor:
-        """T of the tempered likelihood; assign a float."""
+        """T of the tempered likelihood; assign a float.
+
+        An assigned value must be one positive and finite number (``InputError``). It tempers the likelihood and
+        so widens (T > 1) or narrows the posterior; temperature scaling of predictions is
+        ``laplace.evaluation.fit_temperature``.
+        """
         return self._temperature
 
     @temperature.setter
@@ -256,51 +272,9 @@ class BaseLaplace(ABC):
 
     # -- the call -----------------------------------------------------------------------------------------------------
 
-    def _options(
-        self,
-        pred_type: PredType | str,
-        joint: bool = False,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-        fitting: bool = False,
-    ) -> Options:
-        """Check how to predict: names, combinations, the generator."""
-        kind = choose(PredType, pred_type, "pred_type")
-        link = choose(LinkApprox, link_approx, "link_approx")
-        has_link = LIKELIHOODS[self.likelihood].has_link
-        problem = ""
-        if kind is PredType.GP:
-            problem = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
-        elif fitting:
-            problem = f"fitting=True is for reward modeling; it has no meaning for {self.likelihood.value}."
-        elif joint and diagonal_output:
-            problem = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
-        elif joint and kind is PredType.NN:
-            problem = 'joint=True needs pred_type="glm"; sampled predictions are functions already.'
-        elif joint and has_link and link is not LinkApprox.MC:
-            problem = 'For classification joint=True averages over whole functions: pass link_approx="mc" with it.'
-        elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and not has_link:
-            problem = f"link_approx={link.value!r} turns logits into probabilities; regression has none."
-        elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and kind is PredType.NN:
-            problem = f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
-        elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and diagonal_output:
-            problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
-        if problem:
-            raise UnsupportedError(problem)
-        if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
-            msg = f"n_samples must be a positive whole number; got {n_samples!r}."
-            raise InputError(msg)
-        if not isinstance(generator, (torch.Generator, type(None))):
-            msg = f"generator must be a torch.Generator or None; got {type(generator).__name__}."
-            raise InputError(msg)
-        if generator is not None and generator.device.type != self._device.type:
-            msg = (
-                f"The generator is on {generator.device}, the model on {self._device}; create it on the model's device."
-            )
-            raise InputError(msg)
-        return Options(kind, link, joint, int(n_samples), diagonal_output, generator)
+    def _options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
+        """How to predict, checked; further arguments as in ``prediction_options``."""
+        return prediction_options(self.likelihood, self._device, pred_type, *arguments, **keywords)
 
     def predictive(
         self, x: Inputs, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int
@@ -313,6 +287,10 @@ class BaseLaplace(ABC):
             A batch of inputs.
         pred_type, link_approx, n_samples
             As in ``__call__``.
+
+        Returns
+        -------
+        As ``__call__``.
         """
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
 

@@ -32,6 +32,15 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names, shapes, dtypes and values of everything in ``model.state_dict()``, in hexadecimal.
 
     A model that was trained further has another one. Buffers that are not persistent, such as caches, do not count.
+
+    Parameters
+    ----------
+    model
+        Any module; read.
+
+    Returns
+    -------
+    64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -80,7 +89,15 @@ def check(state: Any, expected: Mapping[str, Any]) -> None:
 
 
 def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a state atomically: the file is complete or not there, whatever happens meanwhile."""
+    """Write a state atomically: the file is complete or not there, whatever happens meanwhile.
+
+    Parameters
+    ----------
+    state
+        Made by ``state_dict``.
+    path
+        Of the file; it is replaced.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:

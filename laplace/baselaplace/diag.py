@@ -12,7 +12,11 @@ from laplace.structures import AbstractCurvature, DiagCurvature
 
 
 class DiagLaplace(ParametricLaplace):
-    """A posterior in which weights are independent: O(P) memory and time."""
+    """A posterior in which weights are independent, with precisions ``s h + δ``.
+
+    Approximate: all correlations between weights are dropped. O(P) memory and time. See ``BaseLaplace`` for the
+    parameters.
+    """
 
     curvature_type: ClassVar[type[AbstractCurvature]] = DiagCurvature
 

@@ -12,7 +12,10 @@ from laplace.structures import AbstractCurvature, FullCurvature, FullPrecision
 
 
 class FullLaplace(ParametricLaplace):
-    """A posterior with a dense precision: exact for the curvature, O(P²) memory, O(P³) time to factorize."""
+    """A posterior with a dense precision, ``s H + diag(δ) = L Lᵀ``: exact for the curvature.
+
+    Memory O(P²), time O(P³) to factorize, once. See ``BaseLaplace`` for the parameters.
+    """
 
     curvature_type: ClassVar[type[AbstractCurvature]] = FullCurvature
 

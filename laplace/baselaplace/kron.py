@@ -29,6 +29,12 @@ class KronLaplace(ParametricLaplace):
         Add the root of the prior precision to both sides of each product instead of adding the prior to it; may be set
         at any time.
 
+    Notes
+    -----
+    For each parameter group ``(U ⊗ V) diag(s γ_i λ_j + δ) (U ⊗ V)ᵀ`` with G = U diag(γ) Uᵀ and A = V diag(λ) Vᵀ;
+    damped, ``(√s γ_i + √δ)(√s λ_j + √δ)``. Approximate: a sum of products becomes a product of sums, and nothing is
+    kept between groups. Memory O(C² + D²) a layer, time O(C³ + D³) to factorize, once.
+
     References
     ----------
     Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
@@ -74,7 +80,10 @@ class KronLaplace(ParametricLaplace):
 
     @property
     def damping(self) -> bool:
-        """Whether the prior enters each side of a product; assign to change it, also after ``fit``."""
+        """Whether the prior enters each side of a product; assign to change it, also after ``fit``.
+
+        An assigned value must be ``True`` or ``False`` (``InputError``). Nothing is fitted again.
+        """
         return self._damping
 
     @damping.setter

@@ -30,7 +30,7 @@ class ParametricLaplace(CheckpointedPosterior):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹). See ``BaseLaplace`` for the parameters."""
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
-        """Draw weights from the posterior, ``[n_samples, P]``.
+        """Draw weights from the posterior, ``θ* + A^(−½) ε`` with standard normal ε.
 
         Parameters
         ----------
@@ -39,12 +39,20 @@ class ParametricLaplace(CheckpointedPosterior):
         generator
             Source of randomness, on the model's device.
 
+        Returns
+        -------
+        ``[n_samples, P]``, in public order.
+
         Raises
         ------
         NotFittedError
             Before ``fit``.
         InputError
             If ``n_samples`` is not positive, or the generator is on another device.
+
+        Notes
+        -----
+        Exact for the structure. Time a draw: O(P²) dense, O(C D (C + D)) Kronecker, O(P) diagonal.
         """
         self._options(PredType.NN, n_samples=n_samples, generator=generator)
         with torch.no_grad():
@@ -57,6 +65,10 @@ class ParametricLaplace(CheckpointedPosterior):
         ----------
         Js
             Jacobians, ``[batch, outputs, P]``.
+
+        Returns
+        -------
+        ``[batch, outputs, outputs]``; observation noise is not included.
 
         Raises
         ------
@@ -77,10 +89,18 @@ class ParametricLaplace(CheckpointedPosterior):
         Js
             Jacobians, ``[batch, outputs, P]``.
 
+        Returns
+        -------
+        In output units squared, input by input; observation noise is not included.
+
         Raises
         ------
         ShapeError
             If P differs from the number of random weights.
+
+        Notes
+        -----
+        Memory O((batch · outputs)²) beside the Jacobians.
         """
         return self._frozen_posterior.functional_covariance(Js)
 
@@ -137,6 +157,14 @@ class ParametricLaplace(CheckpointedPosterior):
         InputError
             If the model's outputs are not finite.
 
+        Notes
+        -----
+        The mean and covariance of the outputs are exact for a last layer, which is linear in its weights: ``f*`` and
+        ``J A⁻¹ Jᵀ`` with A the posterior precision. Regression returns them; the links approximate the average softmax
+        (``"mc"`` converges to it). One forward pass; then, for B inputs, variances (probit, ``diagonal_output``) take
+        O(B (D² + D C + C²)) with the Kronecker structure, O(B C D) diagonal, O(B C D²) full, and memory O(B C D) at
+        most; covariances at most another factor C. The first call factorizes.
+
         References
         ----------
         Immer, Korzepa & Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
@@ -181,6 +209,10 @@ class ParametricLaplace(CheckpointedPosterior):
         generator
             Source of randomness, on the model's device.
 
+        Returns
+        -------
+        In output units; without observation noise.
+
         Raises
         ------
         NotFittedError
@@ -189,6 +221,10 @@ class ParametricLaplace(CheckpointedPosterior):
             If options do not exist or do not go together.
         InputError
             If the model's outputs are not finite.
+
+        Notes
+        -----
+        Exact for the structure. Time O(n_samples · batch · C · D) beside the draws of the weights.
         """
         options = self._options(pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator)
         if options.diagonal_output and options.pred_type is PredType.NN:
@@ -214,6 +250,17 @@ class ParametricLaplace(CheckpointedPosterior):
         ----------
         x, pred_type, n_samples, diagonal_output, generator
             As in ``functional_samples``.
+
+        Returns
+        -------
+        ``[n_samples, batch, *positions, C]``: probabilities, or means in target units without observation noise.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        UnsupportedError
+            If options do not exist or do not go together.
         """
         samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
         return self._output_likelihood.expectation(samples)

@@ -73,6 +73,7 @@ class WeightPosterior(BaseLaplace):
         Notes
         -----
         The model is left as it was found. When something is raised, so is this object.
+        One forward pass over the data and no backward pass. The factorization is left to the first use.
         """
         counts = {"data": 0, "positions": 0}
         with evaluating(self.model):
@@ -224,7 +225,7 @@ class WeightPosterior(BaseLaplace):
         return self._posterior.public
 
     def log_prob(self, value: Float[Tensor, "*batch params"], normalized: bool = True) -> Float[Tensor, "*batch"]:
-        """Log density of weights under the posterior, in nats.
+        """Log density of weights under the posterior, ``−½ (θ − θ*)ᵀ A (θ − θ*) + ½ log|A| − ½ P log 2π``, in nats.
 
         Parameters
         ----------
@@ -232,6 +233,10 @@ class WeightPosterior(BaseLaplace):
             Weights, ``[..., P]``.
         normalized
             Include the normalizer ``½ (log|A| − P log 2π)``.
+
+        Returns
+        -------
+        One number for each vector of weights.
 
         Raises
         ------
@@ -250,6 +255,10 @@ class WeightPosterior(BaseLaplace):
         ----------
         value
             Weights, ``[..., P]``.
+
+        Returns
+        -------
+        One number for each vector of weights; without unit.
 
         Raises
         ------
@@ -295,12 +304,18 @@ class WeightPosterior(BaseLaplace):
     ) -> Scalar:
         """Laplace approximation of log p(D), in nats; differentiable in prior precision and noise.
 
+        ``log p(D|θ*) − ½ [log|A| − log|P₀| + (θ* − μ₀)ᵀ P₀ (θ* − μ₀)]`` with A = s·H + P₀.
+
         Parameters
         ----------
         prior_precision
             Assigned first when given, and kept, with its gradient.
         sigma_noise
             Assigned first when given, and kept, with its gradient.
+
+        Returns
+        -------
+        ``[]``, in nats, summed over the data.
 
         Raises
         ------
@@ -310,6 +325,12 @@ class WeightPosterior(BaseLaplace):
             If a value is not positive or not finite.
         UnsupportedError
             If ``sigma_noise`` has no meaning for the likelihood.
+
+        Notes
+        -----
+        Exact for a Gaussian likelihood with the full structure, given the features, if the weights are the
+        posterior mode. With known eigenvalues O(P) a call (Kronecker, diagonal, and full with a scalar prior);
+        else O(P³).
 
         References
         ----------

@@ -103,7 +103,13 @@ class CurvatureInterface(ABC):
         return layer
 
     def count(self, y: Tensor) -> int:
-        """Number of unmasked positions among targets: what the inputs' Kronecker factor is divided by."""
+        """Number of unmasked positions among targets: what the inputs' Kronecker factor is divided by.
+
+        Parameters
+        ----------
+        y
+            Targets of a batch.
+        """
         return self.output_likelihood.count(y, self._head.out_features)
 
     def last_layer_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
@@ -164,7 +170,13 @@ class CurvatureInterface(ABC):
             return per_datum, self.output_likelihood.nll(positions.f, positions.y)
 
     def output_hessian(self, positions: Positions) -> OutputHessian:
-        """The matrices in the outputs whose pullback is this curvature: the likelihood's Hessian."""
+        """The matrices in the outputs whose pullback is this curvature: the likelihood's Hessian.
+
+        Parameters
+        ----------
+        positions
+            Outputs and targets of the unmasked positions.
+        """
         return self.output_likelihood.hessian(positions.f)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

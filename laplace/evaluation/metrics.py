@@ -115,6 +115,11 @@ def flatten(
 def check_probabilities(probs: Float[Tensor, "*positions outputs"]) -> None:
     """Check that the last axis holds probabilities.
 
+    Parameters
+    ----------
+    probs
+        What should be class probabilities, ``[..., C]``.
+
     Raises
     ------
     InputError

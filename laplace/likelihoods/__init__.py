@@ -33,6 +33,10 @@ def resolve(
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``.
 
+    Returns
+    -------
+    The likelihood with this noise and temperature.
+
     Raises
     ------
     UnsupportedError

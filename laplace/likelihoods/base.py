@@ -138,43 +138,131 @@ class AbstractLikelihood(ABC):
 
     @abstractmethod
     def curvature_scale(self, kind: CurvatureKind) -> Scalar:
-        """Factor of the curvature: ``1/(σ² T)``, for the empirical Fisher ``1/(σ⁴ T)``."""
+        """Factor of the curvature: ``1/(σ² T)``, for the empirical Fisher ``1/(σ⁴ T)``.
+
+        Parameters
+        ----------
+        kind
+            Which curvature it multiplies.
+        """
 
     @abstractmethod
     def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:
-        """What is subtracted from ``−scale · nll`` to make it the log-likelihood, in nats; not tempered."""
+        """What is subtracted from ``−scale · nll`` to make it the log-likelihood, in nats; not tempered.
+
+        Parameters
+        ----------
+        n_positions, n_outputs
+            Numbers of unmasked positions and of outputs.
+        """
 
     @abstractmethod
     def nll(self, f: Outputs, y: Targets) -> Scalar:
-        """Negative log-likelihood summed over rows, in nats, without constants."""
+        """Negative log-likelihood summed over rows, in nats, without constants.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        y
+            Targets of the same rows.
+        """
 
     @abstractmethod
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
-        """Gradient of the negative log-likelihood in ``f``, ``[rows, C]``."""
+        """Gradient of the negative log-likelihood in ``f``, ``[rows, C]``.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        y
+            Targets of the same rows.
+        """
 
     @abstractmethod
     def hessian(self, f: Outputs) -> OutputHessian:
-        """Hessian of the negative log-likelihood in ``f``; it does not depend on the targets."""
+        """Hessian of the negative log-likelihood in ``f``; it does not depend on the targets.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        """
 
     @abstractmethod
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Gradients at targets drawn from the model, ``[samples, rows, C]``: ``E[g gᵀ]`` is the Hessian."""
+        """Gradients at targets drawn from the model, ``[samples, rows, C]``: ``E[g gᵀ]`` is the Hessian.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        n_samples
+            How many targets to draw for each row.
+        generator
+            Source of randomness.
+        """
 
     @abstractmethod
     def expectation(self, f: Tensor) -> Tensor:
-        """E[y | f], ``[..., C]``: the outputs themselves, or class probabilities."""
+        """E[y | f], ``[..., C]``: the outputs themselves, or class probabilities.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[..., C]``.
+        """
 
     @abstractmethod
     def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor | tuple[Tensor, Tensor]:
-        """From a Gaussian over outputs to what the user gets."""
+        """From a Gaussian over outputs to what the user gets.
+
+        Parameters
+        ----------
+        mean
+            Of the outputs, ``[rows, C]``.
+        cov
+            Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
+        link
+            From logits to log probabilities, where there is a link.
+
+        Returns
+        -------
+        Class probabilities ``[rows, C]``; for regression mean and (co)variance, without observation noise.
+        """
 
     @abstractmethod
     def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
-        """Negative log predictive density of targets, summed over rows, in nats."""
+        """Negative log predictive density of targets, summed over rows, in nats.
+
+        Parameters
+        ----------
+        mean
+            Of the outputs, ``[rows, C]``.
+        cov
+            Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
+        y
+            Targets of the same rows.
+        link
+            As in ``predict``.
+
+        Notes
+        -----
+        Observation noise is included: the score is that of targets.
+        """
 
     @abstractmethod
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten ``[batch, *positions, C]`` to unmasked rows."""
+        """Check targets and flatten ``[batch, *positions, C]`` to unmasked rows.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[batch, *positions, C]``.
+        y
+            Targets.
+        """
 
     @abstractmethod
     def torch_loss(self) -> tuple[nn.Module, float]:
@@ -182,7 +270,15 @@ class AbstractLikelihood(ABC):
 
     @abstractmethod
     def count(self, y: Tensor, n_outputs: int) -> int:
-        """Number of unmasked positions in a batch of targets."""
+        """Number of unmasked positions in a batch of targets.
+
+        Parameters
+        ----------
+        y
+            Targets of a batch.
+        n_outputs
+            C.
+        """
 
 
 def datum_index(batch_size: int, n_rows: int, device: torch.device) -> Tensor | None:
@@ -198,7 +294,22 @@ def check_outputs(f: Tensor) -> None:
 
 
 def check_same_shape(f: Tensor, y: Tensor, what: str) -> None:
-    """Raise unless targets have the shape of the outputs."""
+    """Raise unless targets have the shape of the outputs.
+
+    Parameters
+    ----------
+    f
+        Outputs.
+    y
+        Targets.
+    what
+        What the targets are, for the message.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes differ.
+    """
     if f.shape != y.shape:
         msg = (
             f"{what} must have the shape of the model's outputs, {list(f.shape)}; got {list(y.shape)}. Reshape the "

@@ -60,7 +60,7 @@ class GaussianLikelihood(AbstractLikelihood):
         return 0.5 * (f - y).square().sum()
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
-        """F − y, ``[rows, C]``."""
+        """f − y, ``[rows, C]``."""
         return f - y
 
     def hessian(self, f: Outputs) -> OutputHessian:

@@ -28,6 +28,14 @@ def draw(
         Total number of samples.
     generator
         Source of randomness.
+
+    Yields
+    ------
+    Samples, ``[samples, rows, C]``, ``n_samples`` in all.
+
+    Notes
+    -----
+    Exact. Covariances cost one Cholesky factorization each, O(rows · C³).
     """
     scale = cov.clamp(min=0).sqrt() if cov.dim() == mean.dim() else linalg.root(cov)
     for size in chunks(n_samples, mean.numel()):
@@ -65,6 +73,10 @@ def normal_samples(
     ------
     ShapeError
         If mean and variance do not fit together.
+
+    Notes
+    -----
+    Exact. Memory O(n_samples · rows · C).
     """
     if mean.dim() != 2 or var.shape not in (mean.shape, (*mean.shape, mean.shape[-1])):
         msg = (

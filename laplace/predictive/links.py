@@ -30,6 +30,14 @@ def probit(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities
     cov
         Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
 
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
+
+    Notes
+    -----
+    Approximate. O(rows · C) time and memory.
+
     References
     ----------
     MacKay (1992), "The evidence framework applied to classification networks", for two classes; the multi-class form
@@ -52,6 +60,15 @@ def bridge(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows outputs
     cov
         Their covariance, ``[rows, C, C]``.
 
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
+
+    Notes
+    -----
+    Approximate; accurate while variances are of moderate size. Multiplying the covariance by a number changes
+    nothing, so that a scalar prior precision hardly acts: see ``bridge_norm``. O(rows · C²) time and memory.
+
     References
     ----------
     Hobbhahn, Kristiadi & Hennig (2022), "Fast predictive uncertainty for classification with Bayesian deep networks".
@@ -72,6 +89,14 @@ def bridge_norm(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows ou
         Mean of the logits, ``[rows, C]``.
     cov
         Their covariance, ``[rows, C, C]``.
+
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
+
+    Notes
+    -----
+    Approximate. O(rows · C²) time and memory. The normalization is that of laplace-torch.
     """
     mean, var = _sum_to_zero(mean, cov)
     size = var.mean(-1, keepdim=True) / math.sqrt(mean.shape[-1] / 2)
@@ -93,6 +118,16 @@ def mc(
         Number of samples; the error falls as its inverse root.
     generator
         Source of randomness.
+
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
+
+    Notes
+    -----
+    Unbiased for the probabilities, not for their logs. Sampling errors are shared by rows, so they do not average
+    out over them. Time O(n_samples · rows · C), with covariances another factor C and O(rows · C³) once; memory
+    bounded by chunks.
     """
     return average_softmax(draw(mean, cov, n_samples, generator), n_samples)
 
@@ -106,6 +141,10 @@ def average_softmax(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_sa
         Logits, ``[samples, rows, C]`` each.
     n_samples
         How many there are in all.
+
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
     """
     total: Tensor | None = None
     for f in parts:

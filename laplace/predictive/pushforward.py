@@ -67,21 +67,73 @@ class Linearization:
         return self.phi.reshape(-1, self.phi.shape[-1]).to(dtype)
 
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
-        """Variances of the outputs."""
+        """Variances of the outputs.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        dtype
+            To compute in.
+
+        Returns
+        -------
+        ``[rows, C]``, output units squared, without observation noise.
+        """
         return precision.feature_variance(self._rows(dtype), self.n_outputs, self.bias, diagonal=True)
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
-        """Covariances of the outputs of each row."""
+        """Covariances of the outputs of each row.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        dtype
+            To compute in.
+
+        Returns
+        -------
+        ``[rows, C, C]``, output units squared, without observation noise.
+        """
         return precision.feature_variance(self._rows(dtype), self.n_outputs, self.bias)
 
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
-        """Covariance of all outputs of all rows."""
+        """Covariance of all outputs of all rows.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        dtype
+            To compute in.
+
+        Returns
+        -------
+        ``[rows·C, rows·C]``, row by row; output units squared, without observation noise.
+        """
         return precision.feature_covariance(self._rows(dtype), self.n_outputs, self.bias)
 
     def functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """Draw whole functions, coherent over the rows of the call, in chunks of samples."""
+        """Draw whole functions, coherent over the rows of the call, in chunks of samples.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        n_samples
+            How many.
+        generator
+            Source of randomness.
+        dtype
+            To compute in.
+
+        Yields
+        ------
+        ``[samples, rows, C]``, ``n_samples`` in all.
+        """
         phi, mean = self._rows(dtype), self.mean(dtype)
         for size in chunks(n_samples, max(precision.n_params, mean.numel())):
             weight, offset = head_views(precision.sample(size, generator), self.n_outputs, phi.shape[-1], self.bias)
@@ -176,6 +228,13 @@ def functional_samples(
 
     Functions drawn through the weights, coherent over inputs; with ``diagonal_output`` each output from its own
     marginal, in function space.
+
+    Parameters
+    ----------
+    inputs, precision, dtype
+        As in ``predict``.
+    options
+        Which distribution, how many, and the source of randomness.
     """
     if options.diagonal_output:
         parts = draw(inputs.mean(dtype), inputs.variance(precision, dtype), options.n_samples, options.generator)

@@ -28,7 +28,13 @@ class SupportsCurvature(Protocol):
     kron: Callable[..., tuple[Tensor, Any]]
 
     def count(self, y: Tensor) -> int:
-        """Number of unmasked positions among targets."""
+        """Number of unmasked positions among targets.
+
+        Parameters
+        ----------
+        y
+            Targets of a batch.
+        """
         ...
 
 
@@ -43,13 +49,36 @@ class AbstractCurvature(ABC):
     def from_batch(
         cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
     ) -> tuple[Scalar, AbstractCurvature]:
-        """Negative log-likelihood and curvature of one batch, asked of the back end in its own structure."""
+        """Negative log-likelihood and curvature of one batch, asked of the back end in its own structure.
+
+        Parameters
+        ----------
+        backend
+            Computes the curvature.
+        x, y
+            A batch of inputs and targets.
+        **options
+            Passed to the back end.
+
+        Returns
+        -------
+        Negative log-likelihood ``[]``, in nats, and curvature, both at unit noise and temperature.
+        """
 
     @classmethod
     def accumulate(
         cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
     ) -> tuple[Scalar, AbstractCurvature] | None:
         """Negative log-likelihood and curvature of a whole data set; ``None`` when it is empty.
+
+        Parameters
+        ----------
+        backend
+            Computes the curvature.
+        batches
+            Inputs and targets.
+        **options
+            Passed to the back end.
 
         Raises
         ------
@@ -103,6 +132,11 @@ class AbstractCurvature(ABC):
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> AbstractCurvature:
         """The curvature that ``state`` described, for use in a precision.
 
+        Parameters
+        ----------
+        state
+            Made by ``state``.
+
         Raises
         ------
         KeyError
@@ -111,7 +145,13 @@ class AbstractCurvature(ABC):
 
     @abstractmethod
     def merge(self, other: Any) -> AbstractCurvature:
-        """Curvature of the union of two data sets; ``other`` has the same structure."""
+        """Curvature of the union of two data sets; ``other`` has the same structure.
+
+        Parameters
+        ----------
+        other
+            A curvature of the same structure and size, unscaled as this one.
+        """
 
     @abstractmethod
     def __mul__(self, factor: float | Tensor) -> AbstractCurvature:
@@ -119,10 +159,24 @@ class AbstractCurvature(ABC):
 
     @abstractmethod
     def posterior(self, prior: GaussianPrior, **options: Any) -> AbstractPrecision:
-        """Factorize ``H + diag(prior)``, once; differentiable in the prior."""
+        """Factorize ``H + diag(prior)``, once; differentiable in the prior.
+
+        Parameters
+        ----------
+        prior
+            Over the same weights.
+        **options
+            Of the structure: ``damping``.
+        """
 
     def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:
-        """``log |H + diag(prior)|``; overridden where it costs less than the factorization."""
+        """``log |H + diag(prior)|``; overridden where it costs less than the factorization.
+
+        Parameters
+        ----------
+        prior, **options
+            As in ``posterior``.
+        """
         return self.posterior(prior, **options).logdet()
 
     @abstractmethod
@@ -148,11 +202,23 @@ class AbstractPrecision(ABC):
 
     @abstractmethod
     def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
-        """A⁻¹ v."""
+        """A⁻¹ v.
+
+        Parameters
+        ----------
+        v
+            Weights, ``[..., P]``.
+        """
 
     @abstractmethod
     def quadratic(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
-        """VᵀAv."""
+        """vᵀ A v.
+
+        Parameters
+        ----------
+        v
+            Weights, ``[..., P]``.
+        """
 
     @abstractmethod
     def logdet(self) -> Scalar:
@@ -164,7 +230,15 @@ class AbstractPrecision(ABC):
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
-        """Draws from N(0, A⁻¹), ``[n, P]``."""
+        """Draws from N(0, A⁻¹), ``[n, P]``.
+
+        Parameters
+        ----------
+        n
+            How many.
+        generator
+            Source of randomness.
+        """
 
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "params params"]:
@@ -177,6 +251,15 @@ class AbstractPrecision(ABC):
         ----------
         J
             Jacobians, ``[batch, outputs, P]``.
+
+        Returns
+        -------
+        ``[batch, outputs, outputs]``, output units squared, symmetric positive semi-definite.
+
+        Raises
+        ------
+        ShapeError
+            If the Jacobians are not ``[batch, outputs, P]``.
         """
         check_jacobians(J, self.n_params)
         return torch.einsum("bcp,bkp->bck", J, self.solve(J))
@@ -188,6 +271,11 @@ class AbstractPrecision(ABC):
         ----------
         J
             Jacobians, ``[batch, outputs, P]``.
+
+        Raises
+        ------
+        ShapeError
+            If the Jacobians are not ``[batch, outputs, P]``.
         """
         check_jacobians(J, self.n_params)
         flat = J.flatten(0, 1)
@@ -208,6 +296,10 @@ class AbstractPrecision(ABC):
             Whether the layer has a bias.
         diagonal
             Return variances ``[rows, C]`` instead of covariances ``[rows, C, C]``.
+
+        Returns
+        -------
+        Output units squared, without observation noise.
         """
         cov = self.functional_variance(head_jacobians(phi, n_outputs, bias))
         return cov.diagonal(dim1=-2, dim2=-1) if diagonal else cov
@@ -242,7 +334,20 @@ def head_jacobians(
 
 
 def check_jacobians(J: Tensor, n_params: int) -> None:
-    """Raise unless Jacobians are ``[batch, outputs, P]``."""
+    """Raise unless Jacobians are ``[batch, outputs, P]``.
+
+    Parameters
+    ----------
+    J
+        What should be Jacobians.
+    n_params
+        P.
+
+    Raises
+    ------
+    ShapeError
+        If they are not.
+    """
     if J.dim() != 3 or J.shape[-1] != n_params:
         msg = f"Jacobians must have the shape [batch, outputs, {n_params}]; got {list(J.shape)}."
         raise ShapeError(msg)

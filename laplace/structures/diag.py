@@ -116,7 +116,7 @@ class DiagPrecision(AbstractPrecision):
         return self.vector
 
     def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
-        """V / a."""
+        """v / a."""
         return v / self.vector
 
     def quadratic(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:

@@ -151,7 +151,7 @@ class FullPrecision(AbstractPrecision):
         return torch.cholesky_solve(flat.mT, self.factor).mT.reshape(v.shape)
 
     def quadratic(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
-        """VᵀAv."""
+        """vᵀ A v."""
         return ((v @ self.matrix) * v).sum(-1)
 
     def logdet(self) -> Scalar:
@@ -175,7 +175,7 @@ class FullPrecision(AbstractPrecision):
     def feature_variance(
         self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
     ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
-        """Φᵀ Σ_ck φ for each pair of outputs; variances use the C diagonal blocks of Σ alone."""
+        """φᵀ Σ_ck φ for each pair of outputs; variances use the C diagonal blocks of Σ alone."""
         augmented = augment(phi, bias)
         if diagonal:
             # [rows, D] @ [D, C·D], then a dot product with φ: no [rows, C, C] and no Jacobian.

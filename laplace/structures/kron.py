@@ -160,6 +160,10 @@ class Kron:
             A module (its parameters that require a gradient) or an iterable of parameters.
         device, dtype
             Of the factors.
+
+        Returns
+        -------
+        A ``Kron`` of zeros; a parameter of one axis has one factor.
         """
         parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else model
         blocks = []
@@ -219,10 +223,18 @@ class Kron:
         damping
             Whether a prior is added to each side of a product (√δ) instead of to the product (δ).
 
+        Returns
+        -------
+        The same matrix in its eigenbasis.
+
         Raises
         ------
         NotPositiveDefiniteError
             If a factor is not finite or not positive semi-definite.
+
+        Notes
+        -----
+        O(n³) a factor of size n.
         """
         known: dict[int, tuple[Tensor, Tensor | None]] = {}
         vectors: list[list[Tensor | None]] = []
@@ -244,6 +256,10 @@ class Kron:
             ``[..., P]``.
         exponent
             The power; 1 multiplies by the factors themselves, others go through the eigenbasis.
+
+        Returns
+        -------
+        ``[..., P]``.
         """
         if exponent == 1:
             blocks = [[densify(side) for side in block] for block in self.kfacs]

@@ -46,6 +46,15 @@ class Validation:
     ) -> Validation:
         """Run the model over the validation data, once.
 
+        Parameters
+        ----------
+        batches
+            Inputs and targets.
+        linearize
+            Runs the model on inputs.
+        likelihood
+            Checks and flattens the targets.
+
         Raises
         ------
         InputError
@@ -69,7 +78,21 @@ class Validation:
         loss: Loss | None,
         dtype: torch.dtype,
     ) -> float:
-        """Loss at one posterior: by default the mean negative log predictive density, in nats a position."""
+        """Loss at one posterior: by default the mean negative log predictive density, in nats a position.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision at a grid point.
+        likelihood, options, dtype
+            As in ``predict``.
+        loss
+            Of predictions and targets; ``None`` for the default.
+
+        Returns
+        -------
+        The number to minimize.
+        """
         if loss is not None:
             return float(loss(*self._predictions(precision, likelihood, options, dtype)))
         total, count = 0.0, 0
@@ -100,6 +123,19 @@ def _select(positions: Positions, rows: Tensor) -> Tensor:
 
 def log_grid(low: float, high: float, size: int, base: float) -> Tensor:
     """Grid of prior precisions ``base^low … base^high``, evenly spaced in the exponent.
+
+    Parameters
+    ----------
+    low, high
+        Exponents of the ends.
+    size
+        Number of points.
+    base
+        Of the exponents.
+
+    Returns
+    -------
+    ``[size]``, ascending, float64, in 1/weight².
 
     Raises
     ------

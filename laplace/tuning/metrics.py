@@ -115,12 +115,18 @@ def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
     targets
         Class indices, ``[...]``; −100 does not count.
 
+    Returns
+    -------
+    ``[]``; infinite where a target has probability zero.
+
     Raises
     ------
     ShapeError
         If shapes do not fit.
     InputError
         If no target counts.
+    ShapeError
+        If shapes do not fit.
     """
     total, count = _nll(out_dist, targets, -100)
     return _mean(total, count)
@@ -160,6 +166,10 @@ def validate(
         How to predict.
     dict_key_y
         Where mappings hold their targets.
+
+    Returns
+    -------
+    The score, in the units of ``loss``.
 
     Raises
     ------

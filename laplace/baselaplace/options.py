@@ -1,0 +1,75 @@
+"""The border of predictions: option names become members, and combinations without a meaning are refused in words."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+
+from laplace.enums import Likelihood, LinkApprox, PredType, choose
+from laplace.errors import InputError, UnsupportedError
+from laplace.likelihoods import LIKELIHOODS
+from laplace.predictive import Options
+
+
+def prediction_options(
+    likelihood: Likelihood,
+    device: torch.device,
+    pred_type: PredType | str,
+    joint: bool = False,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+    fitting: bool = False,
+) -> Options:
+    """Check how to predict: names, combinations, the generator.
+
+    Parameters
+    ----------
+    likelihood
+        Of the estimator.
+    device
+        Of its model.
+    pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting
+        As in ``ParametricLaplace.__call__``.
+
+    Raises
+    ------
+    UnsupportedError
+        If a name is unknown, or options do not go together.
+    InputError
+        If ``n_samples`` is no positive whole number, or the generator none on the model's device.
+    """
+    kind = choose(PredType, pred_type, "pred_type")
+    link = choose(LinkApprox, link_approx, "link_approx")
+    has_link = LIKELIHOODS[likelihood].has_link
+    problem = ""
+    if kind is PredType.GP:
+        problem = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
+    elif fitting:
+        problem = f"fitting=True is for reward modeling; it has no meaning for {likelihood.value}."
+    elif joint and diagonal_output:
+        problem = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
+    elif joint and kind is PredType.NN:
+        problem = 'joint=True needs pred_type="glm"; sampled predictions are functions already.'
+    elif joint and has_link and link is not LinkApprox.MC:
+        problem = 'For classification joint=True averages over whole functions: pass link_approx="mc" with it.'
+    elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and not has_link:
+        problem = f"link_approx={link.value!r} turns logits into probabilities; regression has none."
+    elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and kind is PredType.NN:
+        problem = f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
+    elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and diagonal_output:
+        problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
+    if problem:
+        raise UnsupportedError(problem)
+    if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
+        msg = f"n_samples must be a positive whole number; got {n_samples!r}."
+        raise InputError(msg)
+    if not isinstance(generator, (torch.Generator, type(None))):
+        msg = f"generator must be a torch.Generator or None; got {type(generator).__name__}."
+        raise InputError(msg)
+    if generator is not None and generator.device.type != device.type:
+        msg = f"The generator is on {generator.device}, the model on {device}; create it on the model's device."
+        raise InputError(msg)
+    return Options(kind, link, joint, int(n_samples), diagonal_output, generator)
