@@ -35,7 +35,9 @@ COLUMNS = [
     "predict / bare forward",
     "bare forward",
     "fit adds",
+    "first call adds",
     "predict adds",
+    "within bounds",
     "",
 ]
 
@@ -77,6 +79,22 @@ def number(value: float | None, unit: str) -> str:
     return "–" if value is None else f"{value:.0f} {unit}"
 
 
+def within(row: dict[str, Any]) -> str:
+    """Whether a row keeps the bounds of its case in the configuration: ratios, milliseconds and megabytes."""
+    r = row["result"]
+    measured = {
+        "fit": r["fit"]["fit"] / r["fit"]["bare"],
+        "predict": r["predict"]["predict"] / r["predict"]["bare"],
+        "predict_ms": r["predict"]["predict"] - r["predict"]["bare"],
+        "fit_mb": r["fit_mb"],
+        "predict_mb": r["predict_mb"],
+    }
+    exceeded = [
+        f"{name} {measured[name]:.2f} > {row[name]}" for name in measured if measured[name] > row.get(name, 1e9)
+    ]
+    return ", ".join(exceeded) or "yes"
+
+
 def shorten(note: str) -> str:
     """The end of an error message that is too long for a cell: where the numbers are."""
     return note if len(note) <= 100 else "… " + note[-98:]
@@ -100,7 +118,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             ratio(predict, "predict"),
             number(predict and predict["bare"], "ms"),
             number(r.get("fit_mb"), "MB"),
+            number(r.get("first_mb"), "MB"),
             number(r.get("predict_mb"), "MB"),
+            within(row) if row["library"] == "laplace" else "",
             shorten(r["note"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

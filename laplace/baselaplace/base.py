@@ -249,13 +249,13 @@ class BaseLaplace(ABC):
     def _output_likelihood(self) -> AbstractLikelihood:
         """The likelihood with its present noise and temperature, in the precision of the evidence."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise, temperature)
+        return resolve(self.likelihood, self._sigma_noise.to(self._dtype), temperature)
 
     @property
     def _frozen_likelihood(self) -> AbstractLikelihood:
         """The same, cut off the graph of its hyperparameters."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise.detach(), temperature.detach())
+        return resolve(self.likelihood, self._sigma_noise.detach().to(self._dtype), temperature.detach())
 
     # -- back end -----------------------------------------------------------------------------------------------------
 

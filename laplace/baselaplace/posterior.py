@@ -191,7 +191,8 @@ class WeightPosterior(BaseLaplace):
 
     @property
     def _prior(self) -> GaussianPrior:
-        return GaussianPrior(self._prior_mean, self._prior_precision, self._known_parameters("The prior").sizes)
+        sizes = self._known_parameters("The prior").sizes
+        return GaussianPrior(self._prior_mean.to(self._dtype), self._prior_precision.to(self._dtype), sizes)
 
     @property
     def prior_precision_diag(self) -> Float[Tensor, " params"]:
