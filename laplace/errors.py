@@ -39,7 +39,3 @@ class NotPositiveDefiniteError(torch.linalg.LinAlgError):  # pyright: ignore[rep
 
 class NumericalWarning(UserWarning):
     """A number was computed, but with less precision or with a stated correction."""
-
-
-class PerformanceWarning(UserWarning):
-    """A request will be slow or large, and a cheaper one exists."""

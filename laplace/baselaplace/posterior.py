@@ -130,7 +130,7 @@ class WeightPosterior(BaseLaplace):
     def _fitted(self) -> Fit:
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is None:
-            message = "This"
+            message = "This attribute or call"
             raise self._not_fitted(message)
         return fit
 
