@@ -199,7 +199,6 @@ class FullPrecision(AbstractPrecision):
             block = self.covariance[rows][:, order.flatten()]
             yield (augmented @ block).view(len(augmented), n_outputs, -1)
 
-    @linalg.lasting
     def _diagonal_blocks(self, n_outputs: int, bias: bool) -> Tensor:
         """The blocks Σ_cc side by side, ``[D, C·D]``."""
         key = (n_outputs, bias)
