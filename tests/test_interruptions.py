@@ -11,7 +11,7 @@ from laplace.baselaplace import checkpoint
 from laplace.curvature import AutogradEF
 from laplace.utils import RunningNLLMetric, validate
 from tests.cases import BASIC, named
-from tests.contracts import generator, model_untouched
+from tests.contracts import model_untouched
 from tests.estimators import basic_cases, estimator, every_structure, everything, fitted
 from tests.tools import assert_close, assert_same
 
@@ -257,27 +257,48 @@ def test_everything_works_without_gradients_and_says_the_same(case, structure, m
 @every_structure
 @basic_cases
 def test_what_was_made_without_gradients_can_be_differentiated_later(case, structure, mode, tmp_path):
+    """In inputs, Jacobians, weights and every hyperparameter: nothing that is kept is an inference tensor."""
     fitted(case, structure).save(tmp_path / "state")
-    model = case.model()
+    model, options = case.model(), {"enable_backprop": True}
     with mode():
-        la = fitted(case, structure, model, enable_backprop=True, prior_mean=torch.tensor(0.1))
-        everything(la, case)
+        predicted = fitted(case, structure, model, prior_precision=torch.tensor(0.7), **options)
+        everything(predicted, case)
+        weighed = fitted(case, structure, model, **options)
+        weighed.square_norm(weighed.mean)
         loaded = estimator(case, structure, model)
         loaded.load(tmp_path / "state")
         loaded.enable_backprop = True
         everything(loaded, case)
-        moved = fitted(case, structure, model, enable_backprop=True).to("cpu")
-    for each in (la, loaded, moved):
-        x = case.test_inputs().requires_grad_()
-        result = each(x)
-        (slope,) = torch.autograd.grad((result if isinstance(result, torch.Tensor) else result[1]).square().sum(), x)
-        assert bool(slope.abs().sum() > 0)
-        draws = each.functional_samples(x, n_samples=2, generator=generator(0))
-        assert bool(torch.autograd.grad(draws.square().sum(), x)[0].abs().sum() > 0)
-        delta = torch.tensor(2.0, requires_grad=True)
-        each.log_marginal_likelihood(prior_precision=delta).backward()
-        assert float(delta.grad.abs()) > 0
-        each.optimize_prior_precision(n_steps=2)
+        moved = fitted(case, structure, model, **options).to("cpu")
+        if structure == "full":
+            assert len(weighed.posterior_scale) == len(weighed.posterior_covariance) == weighed.n_params
+    for la in (predicted, weighed, loaded, moved):
+        shape = (2, case.n_outputs, la.n_params)
+        v = torch.ones(la.n_params)
+        differentiable(la.functional_variance, torch.ones(shape))
+        differentiable(la.log_prob, v)
+        differentiable(lambda v, la=la: v * la.mean, v)
+        if structure == "full":
+            differentiable(lambda v, la=la: v @ la.posterior_scale @ la.posterior_covariance, v)
+        differentiable(lambda x, la=la: la(x, diagonal_output=case.likelihood == "regression"), case.test_inputs())
+        differentiable(lambda x, la=la: la.functional_samples(x, n_samples=2), case.test_inputs())
+        for name, value in (
+            ("prior_mean", torch.ones(())),
+            ("temperature", torch.ones(())),
+            ("prior_precision", torch.ones(2)),
+        ):
+            differentiable(
+                lambda value, la=la, name=name: setattr(la, name, value) or la.log_marginal_likelihood(), value
+            )
+            setattr(la, name, value)
+        la.optimize_prior_precision(n_steps=2)
+
+
+def differentiable(function, at: torch.Tensor) -> None:
+    at = at.clone().requires_grad_()
+    result = function(at)
+    result = result if isinstance(result, torch.Tensor) else result[1]
+    assert bool(torch.autograd.grad(result.square().sum(), at)[0].abs().sum() > 0)
 
 
 # -- neighbors --------------------------------------------------------------------------------------------------------

@@ -203,7 +203,6 @@ class FullPrecision(AbstractPrecision):
         for rows in self._blocks[key]:
             yield (augmented @ rows).view(len(augmented), n_outputs, -1)
 
-    @linalg.lasting
     def _diagonal_blocks(self, n_outputs: int, bias: bool) -> Tensor:
         """The blocks Σ_cc side by side, ``[D, C·D]``."""
         key = ("diagonal", n_outputs, bias)

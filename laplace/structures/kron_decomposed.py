@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg
 from laplace.errors import ShapeError
 from laplace.network.parameters import split_sizes
 from laplace.structures.base import AbstractPrecision, check_jacobians
@@ -95,7 +94,6 @@ class KronDecomposed(AbstractPrecision):
         return KronDecomposed(vectors, values, self.deltas.detach(), self.damping)
 
     @cached_property
-    @linalg.lasting
     def spectrum(self) -> list[Tensor]:
         """Eigenvalues of each block with the prior added: ``[rows, columns]``, or ``[rows]`` with one factor."""
         assert self.deltas is not None, "filled in on construction"

@@ -108,6 +108,12 @@ def test_class_indices_of_any_integer_dtype_are_read(dtype):
     assert CategoricalLikelihood().flatten(logits(4, 4), y.to(dtype)).y.tolist() == y.tolist()
 
 
+def test_bytes_that_would_wrap_to_the_mask_count():
+    """156 as a byte is -100 modulo 256."""
+    y = torch.tensor([156, 3], dtype=torch.uint8)
+    assert CategoricalLikelihood().count(y, 200) == len(CategoricalLikelihood().flatten(logits(2, 200), y).y) == 2
+
+
 def test_predictive_nll_is_the_cross_entropy_of_the_link():
     likelihood, f, y = CategoricalLikelihood(), logits(4, 3), torch.tensor([0, 2, 1, 1])
     cov = torch.ones(4, 3)
