@@ -50,7 +50,8 @@ def probit(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities
 def bridge(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows outputs outputs"]) -> LogProbabilities:
     """Mean of the Dirichlet that the Laplace bridge assigns to the logits' Gaussian.
 
-    The Gaussian is first conditioned on logits that sum to zero (the softmax does not see their sum); then
+    The Gaussian is first conditioned on logits that sum to zero: the softmax does not see their sum, but conditioning
+    on it still shifts the distribution unless all logits share their covariance with the sum. Then
     ``α_k = (1 − 2/C + e^{f_k} Σ_j e^{−f_j} / C²) / Σ_kk`` and the probabilities are ``α / Σ α``.
 
     Parameters
