@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, HessianStructure, Likelihood
+from laplace.enums import FeatureReduction, Likelihood
 from laplace.errors import StateError, UnsupportedError
 from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating, full_precision
 from laplace.network.parameters import split_sizes
@@ -221,12 +221,7 @@ class LLLaplace(ParametricLaplace):
         )
         structure = next(name for name, cls in STRUCTURES.items() if cls is self.curvature_type)
         if structure not in backend.structures:
-            available = ", ".join(sorted(repr(s.value) for s in backend.structures)) or "none"
-            msg = (
-                f"{type(backend).__name__} does not provide hessian_structure={HessianStructure(structure).value!r}; "
-                f"it provides {available}."
-            )
-            raise UnsupportedError(msg)
+            raise backend.cannot(structure)
         return backend
 
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:

@@ -180,6 +180,9 @@ def fix_prior_prec_structure(
     n_values = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: n_layers, PriorStructure.DIAG: n_params}[structure]
     values = torch.as_tensor(prior_prec_init, dtype=dtype, device=device).reshape(-1)
     if values.numel() not in (1, n_values):
-        msg = f"prior_structure={structure.value!r} takes one value or {n_values} of them; got {values.numel()}."
+        msg = (
+            f"init_prior_prec with prior_structure={structure.value!r} takes one value or {n_values} of them; "
+            f"got {values.numel()}."
+        )
         raise InputError(msg)
     return values.expand(n_values).clone()

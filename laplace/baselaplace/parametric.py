@@ -22,7 +22,7 @@ from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision, iterate
 from laplace.network.parameters import expand_groups
 from laplace.predictive import Linearization, functional_samples, predict
-from laplace.prior import GaussianPrior
+from laplace.prior import GaussianPrior, fix_prior_prec_structure
 from laplace.types import Inputs
 
 
@@ -336,15 +336,18 @@ class ParametricLaplace(CheckpointedPosterior):
         structure = choose(PriorStructure, prior_structure, "prior_structure")
         options = self._options(pred_type, link_approx=link_approx, n_samples=n_samples, generator=generator)
         fit, sizes = self._fitted, self._prior.sizes
-        n_values = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: len(sizes), PriorStructure.DIAG: sum(sizes)}
-        n_values = n_values[structure]
+
+        def spread(precision: Tensor) -> Tensor:
+            """Precisions in the shape of the prior structure."""
+            if structure is PriorStructure.DIAG and precision.numel() == len(sizes):
+                precision = expand_groups(precision.reshape(-1), sizes)
+            return fix_prior_prec_structure(precision, structure, len(sizes), sum(sizes), self._device, self._dtype)
 
         def prior(precision: Tensor) -> GaussianPrior:
             return GaussianPrior(self._prior_mean.detach(), precision, sizes)
 
         if how is TuningMethod.MARGLIK:
-            start = self._checked("init_prior_prec", init_prior_prec, positive=True).reshape(-1)
-            start = self._spread(start, n_values, sizes)
+            start = spread(self._checked("init_prior_prec", init_prior_prec, positive=True))
             self._fits_structure(prior(start))
             likelihood, kind, choices = self._frozen_likelihood, self.backend.kind, self._posterior_options()
             best, value = tuning.optimize(
@@ -361,14 +364,13 @@ class ParametricLaplace(CheckpointedPosterior):
                 raise InputError(msg)
             grid = tuning.log_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
             grid = grid.to(self._device, self._dtype)
-            self._fits_structure(prior(grid[:1].expand(n_values)))
+            self._fits_structure(prior(spread(grid[0])))
             likelihood, dtype = self._frozen_likelihood, self._dtype
             with evaluating(self.model):
                 batches = iterate(val_loader, dict_key_y=self.dict_key_y, device=self._device)
                 data = tuning.Validation.collect(batches, self._linearize, likelihood)
             with torch.inference_mode(False), torch.no_grad(), full_precision(self._device):
                 curvature = fit.curvature * likelihood.curvature_scale(self.backend.kind)
-
                 draws = torch.randint(2**62, (), generator=generator, device=self._device)
 
                 def score(point: Tensor) -> float:
@@ -378,23 +380,9 @@ class ParametricLaplace(CheckpointedPosterior):
                     return data.score(posterior, likelihood, replace(options, generator=same), loss, dtype)
 
                 point, scores = tuning.search(score, grid, progress_bar=progress_bar)
-            best = point.reshape(1).expand(n_values).clone()
+            best = spread(point)
             result = f"validation loss {float(scores[torch.isfinite(scores)].min()):.4f}"
         self.prior_precision = best.detach()
         if verbose:
             shown = ", ".join(f"{float(p):.4g}" for p in best[:5]) + (", …" if len(best) > 5 else "")
             print(f"Optimized prior precision: {shown} ({result})")
-
-    @staticmethod
-    def _spread(start: Tensor, n_values: int, sizes: tuple[int, ...]) -> Tensor:
-        """Initial precisions in the shape of the prior structure."""
-        if start.numel() == 1:
-            return start.expand(n_values)
-        if start.numel() == len(sizes) and n_values == sum(sizes):
-            return expand_groups(start, sizes)
-        if start.numel() != n_values:
-            msg = (
-                f"init_prior_prec must be a number or {n_values} of them for this prior_structure; got {start.numel()}."
-            )
-            raise InputError(msg)
-        return start

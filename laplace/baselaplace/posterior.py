@@ -213,8 +213,7 @@ class WeightPosterior(BaseLaplace):
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
         if self._posterior_cache is None:
-            # Out of inference mode: what is cached may take part in autograd later.
-            with torch.inference_mode(False), torch.no_grad(), full_precision(self._device):
+            with torch.no_grad(), full_precision(self._device):
                 scale = self._output_likelihood.curvature_scale(self.backend.kind)
                 curvature = self._fitted.curvature * scale
                 self._posterior_cache = curvature.posterior(self._prior, **self._posterior_options())

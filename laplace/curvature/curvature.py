@@ -181,17 +181,18 @@ class CurvatureInterface(ABC):
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and dense curvature ``[P, P]`` of a batch."""
-        raise self._cannot(HessianStructure.FULL)
+        raise self.cannot(HessianStructure.FULL)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch."""
-        raise self._cannot(HessianStructure.DIAG)
+        raise self.cannot(HessianStructure.DIAG)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors of a batch; the inputs' side is divided by ``N`` (1 for raw sums)."""
-        raise self._cannot(HessianStructure.KRON)
+        raise self.cannot(HessianStructure.KRON)
 
-    def _cannot(self, structure: HessianStructure) -> UnsupportedError:
+    def cannot(self, structure: HessianStructure) -> UnsupportedError:
+        """The error of asking for a structure that is not provided; it lists those that are."""
         # Whatever is still the method of the interface only raises this error.
         own = {
             name for name in ("full", "diag", "kron") if getattr(type(self), name) is not vars(CurvatureInterface)[name]

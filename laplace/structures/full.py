@@ -94,8 +94,7 @@ class FullCurvature(AbstractCurvature):
     def eigenvalues(self) -> Float[Tensor, " params"]:
         """Eigenvalues of the unscaled matrix; computed once, O(P³)."""
         if "eigenvalues" not in self._cache:
-            # Out of inference mode: what is cached may take part in autograd later.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 self._cache["eigenvalues"] = torch.linalg.eigvalsh(self.matrix)
         return self._cache["eigenvalues"]
 

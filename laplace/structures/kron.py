@@ -77,10 +77,9 @@ class KronCurvature(AbstractCurvature):
     def decomposed(self) -> KronDecomposed:
         """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
         if "decomposed" not in self._cache:
-            # Out of inference mode: what is cached may take part in autograd later.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 decomposed = self.sums.divide_inputs(max(self.count, 1)).decompose()
-                self._cache["decomposed"] = decomposed if self.dtype is None else decomposed.to(self.dtype)
+            self._cache["decomposed"] = decomposed if self.dtype is None else decomposed.to(self.dtype)
         return self._cache["decomposed"]
 
     @property
