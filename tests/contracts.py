@@ -39,6 +39,8 @@ def check_likelihood(likelihood: Any, f: Tensor, y: Tensor) -> None:
     assert_close(output_hessian.dense(), Lambda, "Hessian")
     assert_close(output_hessian.diag(), Lambda.diagonal(dim1=1, dim2=2), "diagonal of the Hessian")
     assert_close(output_hessian.sum(), Lambda.sum(0), "sum of the Hessians")
+    root = likelihood.hessian_root(f)
+    assert_close(root @ root.mT, Lambda, "square of the root of the Hessian")
 
     n = 4000
     g = likelihood.sample_gradient(f, n, generator(0))

@@ -191,6 +191,16 @@ class AbstractLikelihood(ABC):
         """
 
     @abstractmethod
+    def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
+        """Roots ``r`` of the Hessians, ``r rᵀ = Λ``, with as few columns as the rank of Λ allows.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        """
+
+    @abstractmethod
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Gradients at targets drawn from the model, ``[samples, rows, C]``: ``E[g gᵀ]`` is the Hessian.
 

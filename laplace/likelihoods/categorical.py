@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace.enums import CurvatureKind, Likelihood
@@ -73,6 +74,29 @@ class CategoricalLikelihood(AbstractLikelihood):
         top = p.argmax(-1, keepdim=True)
         rest = (1 - p).scatter(-1, top, p.scatter(-1, top, 0.0).sum(-1, keepdim=True))
         return OutputHessian(f.shape[-1], diagonal=p, root=p.unsqueeze(-1), sign=-1, total=p * rest)
+
+    def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
+        """The Cholesky factor of ``diag(p) − p pᵀ`` in closed form, ``[rows, C, C − 1]``: its last column is zero.
+
+        With tails ``q_j = Σ_{i>j} p_i``:  ``L_jj = √(p_j q_j / q_{j−1})``, ``L_ij = −p_i √(p_j / (q_{j−1} q_j))``. The
+        tails are sums, never ``1 − Σ p``, so that a confident network loses no digits.
+
+        References
+        ----------
+        Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
+        matrix of the multinomial distribution, with applications".
+        """
+        p = f.softmax(-1)
+        from_here = p.flip(-1).cumsum(-1).flip(-1)  # q_{j−1}
+        here, before, after = p[:, :-1], from_here[:, :-1], from_here[:, 1:]
+        # A tail that underflows is that of classes whose probability does: their entries are zero.
+        tiny = torch.finfo(p.dtype).tiny
+        ratio = (here / before.clamp(min=tiny)).sqrt()
+        below = -(p.unsqueeze(-1) / after.clamp(min=tiny).sqrt().unsqueeze(1)) * ratio.unsqueeze(1)
+        lower = torch.ones(p.shape[-1], p.shape[-1] - 1, dtype=torch.bool, device=p.device).tril(-1)
+        root = torch.where(lower, below, 0.0)
+        root.diagonal(dim1=1, dim2=2).copy_(ratio * after.sqrt())
+        return root
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Softmax(f) minus labels drawn from it, ``[samples, rows, C]``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace import linalg
@@ -66,6 +67,10 @@ class GaussianLikelihood(AbstractLikelihood):
     def hessian(self, f: Outputs) -> OutputHessian:
         """The identity: one number for all outputs of a row."""
         return OutputHessian(f.shape[-1], diagonal=torch.ones_like(f[:, :1]))
+
+    def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
+        """The identity, ``[rows, C, C]``."""
+        return torch.eye(f.shape[-1], dtype=f.dtype, device=f.device).expand(len(f), -1, -1)
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal numbers, ``[samples, rows, C]``."""
