@@ -31,6 +31,9 @@ def datum_nll(likelihood: str, f: Tensor, y: Tensor) -> Tensor:
     """-log p(y|f) of one datum at sigma = 1 without constants; f [T, C], y any shape of T targets."""
     if likelihood == "regression":
         return 0.5 * ((f - y.reshape(f.shape)) ** 2).sum()
+    if likelihood == "reward_modeling":  # the strengths exp(f) of two items in the Bradley-Terry model
+        preferred, other = f.reshape(2)[[int(y), 1 - int(y)]]
+        return (1 + (other - preferred).exp()).log()
     if y.is_floating_point():
         return -(y.reshape(f.shape) * f.log_softmax(-1)).sum()
     terms = [-f[t].log_softmax(-1)[label] for t, label in enumerate(y.reshape(-1).tolist()) if label != IGNORED]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from laplace.curvature import last_layer
+from laplace.curvature import last_layer, pairs
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.likelihoods import Positions
 from laplace.network.modes import full_precision
@@ -29,13 +30,13 @@ class AutogradInterface(CurvatureInterface):
         """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · (C D)²), see ``curvature.last_layer.full``."""
         self._refuse(kwargs)
         with self._rows(x, y) as (loss, phi, positions):
-            return loss, last_layer.full(phi, self.output_hessian(positions), self._has_bias)
+            return loss, self._closed_forms.full(phi, self.output_hessian(positions), self._has_bias)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal ``[P]``: O(rows · C D)."""
         self._refuse(kwargs)
         with self._rows(x, y) as (loss, phi, positions):
-            return loss, last_layer.diag(phi, self.output_hessian(positions), self._has_bias)
+            return loss, self._closed_forms.diag(phi, self.output_hessian(positions), self._has_bias)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors: O(rows · (C² + D²)); the inputs' side divided by ``N``.
@@ -46,8 +47,14 @@ class AutogradInterface(CurvatureInterface):
         self._refuse(kwargs)
         with self._rows(x, y) as (loss, phi, positions):
             wide = phi.dtype if phi.device.type == "mps" else torch.float64  # which that device does not have
-            sums = last_layer.kron(phi.to(wide), self.output_hessian(positions.to(wide)), self._has_bias)
+            hessian = self.output_hessian(positions.to(wide))
+            sums = self._closed_forms.kron(phi.to(wide), hessian, self._has_bias)
             return loss, sums if N == 1 else sums.divide_inputs(N)
+
+    @property
+    def _closed_forms(self) -> ModuleType:
+        """``diag``, ``kron`` and ``full``: of a linear layer, or of a score head that compares the items of a pair."""
+        return last_layer if self.output_likelihood.n_items == 1 else pairs
 
     @property
     def _has_bias(self) -> bool:
@@ -59,7 +66,7 @@ class AutogradInterface(CurvatureInterface):
         with torch.no_grad():
             f, phi = self.model.forward_with_features(x)
             with full_precision(f.device):
-                positions = self.output_likelihood.flatten(self._widen(f), y)
+                positions = self._positions(self._widen(f), y)
                 yield (
                     self.output_likelihood.nll(positions.f, positions.y),
                     positions.select(self._widen(phi)),
@@ -86,7 +93,7 @@ class AutogradEF(AutogradInterface, EFInterface):
         self._refuse(kwargs)
         with self._rows(x, y) as (loss, phi, positions):
             if positions.datum is None:
-                return loss, last_layer.full(phi, self.output_hessian(positions), self._has_bias)
+                return loss, self._closed_forms.full(phi, self.output_hessian(positions), self._has_bias)
             total = phi.new_zeros(self._n_params, self._n_params)
             for gradients in self._datum_gradients(phi, positions):
                 total.addmm_(gradients.T, gradients)
@@ -97,7 +104,7 @@ class AutogradEF(AutogradInterface, EFInterface):
         self._refuse(kwargs)
         with self._rows(x, y) as (loss, phi, positions):
             if positions.datum is None:
-                return loss, last_layer.diag(phi, self.output_hessian(positions), self._has_bias)
+                return loss, self._closed_forms.diag(phi, self.output_hessian(positions), self._has_bias)
             total = phi.new_zeros(self._n_params)
             for gradients in self._datum_gradients(phi, positions):
                 total += gradients.square().sum(0)

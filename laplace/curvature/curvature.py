@@ -160,8 +160,8 @@ class CurvatureInterface(ABC):
         """
         with torch.no_grad():
             f, _ = self.model.forward_with_features(x)
-            positions = self.output_likelihood.flatten(self._widen(f), y)
-            J = positions.select(self.jacobians(x)[0].flatten(1)).unflatten(1, (f.shape[-1], -1))
+            positions = self._positions(self._widen(f), y)
+            J = positions.select(self.jacobians(x)[0].flatten(1)).unflatten(1, (positions.f.shape[-1], -1))
             rows = torch.einsum("nc,ncp->np", self.output_likelihood.gradient(positions.f, positions.y), J)
             if positions.datum is None:
                 per_datum = rows
@@ -200,6 +200,11 @@ class CurvatureInterface(ABC):
         available = ", ".join(sorted(repr(s.value) for s in self.structures if s.value in own)) or "none"
         msg = f"{type(self).__name__} does not provide hessian_structure={structure.value!r}; it provides {available}."
         return UnsupportedError(msg)
+
+    def _positions(self, f: Tensor, y: Tensor) -> Positions:
+        """Outputs of the head and their targets, checked and flattened to unmasked rows."""
+        self.output_likelihood.check_head(self._head.out_features)
+        return self.output_likelihood.flatten(f, y)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise when a method gets options that this back end does not read."""
@@ -288,11 +293,11 @@ class GGNInterface(CurvatureInterface):
     def _jacobians_and_hessians(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, Jacobians and output Hessians of the unmasked positions."""
         J, f = self.jacobians(x)
-        rows = y.reshape(len(f), -1) if y.is_floating_point() else y.reshape(len(f))
-        positions = self.output_likelihood.flatten(f, rows)
+        rows = y.reshape(len(f), -1) if y.is_floating_point() else y.reshape(-1)
+        positions = self._positions(f, rows)
         return (
             self.output_likelihood.nll(positions.f, positions.y),
-            positions.select(J.flatten(1)).unflatten(1, J.shape[1:]),
+            positions.select(J.flatten(1)).unflatten(1, (positions.f.shape[-1], -1)),
             self.output_hessian(positions).dense(),
         )
 

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from laplace.enums import Likelihood, choose
-from laplace.errors import UnsupportedError
 from laplace.likelihoods.base import AbstractLikelihood, OutputHessian, Positions
+from laplace.likelihoods.bradley_terry import BradleyTerryLikelihood
 from laplace.likelihoods.categorical import CategoricalLikelihood
 from laplace.likelihoods.gaussian import GaussianLikelihood
 
 LIKELIHOODS: dict[Likelihood, type[AbstractLikelihood]] = {
     Likelihood.REGRESSION: GaussianLikelihood,
     Likelihood.CLASSIFICATION: CategoricalLikelihood,
+    Likelihood.REWARD_MODELING: BradleyTerryLikelihood,
 }
 """Which class implements which name."""
 
@@ -27,7 +28,7 @@ def resolve(
     Parameters
     ----------
     likelihood
-        ``"regression"`` or ``"classification"``.
+        ``"regression"``, ``"classification"`` or ``"reward_modeling"``.
     sigma_noise
         Standard deviation of the observation noise, in target units; only regression has one.
     temperature
@@ -40,14 +41,9 @@ def resolve(
     Raises
     ------
     UnsupportedError
-        If the name is unknown, or its likelihood is not available.
+        If the name is unknown.
     """
-    name = choose(Likelihood, likelihood, "likelihood")
-    if name not in LIKELIHOODS:
-        known = ", ".join(repr(member.value) for member in LIKELIHOODS)
-        msg = f"likelihood={name.value!r} is not available for last-layer approximations; use one of {known}."
-        raise UnsupportedError(msg)
-    cls = LIKELIHOODS[name]
+    cls = LIKELIHOODS[choose(Likelihood, likelihood, "likelihood")]
     options: dict[str, Any] = {"temperature": temperature}
     if cls.has_noise:
         options["sigma_noise"] = torch.as_tensor(sigma_noise)
@@ -57,6 +53,7 @@ def resolve(
 __all__ = [
     "LIKELIHOODS",
     "AbstractLikelihood",
+    "BradleyTerryLikelihood",
     "CategoricalLikelihood",
     "GaussianLikelihood",
     "OutputHessian",

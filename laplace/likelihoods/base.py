@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace import linalg
 from laplace.enums import CurvatureKind, Likelihood
-from laplace.errors import ShapeError
+from laplace.errors import ShapeError, UnsupportedError
 from laplace.types import Outputs, Scalar, Targets
 
 Link = Callable[[Tensor, Tensor], Tensor]
@@ -101,12 +101,15 @@ class Positions:
         Indices of the rows among all ``batch × positions``, or ``None`` when all are kept.
     datum
         Which row of the loader each belongs to, ``[rows]``; ``None`` when every datum has one position.
+    n_items
+        How many scored items share a row, one after the other: 2 for pairs.
     """
 
     f: Outputs
     y: Targets
     kept: Int[Tensor, " rows"] | None = None
     datum: Int[Tensor, " rows"] | None = None
+    n_items: int = 1
 
     def to(self, dtype: torch.dtype) -> Positions:
         """The same in another precision."""
@@ -114,8 +117,8 @@ class Positions:
         return replace(self, f=self.f.to(dtype), y=y)
 
     def select(self, values: Tensor) -> Tensor:
-        """Flatten ``[batch, *positions, k]`` and keep the same rows."""
-        flat = values.reshape(-1, values.shape[-1])
+        """Flatten ``[batch, *positions, k]`` and keep the same rows, ``[rows, n_items · k]``: items side by side."""
+        flat = values.reshape(-1, self.n_items * values.shape[-1])
         return flat if self.kept is None else flat[self.kept]
 
 
@@ -130,6 +133,8 @@ class AbstractLikelihood(ABC):
     """Whether ``sigma_noise`` has a meaning."""
     has_link: ClassVar[bool] = False
     """Whether outputs pass a nonlinear link, so that ``link_approx`` has a meaning."""
+    n_items: ClassVar[int] = 1
+    """How many inputs a target compares: 2 for preferences between pairs, whose probabilities ``fitting=True`` asks."""
 
     @property
     @abstractmethod
@@ -273,6 +278,26 @@ class AbstractLikelihood(ABC):
         y
             Targets.
         """
+
+    def check_head(self, n_outputs: int) -> None:
+        """Raise unless a linear head with so many outputs fits the likelihood.
+
+        Parameters
+        ----------
+        n_outputs
+            C.
+
+        Raises
+        ------
+        UnsupportedError
+            If items are compared by one score each, and the head gives several.
+        """
+        if self.n_items > 1 and n_outputs != 1:
+            msg = (
+                f'likelihood="{self.name.value}" compares items by one score each; the last layer of the model has '
+                f"{n_outputs} outputs. Give it one output and apply it to both items of a pair."
+            )
+            raise UnsupportedError(msg)
 
     @abstractmethod
     def torch_loss(self) -> tuple[nn.Module, float]:

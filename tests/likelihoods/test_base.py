@@ -55,8 +55,21 @@ def test_noise_and_temperature_reach_the_likelihood():
     assert float(resolve("classification", temperature=2.0).scale) == pytest.approx(0.5)
 
 
-def test_unknown_and_unavailable_names_list_the_choices():
-    with pytest.raises(UnsupportedError, match=r"'regression'.*Did you mean 'classification'"):
+def test_every_name_has_a_likelihood():
+    assert set(LIKELIHOODS) == set(Likelihood)
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(UnsupportedError, match=r"'regression'.*'reward_modeling'.*Did you mean 'classification'"):
         resolve("clasification")
-    with pytest.raises(UnsupportedError, match="'regression', 'classification'"):
-        resolve(Likelihood.REWARD_MODELING)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_only_a_likelihood_of_pairs_refuses_a_head_with_several_outputs(name):
+    likelihood = resolve(name)
+    likelihood.check_head(1)
+    if likelihood.n_items == 1:
+        likelihood.check_head(3)
+    else:
+        with pytest.raises(UnsupportedError, match=r"one score each.*3 outputs.*Give it one output"):
+            likelihood.check_head(3)

@@ -1,0 +1,80 @@
+"""Closed forms for a linear score head on pairs (``likelihood="reward_modeling"``), in the place of ``last_layer``.
+
+The likelihood sees a pair by the difference of its scores, ``f₀ − f₁ = w · (φ₀ − φ₁)``: every output Hessian, exact or
+a Fisher, is ``r rᵀ`` with ``r = ρ [1, −1]``. So a pair enters as one row with the features ``d = φ₀ − φ₁`` and the
+curvature ``ρ²``, and the bias, which cancels, has none.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.curvature import last_layer
+from laplace.likelihoods import OutputHessian
+from laplace.structures import Kron
+
+
+def diag(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:
+    """Diagonal of Σ ρ² d dᵀ, and 0 for the bias.
+
+    Parameters
+    ----------
+    phi
+        Features of both items, side by side, ``[pairs, 2 D]``.
+    hessian
+        Output Hessians of the same pairs, with a root alone.
+    bias
+        Whether the layer has a bias.
+
+    Returns
+    -------
+    ``[P]``, the weight and then the bias.
+
+    Notes
+    -----
+    Exact. Time O(pairs · D).
+    """
+    return F.pad(last_layer.diag(*differences(phi, hessian), bias=False), (0, int(bias)))
+
+
+def kron(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Kron:
+    """Factors Σ ρ² (1×1) and Σ d dᵀ, both raw sums; 0 for the bias.
+
+    Parameters
+    ----------
+    phi, hessian, bias
+        As in ``diag``.
+
+    Notes
+    -----
+    Approximate as a matrix, exact as sums. Time O(pairs · D²).
+    """
+    weight = last_layer.kron(*differences(phi, hessian), bias=False).kfacs
+    return Kron([*weight, [phi.new_zeros(1, 1)]] if bias else weight)
+
+
+def full(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Float[Tensor, "params params"]:
+    """Σ ρ² d dᵀ, dense, with a row and a column of zeros for the bias.
+
+    Parameters
+    ----------
+    phi, hessian, bias
+        As in ``diag``.
+
+    Notes
+    -----
+    Exact. Time O(pairs · D²).
+    """
+    return F.pad(last_layer.full(*differences(phi, hessian), bias=False), (0, int(bias), 0, int(bias)))
+
+
+def differences(
+    phi: Float[Tensor, "pairs twice"], hessian: OutputHessian
+) -> tuple[Float[Tensor, "pairs features"], OutputHessian]:
+    """Pairs as rows of a head with one output: ``d`` and ``ρ``."""
+    assert hessian.root is not None, "the likelihood and both Fishers give roots"
+    assert hessian.diagonal is None, "and nothing else: it would not be a multiple of [1, −1]"
+    first, second = phi.chunk(2, dim=-1)
+    return first - second, OutputHessian(1, root=hessian.root[:, :1])

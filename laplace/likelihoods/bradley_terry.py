@@ -1,0 +1,137 @@
+"""Reward modeling: the Bradley–Terry model of preferences, fitted on pairs; scores of single inputs are predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace.enums import CurvatureKind, Likelihood
+from laplace.errors import InputError, ShapeError
+from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_outputs
+from laplace.types import Outputs, Scalar, Targets
+
+
+@dataclass(frozen=True)
+class BradleyTerryLikelihood(AbstractLikelihood):
+    """−log p(y|f) = softplus(−(f_y − f_{1−y})), tempered by 1/T; y is the index of the preferred item of a pair.
+
+    A row holds the two scores of a pair. No probability is computed as ``1 − p``: confident ones lose no digits.
+
+    Attributes
+    ----------
+    temperature
+        T.
+
+    References
+    ----------
+    Bradley & Terry (1952), "Rank analysis of incomplete block designs: I. The method of paired comparisons".
+    """
+
+    temperature: float | Tensor = 1.0
+
+    name: ClassVar[Likelihood] = Likelihood.REWARD_MODELING
+    n_items: ClassVar[int] = 2
+
+    @property
+    def scale(self) -> Scalar:
+        """1/T."""
+        return 1 / torch.as_tensor(self.temperature)
+
+    def curvature_scale(self, kind: CurvatureKind) -> Scalar:  # noqa: ARG002
+        """1/T for every curvature: there is no noise to scale with."""
+        return self.scale
+
+    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:  # noqa: ARG002
+        """Zero: the two probabilities of a pair sum to one already."""
+        return torch.zeros_like(self.scale)
+
+    def nll(self, f: Outputs, y: Targets) -> Scalar:
+        """−log sigmoid of the margin of the preferred item, summed over pairs."""
+        return -F.logsigmoid(_margin(f, y)).sum()
+
+    def gradient(self, f: Outputs, y: Targets) -> Outputs:
+        """Softmax(f) minus the label, ``[pairs, 2]``."""
+        return _contrast((2 * y - 1) * torch.sigmoid(-_margin(f, y)))
+
+    def hessian(self, f: Outputs) -> OutputHessian:
+        """``p₀ p₁ [1, −1]ᵀ[1, −1]``, of rank one."""
+        return OutputHessian(f.shape[-1], root=self.hessian_root(f))
+
+    def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
+        """``√(p₀ p₁) [1, −1]ᵀ``, ``[pairs, 2, 1]``."""
+        gap = (f[:, 0] - f[:, 1]).abs()
+        return _contrast((-gap / 2).exp() / (1 + (-gap).exp())).unsqueeze(-1)
+
+    def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Gradients at preferences drawn from the pair's probabilities, ``[samples, pairs, 2]``."""
+        y = torch.multinomial(f.softmax(-1), n_samples, replacement=True, generator=generator).T
+        return self.gradient(f.expand(n_samples, *f.shape).flatten(0, 1), y.flatten()).unflatten(0, y.shape)
+
+    def expectation(self, f: Tensor) -> Tensor:
+        """The scores themselves."""
+        return f
+
+    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor | tuple[Tensor, Tensor]:
+        """Mean and (co)variance of scores ``[rows, 1]``; the probabilities of pairs ``[pairs, 2]``."""
+        return (mean, cov) if mean.shape[-1] == 1 else link(mean, cov).exp()
+
+    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
+        """−log of the probability of the preferred item, summed over pairs; in log space, so that it stays finite."""
+        return F.nll_loss(link(mean, cov), y, reduction="sum")
+
+    def flatten(self, f: Tensor, y: Tensor) -> Positions:
+        """Check targets and put the two scores of a pair into one row.
+
+        Parameters
+        ----------
+        f
+            Scores, ``[batch, 2, 1]`` or ``[batch, 2]``; item by item ``[2 · batch, 1]``.
+        y
+            Index of the preferred item, 0 or 1, ``[batch]``.
+
+        Raises
+        ------
+        InputError
+            If targets are other numbers, or scores are not finite.
+        ShapeError
+            If there are not two scores for each target.
+        """
+        if y.is_floating_point() or y.is_complex() or y.dtype is torch.bool:
+            msg = f"Preferences must be integers, 0 or 1; got {y.dtype}. Convert them with y.long()."
+            raise InputError(msg)
+        n_pairs = y.numel()
+        if y.dim() != 1 or f.shape not in ((n_pairs, 2, 1), (n_pairs, 2), (2 * n_pairs, 1)):
+            msg = (
+                "Reward modeling is fitted on pairs: inputs [batch, 2, ...] with one score an item, [batch, 2, 1], and "
+                f"the index of the preferred item as target, [batch]; got scores {list(f.shape)} and targets "
+                f"{list(y.shape)}. Stack the two items of each pair along the second axis of the inputs."
+            )
+            raise ShapeError(msg)
+        if bool(((y != 0) & (y != 1)).any()):
+            msg = f"Preferences must be 0 or 1, the index of the preferred item; got {int(y.min())}..{int(y.max())}."
+            raise InputError(msg)
+        check_outputs(f)
+        return Positions(f.reshape(n_pairs, 2), y.long(), n_items=2)
+
+    def torch_loss(self) -> tuple[nn.Module, float]:
+        """``CrossEntropyLoss`` of the two scores, and 1."""
+        return nn.CrossEntropyLoss(reduction="sum"), 1.0
+
+    def count(self, y: Tensor, n_outputs: int) -> int:  # noqa: ARG002
+        """Number of pairs."""
+        return y.numel()
+
+
+def _margin(f: Outputs, y: Targets) -> Float[Tensor, " rows"]:
+    """``f_y − f_{1−y}``, by how much the preferred item is ahead."""
+    return (1 - 2 * y) * (f[:, 0] - f[:, 1])
+
+
+def _contrast(value: Float[Tensor, " rows"]) -> Outputs:
+    """``value · [1, −1]``: what only the difference of the scores has."""
+    return torch.stack([value, -value], -1)
