@@ -32,7 +32,7 @@ class LLLaplace(ParametricLaplace):
     model
         The trained network, or a ``FeatureExtractor`` around it. Its outputs must be those of its last linear layer.
     likelihood
-        ``"classification"`` or ``"regression"``.
+        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     sigma_noise
         Standard deviation of the observation noise, in target units; regression only.
     prior_precision

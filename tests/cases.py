@@ -92,6 +92,13 @@ class Reduced(Net):
         return {"pick_first": f[:, 0], "pick_last": f[:, -1], "average": f.mean(1)}[self.reduction]
 
 
+class Compared(Net):
+    """A reward model: scores [B, 1] of single inputs, and [B, 2] of pairs, which run through the layers as 2B rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 2 else super().forward(x.flatten(0, 1)).reshape(len(x), 2)
+
+
 def plain(model: nn.Module, x: Any) -> Tensor:
     return model(x)
 
@@ -236,6 +243,9 @@ CASES = (
             ("average", "classification", 3, labels(3)),
         )
     ),
+    Case("preferences", "reward_modeling", lambda: Net(3, 5, 1), normal(2, 3), labels(2), 1, n_rows=11, seed=20),
+    Case("no_bias_preferences", "reward_modeling", lambda: Net(3, 4, 1, bias=False), normal(2, 3), labels(2), 1, seed=21, bias=False),
+    Case("compared_preferences", "reward_modeling", lambda: Compared(3, 4, 1), normal(2, 3), labels(2), 1, seed=22),
 )  # fmt: skip
 BASIC = CASES[:2]
 """One classification and one regression problem, for claims that do not depend on the kind of network."""

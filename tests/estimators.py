@@ -17,6 +17,7 @@ basic_cases = pytest.mark.parametrize("case", BASIC, ids=str)
 PREDICTIONS = {
     "classification": ({}, {"link_approx": "mc"}, {"link_approx": "bridge"}, {"link_approx": "bridge_norm"}, {"link_approx": "mc", "joint": True}, {"pred_type": "nn"}),
     "regression": ({}, {"diagonal_output": True}, {"joint": True}, {"pred_type": "nn"}),
+    "reward_modeling": ({}, {"diagonal_output": True}, {"joint": True}, {"pred_type": "nn"}, {"fitting": True}, {"fitting": True, "link_approx": "mc"}, {"fitting": True, "pred_type": "nn"}),
 }  # fmt: skip
 """Every kind of prediction."""
 

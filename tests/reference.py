@@ -107,6 +107,11 @@ class Problem:
             rows.append(Datum(f[b], J[b], y, kept, self.likelihood))
         return rows
 
+    @property
+    def pairs(self) -> bool:
+        """Whether a datum is a pair of items with one target."""
+        return self.likelihood == "reward_modeling"
+
     def n_positions(self) -> int:
         return sum(len(datum.kept) for datum in self.data)
 
@@ -138,23 +143,30 @@ class Problem:
         mean, variance = 0.0, 0.0
         for datum in self.data:
             for t in datum.kept:
-                J = datum.J[datum.at(t)]
+                J, f = (datum.J, datum.f[:, 0]) if self.pairs else (datum.J[datum.at(t)], datum.f[t])
                 if self.likelihood == "regression":  # gradients J'e, e ~ N(0, I): fourth moments of a Gaussian
                     M = J.T @ J
                     mean, variance = mean + M, variance + torch.outer(M.diagonal(), M.diagonal()) + M**2
                 else:
-                    p = datum.f[t].softmax(-1)
+                    p = f.softmax(-1)
                     outer = [torch.outer(g, g) for g in (p - torch.eye(len(p)).to(p)) @ J]
                     first, second = (sum(p[k] * M**power for k, M in enumerate(outer)) for power in (1, 2))
                     mean, variance = mean + first, variance + second - first**2
         return mean, variance
 
     def factors(self, *, fisher: bool = False) -> tuple[Tensor, Tensor]:
-        """Last layer only: G = sum of Lambda (or of g g'), A = mean of phi phi', both over unmasked positions."""
+        """Last layer only: G = sum of Lambda (or of g g'), A = mean of phi phi', both over unmasked positions.
+
+        A pair counts once, with its margin for an output and the difference of its features.
+        """
         C, D = self.n_outputs, self.model.get_parameter(self.names[0]).shape[1]
         G, A = torch.zeros(C, C).to(self.theta()), torch.zeros(D, D).to(self.theta())
         for datum in self.data:
             g, Lambda = datum.gradient, datum.output_hessian
+            if self.pairs:
+                d = datum.J[0, :D] - datum.J[1, :D]
+                G, A = G + (g[0] ** 2 if fisher else Lambda[0, 0]), A + torch.outer(d, d)
+                continue
             for t in datum.kept:
                 phi = datum.J[t * C, :D]  # the first output's weights meet the features alone
                 G += torch.outer(g[datum.at(t)], g[datum.at(t)]) if fisher else Lambda[datum.at(t), datum.at(t)]
@@ -164,7 +176,11 @@ class Problem:
     def kron(self, *, fisher: bool = False) -> Tensor:
         """The Kronecker approximation as a dense matrix: weight block G x A, bias block G."""
         G, A = self.factors(fisher=fisher)
-        return torch.block_diag(torch.kron(G, A), *[G] * (len(self.names) - 1))
+        return torch.block_diag(torch.kron(G, A), *self.bias_blocks(G))
+
+    def bias_blocks(self, G: Tensor) -> list[Tensor]:
+        """Of the Kronecker approximation: G, or 0 where the bias cancels in the difference of two scores."""
+        return [torch.zeros_like(G) if self.pairs else G] * (len(self.names) - 1)
 
     def curvature(self, structure: str, *, fisher: bool = False) -> Tensor:
         """Dense [P, P] of what a structure stores."""
@@ -177,7 +193,7 @@ class Problem:
         """Weight block (sqrt(s) G + sqrt(d)) x (sqrt(s) A + sqrt(d)), bias block s G + d; one d a parameter."""
         G, A = self.factors(fisher=fisher)
         widened = [math.sqrt(scale) * M + deltas[0].sqrt() * torch.eye(len(M)).to(M) for M in (G, A)]
-        bias = [scale * G + deltas[1] * torch.eye(len(G)).to(G)] if len(self.names) > 1 else []
+        bias = [scale * block + deltas[1] * torch.eye(len(G)).to(G) for block in self.bias_blocks(G)]
         return torch.block_diag(torch.kron(*widened), *bias)
 
 

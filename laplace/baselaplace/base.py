@@ -30,7 +30,7 @@ class BaseLaplace(ABC):
     model
         The trained network; it is read, never written.
     likelihood
-        ``"classification"`` or ``"regression"``.
+        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     sigma_noise
         Standard deviation of the observation noise, in target units; regression only.
     prior_precision

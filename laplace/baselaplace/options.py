@@ -43,23 +43,29 @@ def prediction_options(
     """
     kind = choose(PredType, pred_type, "pred_type")
     link = choose(LinkApprox, link_approx, "link_approx")
-    has_link = LIKELIHOODS[likelihood].has_link
+    # Scores are predicted as they are; probabilities of pairs pass the link.
+    has_link = LIKELIHOODS[likelihood].has_link or fitting
+    bridge = link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
     problem = ""
     if kind is PredType.GP:
         problem = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
-    elif fitting:
+    elif fitting and LIKELIHOODS[likelihood].n_items == 1:
         problem = f"fitting=True is for reward modeling; it has no meaning for {likelihood.value}."
+    elif fitting and bridge:
+        problem = f'link_approx={link.value!r} is made for several classes; for pairs use "probit" or "mc".'
+    elif fitting and diagonal_output:
+        problem = "Probabilities of pairs need the covariance of both scores: leave out diagonal_output=True."
     elif joint and diagonal_output:
         problem = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
     elif joint and kind is PredType.NN:
         problem = 'joint=True needs pred_type="glm"; sampled predictions are functions already.'
     elif joint and has_link and link is not LinkApprox.MC:
-        problem = 'For classification joint=True averages over whole functions: pass link_approx="mc" with it.'
-    elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and not has_link:
-        problem = f"link_approx={link.value!r} turns logits into probabilities; regression has none."
-    elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and kind is PredType.NN:
+        problem = 'Probabilities with joint=True average over whole functions: pass link_approx="mc" with it.'
+    elif bridge and not has_link:
+        problem = f"link_approx={link.value!r} turns logits into probabilities; regression and scores have none."
+    elif bridge and kind is PredType.NN:
         problem = f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
-    elif link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM) and diagonal_output:
+    elif bridge and diagonal_output:
         problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
     if problem:
         raise UnsupportedError(problem)
@@ -72,4 +78,4 @@ def prediction_options(
     if generator is not None and generator.device.type != device.type:
         msg = f"The generator is on {generator.device}, the model on {device}; create it on the model's device."
         raise InputError(msg)
-    return Options(kind, link, joint, int(n_samples), diagonal_output, generator)
+    return Options(kind, link, joint, int(n_samples), diagonal_output, generator, fitting)

@@ -21,7 +21,7 @@ from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision, iterate
 from laplace.network.parameters import expand_groups
-from laplace.predictive import Linearization, functional_samples, predict
+from laplace.predictive import Linearization, compare, functional_samples, predict
 from laplace.prior import GaussianPrior, fix_prior_prec_structure
 from laplace.types import Inputs
 
@@ -138,15 +138,16 @@ class ParametricLaplace(CheckpointedPosterior):
         generator
             Source of randomness, on the model's device.
         fitting
-            For reward modeling; raises here.
+            Reward modeling: ``x`` are pairs, ``[batch, 2, ...]``; predict which item is preferred. Others raise.
         **model_kwargs
             Passed to the model's ``forward``.
 
         Returns
         -------
-        Classification: probabilities ``[batch, *positions, C]``. Regression: mean ``[batch, *positions, C]`` and
-        covariance ``[…, C, C]``, or variance ``[…, C]`` with ``diagonal_output`` or ``"nn"``, or ``[batch·C]`` and
-        ``[batch·C, batch·C]`` with ``joint``; in target units, without observation noise.
+        Classification: probabilities ``[batch, *positions, C]``; of pairs, with ``fitting``, ``[batch, 2]``. Regression
+        and scores (C = 1): mean ``[batch, *positions, C]`` and covariance ``[…, C, C]``, or variance ``[…, C]`` with
+        ``diagonal_output`` or ``"nn"``, or ``[batch·C]`` and ``[batch·C, batch·C]`` with ``joint``; in target units,
+        without observation noise.
 
         Raises
         ------
@@ -155,7 +156,7 @@ class ParametricLaplace(CheckpointedPosterior):
         UnsupportedError
             If options do not exist or do not go together.
         InputError
-            If the model's outputs are not finite.
+            If the model's outputs are not finite, or those of pairs have another shape.
 
         Notes
         -----
@@ -174,6 +175,7 @@ class ParametricLaplace(CheckpointedPosterior):
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, **model_kwargs)
+            inputs = compare(inputs) if options.fitting else inputs
             with full_precision(self._device):
                 return predict(inputs, posterior, self._frozen_likelihood, options, self._dtype)
 
@@ -334,7 +336,8 @@ class ParametricLaplace(CheckpointedPosterior):
         """
         how = choose(TuningMethod, method, "method")
         structure = choose(PriorStructure, prior_structure, "prior_structure")
-        options = self._options(pred_type, link_approx=link_approx, n_samples=n_samples, generator=generator)
+        pairs = self._output_likelihood.n_items > 1
+        options = self._options(pred_type, False, link_approx, n_samples, generator=generator, fitting=pairs)
         fit, sizes = self._fitted, self._prior.sizes
 
         def spread(precision: Tensor) -> Tensor:

@@ -223,7 +223,8 @@ class FeatureExtractor(nn.Module):
                 return f, phi
         rows = phi.numel() // layer.in_features
         if f.numel() == rows * layer.out_features:
-            if layer.out_features == 1 and f.dim() < phi.dim():
+            # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
+            if layer.out_features == 1 and (f.dim() < phi.dim() or f.shape[-1] != 1):
                 f = f.reshape(*(f.shape or (1,)), 1)
             if f.shape[-1] == layer.out_features:
                 return f, phi.reshape(*f.shape[:-1], layer.in_features)

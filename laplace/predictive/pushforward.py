@@ -34,6 +34,7 @@ class Options:
     n_samples: int = 100
     diagonal_output: bool = False
     generator: torch.Generator | None = None
+    fitting: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,21 @@ class Linearization:
             f = mean + torch.einsum("nd,scd->snc", phi, weight)
             yield f if offset is None else f + offset.unsqueeze(1)
 
+    def pair_jacobians(self, dtype: torch.dtype) -> Float[Tensor, "pairs one params"]:
+        """Derivatives of the differences f₀ − f₁ of each pair in the weights, for outputs ``[pairs, 2, 1]``.
+
+        Parameters
+        ----------
+        dtype
+            To compute in.
+
+        Returns
+        -------
+        ``[pairs, 1, P]``: the difference of the features, and 0 for the bias.
+        """
+        first, second = self.phi.to(dtype).unbind(1)
+        return torch.nn.functional.pad(first - second, (0, int(self.bias))).unsqueeze(1)
+
     def restore(self, rows: Tensor, n_leading: int = 0) -> Tensor:
         """From rows back to ``[batch, *positions]``, in the dtype of the outputs."""
         lead = rows.shape[:n_leading]
@@ -158,7 +174,7 @@ def predict(
     Parameters
     ----------
     inputs
-        Where to predict.
+        Where to predict; with ``fitting``, as ``pairs.compare`` returns them.
     precision
         Posterior precision of the weights.
     likelihood
@@ -170,11 +186,11 @@ def predict(
 
     Returns
     -------
-    Class probabilities ``[batch, *positions, C]``; for regression mean and covariance ``[…, C, C]`` (variance
-    ``[…, C]`` with ``diagonal_output`` or ``pred_type="nn"``; ``[rows·C]`` and ``[rows·C, rows·C]`` with ``joint``),
-    in units of the targets, without observation noise.
+    Class probabilities ``[batch, *positions, C]``, those of pairs ``[batch, 2]``; for regression and scores mean and
+    covariance ``[…, C, C]`` (variance ``[…, C]`` with ``diagonal_output`` or ``pred_type="nn"``; ``[rows·C]`` and
+    ``[rows·C, rows·C]`` with ``joint``), in units of the targets, without observation noise.
     """
-    if options.joint and not likelihood.has_link:
+    if options.joint and not (likelihood.has_link or options.fitting):
         return inputs.f.flatten(), inputs.joint_covariance(precision, dtype).to(inputs.f.dtype)
     mean, cov, link = moments(inputs, precision, likelihood, options, dtype)
     result = likelihood.predict(mean, cov, link)
@@ -202,13 +218,14 @@ def moments(
     Mean ``[rows, C]``, variance ``[rows, C]`` or covariance ``[rows, C, C]``, and a link. Where functions are sampled
     and averaged after the link, the mean is their log probabilities already and the link leaves it alone.
     """
-    if likelihood.has_link and (options.joint or options.pred_type is PredType.NN):
+    has_link = likelihood.has_link or options.fitting
+    if has_link and (options.joint or options.pred_type is PredType.NN):
         functions = inputs.functions(precision, options.n_samples, options.generator, dtype)
         log_probabilities = average_softmax(functions, options.n_samples)
         return log_probabilities, torch.zeros_like(log_probabilities), lambda mean, _cov: mean
     if options.pred_type is PredType.NN:
         return *_sample_moments(inputs, precision, options, dtype), link_function(options)
-    variance_is_enough = likelihood.has_link and options.link in VARIANCE_LINKS
+    variance_is_enough = has_link and (options.fitting or options.link in VARIANCE_LINKS)
     if options.diagonal_output or variance_is_enough:
         return inputs.mean(dtype), inputs.variance(precision, dtype), link_function(options)
     return inputs.mean(dtype), inputs.covariance(precision, dtype), link_function(options)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from laplace.errors import InputError
 from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.predictive.pairs import compare
 from laplace.predictive.pushforward import Linearization, Options, moments, predict
 from laplace.structures import AbstractPrecision
 
@@ -63,6 +64,8 @@ class Validation:
         collected = []
         for x, y in batches:
             inputs = linearize(x)
+            if likelihood.n_items > 1:  # targets are preferences between items
+                inputs = compare(inputs)
             collected.append((inputs, likelihood.flatten(inputs.f, y)))
         if not any(len(positions.f) for _, positions in collected):
             empty = "every target is masked" if collected else "it is empty"

@@ -1,0 +1,106 @@
+"""Probabilities of preferences (``fitting=True`` of reward modeling), from the joint posterior of a pair's scores.
+
+Only the difference Δ = f₀ − f₁ matters, so a pair is a classification problem with the logits (Δ, 0): the links and all
+that is built on them serve it as they are. The variance of Δ contains the covariance of the two scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.errors import ShapeError
+from laplace.predictive.pushforward import Linearization
+from laplace.structures import AbstractPrecision
+
+
+@dataclass(frozen=True)
+class Pairs(Linearization):
+    """Linearized pairs: their outputs are the logits (Δ, 0), whose variances are (var Δ, 0).
+
+    Attributes
+    ----------
+    f
+        Logits, ``[pairs, 2]``.
+    scores
+        Linearized items, with outputs ``[pairs, 2, 1]``.
+    """
+
+    scores: Linearization
+
+    def mean(self, dtype: torch.dtype) -> Float[Tensor, "pairs outputs"]:
+        """Logits, ``[pairs, 2]``."""
+        return against_zero(self.scores.mean(dtype).reshape(-1, 2))
+
+    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs outputs"]:
+        """Variances of the logits, ``[pairs, 2]``, in output units squared.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        dtype
+            To compute in.
+        """
+        variance = precision.functional_variance(self.scores.pair_jacobians(dtype)).flatten(1)
+        return torch.cat([variance, torch.zeros_like(variance)], -1)
+
+    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs outputs outputs"]:
+        """Covariances of the logits, ``[pairs, 2, 2]``: diagonal, because the second is always 0.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+        """
+        return torch.diag_embed(self.variance(precision, dtype))
+
+    def functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples pairs outputs"]]:
+        """Logits of whole functions, in chunks of samples.
+
+        Parameters
+        ----------
+        precision, n_samples, generator, dtype
+            As in ``Linearization.functions``.
+
+        Yields
+        ------
+        ``[samples, pairs, 2]``, ``n_samples`` in all.
+        """
+        for part in self.scores.functions(precision, n_samples, generator, dtype):
+            yield against_zero(part.reshape(len(part), -1, 2))
+
+
+def compare(inputs: Linearization) -> Pairs:
+    """Compare the two items of each pair.
+
+    Parameters
+    ----------
+    inputs
+        Linearized at pairs, with outputs ``[batch, 2, 1]`` (or ``[batch, 2]``).
+
+    Raises
+    ------
+    ShapeError
+        If the outputs are no scores of pairs.
+    """
+    f = inputs.f
+    if f.shape[1:] not in ((2, 1), (2,)):
+        msg = (
+            "fitting=True gives the probabilities of pairs: inputs [batch, 2, ...] with scores [batch, 2, 1]; the "
+            f"model returns {list(f.shape)}. For scores of single inputs leave it out."
+        )
+        raise ShapeError(msg)
+    return Pairs(against_zero(f.reshape(-1, 2)), inputs.phi, inputs.bias, inputs)
+
+
+def against_zero(scores: Float[Tensor, "*batch two"]) -> Float[Tensor, "*batch two"]:
+    """From two scores to the logits (f₀ − f₁, 0), which have the same softmax."""
+    gap = scores[..., :1] - scores[..., 1:]
+    return torch.cat([gap, torch.zeros_like(gap)], -1)
