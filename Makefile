@@ -58,8 +58,9 @@ $(VENV)-peer/.ready:
 	$(VENV)-peer/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
-bench: $(VENV)/.examples $(VENV)-peer/.ready ## time and memory of the last layer, beside laplace-torch
+bench: $(VENV)/.examples $(VENV)-peer/.ready ## time and memory of last layers and of all weights, beside laplace-torch
 	$(BIN)/python benchmarks/last_layer.py --peer $(abspath $(VENV)-peer/bin/python)
+	$(BIN)/python benchmarks/whole_network.py --peer $(abspath $(VENV)-peer/bin/python)
 
 check: lint types docs demo test-slow test ## what CI runs, in this order
 

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from measuring import markdown, number, run, shorten, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "last_layer.json"
-
 
 COLUMNS = [
     "library",
@@ -42,41 +38,11 @@ COLUMNS = [
 ]
 
 
-def run(python: str, case: int, limit_s: float, peer: bool) -> dict[str, Any]:
-    """Measure one case in a process of its own; what a time limit cuts off is missing from the result."""
-    command = [python, str(HERE / "measure_last_layer.py"), "--config", str(CONFIG), "--case", str(case)]
-    # The peer is another package of the same name: run where this one is not on the path.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or not peer}
-    try:
-        done = subprocess.run(
-            command + ["--peer"] * peer,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            cwd="/",
-            env=environment,
-            check=False,
-        )
-        output, note = done.stdout, "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        note = f"stopped after {limit_s:.0f} s"
-    result: dict[str, Any] = {"note": note}
-    for line in output.splitlines():
-        result |= json.loads(line)
-    return result
-
-
 def ratio(part: dict[str, float] | None, name: str) -> str:
     """Time over bare time, and the milliseconds added."""
     if part is None:
         return "–"
     return f"{part[name] / part['bare']:.2f} ({part[name] - part['bare']:+.1f} ms)"
-
-
-def number(value: float | None, unit: str) -> str:
-    """A figure, or a dash where it is missing."""
-    return "–" if value is None else f"{value:.0f} {unit}"
 
 
 def within(row: dict[str, Any]) -> str:
@@ -95,36 +61,32 @@ def within(row: dict[str, Any]) -> str:
     return ", ".join(exceeded) or "yes"
 
 
-def shorten(note: str) -> str:
-    """The end of an error message that is too long for a cell: where the numbers are."""
-    return note if len(note) <= 100 else "… " + note[-98:]
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = []
     for row in rows:
         r = row["result"]
         fit, predict = r.get("fit"), r.get("predict")
-        cells = [
-            row["library"],
-            row["structure"],
-            row["n_outputs"],
-            row["n_features"],
-            ratio(fit, "fit"),
-            number(fit and fit["bare"], "ms"),
-            number(r.get("factorize"), "ms"),
-            number(r.get("first"), "ms"),
-            ratio(predict, "predict"),
-            number(predict and predict["bare"], "ms"),
-            number(r.get("fit_mb"), "MB"),
-            number(r.get("first_mb"), "MB"),
-            number(r.get("predict_mb"), "MB"),
-            within(row) if row["library"] == "laplace" else "",
-            shorten(r["note"]),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                row["library"],
+                row["structure"],
+                row["n_outputs"],
+                row["n_features"],
+                ratio(fit, "fit"),
+                number(fit and fit["bare"], "ms"),
+                number(r.get("factorize"), "ms"),
+                number(r.get("first"), "ms"),
+                ratio(predict, "predict"),
+                number(predict and predict["bare"], "ms"),
+                number(r.get("fit_mb"), "MB"),
+                number(r.get("first_mb"), "MB"),
+                number(r.get("predict_mb"), "MB"),
+                within(row) if row["library"] == "laplace" else "",
+                shorten(r["note"]),
+            ]
+        )
+    return markdown(COLUMNS, lines)
 
 
 def main() -> None:
@@ -139,13 +101,11 @@ def main() -> None:
     for index, case in enumerate(config["cases"]):
         for library, python in libraries.items():
             peer = library != "laplace"
-            rows.append({"library": library, **case, "result": run(python, index, config["limit_s"], peer)})
+            where = ["--config", str(CONFIG), "--case", str(index)]
+            result = run(python, HERE / "measure_last_layer.py", where, config["limit_s"], peer)
+            rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"machine": machine, "config": config, "rows": rows}, indent=1)
-    (arguments.output / "last_layer.json").write_text(content + "\n")
-    (arguments.output / "last_layer.md").write_text(table(rows) + "\n")
+    write(arguments.output, "last_layer", config, rows, table(rows))
     print("\n" + table(rows))
 
 

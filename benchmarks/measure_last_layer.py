@@ -8,55 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from measuring import interleave, peak_mb, seconds
+from networks import convolutional
 from torch.utils.data import DataLoader, TensorDataset
 
 warnings.filterwarnings("ignore")
-
-
-def build(config: dict[str, Any], case: dict[str, Any]) -> nn.Sequential:
-    """A convolutional backbone and a linear head."""
-    layers: list[nn.Module] = []
-    width, size = config["image"][0], config["image"][1]
-    for channels in config["channels"]:
-        layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        width, size = channels, size // 2
-    layers += [nn.Flatten(), nn.Linear(width * size * size, case["n_features"]), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(case["n_features"], case["n_outputs"])).eval()
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def peak_mb(action: Callable[[], object]) -> float:
-    """Highest resident memory of this process during one call, in MB (Linux: the high-water mark is reset first)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    action()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
-
-
-def interleave(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median wall time in ms of each action, in turns; one round of warming up is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for repeat in range(repeats + 1):
-        for name, action in actions.items():
-            elapsed = seconds(action)
-            if repeat:
-                times[name].append(1e3 * elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[str, Any]:
@@ -66,7 +27,7 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
     torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     dtype = getattr(torch, config["dtype"])
-    model = build(config, case).to(dtype)
+    model = convolutional(config["image"], config["channels"], case["n_features"], case["n_outputs"]).to(dtype)
     x = torch.randn(config["rows"], *config["image"], dtype=dtype)
     y = torch.randint(case["n_outputs"], (config["rows"],))
     loader = DataLoader(TensorDataset(x, y), batch_size=config["batch_size"])

@@ -1,0 +1,112 @@
+"""Time and memory of a call, a process for each row of a table, and the cells of that table."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def resident_mb(name: str) -> float:
+    """Resident memory of this process in MB (Linux): ``VmRSS``, what it has now, or ``VmHWM``, its highest mark."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(name))
+
+
+def peak_mb(action: Callable[[], object]) -> float:
+    """Highest resident memory of this process during one call, in MB (the high-water mark is reset first)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    action()
+    return resident_mb("VmHWM")
+
+
+def added_mb(action: Callable[[], object]) -> float:
+    """Peak of one call above what is resident before it; what earlier calls freed is given back first (glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_mb("VmRSS")
+    return peak_mb(action) - before
+
+
+def interleave(
+    actions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True, budget_s: float = float("inf")
+) -> dict[str, float]:
+    """Median wall time in ms of each action, in turns until a budget is spent; a round of warming up is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    start = time.perf_counter()
+    for repeat in range(repeats + warm_up):
+        for name, action in actions.items():
+            elapsed = seconds(action)
+            if repeat or not warm_up:
+                times[name].append(1e3 * elapsed)
+        if all(times.values()) and time.perf_counter() - start > budget_s:
+            break
+    for name, action in actions.items():  # what is short is not left with the few figures of a spent budget
+        while len(times[name]) < repeats and sum(times[name]) < 1e3:
+            times[name].append(1e3 * seconds(action))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run(python: str, script: Path, arguments: list[str], limit_s: float, peer: bool) -> dict[str, Any]:
+    """What a script prints in a process of its own, as JSON lines; what a time limit cuts off is missing."""
+    # The peer is another package of the same name: run where this one is not on the path.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or not peer}
+    try:
+        done = subprocess.run(
+            [python, str(script), *arguments, *["--peer"] * peer],
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            cwd="/",
+            env=environment,
+            check=False,
+        )
+        output, errors = done.stdout, done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        note = "" if done.returncode == 0 else errors[-1]
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        note = f"stopped after {limit_s:.0f} s"
+    result: dict[str, Any] = {"note": note}
+    for line in output.splitlines():
+        result |= json.loads(line)
+    return result
+
+
+def number(value: float | None, unit: str) -> str:
+    """A figure, or a dash where it is missing."""
+    return "–" if value is None else f"{value:.0f} {unit}"
+
+
+def shorten(note: str) -> str:
+    """The end of an error message that is too long for a cell: where the numbers are."""
+    return note if len(note) <= 100 else "… " + note[-98:]
+
+
+def markdown(columns: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def write(output: Path, name: str, config: dict[str, Any], rows: list[dict[str, Any]], text: str) -> None:
+    """Keep the rows with their configuration and machine as JSON, and the table as Markdown."""
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+    output.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"machine": machine, "config": config, "rows": rows}, indent=1)
+    (output / f"{name}.json").write_text(content + "\n")
+    (output / f"{name}.md").write_text(text + "\n")
