@@ -116,6 +116,15 @@ class FeatureReduction(str, Enum):
     """The mean over positions."""
 
 
+class KfacApprox(str, Enum):
+    """How Kronecker factors treat a weight that is used at several positions of a datum."""
+
+    EXPAND = "expand"
+    """Positions count as data."""
+    REDUCE = "reduce"
+    """Positions are averaged first."""
+
+
 class CurvatureKind(str, Enum):
     """Which matrix a curvature back end computes; it decides how the matrix scales with the observation noise."""
 

@@ -39,3 +39,7 @@ class NotPositiveDefiniteError(torch.linalg.LinAlgError):  # pyright: ignore[rep
 
 class NumericalWarning(UserWarning):
     """A number was computed, but with less precision or with a stated correction."""
+
+
+class PerformanceWarning(UserWarning):
+    """A result is exact, but took a way that is much slower than another; the message names both."""

@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from laplace.baselaplace import ParametricLaplace
+from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
+    (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
@@ -39,7 +42,7 @@ def Laplace(
     likelihood
         ``"classification"`` or ``"regression"``.
     subset_of_weights
-        Which weights are random: ``"last_layer"``.
+        Which weights are random: those of the ``"last_layer"``, or ``"all"`` that require a gradient.
     hessian_structure
         How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
     *args, **kwargs

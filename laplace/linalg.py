@@ -6,6 +6,7 @@ Storey 0: nothing here knows about models, priors or likelihoods.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
@@ -63,6 +64,21 @@ def check_finite(values: Tensor, name: str, advice: str) -> None:
 
 CHUNK_ELEMENTS = 2**24
 """Largest temporary that chunked computations make, in numbers: 64 MB in float32."""
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Total memory of a device in bytes; ``None`` where it is not known.
+
+    Parameters
+    ----------
+    device
+        The CPU, or a CUDA device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ())):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:

@@ -5,9 +5,8 @@ Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/*.featu
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 
 from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood
+from laplace.enums import FeatureReduction, Likelihood, PredType
 from laplace.errors import StateError, UnsupportedError
 from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating, full_precision
-from laplace.network.parameters import split_sizes
-from laplace.predictive import Linearization
-from laplace.structures import STRUCTURES
+from laplace.predictive import FeatureLinearization, Linearization
 from laplace.types import Inputs
 
 
@@ -128,6 +125,8 @@ class LLLaplace(ParametricLaplace):
             curvature_dtype=curvature_dtype,
         )
 
+    _last_layer: ClassVar[bool] = True
+
     @property
     def enable_backprop(self) -> bool:
         """Whether predictions are differentiable with respect to the inputs; assign to change it."""
@@ -179,50 +178,20 @@ class LLLaplace(ParametricLaplace):
         if known is None:
             self.model.set_last_layer(name)
 
-    def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+    def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:  # noqa: ARG002
         f, phi = self.model.forward_with_features(x, **model_kwargs)
         assert self.model.last_layer is not None, "the forward pass finds it"
         self._warn_if_moved()
-        return Linearization(f, phi, bias=self.model.last_layer.bias is not None)
-
-    def _warn_if_moved(self) -> None:
-        """Warn when the head is not what it was in ``fit``: outputs and posterior then belong to other weights."""
-        fit = self.__dict__.get("_fit")
-        if fit is None:
-            return
-        for parameter, fitted in zip(self.params, split_sizes(fit.mean, self._prior.sizes), strict=True):
-            if not torch.equal(parameter.detach().reshape(-1).to(fitted), fitted):
-                msg = (
-                    "The weights of the last layer have changed since fit: predictions are centered at the new ones, "
-                    "their uncertainty belongs to the old ones. Fit again."
-                )
-                warnings.warn(msg, UserWarning, stacklevel=4)
-                return
+        return FeatureLinearization(f, phi, bias=self.model.last_layer.bias is not None)
 
     def _before_first(self, batch: Batch) -> None:
         if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
             self.model.find_last_layer(batch.x)
+        self._check_memory()
 
     def _count_outputs(self) -> int:
         assert self.model.last_layer is not None, "fit has run the model"
         return self.model.last_layer.out_features
-
-    def _make_backend(self) -> CurvatureInterface:
-        options = dict(self._backend_kwargs)
-        if self._curvature_dtype is not None:
-            options.setdefault("curvature_dtype", self._curvature_dtype)
-        backend = self._backend_cls(
-            self.model,
-            self.likelihood,
-            last_layer=True,
-            dict_key_x=self.dict_key_x,
-            dict_key_y=self.dict_key_y,
-            **options,
-        )
-        structure = next(name for name, cls in STRUCTURES.items() if cls is self.curvature_type)
-        if structure not in backend.structures:
-            raise backend.cannot(structure)
-        return backend
 
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
         """Outputs and their variances, without covariances and without a Jacobian.

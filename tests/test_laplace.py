@@ -49,7 +49,10 @@ def test_further_arguments_reach_the_estimator():
         ({"subset_of_weights": "last"}, "subset_of_weights must be one of 'all', 'last_layer', 'subnetwork'"),
         ({"hessian_structure": "kronn"}, "hessian_structure must be one of.*Did you mean 'kron'"),
         ({"likelihood": "classify"}, "likelihood must be one of"),
-        ({"subset_of_weights": "all"}, r"no estimator for subset_of_weights='all'.*\('last_layer', 'kron'\)"),
+        (
+            {"subset_of_weights": "subnetwork"},
+            r"no estimator for subset_of_weights='subnetwork'.*\('last_layer', 'kron'\)",
+        ),
         ({"hessian_structure": "lowrank"}, r"hessian_structure='lowrank'.*\('last_layer', 'full'\)"),
         ({"functional_approximation": "nystrom"}, "functional_approximation='nystrom' needs"),
         ({"functional_approximation": "none"}, "functional_approximation must be one of 'sod'"),

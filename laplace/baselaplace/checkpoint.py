@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from laplace import linalg
-from laplace.baselaplace.posterior import WeightPosterior
+from laplace.baselaplace.weights import NetworkPosterior
 from laplace.errors import StateError
 from laplace.fit import Fit
 from laplace.prior import GaussianPrior
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the layout of a state; raised when it changes."""
 
 
@@ -128,13 +128,8 @@ def move(value: Any, device: torch.device, known: dict[int, Tensor] | None = Non
     return value
 
 
-class CheckpointedPosterior(WeightPosterior):
+class CheckpointedPosterior(NetworkPosterior):
     """A posterior that can be saved, loaded, moved and pickled."""
-
-    @property
-    def _network(self) -> nn.Module:
-        """The user's model."""
-        return self.model
 
     def _identity(self) -> dict[str, Any]:
         """What a state and the object that loads it must agree on."""

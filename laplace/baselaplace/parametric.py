@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,14 +175,16 @@ class ParametricLaplace(CheckpointedPosterior):
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._checked_linearization(x, **model_kwargs)
+            inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             inputs = compare(inputs) if options.fitting else inputs
             with full_precision(self._device):
                 return predict(inputs, posterior, self._frozen_likelihood, options, self._dtype)
 
-    def _checked_linearization(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+    def _checked_linearization(
+        self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any
+    ) -> Linearization:
         """Outputs at inputs of a user, which must be finite."""
-        inputs = self._linearize(x, **model_kwargs)
+        inputs = self._linearize(x, pred_type, **model_kwargs)
         check_outputs(inputs.f)
         return inputs
 
@@ -234,7 +237,7 @@ class ParametricLaplace(CheckpointedPosterior):
             raise UnsupportedError(msg)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._checked_linearization(x)
+            inputs = self._checked_linearization(x, options.pred_type)
             with full_precision(self._device):
                 return functional_samples(inputs, posterior, options, self._dtype)
 
@@ -266,6 +269,11 @@ class ParametricLaplace(CheckpointedPosterior):
         """
         samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
         return self._output_likelihood.expectation(samples)
+
+    def _tuned(self, pred_type: PredType, x: Inputs) -> Linearization:
+        """Validation inputs, linearized with the model in evaluation mode."""
+        with evaluating(self.model):
+            return self._linearize(x, pred_type)
 
     # -- tuning -------------------------------------------------------------------------------------------------------
 
@@ -371,7 +379,7 @@ class ParametricLaplace(CheckpointedPosterior):
             likelihood, dtype = self._frozen_likelihood, self._dtype
             with evaluating(self.model):
                 batches = iterate(val_loader, dict_key_y=self.dict_key_y, device=self._device)
-                data = tuning.Validation.collect(batches, self._linearize, likelihood)
+                data = tuning.Validation.collect(batches, partial(self._tuned, options.pred_type), likelihood)
             with torch.inference_mode(False), torch.no_grad(), full_precision(self._device):
                 curvature = fit.curvature * likelihood.curvature_scale(self.backend.kind)
                 draws = torch.randint(2**62, (), generator=generator, device=self._device)

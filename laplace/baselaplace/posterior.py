@@ -18,6 +18,7 @@ from torch import Tensor
 
 from laplace import linalg, tuning
 from laplace.baselaplace.base import BaseLaplace
+from laplace.enums import PredType
 from laplace.errors import InputError, ShapeError
 from laplace.fit import Fit
 from laplace.network import Batch, ParameterSubset, evaluating, full_precision, iterate
@@ -38,7 +39,7 @@ class WeightPosterior(BaseLaplace):
         """The random weights; ``None`` while they are not known. Declared by a subset class."""
 
     @abstractmethod
-    def _linearize(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+    def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:
         """Outputs at ``x`` and how they depend on the random weights. Declared by a subset class."""
 
     def _posterior_options(self) -> dict[str, Any]:
@@ -73,7 +74,8 @@ class WeightPosterior(BaseLaplace):
         Notes
         -----
         The model is left as it was found. When something is raised, so is this object.
-        One forward pass over the data and no backward pass. The factorization is left to the first use.
+        Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
+        each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
         """
         counts = {"data": 0, "positions": 0}
         with evaluating(self.model):

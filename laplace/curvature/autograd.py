@@ -1,85 +1,140 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
-For the last layer they call the closed forms of ``curvature/last_layer.py``: one forward pass a batch.
+Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass a batch),
+backward passes to the outputs of layers for all weights (``curvature/all_weights.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from laplace.curvature import last_layer, pairs
+from laplace.curvature.all_weights import AllWeightsEngine
+from laplace.curvature.by_autograd import WrittenOut, hessian_rows
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
-from laplace.likelihoods import Positions
-from laplace.network.modes import full_precision
+from laplace.curvature.last_layer_engine import LastLayerEngine
+from laplace.curvature.recording import Recording
+from laplace.enums import HessianStructure, KfacApprox, choose
+from laplace.network.batches import differentiable
 from laplace.structures import Kron
-from laplace.types import Inputs
+from laplace.types import Inputs, Jacobians
 
 
 class AutogradInterface(CurvatureInterface):
-    """The closed forms of the last layer, given the output Hessian of the kind of curvature."""
+    """Our own engines, given the output Hessian of the kind of curvature."""
 
     finds_last_layer: ClassVar[bool] = True
+    _reduce = False
+
+    @cached_property
+    def _engine(self) -> LastLayerEngine | AllWeightsEngine:
+        """Computes curvature in the chosen weights."""
+        return LastLayerEngine(self) if self.network is None else AllWeightsEngine(self, self.network, self._reduce)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · (C D)²), see ``curvature.last_layer.full``."""
+        """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · P²), for all weights times the number of columns."""
         self._refuse(kwargs)
-        with self._rows(x, y) as (loss, phi, positions):
-            return loss, self._closed_forms.full(phi, self.output_hessian(positions), self._has_bias)
+        return self._engine.full(x, y)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and diagonal ``[P]``: O(rows · C D)."""
+        """Loss ``[]`` and diagonal ``[P]``: O(rows · P), for all weights times the number of columns."""
         self._refuse(kwargs)
-        with self._rows(x, y) as (loss, phi, positions):
-            return loss, self._closed_forms.diag(phi, self.output_hessian(positions), self._has_bias)
+        return self._engine.diag(x, y)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Loss ``[]`` and Kronecker factors: O(rows · (C² + D²)); the inputs' side divided by ``N``.
+        """Loss ``[]`` and Kronecker factors; the inputs' side divided by ``N`` (times the positions of a datum).
 
         The factors are summed in float64 whatever the model is: an eigenvalue that is zero but for rounding to float32
         would count as curvature where the prior precision is smaller, and variances would come out too small.
         """
         self._refuse(kwargs)
-        with self._rows(x, y) as (loss, phi, positions):
-            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # which that device does not have
-            hessian = self.output_hessian(positions.to(wide))
-            sums = self._closed_forms.kron(phi.to(wide), hessian, self._has_bias)
-            return loss, sums if N == 1 else sums.divide_inputs(N)
+        loss, sums = self._engine.kron(x, y)
+        if N == 1:
+            return loss, sums
+        n_data = max(self.count(y), 1)
+        counts = [n_data] * len(sums) if sums.counts is None else sums.counts
+        return loss, sums.divide_inputs([count * N / n_data for count in counts])
 
-    @property
-    def _closed_forms(self) -> ModuleType:
-        """``diag``, ``kron`` and ``full``: of a linear layer, or of a score head that compares the items of a pair."""
-        return last_layer if self.output_likelihood.n_items == 1 else pairs
+    def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
+        """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
+        if isinstance(self._engine, LastLayerEngine):
+            return self.last_layer_jacobians(x, enable_backprop)
+        return self._engine.jacobians(x, enable_backprop)
 
-    @property
-    def _has_bias(self) -> bool:
-        return self._head.bias is not None
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
+        if isinstance(self._engine, LastLayerEngine):
+            return super().gradients(x, y)
+        return self._engine.gradients(x, y)
 
-    @contextmanager
-    def _rows(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Tensor, Positions], None, None]:
-        """Loss, features and outputs of the unmasked positions; the body runs in full precision and builds no graph."""
-        with torch.no_grad():
-            f, phi = self.model.forward_with_features(x)
-            with full_precision(f.device):
-                positions = self._positions(self._widen(f), y)
-                yield (
-                    self.output_likelihood.nll(positions.f, positions.y),
-                    positions.select(self._widen(phi)),
-                    positions,
-                )
+    def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Recording | WrittenOut:
+        """Outputs and their derivatives in factors; for all weights one backward pass a column, made when asked for."""
+        if isinstance(self._engine, LastLayerEngine):
+            return super().derivatives(x, enable_backprop, **model_kwargs)
+        return self._engine.record(x, create_graph=enable_backprop, **model_kwargs)
 
 
 class AutogradGGN(AutogradInterface, GGNInterface):
-    """Generalized Gauss–Newton matrix, exact or (``stochastic=True``) with Λ sampled from the model."""
+    """Generalized Gauss–Newton matrix, exact or (``stochastic=True``) with Λ sampled from the model.
+
+    Parameters
+    ----------
+    model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, curvature_dtype
+        As in ``CurvatureInterface``.
+    stochastic, num_samples, generator
+        As in ``GGNInterface``: for all weights one backward pass a sample, instead of one an output.
+    kfac_approx
+        For all weights and the Kronecker structure: ``"expand"`` treats the positions that share a weight as data,
+        ``"reduce"`` averages them.
+    """
+
+    def __init__(self, *args: Any, kfac_approx: KfacApprox | str = KfacApprox.EXPAND, **kwargs: Any) -> None:
+        self._reduce = choose(KfacApprox, kfac_approx, "kfac_approx") is KfacApprox.REDUCE
+        super().__init__(*args, **kwargs)
 
 
 class AutogradHessian(AutogradInterface):
-    """The Hessian; for the last layer, in which outputs are linear, it equals the generalized Gauss–Newton matrix."""
+    """The Hessian of the negative log-likelihood; for the last layer, in which outputs are linear, that is the GGN.
+
+    For all weights it is exact, takes P backward passes a batch, and may be indefinite away from a minimum: whatever
+    needs a positive definite precision then raises ``NotPositiveDefiniteError``. It has no Kronecker factors.
+    """
+
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and Hessian ``[P, P]``."""
+        if self.last_layer:
+            return super().full(x, y, **kwargs)
+        self._refuse(kwargs)
+        loss, rows = self._rows(x, y)
+        return self._widen(loss.detach()), torch.stack([self._widen(row) for row in rows])
+
+    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and the diagonal of the Hessian ``[P]``."""
+        if self.last_layer:
+            return super().diag(x, y, **kwargs)
+        self._refuse(kwargs)
+        loss, rows = self._rows(x, y)
+        return self._widen(loss.detach()), torch.stack([self._widen(row[index]) for index, row in enumerate(rows)])
+
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Of the last layer; for all weights there are no factors."""
+        if self.last_layer:
+            return super().kron(x, y, N, **kwargs)
+        raise self.cannot(HessianStructure.KRON)
+
+    def provides(self, structure: HessianStructure) -> bool:
+        """Whether there is a structure for the chosen weights."""
+        return super().provides(structure) and (self.last_layer or structure is not HessianStructure.KRON)
+
+    def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Any]:
+        """The loss and the rows of its Hessian."""
+        with torch.enable_grad():
+            positions = self.positions(self.outputs(differentiable(x)), y)
+            loss = self.output_likelihood.nll(positions.f, positions.y)
+        return loss, hessian_rows(loss, self.params)
 
 
 class AutogradEF(AutogradInterface, EFInterface):
@@ -87,34 +142,3 @@ class AutogradEF(AutogradInterface, EFInterface):
 
     The Kronecker structure treats positions of a datum as independent, as its factors do everywhere.
     """
-
-    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and ``Σ g gᵀ`` ``[P, P]``, ``g`` summed over the positions of a datum first."""
-        self._refuse(kwargs)
-        with self._rows(x, y) as (loss, phi, positions):
-            if positions.datum is None:
-                return loss, self._closed_forms.full(phi, self.output_hessian(positions), self._has_bias)
-            total = phi.new_zeros(self._n_params, self._n_params)
-            for gradients in self._datum_gradients(phi, positions):
-                total.addmm_(gradients.T, gradients)
-            return loss, total
-
-    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and ``Σ g²`` ``[P]``, ``g`` summed over the positions of a datum first."""
-        self._refuse(kwargs)
-        with self._rows(x, y) as (loss, phi, positions):
-            if positions.datum is None:
-                return loss, self._closed_forms.diag(phi, self.output_hessian(positions), self._has_bias)
-            total = phi.new_zeros(self._n_params)
-            for gradients in self._datum_gradients(phi, positions):
-                total += gradients.square().sum(0)
-            return loss, total
-
-    @property
-    def _n_params(self) -> int:
-        return sum(parameter.numel() for parameter in self.params)
-
-    def _datum_gradients(self, phi: Tensor, positions: Positions) -> Iterator[Tensor]:
-        assert positions.datum is not None, "one position a datum needs no sums"
-        gradient = self.output_likelihood.gradient(positions.f, positions.y)
-        return last_layer.per_datum_gradients(phi, gradient, positions.datum, self._has_bias)

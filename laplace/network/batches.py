@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace.errors import InputError
+from laplace.errors import InputError, UnsupportedError
 from laplace.types import Inputs
 
 
@@ -31,21 +31,24 @@ def to_device(value: Any, device: torch.device) -> Any:
 
     Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), as do named tuples.
     """
-    if isinstance(value, Tensor):
-        return value.to(device)
+    return _map(value, lambda item: item.to(device) if isinstance(item, Tensor) else item)
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to everything in a nested structure that is no container."""
     if isinstance(value, Mapping):
-        moved = {key: to_device(item, device) for key, item in value.items()}
+        mapped = {key: _map(item, function) for key, item in value.items()}
         if not isinstance(value, MutableMapping):
-            return moved
+            return mapped
         same_type = copy.copy(value)
-        same_type.update(moved)
+        same_type.update(mapped)
         return same_type
     if isinstance(value, tuple):
-        items = [to_device(item, device) for item in value]
+        items = [_map(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [to_device(item, device) for item in value]
-    return value
+        return [_map(item, function) for item in value]
+    return function(value)
 
 
 def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
@@ -111,8 +114,10 @@ def iterate(
         yield split(batch, dict_key_y, device)
 
 
-def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
-    """Call ``model`` on inputs of any nesting, reading its signature to see how it takes them.
+def arguments(
+    model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How inputs of any nesting enter a model: positional and keyword arguments, read off its signature.
 
     A mapping is unpacked into keyword arguments when ``forward`` has a parameter named ``dict_key_x`` (the targets
     under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes several inputs.
@@ -132,10 +137,75 @@ def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **mod
             )
             raise InputError(msg)
         if takes_keyword(model, dict_key_x):
-            return model(**{key: value for key, value in x.items() if key != dict_key_y}, **model_kwargs)
+            return (), {key: value for key, value in x.items() if key != dict_key_y}
     elif isinstance(x, (tuple, list)) and takes_several(model):
-        return model(*x, **model_kwargs)
-    return model(x, **model_kwargs)
+        return tuple(x), {}
+    return (x,), {}
+
+
+def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
+    """Call ``model`` on inputs of any nesting, see ``arguments``."""
+    args, kwargs = arguments(model, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+    return model(*args, **kwargs, **model_kwargs)
+
+
+def rows_of(x: Inputs, row: int, n_rows: int) -> Inputs:
+    """One row of nested inputs, as a batch of one; tensors that are not as long as the batch are kept whole.
+
+    Parameters
+    ----------
+    x
+        A batch of inputs.
+    row
+        Which row.
+    n_rows
+        Number of rows of the batch.
+    """
+
+    def take(value: Any) -> Any:
+        return value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (n_rows,) else value
+
+    return _map(x, take)
+
+
+def count_rows(x: Inputs) -> int:
+    """Number of rows of the first tensor among nested inputs; 1 where there is none."""
+    sizes: list[int] = []
+    _map(x, lambda value: sizes.append(len(value)) if isinstance(value, Tensor) and value.dim() else None)
+    return sizes[0] if sizes else 1
+
+
+def differentiable(x: Inputs) -> Inputs:
+    """Inputs that may be saved for a backward pass: tensors made under ``torch.inference_mode`` are copied."""
+    return _map(x, lambda value: value.clone() if isinstance(value, Tensor) and value.is_inference() else value)
+
+
+def output_tensor(outputs: Any) -> Tensor:
+    """The tensor of outputs of whatever a model returned: itself, or the entry ``logits`` of a mapping.
+
+    Parameters
+    ----------
+    outputs
+        What the model returned.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none.
+    """
+    if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            keys = ", ".join(repr(key) for key in outputs)
+            msg = f"The model returns a mapping without 'logits' (its keys: {keys}); return the outputs under it."
+            raise UnsupportedError(msg)
+        outputs = outputs["logits"]
+    if not isinstance(outputs, Tensor):
+        msg = (
+            "The model must return a tensor, or a mapping with the tensor 'logits'; "
+            f"it returns {type(outputs).__name__}."
+        )
+        raise UnsupportedError(msg)
+    return outputs
 
 
 def parameters_of(model: nn.Module) -> list[inspect.Parameter]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import ShapeError, UnsupportedError
-from laplace.network.batches import call
+from laplace.network.batches import call, output_tensor
 from laplace.network.modes import full_precision
 from laplace.types import Inputs
 
@@ -169,7 +168,7 @@ class FeatureExtractor(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        f = self._logits(outputs)
+        f = output_tensor(outputs)
         if not seen:
             self._explain_unseen()
         ((name, (phi, head_outputs)),) = seen.items()
@@ -193,23 +192,6 @@ class FeatureExtractor(nn.Module):
         return f, phi
 
     # -- what the outputs are -----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _logits(outputs: Any) -> Tensor:
-        """The output tensor of whatever the model returned."""
-        if isinstance(outputs, Mapping):
-            if "logits" not in outputs:
-                keys = ", ".join(repr(key) for key in outputs)
-                msg = f"The model returns a mapping without 'logits' (its keys: {keys}); return the outputs under it."
-                raise UnsupportedError(msg)
-            outputs = outputs["logits"]
-        if not isinstance(outputs, Tensor):
-            msg = (
-                "The model must return a tensor, or a mapping with the tensor 'logits'; "
-                f"it returns {type(outputs).__name__}."
-            )
-            raise UnsupportedError(msg)
-        return outputs
 
     def _align(self, f: Tensor, phi: Tensor, layer: nn.Linear, name: str | None) -> tuple[Tensor, Tensor]:
         """Give outputs and features the same leading axes."""

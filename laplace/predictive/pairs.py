@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import ShapeError
-from laplace.predictive.pushforward import Linearization
+from laplace.errors import ShapeError, UnsupportedError
+from laplace.predictive.linearization import Linearization
 from laplace.structures import AbstractPrecision
 
 
@@ -30,6 +30,7 @@ class Pairs(Linearization):
         Linearized items, with outputs ``[pairs, 2, 1]``.
     """
 
+    f: Tensor
     scores: Linearization
 
     def mean(self, dtype: torch.dtype) -> Float[Tensor, "pairs outputs"]:
@@ -46,7 +47,7 @@ class Pairs(Linearization):
         dtype
             To compute in.
         """
-        variance = precision.functional_variance(self.scores.pair_jacobians(dtype)).flatten(1)
+        variance = self.scores.pair_variance(precision, dtype)
         return torch.cat([variance, torch.zeros_like(variance)], -1)
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs outputs outputs"]:
@@ -58,6 +59,45 @@ class Pairs(Linearization):
             As in ``variance``.
         """
         return torch.diag_embed(self.variance(precision, dtype))
+
+    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:  # noqa: ARG002
+        """Not asked for: joint predictions of pairs average over functions."""
+        msg = "Probabilities of pairs have no joint covariance; joint=True averages over functions."
+        raise UnsupportedError(msg)
+
+    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
+        """That of the scores.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+        """
+        return self.scores.pair_variance(precision, dtype)
+
+    def kept(self, limit: int) -> tuple[Linearization, int] | None:
+        """What is kept of the scores.
+
+        Parameters
+        ----------
+        limit
+            How many numbers may be kept.
+        """
+        found = self.scores.kept(limit)
+        return None if found is None else (Pairs(self.f, found[0]), found[1])
+
+    def network_functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples pairs outputs"]]:
+        """The same of the network itself.
+
+        Parameters
+        ----------
+        precision, n_samples, generator, dtype
+            As in ``functions``.
+        """
+        for part in self.scores.network_functions(precision, n_samples, generator, dtype):
+            yield against_zero(part.reshape(len(part), -1, 2))
 
     def functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
@@ -97,7 +137,7 @@ def compare(inputs: Linearization) -> Pairs:
             f"model returns {list(f.shape)}. For scores of single inputs leave it out."
         )
         raise ShapeError(msg)
-    return Pairs(against_zero(f.reshape(-1, 2)), inputs.phi, inputs.bias, inputs)
+    return Pairs(against_zero(f.reshape(-1, 2)), inputs)
 
 
 def against_zero(scores: Float[Tensor, "*batch two"]) -> Float[Tensor, "*batch two"]:

@@ -7,15 +7,19 @@ error instead of a branch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import InputError, ShapeError
+from laplace import linalg
+from laplace.enums import HessianStructure
+from laplace.errors import InputError, UnsupportedError
 from laplace.prior import GaussianPrior
+from laplace.structures.dense_jacobian import check_jacobians, dense_rows, head_jacobians
+from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Scalar
 
 
@@ -43,6 +47,8 @@ class AbstractCurvature(ABC):
 
     Immutable: every operation returns a new one.
     """
+
+    name: ClassVar[HessianStructure]
 
     @classmethod
     @abstractmethod
@@ -107,6 +113,47 @@ class AbstractCurvature(ABC):
             )
             raise InputError(msg)
         return total
+
+    @classmethod
+    @abstractmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """Memory that curvature, factorization and one more copy take.
+
+        Parameters
+        ----------
+        shapes
+            Of the parameter groups.
+        dtype
+            Of the curvature.
+        """
+
+    @classmethod
+    def check_memory(cls, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Raise if the curvature cannot fit the memory of the device, whatever else is there.
+
+        Parameters
+        ----------
+        parameters
+            The random weights.
+        dtype
+            Of the curvature.
+
+        Raises
+        ------
+        UnsupportedError
+            If it cannot; the message says what would be needed and what fits.
+        """
+        needed = cls.bytes_needed([tuple(parameter.shape) for parameter in parameters], dtype)
+        available = linalg.memory_of(parameters[0].device)
+        if available is not None and needed > available:
+            n_params = sum(parameter.numel() for parameter in parameters)
+            msg = (
+                f"hessian_structure={cls.name.value!r} for {n_params} weights takes about {needed / 1e9:.1f} GB; this "
+                f"device has {available / 1e9:.1f} GB. What takes less: hessian_structure='diag' "
+                f"({3 * n_params * dtype.itemsize / 1e9:.2g} GB), 'kron' unless a layer is very wide, or fewer random "
+                "weights (subset_of_weights='last_layer', or requires_grad_(False) on some layers)."
+            )
+            raise UnsupportedError(msg)
 
     @property
     @abstractmethod
@@ -281,6 +328,36 @@ class AbstractPrecision(ABC):
         flat = J.flatten(0, 1)
         return flat @ self.solve(flat).mT
 
+    def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
+        """J_qb A⁻¹ J_qbᵀ for derivatives that are kept in factors; structures override it so that J is never whole.
+
+        Parameters
+        ----------
+        blocks
+            One for each parameter group.
+        """
+        return torch.cat([self.functional_variance(J).diagonal(dim1=1, dim2=2) for J in dense_rows(blocks)]).T
+
+    def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
+        """The same between the columns of each datum.
+
+        Parameters
+        ----------
+        blocks
+            One for each parameter group.
+        """
+        return torch.cat([self.functional_variance(J) for J in dense_rows(blocks)])
+
+    def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
+        """The same between all columns of all data, ``[batch·columns, batch·columns]``, datum by datum.
+
+        Parameters
+        ----------
+        blocks
+            One for each parameter group.
+        """
+        return self.functional_covariance(torch.cat(list(dense_rows(blocks))))
+
     def feature_variance(
         self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
     ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
@@ -319,35 +396,3 @@ class AbstractPrecision(ABC):
             Whether the layer has a bias.
         """
         return self.functional_covariance(head_jacobians(phi, n_outputs, bias))
-
-
-def head_jacobians(
-    phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-) -> Float[Tensor, "rows outputs params"]:
-    """The Jacobian of a linear layer in its own weights, written out: ``[I_C ⊗ φᵀ, I_C]``.
-
-    Its size is C times that of the outputs' gradients: only the generic paths use it.
-    """
-    eye = torch.eye(n_outputs, dtype=phi.dtype, device=phi.device)
-    weight = torch.einsum("ck,nd->nckd", eye, phi).flatten(2)
-    return torch.cat([weight, eye.expand(len(phi), -1, -1)], -1) if bias else weight
-
-
-def check_jacobians(J: Tensor, n_params: int) -> None:
-    """Raise unless Jacobians are ``[batch, outputs, P]``.
-
-    Parameters
-    ----------
-    J
-        What should be Jacobians.
-    n_params
-        P.
-
-    Raises
-    ------
-    ShapeError
-        If they are not.
-    """
-    if J.dim() != 3 or J.shape[-1] != n_params:
-        msg = f"Jacobians must have the shape [batch, outputs, {n_params}]; got {list(J.shape)}."
-        raise ShapeError(msg)

@@ -5,18 +5,22 @@ H = diag(h),   A = diag(s·h + δ)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.enums import HessianStructure
 from laplace.errors import NotPositiveDefiniteError
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
-from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature, check_jacobians
+from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
+from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Scalar
 
 
@@ -32,11 +36,18 @@ class DiagCurvature(AbstractCurvature):
 
     vector: Float[Tensor, " params"]
 
+    name: ClassVar[HessianStructure] = HessianStructure.DIAG
+
     @classmethod
     def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, DiagCurvature]:
         """Ask the back end for the diagonal."""
         nll, vector = backend.diag(x, y, **options)
         return nll, cls(vector)
+
+    @classmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """Three vectors."""
+        return 3 * dtype.itemsize * sum(math.prod(shape) for shape in shapes)
 
     @property
     def n_params(self) -> int:
@@ -144,6 +155,22 @@ class DiagPrecision(AbstractPrecision):
         """J diag(1/a) Jᵀ by one batched product."""
         check_jacobians(J, self.n_params)
         return (J / self.vector) @ J.mT
+
+    def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
+        """Each block with the variances of its weights."""
+        yield from zip(blocks, (1 / self.vector).split([block.n_params for block in blocks]), strict=True)
+
+    def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
+        """Σ_p J_p² / a_p, block by block."""
+        return sum_parts([block.variance(w) for block, w in self._by_block(blocks)])
+
+    def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
+        """Σ_p J_qp J_kp / a_p, block by block."""
+        return sum_parts([block.covariance(w) for block, w in self._by_block(blocks)])
+
+    def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
+        """The same across data."""
+        return sum_parts([block.kernel(w) for block, w in self._by_block(blocks)])
 
     def feature_variance(
         self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False

@@ -5,16 +5,18 @@ A = s·H + diag(δ) = L Lᵀ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
+from laplace.enums import HessianStructure
 from laplace.network.parameters import augment, output_index
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
@@ -37,11 +39,18 @@ class FullCurvature(AbstractCurvature):
     scale: Scalar | float = 1.0
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    name: ClassVar[HessianStructure] = HessianStructure.FULL
+
     @classmethod
     def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, FullCurvature]:
         """Ask the back end for the dense matrix."""
         nll, matrix = backend.full(x, y, **options)
         return nll, cls(matrix)
+
+    @classmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """Three dense matrices."""
+        return 3 * dtype.itemsize * sum(math.prod(shape) for shape in shapes) ** 2
 
     @property
     def n_params(self) -> int:

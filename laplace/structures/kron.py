@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace import linalg
+from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
@@ -36,8 +37,8 @@ class KronCurvature(AbstractCurvature):
     ----------
     sums
         Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias.
-    count
-        Number of unmasked positions in the sums.
+    counts
+        For each block the number of rows (unmasked positions) in the sum of its inputs.
     scale
         Factor of the whole matrix.
     dtype
@@ -45,16 +46,25 @@ class KronCurvature(AbstractCurvature):
     """
 
     sums: Kron
-    count: int
+    counts: tuple[int, ...]
     scale: Scalar | float = 1.0
     dtype: torch.dtype | None = None
     _cache: dict[str, KronDecomposed] = field(default_factory=dict, repr=False, compare=False)
+
+    name: ClassVar[HessianStructure] = HessianStructure.KRON
 
     @classmethod
     def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, KronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
-        return nll, cls(sums, backend.count(y), dtype=nll.dtype)
+        counts = sums.counts or [backend.count(y)] * len(sums)
+        return nll, cls(sums, tuple(counts), dtype=nll.dtype)
+
+    @classmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """Three pairs of factors a weight, summed in float64; one matrix for other groups."""
+        sides = ((shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0) for shape in shapes)
+        return 3 * max(dtype.itemsize, 8) * sum(first**2 + second**2 for first, second in sides)
 
     @property
     def n_params(self) -> int:
@@ -69,7 +79,7 @@ class KronCurvature(AbstractCurvature):
     @property
     def factors(self) -> Kron:
         """The factors with the inputs' side divided by the count: what the matrix is made of."""
-        factors = self.sums.divide_inputs(max(self.count, 1))
+        factors = self.sums.divide_inputs(self.counts)
         return factors if self.dtype is None else factors.to(self.dtype)
 
     @property
@@ -78,7 +88,7 @@ class KronCurvature(AbstractCurvature):
         """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
         if "decomposed" not in self._cache:
             with torch.no_grad():
-                decomposed = self.sums.divide_inputs(max(self.count, 1)).decompose()
+                decomposed = self.sums.divide_inputs(self.counts).decompose()
             self._cache["decomposed"] = decomposed if self.dtype is None else decomposed.to(self.dtype)
         return self._cache["decomposed"]
 
@@ -88,18 +98,19 @@ class KronCurvature(AbstractCurvature):
         return self.decomposed
 
     def state(self) -> dict[str, Any]:
-        """Raw sums and their count."""
-        return {"sums": self.sums.kfacs, "count": self.count}
+        """Raw sums and their counts."""
+        return {"sums": self.sums.kfacs, "counts": list(self.counts)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:
-        """From raw sums and their count."""
-        return cls(Kron(state["sums"]), state["count"], dtype=dtype)
+        """From raw sums and their counts."""
+        return cls(Kron(state["sums"]), tuple(state["counts"]), dtype=dtype)
 
     def merge(self, other: KronCurvature) -> KronCurvature:
         """Add sums and counts: not the sum of the two matrices."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
-        return replace(self, sums=self.sums + other.sums, count=self.count + other.count, _cache={})
+        counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
+        return replace(self, sums=self.sums + other.sums, counts=counts, _cache={})
 
     def __mul__(self, factor: float | Tensor) -> KronCurvature:
         """Scale the matrix; the eigenbasis is shared."""
@@ -131,6 +142,8 @@ class Kron:
     kfacs
         For each parameter group its factors: two matrices ``[G, A]`` for the block ``G ⊗ A``, or one for the block
         itself. A 1-D factor is a diagonal matrix.
+    counts
+        For raw sums: the number of rows in the inputs' side of each block, where blocks differ in it.
 
     Raises
     ------
@@ -138,8 +151,9 @@ class Kron:
         If a block has not one or two factors, or a factor is not square.
     """
 
-    def __init__(self, kfacs: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None) -> None:
         self.kfacs = [list(block) for block in kfacs]
+        self.counts = None if counts is None else list(counts)
         for block in self.kfacs:
             square = all(side.dim() == 1 or (side.dim() == 2 and side.shape[0] == side.shape[1]) for side in block)
             if len(block) not in (1, 2) or not square:
@@ -196,7 +210,9 @@ class Kron:
                 if (id(a), id(b)) not in sums:
                     sums[id(a), id(b)] = a + b
             blocks.append([sums[id(a), id(b)] for a, b in pairs])
-        return Kron(blocks)
+        if self.counts is None or other.counts is None:
+            return Kron(blocks)
+        return Kron(blocks, [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)])
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""
@@ -205,11 +221,19 @@ class Kron:
     def to(self, dtype: torch.dtype) -> Kron:
         """The same in another precision; shared factors stay shared."""
         known = {id(side): side.to(dtype) for block in self.kfacs for side in block}
-        return Kron([[known[id(side)] for side in block] for block in self.kfacs])
+        return Kron([[known[id(side)] for side in block] for block in self.kfacs], self.counts)
 
-    def divide_inputs(self, count: int) -> Kron:
-        """Divide the inputs' side of each product, its second factor, by a count: from sums to a mean."""
-        return Kron([[*block[:1], *(side / count for side in block[1:])] for block in self.kfacs])
+    def divide_inputs(self, count: float | Sequence[float]) -> Kron:
+        """Divide each product by a count, in its second factor, the inputs' side: from sums to a mean.
+
+        Parameters
+        ----------
+        count
+            One number, or one a block.
+        """
+        counts = [count] * len(self) if isinstance(count, (int, float)) else count
+        blocks = zip(self.kfacs, counts, strict=True)
+        return Kron([[*block[:1], *(side / (number or 1) for side in block[1:])] for block, number in blocks])
 
     __radd__ = __add__
     __rmul__ = __mul__

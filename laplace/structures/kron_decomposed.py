@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from laplace.errors import ShapeError
 from laplace.network.parameters import split_sizes
-from laplace.structures.base import AbstractPrecision, check_jacobians
+from laplace.structures.base import AbstractPrecision
+from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Scalar
 
 
@@ -221,6 +223,23 @@ class KronDecomposed(AbstractPrecision):
         half = self.bmm(J, -0.5)
         return half @ half.mT
 
+    def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
+        """Each block in the eigenbasis, with the variances there."""
+        for block, vectors, values in zip(blocks, self.eigenvectors, self.spectrum, strict=True):
+            yield block.rotate(vectors, values.shape), 1 / values.flatten()
+
+    def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
+        """Σ_ij (Uᵀ J V)²_ij / spectrum_ij, block by block."""
+        return sum_parts([block.variance(w) for block, w in self._by_block(blocks)])
+
+    def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
+        """The same between columns."""
+        return sum_parts([block.covariance(w) for block, w in self._by_block(blocks)])
+
+    def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
+        """The same across data."""
+        return sum_parts([block.kernel(w) for block, w in self._by_block(blocks)])
+
     def feature_variance(
         self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
     ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
@@ -257,11 +276,6 @@ class KronDecomposed(AbstractPrecision):
             outer = torch.eye(len(kernels), dtype=kernels.dtype, device=kernels.device)
         n_outputs, n_rows = kernels.shape[:2]
         return torch.einsum("ci,inm,ki->ncmk", outer, kernels, outer).reshape(n_rows * n_outputs, -1)
-
-
-def sum_parts(parts: list[Tensor]) -> Tensor:
-    """Sum of one or two tensors."""
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def rotate(rows: Tensor, side: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from tqdm.auto import tqdm
 
 from laplace.errors import InputError
 from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.predictive.linearization import Linearization
 from laplace.predictive.pairs import compare
-from laplace.predictive.pushforward import Linearization, Options, moments, predict
+from laplace.predictive.pushforward import Options, moments, predict
 from laplace.structures import AbstractPrecision
 
 Loss = Callable[..., Any]
 """``loss(probabilities, targets)``, or ``loss(means, covariances, targets)`` for regression → a number to minimize."""
+
+
+KEPT_ELEMENTS = 2**29
+"""Numbers kept of the derivatives of validation data: 2 GB in float32."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,10 @@ class Validation:
     Attributes
     ----------
     batches
-        Linearized inputs, their unmasked positions, and the targets as the loader gave them.
+        How to get the linearized inputs of each batch, and its unmasked positions.
     """
 
-    batches: Sequence[tuple[Linearization, Positions]]
+    batches: Sequence[tuple[Callable[[], Linearization], Positions]]
 
     @classmethod
     def collect(
@@ -45,7 +51,7 @@ class Validation:
         linearize: Callable[[Any], Linearization],
         likelihood: AbstractLikelihood,
     ) -> Validation:
-        """Run the model over the validation data, once.
+        """Run the model over the validation data, once; keep what predictions are made of while memory allows.
 
         Parameters
         ----------
@@ -56,17 +62,33 @@ class Validation:
         likelihood
             Checks and flattens the targets.
 
+        Notes
+        -----
+        Features of a last layer are always few. Derivatives of a whole network are kept for as many batches as fit
+        ``KEPT_ELEMENTS`` numbers; the batches after those are run again at every point of the grid.
+
         Raises
         ------
         InputError
             If there are none, or all are masked.
         """
-        collected = []
+        collected: list[tuple[Callable[[], Linearization], Positions]] = []
+        left = KEPT_ELEMENTS
+
+        def compared(x: Any) -> Linearization:
+            # Targets of reward modeling are preferences between items.
+            return compare(linearize(x)) if likelihood.n_items > 1 else linearize(x)
+
         for x, y in batches:
-            inputs = linearize(x)
-            if likelihood.n_items > 1:  # targets are preferences between items
-                inputs = compare(inputs)
-            collected.append((inputs, likelihood.flatten(inputs.f, y)))
+            inputs = compared(x)
+            positions = likelihood.flatten(inputs.f, y)
+            found = inputs.kept(left)
+            if found is None:
+                collected.append((partial(compared, x), positions))
+            else:
+                kept, size = found
+                left -= size
+                collected.append((partial(_same, kept), positions))
         if not any(len(positions.f) for _, positions in collected):
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The validation loader has nothing to score prior precisions on: {empty}. Pass labeled batches."
@@ -99,7 +121,8 @@ class Validation:
         if loss is not None:
             return float(loss(*self._predictions(precision, likelihood, options, dtype)))
         total, count = 0.0, 0
-        for inputs, positions in self.batches:
+        for get, positions in self.batches:
+            inputs = get()
             mean, cov, link = moments(inputs, precision, likelihood, options, dtype)
             y = positions.y.to(dtype) if positions.y.is_floating_point() else positions.y
             nll = likelihood.predictive_nll(_select(positions, mean), _select(positions, cov), y, link)
@@ -111,12 +134,18 @@ class Validation:
     ) -> tuple[Tensor, ...]:
         """Predictions and targets of all unmasked positions."""
         parts = []
-        for inputs, positions in self.batches:
+        for get, positions in self.batches:
+            inputs = get()
             result = predict(inputs, precision, likelihood, options, dtype)
             rows = (result,) if isinstance(result, Tensor) else result
             flat = [_select(positions, part.flatten(0, inputs.f.dim() - 2)) for part in rows]
             parts.append((*flat, positions.y))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _same(inputs: Linearization) -> Linearization:
+    """What was kept."""
+    return inputs
 
 
 def _select(positions: Positions, rows: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def replaced(key: str, value):
 
 
 DAMAGE = {
-    "schema": (replaced("schema_version", 99), "schema version 99, this release reads 1.*release that saved it"),
+    "schema": (replaced("schema_version", 99), "schema version 99, this release reads 2.*release that saved it"),
     "no schema": (without("schema_version"), "no state of a Laplace approximation.*la.save"),
     "no curvature": (without("H"), "incomplete.*'H'"),
     "no factors": (without("H", "sums"), "incomplete.*'sums'"),
@@ -83,8 +83,8 @@ DAMAGE = {
     "no class": (without("cls_name"), "cls_name is None"),
     "mean too short": (replaced("mean", torch.zeros(3)), "3 weights"),
     "mean without values": (replaced("mean", None), "'mean' must be a Tensor; it is a NoneType"),
-    "wrong factors": (replaced("H", {"sums": [[torch.eye(3)]], "count": 3}), "curvature of 3"),
-    "factors not square": (replaced("H", {"sums": [[torch.zeros(2, 3)]], "count": 3}), "square"),
+    "wrong factors": (replaced("H", {"sums": [[torch.eye(3)]], "counts": [3]}), "curvature of 3"),
+    "factors not square": (replaced("H", {"sums": [[torch.zeros(2, 3)]], "counts": [3]}), "square"),
     "curvature without entries": (replaced("H", 3), "'H' must be a Mapping"),
     "prior of another shape": (replaced("prior_precision", torch.ones(5)), "prior precision"),
     "prior without meaning": (replaced("prior_precision", torch.tensor([-1.0])), "prior_precision"),

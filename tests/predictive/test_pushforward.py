@@ -6,8 +6,10 @@ import torch
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError
 from laplace.likelihoods import resolve
+from laplace.predictive import linearization as linearization_module
 from laplace.predictive import links, pushforward
-from laplace.predictive.pushforward import Linearization, Options
+from laplace.predictive.linearization import FeatureLinearization
+from laplace.predictive.pushforward import Options
 from laplace.structures import DiagPrecision, FullPrecision, Kron
 from tests import reference
 from tests.contracts import generator, linear_jacobian
@@ -24,12 +26,12 @@ every_structure = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=
 positions = pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["rows", "positions"])
 
 
-def linearization(*shape: int) -> Linearization:
+def linearization(*shape: int) -> FeatureLinearization:
     noise = generator(5)
-    return Linearization(torch.randn(*shape, C, generator=noise), torch.randn(*shape, D, generator=noise), True)
+    return FeatureLinearization(torch.randn(*shape, C, generator=noise), torch.randn(*shape, D, generator=noise), True)
 
 
-def jacobian(inputs: Linearization) -> torch.Tensor:
+def jacobian(inputs: FeatureLinearization) -> torch.Tensor:
     return torch.stack([linear_jacobian(row, C, True) for row in inputs.phi.reshape(-1, D)])
 
 
@@ -129,14 +131,14 @@ def test_the_variance_over_samples_is_unbiased_and_needs_two():
 
 def test_results_come_in_the_dtype_of_the_outputs():
     inputs = linearization(3)
-    narrow = Linearization(inputs.f.float(), inputs.phi.float(), True)
+    narrow = FeatureLinearization(inputs.f.float(), inputs.phi.float(), True)
     mean, cov = predict(narrow, PRECISIONS["full"], "regression")
     assert mean.dtype == cov.dtype == torch.float32
     assert predict(narrow, PRECISIONS["full"], "classification").dtype == torch.float32
 
 
 def test_averaging_softmaxes_keeps_no_samples(monkeypatch):
-    monkeypatch.setattr(pushforward, "chunks", lambda total, each: iter([10] * (total // 10)))
+    monkeypatch.setattr(linearization_module, "chunks", lambda total, each: iter([10] * (total // 10)))
     inputs = linearization(4)
     with LargestTensor() as largest:
         predict(inputs, PRECISIONS["diag"], "classification", pred_type=PredType.NN, link=LinkApprox.MC, n_samples=500)

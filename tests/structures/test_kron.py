@@ -18,6 +18,10 @@ def sums(seed: int, *, bias: bool = True) -> tuple[torch.Tensor, torch.Tensor, K
     return G, A, Kron([[G, A], [G]] if bias else [[G, A]])
 
 
+def curvature(factors: Kron, count: int) -> KronCurvature:
+    return KronCurvature(factors, (count,) * len(factors))
+
+
 def dense(G: torch.Tensor, A: torch.Tensor, count: int, *, bias: bool = True) -> torch.Tensor:
     return torch.block_diag(torch.kron(G, A / count), *[G] * bias)
 
@@ -28,8 +32,8 @@ def test_kron_satisfies_the_contract(precision, bias):
     (G1, A1, first), (G2, A2, second) = sums(1, bias=bias), sums(3, bias=bias)
     sizes = (C * D, C)[: 1 + bias]
     check_curvature(
-        KronCurvature(first, 5),
-        KronCurvature(second, 2),
+        curvature(first, 5),
+        curvature(second, 2),
         dense(G1 + G2, A1 + A2, 7, bias=bias),
         (dense(G1, A1, 5, bias=bias), dense(G2, A2, 2, bias=bias)),
         prior(precision[: len(sizes)], sizes),
@@ -38,8 +42,8 @@ def test_kron_satisfies_the_contract(precision, bias):
 
 def test_the_union_of_data_is_not_the_sum_of_the_matrices():
     (_, _, first), (_, _, second) = sums(1), sums(3)
-    union = KronCurvature(first, 5).merge(KronCurvature(second, 2)).to_dense()
-    added = KronCurvature(first, 5).to_dense() + KronCurvature(second, 2).to_dense()
+    union = curvature(first, 5).merge(curvature(second, 2)).to_dense()
+    added = curvature(first, 5).to_dense() + curvature(second, 2).to_dense()
     assert not torch.allclose(union, added)
 
 
@@ -50,14 +54,14 @@ def test_damping_adds_the_root_of_the_prior_to_each_side_of_a_product(bias):
     eye_C, eye_D = torch.eye(C).double(), torch.eye(D).double()
     sides = (s**0.5 * G + delta[0].sqrt() * eye_C, s**0.5 * A / 5 + delta[0].sqrt() * eye_D)
     blocks = [torch.kron(*sides), *[s * G + d * eye_C for d in delta[1:]]]
-    damped = (KronCurvature(factors, 5) * s).posterior(prior(delta, (C * D, C)[: 1 + bias]), damping=True)
+    damped = (curvature(factors, 5) * s).posterior(prior(delta, (C * D, C)[: 1 + bias]), damping=True)
     assert_close(damped.to_dense(), torch.block_diag(*blocks))
     assert_close(damped.logdet(), torch.block_diag(*blocks).logdet())
 
 
 def test_one_precision_a_weight_is_refused():
     with pytest.raises(UnsupportedError, match="Kronecker"):
-        KronCurvature(sums(1)[2], 5).posterior(prior(PER_WEIGHT))
+        curvature(sums(1)[2], 5).posterior(prior(PER_WEIGHT))
 
 
 # -- the public Kron --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 
 from laplace.errors import InputError
 from laplace.likelihoods import resolve
-from laplace.predictive import Linearization, Options
+from laplace.predictive import FeatureLinearization, Linearization, Options
 from laplace.structures import DiagPrecision
 from laplace.tuning import gridsearch
 from tests import reference
@@ -94,14 +94,14 @@ C, D = 3, 4
 
 def validation(likelihood: str, *, masked: bool = False) -> tuple[gridsearch.Validation, Linearization, torch.Tensor]:
     noise = generator(0)
-    inputs = Linearization(torch.randn(6, C, generator=noise), torch.randn(6, D, generator=noise), True)
+    inputs = FeatureLinearization(torch.randn(6, C, generator=noise), torch.randn(6, D, generator=noise), True)
     y = torch.tensor([0, 1, 2, 0, 1, 2]) if likelihood == "classification" else torch.randn(6, C, generator=noise)
     if masked:
         y[2] = -100
     parts = [slice(0, 4), slice(4, 6)]
     batches = [((inputs.f[part], inputs.phi[part]), y[part]) for part in parts]
     named = resolve(likelihood)
-    return gridsearch.Validation.collect(batches, lambda x: Linearization(*x, True), named), inputs, y
+    return gridsearch.Validation.collect(batches, lambda x: FeatureLinearization(*x, True), named), inputs, y
 
 
 PRECISION = DiagPrecision(uniform(C * (D + 1)) + 1)
@@ -130,7 +130,7 @@ def test_the_default_score_of_a_regressor_is_the_mean_log_density_of_the_targets
 
 
 def test_the_default_score_stays_finite_where_probabilities_underflow():
-    inputs = Linearization(torch.tensor([[0.0, 1e4, 0.0]]), torch.zeros(1, D), True)
+    inputs = FeatureLinearization(torch.tensor([[0.0, 1e4, 0.0]]), torch.zeros(1, D), True)
     named = resolve("classification")
     data = gridsearch.Validation.collect([(None, torch.tensor([0]))], lambda _: inputs, named)
     score = data.score(PRECISION, named, Options(), None, torch.float64)
@@ -164,7 +164,7 @@ def test_a_loss_of_the_users_own_gets_all_predictions_and_targets():
 
 def test_the_model_runs_once_a_batch_however_many_points_are_scored():
     calls = []
-    inputs = Linearization(torch.zeros(2, C), torch.zeros(2, D), True)
+    inputs = FeatureLinearization(torch.zeros(2, C), torch.zeros(2, D), True)
     data = gridsearch.Validation.collect(
         [(None, torch.tensor([0, 1]))] * 3, lambda x: calls.append(x) or inputs, resolve("classification")
     )

@@ -21,7 +21,7 @@ THETA = uniform(P, 11) - 1
 CURVATURES = {
     "full": FullCurvature(psd(P, 1)),
     "diag": DiagCurvature(uniform(P, 2)),
-    "kron": KronCurvature(Kron([[psd(C, 1), psd(D, 2)], [psd(C, 1)]]), 5),
+    "kron": KronCurvature(Kron([[psd(C, 1), psd(D, 2)], [psd(C, 1)]]), (5, 5)),
 }
 PRIORS = {"scalar": SCALAR, "per layer": PER_LAYER, "per weight": PER_WEIGHT}
 ROWS = [

@@ -1,0 +1,292 @@
+"""Curvature of all weights from a recorded forward pass: one backward pass a column of the output Hessian's root.
+
+``H = Σ J Λ Jᵀ = Σ (J r)(J r)ᵀ`` over data and columns r of the root of Λ. Columns are taken a few at a time, so that
+memory is bounded by activations, never by outputs times weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from laplace.curvature import kfac
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.recording import MixedBlock, Recording, Verdict
+from laplace.errors import PerformanceWarning, UnsupportedError
+from laplace.likelihoods import Positions
+from laplace.network.batches import count_rows, differentiable
+from laplace.network.modes import full_precision
+from laplace.network.whole_network import WholeNetwork
+from laplace.structures import Kron
+from laplace.structures.dense_jacobian import dense_rows
+from laplace.types import Inputs, Jacobians
+
+MANY_COLUMNS = 1000
+"""Backward passes a batch from which a warning names the sampled Fisher."""
+
+
+class AllWeightsEngine:
+    """Curvature and Jacobians of all weights from recorded passes.
+
+    Parameters
+    ----------
+    backend
+        Gives the output Hessians.
+    network
+        The model and its random weights.
+    reduce
+        Whether Kronecker factors average positions.
+    """
+
+    def __init__(self, backend: CurvatureInterface, network: WholeNetwork, reduce: bool) -> None:
+        self.backend, self.network, self.reduce = backend, network, reduce
+        self.verdicts: dict[Any, Verdict] = {}
+
+    def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Recording:
+        """Run the model and keep what derivatives are made of.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        create_graph
+            Keep derivatives differentiable in the inputs.
+        **model_kwargs
+            Passed to the model's ``forward``.
+        """
+        return Recording(
+            lambda rows: self.backend.outputs(rows, **model_kwargs),
+            differentiable(x),
+            self.network.subset.parameters,
+            self.network.names,
+            self.network.constants,
+            count_rows(x),
+            self.verdicts,
+            create_graph=create_graph,
+            dtype=self.backend.curvature_dtype,
+        )
+
+    def full(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and dense curvature ``[P, P]``."""
+        with self._columns(x, y) as (loss, recording, columns):
+            return loss, full(recording, columns)
+
+    def diag(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and diagonal ``[P]``."""
+        with self._columns(x, y) as (loss, recording, columns):
+            return loss, diag(recording, columns)
+
+    def kron(self, x: Inputs, y: Tensor) -> tuple[Tensor, Kron]:
+        """Loss ``[]`` and Kronecker factors, raw sums."""
+        with self._columns(x, y) as (loss, recording, columns):
+            return loss, kron(recording, columns, self.network, reduce=self.reduce)
+
+    def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
+        """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
+        recording = self.record(x, create_graph=enable_backprop)
+        f = recording.f.to(recording.dtype)
+        parts = [
+            torch.cat([block.dense() for block in recording.blocks(some)], -1)
+            for some in chunks(recording, unit_directions(recording.outputs))
+        ]
+        return torch.cat(parts).transpose(0, 1).reshape(-1, f.shape[-1], parts[0].shape[-1]), f.reshape(-1, f.shape[-1])
+
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
+        recording = self.record(x)
+        with torch.no_grad():
+            positions = self.backend.positions(recording.f, y)
+            root = self.backend.output_likelihood.gradient(positions.f, positions.y).unsqueeze(-1)
+            blocks = recording.blocks(directions(root, positions, recording.f, together=True))
+            gradients = torch.cat([block.dense() for block in blocks], -1)[0]
+            return gradients, self.backend.output_likelihood.nll(positions.f, positions.y)
+
+    @contextmanager
+    def _columns(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Recording, list[Tensor]], None, None]:
+        """Loss, the recorded pass, and columns of the output Hessian's root as directions in the outputs."""
+        recording = self.record(x)
+        with torch.no_grad(), full_precision(recording.f.device):
+            positions = self.backend.positions(recording.f, y)
+            recording.mask = mask_of(positions, recording.f)
+            root = self.backend.output_root(positions)
+            together = self.backend.adds_over_positions or self.backend.is_sampled
+            columns = directions(root, positions, recording.f, together=together)
+            yield self.backend.output_likelihood.nll(positions.f, positions.y), recording, columns
+
+
+def mask_of(positions: Positions, f: Tensor) -> Bool[Tensor, "batch positions"] | None:
+    """Which positions count, ``[batch, positions]``; ``None`` when all do."""
+    if positions.kept is None:
+        return None
+    rows = torch.zeros(f.numel() // positions.f.shape[-1], dtype=torch.bool, device=f.device)
+    rows[positions.kept] = True
+    return rows.reshape(len(f), -1)
+
+
+def directions(
+    root: Float[Tensor, "rows outputs columns"], positions: Positions, f: Tensor, *, together: bool
+) -> list[Tensor]:
+    """Columns of the root as directions in the outputs, ``[batch, *positions, C]`` each.
+
+    Parameters
+    ----------
+    root
+        One a row of unmasked positions.
+    positions
+        Which those are.
+    f
+        Outputs.
+    together
+        One direction for all positions of a datum (gradients and samples, which add up); else one for each of them.
+    """
+    n_rows, n_outputs, n_columns = f.numel() // root.shape[1], root.shape[1], root.shape[2]
+    everywhere = root
+    if positions.kept is not None:
+        everywhere = root.new_zeros(n_rows, n_outputs, n_columns).index_copy(0, positions.kept, root)
+    split = everywhere.to(f.dtype).reshape(len(f), -1, n_outputs, n_columns)
+    if together or split.shape[1] == 1:
+        return [column.reshape(f.shape) for column in split.unbind(-1)]
+    columns: list[Tensor] = []
+    for t in range(split.shape[1]):
+        if bool((split[:, t] != 0).any()):
+            here = torch.zeros_like(split)
+            here[:, t] = split[:, t]
+            columns += [column.reshape(f.shape) for column in here.unbind(-1)]
+    if len(columns) > MANY_COLUMNS:
+        msg = (
+            f"The exact curvature takes a backward pass for each of {len(columns)} outputs of a datum. Pass "
+            "backend_kwargs={'stochastic': True} to sample it with one."
+        )
+        warnings.warn(msg, PerformanceWarning, stacklevel=2)
+    return columns
+
+
+def unit_directions(f: Tensor) -> list[Tensor]:
+    """One direction for each output of a datum, in their order."""
+    eye = torch.eye(f[0].numel(), dtype=f.dtype, device=f.device)
+    return [row.reshape(1, *f.shape[1:]).expand_as(f) for row in eye]
+
+
+def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]]:
+    """As many columns at a time as memory allows."""
+    step = recording.n_columns_at_once
+    for start in range(0, len(columns), step):
+        yield columns[start : start + step]
+
+
+def diag(recording: Recording, columns: list[Tensor]) -> Float[Tensor, " params"]:
+    """Diagonal of ``Σ J Jᵀ``, ``[P]``: exact, layer by layer.
+
+    Parameters
+    ----------
+    recording
+        Of a batch.
+    columns
+        Directions in its outputs.
+    """
+    total: Tensor | None = None
+    for some in chunks(recording, columns):
+        part = torch.cat([block.squares() for block in recording.blocks(some)])
+        total = part if total is None else total + part
+    return zeros(recording) if total is None else total
+
+
+def full(recording: Recording, columns: list[Tensor]) -> Float[Tensor, "params params"]:
+    """``Σ J Jᵀ``, ``[P, P]``: exact.
+
+    Parameters
+    ----------
+    recording, columns
+        As in ``diag``.
+    """
+    n_params = len(zeros(recording))
+    total = torch.zeros(n_params, n_params, dtype=recording.dtype, device=recording.f.device)
+    for some in chunks(recording, columns):
+        for J in dense_rows(recording.blocks(some)):
+            flat = J.flatten(0, 1)
+            total.addmm_(flat.T, flat)
+    return total
+
+
+def zeros(recording: Recording) -> Float[Tensor, " params"]:
+    """No curvature."""
+    n_params = sum(parameter.numel() for parameter in recording.parameters)
+    return torch.zeros(n_params, dtype=recording.dtype, device=recording.f.device)
+
+
+def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
+    """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block.
+
+    Parameters
+    ----------
+    recording, columns
+        As in ``diag``.
+    network
+        Names the layers in messages.
+    reduce
+        Average positions instead of treating them as data.
+
+    Raises
+    ------
+    UnsupportedError
+        If a weight is not used, used where nothing can see it, or in ways that share no factors; it is named.
+
+    Warns
+    -----
+    PerformanceWarning
+        For layers that get an exact diagonal block, such as recurrent ones; they are named.
+    """
+    diagonal = check_kron(recording, network)
+    # A device without float64 sums in what it has.
+    wide = recording.dtype if recording.f.device.type == "mps" else torch.float64
+    sums: list[kfac.Factors] = []
+    for some in chunks(recording, columns or [torch.zeros_like(recording.f)]):
+        blocks = recording.blocks(some)
+        for group, block in enumerate(blocks):
+            if isinstance(block, MixedBlock):
+                refuse(network, group, "it is used as a table of embeddings and as a matrix")
+        options = {"reduce": reduce, "inputs": not sums}
+        new = [kfac.factors(b, wide, diagonal=i in diagonal, **options) for i, b in enumerate(blocks)]
+        sums = [old.add(more) for old, more in zip(sums, new, strict=True)] if sums else new
+    return Kron([group.sides for group in sums], [group.count for group in sums])
+
+
+def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
+    """The groups that get a diagonal block; raises for those that can have none."""
+    diagonal: set[int] = set()
+    for group in recording.verdict.unused:
+        refuse(network, group, "the outputs of this batch do not depend on it")
+    for group in recording.verdict.unseen:
+        if not isinstance(network.owner(group)[1], (nn.RNNBase, nn.RNNCellBase)):
+            refuse(network, group, "it is used where no formula sees it")
+        diagonal.add(group)
+    layers = sorted({network.owner(group)[0] for group in diagonal})
+    if layers:
+        msg = (
+            f"The recurrent layers {', '.join(map(repr, layers))} have no Kronecker factors here: their blocks are "
+            "exact diagonals, computed one datum at a time. Freeze them with requires_grad_(False) to leave them out."
+        )
+        warnings.warn(msg, PerformanceWarning, stacklevel=2)
+    return diagonal
+
+
+def refuse(network: WholeNetwork, group: int, reason: str) -> NoReturn:
+    """Raise: a weight cannot be represented by a Kronecker structure.
+
+    Raises
+    ------
+    UnsupportedError
+        In any case.
+    """
+    msg = (
+        f'hessian_structure="kron" cannot represent the parameter {network.names[group]!r}: {reason}. Use '
+        'hessian_structure="diag" or "full", or freeze it with requires_grad_(False).'
+    )
+    raise UnsupportedError(msg)
+    raise UnsupportedError(msg)

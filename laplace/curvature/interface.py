@@ -1,0 +1,375 @@
+"""``CurvatureInterface``: what every curvature back end provides (``backend=``, ``backend_kwargs=``).
+
+A back end sees the model and the likelihood, never the prior. It declares what it can do as class data. Whatever it
+computes comes with the negative log-likelihood, at unit noise, summed over the batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
+from laplace.enums import CurvatureKind, HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.errors import UnsupportedError
+from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, resolve
+from laplace.network.feature_extractor import FeatureExtractor
+from laplace.network.whole_network import WholeNetwork
+from laplace.structures import Kron
+from laplace.structures.dense_jacobian import head_jacobians
+from laplace.types import Inputs, Jacobians
+
+
+class CurvatureInterface(ABC):
+    """Access to derivatives of a model and its likelihood.
+
+    Parameters
+    ----------
+    model
+        The network; a ``FeatureExtractor`` around it when ``last_layer``.
+    likelihood
+        Name of the likelihood.
+    last_layer
+        Only the weights of the last layer are random.
+    subnetwork_indices
+        Indices of the random weights among all of them.
+    dict_key_x, dict_key_y
+        Entries of mapping inputs that hold inputs and targets.
+    curvature_dtype
+        Precision the curvature is computed in; by default that of the model, at least float32.
+
+    Raises
+    ------
+    UnsupportedError
+        If the likelihood, or the choice of weights, is not available in this back end.
+    """
+
+    kind: ClassVar[CurvatureKind] = CurvatureKind.GGN
+    """Decides how the curvature scales with the observation noise."""
+    structures: ClassVar[frozenset[HessianStructure]] = frozenset(
+        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
+    )
+    """Structures this back end can provide."""
+    subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
+    """Choices of random weights it can provide them for."""
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
+    """Likelihoods it knows."""
+    finds_last_layer: ClassVar[bool] = False
+    """Whether its first forward pass may find the last layer; else that is found, by one pass, before."""
+    accepts_fisher_kwargs: ClassVar[bool] = False
+    """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        *,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.likelihood = choose(Likelihood, likelihood, "likelihood")
+        self._check_capabilities(last_layer, subnetwork_indices)
+        if last_layer and not isinstance(model, FeatureExtractor):
+            msg = f"With last_layer=True the model must be a FeatureExtractor; got {type(model).__name__}."
+            raise UnsupportedError(msg)
+        self.model: Any = model  # a FeatureExtractor with last_layer
+        self.network = None if last_layer else WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        self.n_outputs: int | None = None
+        """C, once the model has run."""
+        self.last_layer = last_layer
+        self.subnetwork_indices = subnetwork_indices
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        self.curvature_dtype = curvature_dtype
+        self.output_likelihood: AbstractLikelihood = resolve(self.likelihood)
+        self.lossfunc, self.factor = self.output_likelihood.torch_loss()
+
+    def _check_capabilities(self, last_layer: bool, subnetwork_indices: Tensor | None) -> None:
+        """Raise if this back end does not know the likelihood or the choice of weights."""
+        subset = SubsetOfWeights.LAST_LAYER if last_layer else SubsetOfWeights.ALL
+        if subnetwork_indices is not None:
+            subset = SubsetOfWeights.SUBNETWORK
+        for kind, asked, known in (
+            ("subset_of_weights", subset, self.subsets),
+            ("likelihood", self.likelihood, self.likelihoods),
+        ):
+            if asked not in known:
+                choices = ", ".join(sorted(repr(member.value) for member in known))
+                msg = f"{type(self).__name__} does not provide {kind}={asked.value!r}; it provides {choices}."
+                raise UnsupportedError(msg)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The random parameters."""
+        if self.network is not None:
+            return list(self.network.subset.parameters)
+        layer = self._head
+        return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+
+    @property
+    def _head(self) -> nn.Linear:
+        layer = self.model.last_layer
+        if layer is None:
+            msg = "The last layer is not known yet: run one forward pass (model.find_last_layer(x)) or name it."
+            raise UnsupportedError(msg)
+        return layer
+
+    def count(self, y: Tensor) -> int:
+        """Number of unmasked positions among targets: what the inputs' Kronecker factor is divided by.
+
+        Parameters
+        ----------
+        y
+            Targets of a batch.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model has not run yet, so that its number of outputs is not known.
+        """
+        n_outputs = self._head.out_features if self.last_layer else self.n_outputs
+        if n_outputs is None:
+            msg = "The number of outputs is not known yet: call outputs(x) once, or let full, diag or kron do it."
+            raise UnsupportedError(msg)
+        return self.output_likelihood.count(y, n_outputs)
+
+    def outputs(self, x: Inputs, **model_kwargs: Any) -> Tensor:
+        """Outputs of the model, ``[batch, *positions, C]``.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        **model_kwargs
+            Passed to ``forward``.
+        """
+        f = (self.model if self.network is None else self.network)(x, **model_kwargs)
+        self.n_outputs = 1 if self.output_likelihood.n_items > 1 else f.shape[-1]
+        return f
+
+    def last_layer_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
+        """Jacobians of the outputs in the last layer's weights, written out.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        enable_backprop
+            Keep the graph to the inputs.
+
+        Returns
+        -------
+        Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, one row a position.
+
+        Notes
+        -----
+        C times the size of anything that the estimators compute: kept for user code.
+        """
+        with torch.set_grad_enabled(enable_backprop):
+            f, phi = self.model.forward_with_features(x)
+            f, phi = self._widen(f), self._widen(phi)
+            f, phi = f.reshape(-1, f.shape[-1]), phi.reshape(-1, phi.shape[-1])
+            return head_jacobians(phi, f.shape[-1], self._head.bias is not None), f
+
+    def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
+        """Jacobians of the outputs in the random weights, ``[rows, outputs, P]``, and outputs ``[rows, outputs]``.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        enable_backprop
+            Keep the graph to the inputs.
+
+        Returns
+        -------
+        Jacobians and outputs, one row a position.
+        """
+        if self.last_layer:
+            return self.last_layer_jacobians(x, enable_backprop)
+        return self.functorch_jacobians(x, enable_backprop)
+
+    def functorch_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
+        """The same by ``torch.func``, one datum at a time under ``vmap``.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        enable_backprop
+            Keep the graph to the inputs.
+
+        Returns
+        -------
+        Jacobians and outputs, one row a position.
+
+        Notes
+        -----
+        Exact. Memory O(rows · outputs · P); models that ``vmap`` cannot run raise its errors.
+        """
+        with torch.set_grad_enabled(enable_backprop):
+            J, f = by_functorch(self.outputs, self.model, self.params, x)
+            return self._widen(J), self._widen(f)
+
+    def selected_output_jacobians(
+        self, x: Inputs, outputs: Int[Tensor, "batch ..."], enable_backprop: bool = False
+    ) -> tuple[Jacobians, Tensor]:
+        """Jacobians of chosen outputs of each input.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        outputs
+            Which outputs, ``[batch]`` or ``[batch, k]``.
+        enable_backprop
+            Keep the graph to the inputs.
+
+        Returns
+        -------
+        Jacobians ``[batch, k, P]`` and all outputs ``[batch, C]``.
+
+        Raises
+        ------
+        ShapeError
+            If ``outputs`` has another number of rows, or is no matrix.
+        """
+        J, f = self.jacobians(x, enable_backprop)
+        return select_outputs(J, f, outputs)
+
+    def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Any:
+        """Outputs ``f`` and their derivatives for predictions, here from ``jacobians``.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        enable_backprop
+            Keep the graph to the inputs.
+        **model_kwargs
+            Passed to ``forward``; a back end that only gives ``jacobians`` takes none.
+
+        Returns
+        -------
+        An object with ``f``, ``columns(mix)`` and ``n_columns_at_once``.
+        """
+        self._refuse(model_kwargs)
+        J, f = self.jacobians(x, enable_backprop)
+        shape = self.outputs(x).shape
+        n_columns = f.numel() // shape[0]
+        return WrittenOut(f.reshape(shape), J.reshape(shape[0], n_columns, -1), tuple(p.numel() for p in self.params))
+
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        y
+            Its targets.
+        """
+        with torch.no_grad():
+            f = self.outputs(x)
+            positions = self.positions(f, y)
+            J = positions.select(self.jacobians(x)[0].flatten(1)).unflatten(1, (positions.f.shape[-1], -1))
+            rows = torch.einsum("nc,ncp->np", self.output_likelihood.gradient(positions.f, positions.y), J)
+            if positions.datum is None:
+                per_datum = rows
+            else:
+                per_datum = rows.new_zeros(len(f), rows.shape[1]).index_add_(0, positions.datum, rows)
+            return per_datum, self.output_likelihood.nll(positions.f, positions.y)
+
+    def output_hessian(self, positions: Positions) -> OutputHessian:
+        """The matrices in the outputs whose pullback is this curvature: the likelihood's Hessian.
+
+        Parameters
+        ----------
+        positions
+            Outputs and targets of the unmasked positions.
+        """
+        return self.output_likelihood.hessian(positions.f)
+
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and dense curvature ``[P, P]`` of a batch."""
+        raise self.cannot(HessianStructure.FULL)
+
+    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch."""
+        raise self.cannot(HessianStructure.DIAG)
+
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Loss ``[]`` and Kronecker factors of a batch; the inputs' side is divided by ``N`` (1 for raw sums)."""
+        raise self.cannot(HessianStructure.KRON)
+
+    def provides(self, structure: HessianStructure) -> bool:
+        """Whether there is a structure for the chosen weights.
+
+        Parameters
+        ----------
+        structure
+            Which one.
+        """
+        return structure in self.structures
+
+    def cannot(self, structure: HessianStructure) -> UnsupportedError:
+        """The error of asking for a structure that is not provided; it lists those that are."""
+        # Whatever is still the method of the interface only raises this error.
+        own = {
+            name for name in ("full", "diag", "kron") if getattr(type(self), name) is not vars(CurvatureInterface)[name]
+        }
+        available = ", ".join(sorted(repr(s.value) for s in self.structures if s.value in own)) or "none"
+        msg = f"{type(self).__name__} does not provide hessian_structure={structure.value!r}; it provides {available}."
+        return UnsupportedError(msg)
+
+    adds_over_positions: ClassVar[bool] = False
+    """Whether gradients of the positions of a datum add up before they are squared."""
+    is_sampled = False
+    """Whether output Hessians are sampled."""
+
+    def output_root(self, positions: Positions) -> Float[Tensor, "rows outputs columns"]:
+        """Roots of the output Hessians, ``r rᵀ``.
+
+        Parameters
+        ----------
+        positions
+            As in ``output_hessian``.
+        """
+        if self.adds_over_positions or self.is_sampled:
+            root = self.output_hessian(positions).root
+            assert root is not None, "gradients and samples are roots"
+            return root
+        return self.output_likelihood.hessian_root(positions.f)
+
+    def positions(self, f: Tensor, y: Tensor) -> Positions:
+        """Outputs and their targets, checked and flattened to unmasked rows, in the precision of the curvature.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[batch, *positions, C]``.
+        y
+            Targets.
+        """
+        f = self._widen(f)
+        if self.last_layer:
+            self.output_likelihood.check_head(self._head.out_features)
+        return self.output_likelihood.flatten(f, y)
+
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        """Raise when a method gets options that this back end does not read."""
+        if kwargs:
+            msg = f"{type(self).__name__} takes no further options; got {', '.join(map(repr, kwargs))}."
+            raise UnsupportedError(msg)
+
+    def _widen(self, values: Tensor) -> Tensor:
+        """Bring model outputs to the precision that curvature is computed in."""
+        dtype = self.curvature_dtype or torch.promote_types(values.dtype, torch.float32)
+        return values.to(dtype)

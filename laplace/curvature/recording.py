@@ -1,0 +1,376 @@
+"""One forward pass with everything that derivatives in the random weights are made of.
+
+``Recording.blocks`` turns directions in the outputs into derivatives: one backward pass a direction, in which gradients
+go to the outputs of layers and never to weights; each group of weights gets its factors. What no formula describes is
+differentiated row by row, exactly and slowly, and whether the formulas hold is checked against autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from laplace.curvature import layouts
+from laplace.curvature.layouts import Layout
+from laplace.curvature.tape import Call, Tape, row_view, transposed_view
+from laplace.errors import InputError, UnsupportedError
+from laplace.linalg import CHUNK_ELEMENTS
+from laplace.network.batches import rows_of
+from laplace.structures.gather import GatherBlock
+from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
+from laplace.structures.product import ProductBlock
+
+
+@dataclass
+class Verdict:
+    """What is known of the random weights of a model from an earlier pass.
+
+    Attributes
+    ----------
+    slow
+        Groups that no formula describes, and why.
+    unseen
+        Those of them that no watched function uses.
+    unused
+        Groups on which the outputs do not depend.
+    """
+
+    slow: dict[int, str] = field(default_factory=dict)
+    unseen: set[int] = field(default_factory=set)
+    unused: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class MixedBlock(DenseBlock):
+    """A group used in ways that have no common factors, such as an embedding tied to a linear layer; written out."""
+
+
+class Recording:
+    """Outputs at some inputs, and their derivatives in the random weights.
+
+    Parameters
+    ----------
+    run
+        The model: inputs to outputs ``[batch, *positions, C]``.
+    x
+        A batch of inputs.
+    parameters, names
+        The random weights.
+    constants
+        Other tensors of the model.
+    n_rows
+        Number of data in the batch.
+    verdicts
+        Shared between passes: what was found out about each sequence of calls.
+    create_graph
+        Keep derivatives differentiable in the inputs.
+    mask
+        Positions of the outputs that count, ``[batch, positions]``; all when ``None``.
+    dtype
+        To compute factors in; that of the outputs, at least float32, when ``None``.
+
+    Raises
+    ------
+    UnsupportedError
+        If outputs do not depend on any random weight.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Any], Tensor],
+        x: Any,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        constants: Sequence[Tensor],
+        n_rows: int,
+        verdicts: dict[Any, Verdict],
+        *,
+        create_graph: bool = False,
+        mask: Bool[Tensor, "batch positions"] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        tape = Tape(parameters, constants, n_rows)
+        with torch.enable_grad(), tape:
+            self.outputs = run(x)
+        if not self.outputs.requires_grad:
+            msg = (
+                "The outputs of the model do not depend on any weight that requires a gradient. Unfreeze the weights "
+                "that should be random with requires_grad_(True); is part of forward under torch.no_grad()?"
+            )
+            raise UnsupportedError(msg)
+        self.run, self.x, self.parameters, self.names = run, x, list(parameters), list(names)
+        self.create_graph, self.n_rows = create_graph, len(self.outputs)
+        self.dtype = dtype or torch.promote_types(self.outputs.dtype, torch.float32)
+        self.calls: list[Call] = tape.calls
+        self._tracked = tape.tracked
+        self._opaque = tape.opaque
+        self._verdicts = verdicts
+        self.mask = mask
+
+    @property
+    def f(self) -> Tensor:
+        """Outputs, ``[batch, *positions, C]``; on the graph when derivatives are."""
+        return self.outputs if self.create_graph else self.outputs.detach()
+
+    # -- gradients ----------------------------------------------------------------------------------------------------
+
+    def _gradients(self, direction: Tensor, *, create_graph: bool = False) -> list[Tensor | None]:
+        """Gradients of ``direction · f`` at the output of every call."""
+        if not self.calls:
+            return []
+        for call in self.calls:
+            if any(tensor._version != version for tensor, version in call.inputs):
+                msg = (
+                    f"An input of {call.name} is written to later in the forward pass, so that what the layer saw is "
+                    "lost. Use the operation that does not work in place."
+                )
+                raise UnsupportedError(msg)
+        edges = [call.edge for call in self.calls]
+        grads = torch.autograd.grad(
+            self.outputs, edges, direction, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        shapes = [call.shape for call in self.calls]
+        return [None if g is None else g.reshape(shape) for g, shape in zip(grads, shapes, strict=True)]
+
+    @cached_property
+    def _direction(self) -> Tensor:
+        """A random direction in the outputs, the same for every datum; zero where they are masked."""
+        noise = torch.Generator().manual_seed(0)
+        one = torch.randn(self.outputs.shape[1:], generator=noise, dtype=torch.float32)
+        everywhere = one.to(self.outputs).expand_as(self.outputs)
+        if self.mask is None:
+            return everywhere
+        return (everywhere.reshape(*self.mask.shape, -1) * self.mask.unsqueeze(-1)).reshape(everywhere.shape)
+
+    @cached_property
+    def layouts(self) -> list[list[tuple[Layout, Tensor | None] | None]]:
+        """For each role of each call, which datum its rows belong to, and which of them count."""
+        weights = layouts.datum_weights(self.n_rows, self.outputs.dtype, self.outputs.device)
+        weighed = self._direction * weights.reshape(-1, *[1] * (self.outputs.dim() - 1))
+        found: list[list[tuple[Layout, Tensor | None] | None]] = []
+        with torch.no_grad():
+            pairs = zip(self.calls, self._gradients(self._direction), self._gradients(weighed), strict=True)
+            for call, plain, heavy in pairs:
+                row: list[tuple[Layout, Tensor | None] | None] = []
+                for _, role in call.roles:
+                    if plain is None or heavy is None:
+                        row.append(None)
+                        continue
+                    first, second = (role.rows(g.unsqueeze(0)).squeeze(0) for g in (plain, heavy))
+                    layout = layouts.find(first, second, weights, role.n_lead)
+                    row.append(None if layout is None else (layout, self._counted(first, layout, role.n_lead)))
+                found.append(row)
+        return found
+
+    def _counted(self, g: Tensor, layout: Layout, n_lead: int) -> Tensor | None:
+        """Rows that count: not those of masked data, nor masked positions on which no output that counts depends."""
+        if self.mask is None:
+            return None
+        silent = (layout.apply(g, n_lead).flatten(2) == 0).all(2)
+        masked = ~self.mask.any(1, keepdim=True)
+        if silent.shape == self.mask.shape:
+            masked = masked | ~self.mask
+        return ~(masked & silent)
+
+    # -- what the formulas describe -----------------------------------------------------------------------------------
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Groups that need the slow way: checked against autograd once for each sequence of calls."""
+        key = (
+            tuple((call.name, len(call.shape), len(call.roles)) for call in self.calls),
+            *sorted(self._opaque.items()),
+        )
+        if key not in self._verdicts:
+            self._verdicts[key] = self._judge()
+        return self._verdicts[key]
+
+    def _judge(self) -> Verdict:
+        """Compare the derivatives in a random direction with autograd's, projected on random weights."""
+        verdict = Verdict()
+        exact = torch.autograd.grad(
+            self.outputs, self.parameters, self._direction, retain_graph=True, allow_unused=True
+        )
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            parts = self._parts([self._direction], set())
+            for group, (truth, blocks) in enumerate(zip(exact, parts, strict=True)):
+                name = self._opaque.get(group)
+                if truth is None:
+                    verdict.unused.add(group)
+                elif name is not None:
+                    verdict.slow[group] = f"it is used by {name}, which has no formula here"
+                elif not blocks:
+                    verdict.unseen.add(group)
+                    verdict.slow[group] = "it is used by a function that cannot be watched"
+                elif not self._agrees(truth, blocks, noise):
+                    verdict.slow[group] = "its use mixes the data of a batch, or part of it cannot be watched"
+        return verdict
+
+    def _agrees(self, truth: Tensor, blocks: list[JacobianBlock], noise: torch.Generator) -> bool:
+        """Whether derivatives add up to autograd's gradient."""
+        v = torch.randn(1, truth.numel(), generator=noise, dtype=torch.float32).to(truth.device, self.dtype)
+        terms = torch.stack([block.apply(v).flatten() for block in blocks]).sum(0)
+        expected = truth.reshape(-1).to(self.dtype) @ v[0]
+        size = terms.abs().sum() + truth.to(self.dtype).norm() * v.norm() / len(v[0]) ** 0.5
+        return bool((terms.sum() - expected).abs() <= 3 * torch.finfo(self.outputs.dtype).eps ** 0.5 * size)
+
+    # -- blocks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_columns_at_once(self) -> int:
+        """How many directions fit the memory that chunks may take."""
+        each = sum(torch.Size(call.shape).numel() for call in self.calls)
+        each += self.n_rows * sum(self.parameters[group].numel() for group in self.verdict.slow)
+        return max(1, 4 * CHUNK_ELEMENTS // max(1, each))
+
+    def blocks(self, directions: Sequence[Tensor]) -> list[JacobianBlock]:
+        """Derivatives of ``direction · f`` in each group of weights.
+
+        Parameters
+        ----------
+        directions
+            In the outputs of each datum, ``[batch, *positions, C]`` each: the columns.
+
+        Returns
+        -------
+        One block a group.
+        """
+        slow = self.verdict.slow
+        with torch.set_grad_enabled(self.create_graph):
+            parts = self._parts(directions, set(slow))
+            for group, block in self._row_by_row(directions, sorted(slow)).items():
+                parts[group] = [block]
+            return [self._combine(blocks, group, len(directions)) for group, blocks in enumerate(parts)]
+
+    def columns(self, mix: Tensor) -> list[JacobianBlock]:
+        """Derivatives of mixtures of the outputs of each datum, the same mixtures for all.
+
+        Parameters
+        ----------
+        mix
+            ``[columns, positions·C]``.
+        """
+        shape = (1, *self.outputs.shape[1:])
+        return self.blocks([row.to(self.outputs.dtype).reshape(shape).expand_as(self.outputs) for row in mix])
+
+    def _parts(self, directions: Sequence[Tensor], leave_out: set[int]) -> list[list[JacobianBlock]]:
+        """For each group the blocks of its uses."""
+        parts: list[list[JacobianBlock]] = [[] for _ in self.parameters]
+        columns = [self._gradients(direction, create_graph=self.create_graph) for direction in directions]
+        for number, call in enumerate(self.calls):
+            grads = [column[number] for column in columns]
+            if all(g is None for g in grads):
+                continue
+            shape = next(g for g in grads if g is not None)
+            stacked = torch.stack([torch.zeros_like(shape) if g is None else g for g in grads])
+            # Freed as we go: these are as many activations as there are columns.
+            for column in columns:
+                column[number] = None
+            for (tensor, role), found in zip(call.roles, self.layouts[number], strict=True):
+                groups = self._tracked[id(tensor)][1] - leave_out
+                if groups and found is not None:
+                    block = role.block(stacked, found[0], self.dtype, found[1])
+                    self._place(tensor, block, groups, parts)
+        return parts
+
+    def _place(
+        self, tensor: Tensor, block: JacobianBlock, groups: frozenset[int], parts: list[list[JacobianBlock]]
+    ) -> None:
+        """Give a block to the parameter that plays the role, or to those it is derived from."""
+        for group in groups:
+            parameter = self.parameters[group]
+            if tensor is parameter:
+                parts[group].append(block)
+                continue
+            moved = self._moved(block, tensor, parameter)
+            parts[group].append(self._pulled_back(block, tensor, parameter) if moved is None else moved)
+
+    @staticmethod
+    def _moved(block: JacobianBlock, view: Tensor, parameter: Tensor) -> JacobianBlock | None:
+        """The block of a parameter of which a view is used: rows of it, or its transpose."""
+        if isinstance(block, ProductBlock) and block.left.shape[2] == 1:
+            if transposed_view(view, parameter):
+                return replace(block, transposed=not block.transposed)
+            first = row_view(view, parameter)
+            if first is not None and not block.transposed:
+                after = parameter.shape[0] - first - view.shape[0]
+                return replace(block, left=torch.nn.functional.pad(block.left, (first, after)))
+        elif isinstance(block, SumBlock):
+            first = row_view(view, parameter)
+            if first is not None:
+                pad = (first, parameter.shape[0] - first - view.shape[0])
+                return SumBlock(*(torch.nn.functional.pad(v, pad) for v in (block.values, block.left)))
+        return None
+
+    def _pulled_back(self, block: JacobianBlock, tensor: Tensor, parameter: Tensor) -> DenseBlock:
+        """From derivatives in a derived tensor to those in a parameter it is made of."""
+        J = block.dense().to(tensor.dtype)
+        rows = J.reshape(-1, *tensor.shape)
+        (pulled,) = torch.autograd.grad(
+            tensor, [parameter], rows, retain_graph=True, create_graph=self.create_graph, is_grads_batched=True
+        )
+        return DenseBlock(pulled.reshape(*J.shape[:2], -1).to(self.dtype))
+
+    def _combine(self, blocks: list[JacobianBlock], group: int, n_columns: int) -> JacobianBlock:
+        """Add the uses of a group."""
+        parameter = self.parameters[group]
+        if not blocks:
+            zeros = torch.zeros(n_columns, self.n_rows, parameter.numel(), dtype=self.dtype, device=parameter.device)
+            return DenseBlock(zeros)
+        first = blocks[0]
+        if len(blocks) == 1:
+            return first
+        if all(isinstance(b, SumBlock) for b in blocks):
+            left = torch.cat([b.left for b in blocks if isinstance(b, SumBlock)], 2)
+            return SumBlock(left.sum(2), left)
+        products = [b for b in blocks if isinstance(b, ProductBlock)]
+        if len(products) == len(blocks) and len({(b.transposed, b.left.shape[2]) for b in products}) == 1:
+            left, right = (torch.cat([getattr(b, side) for b in products], -2) for side in ("left", "right"))
+            return ProductBlock(left, right, products[0].transposed, sum(b.count for b in products))
+        tables = [b for b in blocks if isinstance(b, GatherBlock)]
+        if len(tables) == len(blocks):
+            return GatherBlock.union(tables)
+        total = torch.stack([b.dense() for b in blocks]).sum(0)
+        return DenseBlock(total) if all(isinstance(b, DenseBlock) for b in blocks) else MixedBlock(total)
+
+    # -- the slow way -------------------------------------------------------------------------------------------------
+
+    def _row_by_row(self, directions: Sequence[Tensor], groups: Sequence[int]) -> dict[int, DenseBlock]:
+        """Derivatives by autograd, one datum at a time."""
+        if not groups:
+            return {}
+        parameters = [self.parameters[group] for group in groups]
+        rows: list[list[Tensor]] = [[] for _ in groups]
+        for b in range(self.n_rows):
+            with torch.enable_grad():
+                f = self.run(rows_of(self.x, b, self.n_rows))
+            self._check_row(f, b)
+            columns = [
+                torch.autograd.grad(
+                    f, parameters, d[b : b + 1], retain_graph=True, create_graph=self.create_graph, allow_unused=True
+                )
+                for d in directions
+            ]
+            for number, parameter in enumerate(parameters):
+                flat = [torch.zeros_like(parameter) if c[number] is None else c[number] for c in columns]
+                rows[number].append(torch.stack(flat).flatten(1).to(self.dtype))
+        return {group: DenseBlock(torch.stack(values, 1)) for group, values in zip(groups, rows, strict=True)}
+
+    def _check_row(self, f: Tensor, b: int) -> None:
+        """Raise if a datum alone gets other outputs than in its batch."""
+        there = self.outputs[b : b + 1]
+        limit = 10 * torch.finfo(f.dtype).eps ** 0.5 * max(1.0, float(there.detach().abs().max()))
+        if f.shape != there.shape or bool(((f - there).detach().abs() > limit).any()):
+            msg = (
+                "The outputs of a row depend on the other rows of its batch (statistics of the batch, padding, "
+                "attention across rows?), so that derivatives a datum do not exist. Use batches of one row, or a model "
+                "whose rows are independent in evaluation mode."
+            )
+            raise InputError(msg)

@@ -1,0 +1,196 @@
+"""The roles a parameter plays in a call: from gradients at the output of the call to derivatives in the parameter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from laplace.curvature.layouts import Layout
+from laplace.structures.gather import GatherBlock
+from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
+from laplace.structures.product import ProductBlock
+
+
+class Role(ABC):
+    """How one argument of one call acts on its output.
+
+    Attributes
+    ----------
+    n_lead
+        Number of leading axes of ``rows(g)``, those over data and positions.
+    """
+
+    n_lead: int
+
+    @abstractmethod
+    def rows(self, g: Tensor) -> Tensor:
+        """Gradients at the output ``[columns, *output]`` as ``[columns, *lead, *rest]``."""
+
+    @abstractmethod
+    def block(
+        self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Bool[Tensor, "batch positions"] | None = None
+    ) -> JacobianBlock:
+        """Derivatives in the argument.
+
+        Parameters
+        ----------
+        g
+            Gradients at the output, ``[columns, *output]``.
+        layout
+            Which datum each row belongs to.
+        dtype
+            To compute in.
+        counted
+            Rows that are not masked; the gradients of others are zero. All when ``None``.
+        """
+
+
+@dataclass(frozen=True)
+class Product(Role):
+    """A weight that multiplies inputs, ``Σ_t g_t ⊗ a_t``.
+
+    Attributes
+    ----------
+    inputs
+        Makes a, ``[*lead, groups, i]``; not called before it is needed.
+    outputs
+        Makes g, ``[columns, *lead, groups, o]``.
+    n_lead
+        Number of leading axes.
+    transposed
+        The weight is stored inputs first.
+    """
+
+    inputs: Callable[[], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    n_lead: int
+    transposed: bool = False
+
+    def rows(self, g: Tensor) -> Tensor:
+        """By ``outputs``."""
+        return self.outputs(g)
+
+    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> ProductBlock:
+        """Gradients and inputs."""
+        left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
+        inputs = self.inputs()
+        right = layout.apply(inputs if torch.is_grad_enabled() else inputs.detach(), self.n_lead).to(dtype)
+        n_counted = None
+        if counted is not None:
+            right = right * counted[:, :, None, None]
+            n_counted = int(counted.sum()) * right.shape[2]
+        return ProductBlock(left.transpose(2, 3), right.transpose(1, 2), self.transposed, n_counted)
+
+
+@dataclass(frozen=True)
+class Sum(Role):
+    """The bias of such a layer, ``Σ_t g_t``.
+
+    Attributes
+    ----------
+    outputs
+        Makes g, ``[columns, *lead, o]``.
+    n_lead
+        Number of leading axes.
+    """
+
+    outputs: Callable[[Tensor], Tensor]
+    n_lead: int
+
+    def rows(self, g: Tensor) -> Tensor:
+        """By ``outputs``."""
+        return self.outputs(g)
+
+    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> SumBlock:
+        """Gradients, and their sum."""
+        left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
+        return SumBlock(left.sum(2), left)
+
+
+@dataclass(frozen=True)
+class Gather(Role):
+    """Rows of a table, looked up by token.
+
+    Attributes
+    ----------
+    tokens
+        ``[*lead]``.
+    n_tokens
+        Number of rows of the table.
+    ignored
+        A token whose row is not trained.
+    """
+
+    tokens: Tensor
+    n_tokens: int
+    ignored: int | None
+
+    @property
+    def n_lead(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All axes but the features."""
+        return self.tokens.dim()
+
+    def rows(self, g: Tensor) -> Tensor:
+        """As they are."""
+        return g
+
+    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> GatherBlock:
+        """Gradients, summed over the positions of a datum that hold the same token."""
+        left = layout.apply(g, self.n_lead, 1).to(dtype)
+        # Rows that fill up have no gradient; −1 marks them, what is masked and what is not trained.
+        marks = layout.apply(self.tokens + 1, self.n_lead) - 1
+        if counted is not None:
+            marks = marks.masked_fill(~counted, -1)
+        if self.ignored is not None:
+            marks = marks.masked_fill(marks == self.ignored % self.n_tokens, -1)
+        kept = (marks >= 0).flatten()
+        datum = torch.arange(len(marks), device=marks.device).repeat_interleave(marks.shape[1])[kept]
+        pairs, place = torch.unique(datum * self.n_tokens + marks.flatten()[kept], return_inverse=True)
+        values = left.new_zeros(len(left), len(pairs), left.shape[-1])
+        gradients = left.flatten(1, 2)[:, kept]
+        values = values.index_add(1, place, gradients)
+        datum, token = pairs // self.n_tokens, pairs % self.n_tokens
+        return GatherBlock(values, datum, token, len(marks), self.n_tokens, gradients, marks.flatten()[kept])
+
+
+@dataclass(frozen=True)
+class Elementwise(Role):
+    """Numbers that multiply (by ``factor``) or are added, broadcast to the output.
+
+    Attributes
+    ----------
+    target
+        Shape of the argument, as many axes as the output.
+    factor
+        What the argument multiplies, broadcast to the output; ``None`` when it is added.
+    sign
+        Of the derivative.
+    """
+
+    target: tuple[int, ...]
+    factor: Callable[[], Tensor] | None = None
+    sign: float = 1.0
+
+    @property
+    def n_lead(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Axes over which the argument is shared."""
+        return sum(size == 1 for size in self.target)
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Axes over which the argument is shared come first."""
+        shared = [axis + 1 for axis, size in enumerate(self.target) if size == 1]
+        own = [axis + 1 for axis, size in enumerate(self.target) if size != 1]
+        return g.permute(0, *shared, *own)
+
+    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> DenseBlock:
+        """Written out: as many numbers as the argument has, for each column and datum."""
+        values = g.to(dtype)
+        if self.factor is not None:
+            values = values * self.factor().to(dtype)
+        values = layout.apply(self.rows(self.sign * values), self.n_lead, 1).sum(2)
+        return DenseBlock(values.flatten(2) if values.dim() > 2 else values.unsqueeze(2))

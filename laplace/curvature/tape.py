@@ -1,0 +1,169 @@
+"""Watch a forward pass: which functions meet the random weights, with which inputs, and where their outputs are.
+
+Functions are watched while the model runs, for the length of that run; no hook is set and nothing is stored on it.
+Tensors made of weights and constants alone (a slice of positions, an embedding of ``arange``) are *derived*: they play
+the role in place of the weight, and their derivatives are pulled back to it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from laplace.curvature.layers import READERS, bind
+from laplace.curvature.roles import Role
+
+MUTATING = {"__setitem__", "set_", "copy_"}
+"""Functions that write into their first argument, beside those whose name ends with an underscore."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function in which random weights meet data.
+
+    Attributes
+    ----------
+    name
+        Of the function.
+    shape
+        Of its output.
+    edge
+        Where gradients at its output are to be had.
+    roles
+        For each tensor that is, or is derived from, random weights: the tensor and what it does.
+    inputs
+        The other tensors, with the version they had: they must not be written to afterwards.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    edge: GradientEdge
+    roles: list[tuple[Tensor, Role]]
+    inputs: list[tuple[Tensor, int]]
+
+
+class Tape(TorchFunctionMode):
+    """The calls of one forward pass.
+
+    Parameters
+    ----------
+    parameters
+        The random weights.
+    constants
+        Other tensors that do not depend on data: buffers and frozen weights.
+    n_rows
+        Number of data in the batch; what is expanded to it meets data.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], constants: Iterable[Tensor], n_rows: int) -> None:
+        super().__init__()
+        self.n_rows = n_rows
+        self.tracked: dict[int, tuple[Tensor, frozenset[int]]] = {
+            id(parameter): (parameter, frozenset({group})) for group, parameter in enumerate(parameters)
+        }
+        # Tensors are kept, so that their ids are not used again.
+        self.constants: dict[int, Tensor] = {id(tensor): tensor for tensor in constants}
+        self.calls: list[Call] = []
+        self.opaque: dict[int, str] = {}
+        """Groups of weights that met data in a function without a reader, and its name."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function and note what it does to weights."""
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._inside(func, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        weights = [tensor for tensor in tensors if id(tensor) in self.tracked]
+        data = [t for t in tensors if id(t) not in self.tracked and id(t) not in self.constants]
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if weights and (data or self._spreads(func, weights, made)):
+            self._meet(func, name, args, kwargs, weights, data, made)
+        elif not data:
+            groups = frozenset().union(*(self.tracked[id(weight)][1] for weight in weights))
+            for tensor in made:
+                if id(tensor) in self.tracked:
+                    continue
+                if groups and tensor.requires_grad:
+                    self.tracked[id(tensor)] = (tensor, groups)
+                else:
+                    self.constants[id(tensor)] = tensor
+        if data and tensors and (name in MUTATING or (name.endswith("_") and not name.startswith("__"))):
+            self.constants.pop(id(tensors[0]), None)
+        return out
+
+    def _spreads(self, func: Any, weights: list[Tensor], made: list[Tensor]) -> bool:
+        """Whether a weight is given to each datum, before it meets any."""
+        if func is not Tensor.expand or self.n_rows == 1:
+            return False
+        (weight,), (out,) = weights, made
+        own = out.dim() - weight.dim()
+        return out.shape[0] == self.n_rows and (own > 0 or weight.shape[0] == 1)
+
+    def _meet(
+        self,
+        func: Any,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        weights: list[Tensor],
+        data: list[Tensor],
+        made: list[Tensor],
+    ) -> None:
+        """Note a call in which weights meet data."""
+        differentiable = [tensor for tensor in made if tensor.requires_grad]
+        if not differentiable and name not in MUTATING:
+            return
+        roles: list[tuple[Tensor, Role]] = []
+        if func in READERS and len(made) == 1 and differentiable:
+            read, names = READERS[func]
+            roles = [(t, role) for t, role in read(made[0], bind(names, args, kwargs)) if id(t) in self.tracked]
+        known = {id(tensor) for tensor, _ in roles}
+        for weight in weights:
+            if id(weight) not in known:
+                self.opaque.update(dict.fromkeys(self.tracked[id(weight)][1], name))
+        if roles:
+            out = made[0]
+            # What is written into a view later rebuilds the view's graph, not that of the tensor it looks at.
+            base = out._base if func is F.linear and out._base is not None else out
+            inputs = [(tensor, tensor._version) for tensor in data if tensor is not out]
+            self.calls.append(Call(name, tuple(out.shape), get_gradient_edge(base), roles, inputs))
+
+    def _inside(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the Python body of a function so that the functions it calls are watched in turn."""
+        code = getattr(func, "__code__")  # noqa: B009 - a function of Python, not a built-in one
+        scope = {**getattr(func, "__globals__"), "has_torch_function": lambda *_: False}  # noqa: B009
+        body = types.FunctionType(code, scope, code.co_name, getattr(func, "__defaults__"))  # noqa: B009
+        body.__kwdefaults__ = getattr(func, "__kwdefaults__")  # noqa: B009
+        with self:
+            return body(*args, **kwargs)
+
+
+def row_view(view: Tensor, parameter: Tensor) -> int | None:
+    """The first row, if ``view`` shows consecutive rows of a parameter; else ``None``."""
+    if view._base is not parameter or view.dim() != parameter.dim() or view.shape[1:] != parameter.shape[1:]:
+        return None
+    if view.stride() != parameter.stride() or not parameter.is_contiguous():
+        return None
+    size = parameter[0].numel() if parameter.dim() > 1 else 1
+    offset = view.storage_offset() - parameter.storage_offset()
+    return offset // size if offset % size == 0 else None
+
+
+def transposed_view(view: Tensor, parameter: Tensor) -> bool:
+    """Whether ``view`` is a matrix transposed."""
+    if view._base is not parameter or view.dim() != 2 or parameter.dim() != 2:
+        return False
+    same = view.storage_offset() == parameter.storage_offset()
+    return same and tuple(view.stride()) == tuple(reversed(parameter.stride())) and view.shape == parameter.shape[::-1]

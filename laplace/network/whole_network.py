@@ -1,0 +1,104 @@
+"""A model all of whose weights may be random (``subset_of_weights="all"``): how it is evaluated, also at others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace.errors import UnsupportedError
+from laplace.network.batches import arguments, call, output_tensor
+from laplace.network.parameters import ParameterSubset, split_sizes
+from laplace.types import Inputs
+
+
+class WholeNetwork:
+    """A model and its weights that require a gradient: these are the random ones.
+
+    Parameters
+    ----------
+    model
+        The trained network; read, never written. It returns a tensor, or a mapping with the entry ``logits``.
+    dict_key_x, dict_key_y
+        Entries of a mapping input that hold the main input and the targets.
+
+    Raises
+    ------
+    UnsupportedError
+        If no weight requires a gradient.
+    """
+
+    def __init__(self, model: nn.Module, *, dict_key_x: str = "input_ids", dict_key_y: str = "labels") -> None:
+        self.model = unwrap(model)
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if not named:
+            msg = (
+                "No weight of the model requires a gradient, so none is random. Unfreeze the weights that should be "
+                "random with requires_grad_(True)."
+            )
+            raise UnsupportedError(msg)
+        self.names = tuple(name for name, _ in named)
+        self.subset = ParameterSubset(tuple(parameter for _, parameter in named))
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """Tensors of the model that are not random: frozen weights and buffers."""
+        random = {id(parameter) for parameter in self.subset.parameters}
+        frozen = [parameter for parameter in self.model.parameters() if id(parameter) not in random]
+        return [*frozen, *self.model.buffers()]
+
+    def owner(self, group: int) -> tuple[str, nn.Module]:
+        """Name and module that a parameter group belongs to."""
+        name = self.names[group].rpartition(".")[0]
+        return name, self.model.get_submodule(name)
+
+    def __call__(self, x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
+        """Outputs, ``[batch, *positions, C]``; a model that returns ``[batch]`` gets an output axis.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        **model_kwargs
+            Passed to ``forward``.
+        """
+        keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
+        return with_output_axis(output_tensor(call(self.model, x, **keys, **model_kwargs)))
+
+    def at(self, theta: Float[Tensor, " params"], x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
+        """Outputs with other weights, by a functional call: the model is not touched.
+
+        Parameters
+        ----------
+        theta
+            The random weights, ``[P]``.
+        x
+            A batch of inputs.
+        **model_kwargs
+            Passed to ``forward``.
+        """
+        parts = zip(self.names, self.subset.parameters, split_sizes(theta, self.subset.sizes), strict=True)
+        weights = {name: part.reshape(old.shape).to(old.dtype) for name, old, part in parts}
+        args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+        outputs = torch.func.functional_call(self.model, weights, args, {**kwargs, **model_kwargs})
+        return with_output_axis(output_tensor(outputs))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that run it elsewhere: data parallel ones, and compiled graphs made of it."""
+    while True:
+        original = dict(model.named_children()).get("_orig_mod")
+        if original is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            original = model.module
+        if original is None:
+            return model
+        model = original
+
+
+def with_output_axis(f: Tensor) -> Tensor:
+    """Outputs with at least two axes."""
+    return f.unsqueeze(-1) if f.dim() == 1 else f

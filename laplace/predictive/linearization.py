@@ -1,0 +1,333 @@
+"""Everything about some inputs that does not depend on the posterior: computed once, it serves any prior or noise.
+
+``FeatureLinearization`` is exact for a linear last layer and needs its features alone; ``JacobianLinearization`` holds
+the derivatives of a whole network in factors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.errors import UnsupportedError
+from laplace.network.parameters import head_views, split_sizes
+from laplace.predictive.gaussian import chunks, draw
+from laplace.structures import AbstractPrecision
+from laplace.structures.jacobian import JacobianBlock
+
+
+class Linearization(ABC):
+    """Outputs at some inputs and how they depend on the random weights, to first order."""
+
+    f: Tensor
+    """Outputs, ``[batch, *positions, C]``."""
+
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self.f.shape[-1]
+
+    def mean(self, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
+        """Outputs, flattened to rows."""
+        return self.f.reshape(-1, self.n_outputs).to(dtype)
+
+    @abstractmethod
+    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
+        """Variances of the outputs.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        dtype
+            To compute in.
+
+        Returns
+        -------
+        ``[rows, C]``, output units squared, without observation noise.
+        """
+
+    @abstractmethod
+    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
+        """Covariances of the outputs of each row.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+
+        Returns
+        -------
+        ``[rows, C, C]``, output units squared, without observation noise.
+        """
+
+    @abstractmethod
+    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
+        """Covariance of all outputs of all rows.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+
+        Returns
+        -------
+        ``[rows·C, rows·C]``, row by row; output units squared, without observation noise.
+        """
+
+    @abstractmethod
+    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
+        """Variances of the differences f₀ − f₁ of each pair, for outputs ``[pairs, 2, 1]``.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+
+        Returns
+        -------
+        ``[pairs, 1]``, output units squared.
+        """
+
+    @abstractmethod
+    def functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """Draw whole functions of the linearized network, coherent over the rows of the call, in chunks of samples.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        n_samples
+            How many.
+        generator
+            Source of randomness.
+        dtype
+            To compute in.
+
+        Yields
+        ------
+        ``[samples, rows, C]``, ``n_samples`` in all.
+        """
+
+    def network_functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """The same of the network itself; for a linear last layer it is the same.
+
+        Parameters
+        ----------
+        precision, n_samples, generator, dtype
+            As in ``functions``.
+        """
+        return self.functions(precision, n_samples, generator, dtype)
+
+    def kept(self, limit: int) -> tuple[Linearization, int] | None:
+        """What to keep of it for repeated use, and its size in numbers; ``None`` when that is above a limit.
+
+        Parameters
+        ----------
+        limit
+            How many numbers may be kept.
+        """
+        size = self.f.numel()
+        return (self, size) if size <= limit else None
+
+    def restore(self, rows: Tensor, n_leading: int = 0) -> Tensor:
+        """From rows back to ``[batch, *positions]``, in the dtype of the outputs."""
+        lead = rows.shape[:n_leading]
+        return rows.reshape(*lead, *self.f.shape[:-1], *rows.shape[n_leading + 1 :]).to(self.f.dtype)
+
+
+@dataclass(frozen=True)
+class FeatureLinearization(Linearization):
+    """Outputs and the features of their last layer: ``f(θ) = f + φ (W − W*)ᵀ + (b − b*)``, exactly.
+
+    Attributes
+    ----------
+    f
+        Outputs, ``[batch, *positions, C]``.
+    phi
+        Features, ``[batch, *positions, D]``.
+    bias
+        Whether the layer has a bias.
+    """
+
+    f: Tensor
+    phi: Tensor
+    bias: bool
+
+    def _rows(self, dtype: torch.dtype) -> Float[Tensor, "rows features"]:
+        return self.phi.reshape(-1, self.phi.shape[-1]).to(dtype)
+
+    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
+        """From features, by the structure."""
+        return precision.feature_variance(self._rows(dtype), self.n_outputs, self.bias, diagonal=True)
+
+    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
+        """From features, by the structure."""
+        return precision.feature_variance(self._rows(dtype), self.n_outputs, self.bias)
+
+    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
+        """From features, by the structure."""
+        return precision.feature_covariance(self._rows(dtype), self.n_outputs, self.bias)
+
+    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
+        """The Jacobian of a difference is that of the features, and 0 for the bias."""
+        first, second = self.phi.to(dtype).unbind(1)
+        J = torch.nn.functional.pad(first - second, (0, int(self.bias))).unsqueeze(1)
+        return precision.functional_variance(J).flatten(1)
+
+    def functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """Through the weights."""
+        phi, mean = self._rows(dtype), self.mean(dtype)
+        for size in chunks(n_samples, max(precision.n_params, mean.numel())):
+            weight, offset = head_views(precision.sample(size, generator), self.n_outputs, phi.shape[-1], self.bias)
+            f = mean + torch.einsum("nd,scd->snc", phi, weight)
+            yield f if offset is None else f + offset.unsqueeze(1)
+
+
+@runtime_checkable
+class Derivatives(Protocol):
+    """Derivatives of outputs in all random weights, made when they are asked for."""
+
+    def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
+        """Blocks of mixtures of the outputs of each datum, ``[columns, positions·C]``."""
+        ...
+
+    @property
+    def n_columns_at_once(self) -> int:
+        """How many columns fit the memory that chunks may take."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredDerivatives:
+    """All columns, kept.
+
+    Attributes
+    ----------
+    blocks
+        One for each parameter group.
+    """
+
+    blocks: Sequence[JacobianBlock]
+
+    def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
+        """Mixtures of them."""
+        return [block.mix(mix) for block in self.blocks]
+
+    @property
+    def n_columns_at_once(self) -> int:
+        """All of them are there already."""
+        return self.blocks[0].n_columns
+
+
+@dataclass(frozen=True)
+class JacobianLinearization(Linearization):
+    """Outputs of a network and their derivatives: ``f(θ) ≈ f + J (θ − θ*)``.
+
+    Attributes
+    ----------
+    f
+        Outputs, ``[batch, *positions, C]``.
+    derivatives
+        In the random weights; ``None`` where only the network itself is asked for.
+    evaluate
+        The network's outputs at other weights ``[P]``.
+    theta
+        The weights it is linearized at, ``[P]``.
+    """
+
+    f: Tensor
+    derivatives: Derivatives | None
+    evaluate: Callable[[Tensor], Tensor]
+    theta: Tensor
+
+    @property
+    def _derivatives(self) -> Derivatives:
+        if self.derivatives is None:
+            msg = "These outputs were computed without derivatives."
+            raise UnsupportedError(msg)
+        return self.derivatives
+
+    def _blocks(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> list[JacobianBlock]:
+        """Derivatives of some of the ``positions · C`` outputs of each datum."""
+        eye = torch.eye(self.f[0].numel(), dtype=dtype, device=self.f.device)
+        return self._derivatives.columns(eye[start:stop])
+
+    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
+        """A few outputs at a time."""
+        step, n_columns = self._derivatives.n_columns_at_once, self.f[0].numel()
+        parts = [
+            precision.block_variance(self._blocks(dtype, start, start + step)) for start in range(0, n_columns, step)
+        ]
+        return torch.cat(parts).T.reshape(-1, self.n_outputs)
+
+    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
+        """All outputs of a position at a time."""
+        step, n_columns = self.n_outputs, self.f[0].numel()
+        parts = [
+            precision.block_covariance(self._blocks(dtype, start, start + step)) for start in range(0, n_columns, step)
+        ]
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
+        """All outputs at once."""
+        return precision.block_kernel(self._blocks(dtype))
+
+    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
+        """One column, the difference."""
+        mix = torch.tensor([[1.0, -1.0]], dtype=dtype, device=self.f.device)
+        return precision.block_variance(self._derivatives.columns(mix)).T
+
+    def functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """In function space where there are fewer outputs than samples, else through the weights."""
+        mean = self.mean(dtype)
+        if mean.numel() <= n_samples:
+            cov = self.joint_covariance(precision, dtype).unsqueeze(0)
+            for part in draw(mean.reshape(1, -1), cov, n_samples, generator):
+                yield part.reshape(-1, *mean.shape)
+            return
+        n_columns = self.f[0].numel()
+        for size in chunks(n_samples, max(precision.n_params, mean.numel())):
+            theta = precision.sample(size, generator)
+            rows: list[Tensor] = []
+            step = self._derivatives.n_columns_at_once
+            for start in range(0, n_columns, step):
+                blocks = self._blocks(dtype, start, start + step)
+                parts = split_sizes(theta, [block.n_params for block in blocks])
+                rows.append(torch.stack([b.apply(v) for b, v in zip(blocks, parts, strict=True)]).sum(0))
+            yield mean + torch.cat(rows, 1).transpose(1, 2).reshape(size, *mean.shape)
+
+    def network_functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """One forward pass a sample, by functional calls."""
+        mean = self.mean(dtype)
+        for size in chunks(n_samples, max(precision.n_params, mean.numel())):
+            thetas = self.theta + precision.sample(size, generator)
+            yield torch.stack([self.evaluate(theta).reshape(mean.shape).to(dtype) for theta in thetas])
+
+    def kept(self, limit: int) -> tuple[Linearization, int] | None:
+        """All columns in factors, if they fit."""
+        if self.derivatives is None:
+            return super().kept(limit)
+        dtype = torch.promote_types(self.f.dtype, torch.float32)
+        blocks = self._blocks(dtype, 0, 1)
+        size = sum(block.size for block in blocks) * self.f[0].numel() + self.f.numel()
+        if size > limit:
+            return None
+        stored = StoredDerivatives(self._blocks(dtype))
+        return JacobianLinearization(self.f, stored, self.evaluate, self.theta), size

@@ -1,0 +1,273 @@
+"""Derivatives of outputs in the random weights, kept in factors: ``J [columns, batch, P]`` is never whole.
+
+A *column* is one direction in the outputs of a datum: an output, or a root of its Hessian. For a layer that multiplies
+its inputs by a weight, ``J_qb = Σ_t g_qbt ⊗ a_bt`` over the positions t at which the weight is used, with ``g`` the
+gradients at the layer's outputs and ``a`` its inputs. Structures ask blocks for squares, (co)variances and products;
+they compute them piece by piece under a bound on memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.linalg import CHUNK_ELEMENTS
+
+
+class JacobianBlock(ABC):
+    """Derivatives in one parameter group, ``[columns, batch, p]``: the slow and correct defaults."""
+
+    @property
+    @abstractmethod
+    def n_columns(self) -> int:
+        """Q, the number of columns."""
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """B, the number of rows of the batch."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter group as a matrix ``(outputs, inputs)``, or ``(p,)``."""
+
+    @property
+    def n_params(self) -> int:
+        """p, the number of weights in the group."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """Any tensor of the block, for its dtype and device."""
+
+    @abstractmethod
+    def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
+        """A part of J, written out.
+
+        Parameters
+        ----------
+        rows
+            Of the batch.
+        units
+            Which of the ``n_units`` parts of the weights.
+        """
+
+    @property
+    @abstractmethod
+    def n_units(self) -> int:
+        """Into how many equal parts the weights can be cut."""
+
+    @abstractmethod
+    def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> JacobianBlock:
+        """J in another basis of the weights: as matrices ``Lᵀ J R``, as vectors ``J R``; ``None`` is the identity.
+
+        Parameters
+        ----------
+        sides
+            One or two orthogonal matrices.
+        shape
+            Their sizes.
+        """
+
+    @abstractmethod
+    def mix(self, weights: Float[Tensor, "mixtures columns"]) -> JacobianBlock:
+        """Mixtures of the columns.
+
+        Parameters
+        ----------
+        weights
+            ``[mixtures, columns]``.
+        """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many numbers it keeps."""
+
+    def pieces(self, *, whole_batch: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+        """All of J, in pieces of at most ``CHUNK_ELEMENTS`` numbers where a row and a unit allow it.
+
+        Parameters
+        ----------
+        whole_batch
+            Cut the weights only.
+
+        Yields
+        ------
+        Rows of the batch, weights, and ``[columns, rows, weights]``.
+        """
+        unit = self.n_params // self.n_units
+        rows_each = self.n_rows if whole_batch else max(1, CHUNK_ELEMENTS // max(1, self.n_columns * self.n_params))
+        rows_each = max(1, min(rows_each, self.n_rows))
+        units_each = max(1, min(self.n_units, CHUNK_ELEMENTS // max(1, self.n_columns * rows_each * unit)))
+        for start in range(0, self.n_rows, rows_each):
+            rows = slice(start, start + rows_each)
+            for first in range(0, self.n_units, units_each):
+                last = min(first + units_each, self.n_units)
+                yield rows, slice(first * unit, last * unit), self.piece(rows, slice(first, last))
+
+    def dense(self, rows: slice | None = None) -> Float[Tensor, "columns batch params"]:
+        """J of some rows, written out.
+
+        Parameters
+        ----------
+        rows
+            Of the batch; all when ``None``.
+        """
+        return self.piece(slice(None) if rows is None else rows, slice(None))
+
+    def squares(self) -> Float[Tensor, " params"]:
+        """Σ J² over columns and rows, ``[p]``."""
+        total = self.sample.new_zeros(self.n_params)
+        for _, weights, J in self.pieces():
+            total[weights] += J.square().sum((0, 1))
+        return total
+
+    def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
+        """Σ_p w_p J_p².
+
+        Parameters
+        ----------
+        w
+            Variances of the weights, ``[p]``.
+        """
+        columns = []
+        for rows, weights, J in self.pieces():
+            columns.append((rows, J.square() @ w[weights]))
+        return self._assemble(columns, 1)
+
+    def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:
+        """Σ_p w_p J_qp J_kp for each row.
+
+        Parameters
+        ----------
+        w
+            Variances of the weights, ``[p]``.
+        """
+        parts = []
+        for rows, weights, J in self.pieces():
+            half = (J * w[weights].sqrt()).transpose(0, 1)
+            parts.append((rows, half @ half.mT))
+        return self._assemble(parts, 0)
+
+    def kernel(self, w: Float[Tensor, " params"]) -> Float[Tensor, "joint joint"]:
+        """The same across rows, ``[batch·columns, batch·columns]``, row by row.
+
+        Parameters
+        ----------
+        w
+            Variances of the weights, ``[p]``.
+        """
+        total: Tensor | None = None
+        for _, weights, J in self.pieces(whole_batch=True):
+            half = (J * w[weights].sqrt()).transpose(0, 1).flatten(0, 1)
+            total = half @ half.T if total is None else total + half @ half.T
+        assert total is not None, "there are weights"
+        return total
+
+    def apply(self, v: Float[Tensor, "samples params"]) -> Float[Tensor, "samples columns batch"]:
+        """J v for several vectors of weights.
+
+        Parameters
+        ----------
+        v
+            ``[samples, p]``.
+        """
+        parts = [(rows, torch.einsum("qbp,sp->sqb", J, v[:, weights])) for rows, weights, J in self.pieces()]
+        return self._assemble(parts, 2)
+
+    def _assemble(self, parts: list[tuple[slice, Tensor]], dim: int) -> Tensor:
+        """Add pieces of the same rows, join pieces of different rows."""
+        joined: dict[int, Tensor] = {}
+        for rows, part in parts:
+            start = rows.start or 0
+            joined[start] = joined[start] + part if start in joined else part
+        return torch.cat([joined[start] for start in sorted(joined)], dim)
+
+
+@dataclass(frozen=True)
+class DenseBlock(JacobianBlock):
+    """J written out: for small groups (biases, scales, bare parameters).
+
+    Attributes
+    ----------
+    values
+        ``[columns, batch, p]``.
+    """
+
+    values: Float[Tensor, "columns batch params"]
+
+    @property
+    def n_columns(self) -> int:
+        """Q."""
+        return self.values.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        """B."""
+        return self.values.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(p,)``."""
+        return (self.values.shape[2],)
+
+    @property
+    def sample(self) -> Tensor:
+        """J."""
+        return self.values
+
+    @property
+    def n_units(self) -> int:
+        """Each weight is one."""
+        return self.values.shape[2]
+
+    def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
+        """A view."""
+        return self.values[:, rows, units]
+
+    def mix(self, weights: Float[Tensor, "mixtures columns"]) -> DenseBlock:
+        """One product."""
+        return DenseBlock(torch.einsum("mq,qbp->mbp", weights, self.values))
+
+    @property
+    def size(self) -> int:
+        """That of J."""
+        return self.values.numel()
+
+    def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> DenseBlock:
+        """J R, or Lᵀ J R."""
+        values = self.values.unflatten(-1, tuple(shape))
+        *outer, inner = sides
+        values = values if inner is None else values @ inner
+        for side in outer:
+            values = values if side is None else side.T @ values
+        return DenseBlock(values.flatten(2))
+
+
+@dataclass(frozen=True)
+class SumBlock(DenseBlock):
+    """The block of a bias, ``J_qb = Σ_t g_qbt``, which remembers its positions.
+
+    Attributes
+    ----------
+    left
+        g, ``[columns, batch, positions, p]``.
+    """
+
+    left: Float[Tensor, "columns batch positions params"]
+
+
+def sum_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of one or more tensors."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,150 @@
+"""The derivatives of outputs in a weight that multiplies its inputs: gradients and inputs, never their product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.structures.jacobian import JacobianBlock
+
+
+@dataclass(frozen=True)
+class ProductBlock(JacobianBlock):
+    """``J_qb = Σ_t g_qbt ⊗ a_bt``, one product for each group of channels (groups = 1 but for grouped convolutions).
+
+    Attributes
+    ----------
+    left
+        g, ``[columns, batch, groups, positions, outputs of a group]``.
+    right
+        a, ``[batch, groups, positions, inputs of a group]``.
+    transposed
+        The weight is stored inputs first: ``a ⊗ g``.
+    n_counted
+        Number of rows of a that are not masked; all when ``None``.
+    basis
+        J is returned in this basis of the weights, ``Lᵀ J R``.
+    """
+
+    left: Float[Tensor, "columns batch groups positions o"]
+    right: Float[Tensor, "batch groups positions i"]
+    transposed: bool = False
+    n_counted: int | None = None
+    basis: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def n_columns(self) -> int:
+        """Q."""
+        return self.left.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        """B."""
+        return self.left.shape[1]
+
+    @property
+    def count(self) -> int:
+        """Number of rows of a that count: data times positions times groups."""
+        return self.right[..., 0].numel() if self.n_counted is None else self.n_counted
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(outputs, inputs of a group)``; transposed ``(inputs, outputs of a group)``."""
+        groups, o, i = self.left.shape[2], self.left.shape[4], self.right.shape[3]
+        return (groups * i, o) if self.transposed else (groups * o, i)
+
+    @property
+    def sample(self) -> Tensor:
+        """g."""
+        return self.left
+
+    @property
+    def _rotated(self) -> bool:
+        return any(side is not None for side in self.basis)
+
+    @property
+    def _single(self) -> bool:
+        """One group and one position: J is one outer product, and sums over it are matrix products."""
+        return self.left.shape[2] == self.left.shape[3] == 1 and not self._rotated
+
+    @property
+    def n_units(self) -> int:
+        """Groups, or rows of the weight; all of it at once in another basis."""
+        if self._rotated:
+            return 1
+        return self.left.shape[2] if self.left.shape[2] > 1 else self.shape[0]
+
+    def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
+        """One batched product over positions."""
+        left, right = self.left[:, rows], self.right[rows]
+        if not self._rotated and left.shape[2] > 1:
+            left, right = left[:, :, units], right[:, units]
+        elif not self._rotated and self.transposed:
+            right = right[..., units]
+        elif not self._rotated:
+            left = left[..., units]
+        J = right.mT @ left if self.transposed else left.mT @ right
+        if self._rotated:
+            (outer, inner), matrix = self.basis, J.flatten(2, 3)
+            half = matrix if inner is None else matrix @ inner
+            return (half if outer is None else outer.T @ half).flatten(2)
+        return J.flatten(2)
+
+    def mix(self, weights: Float[Tensor, "mixtures columns"]) -> ProductBlock:
+        """Of the gradients."""
+        return replace(self, left=torch.einsum("mq,q...->m...", weights, self.left))
+
+    @property
+    def size(self) -> int:
+        """That of the gradients and the inputs."""
+        return self.left.numel() + self.right.numel()
+
+    def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> ProductBlock:  # noqa: ARG002
+        """Rotate the factors, or their product where that is less work."""
+        outer, inner = reversed(sides) if self.transposed else sides
+        columns, _, groups, positions, o = self.left.shape
+        i = self.right.shape[3]
+        factors_first = positions * (columns * o * o + i * i) <= columns * o * i * (o + i)
+        if groups > 1 or self._rotated or not factors_first:
+            assert not self._rotated, "rotated once"
+            first, second = sides
+            return replace(self, basis=(first, second))
+        left = self.left if outer is None else self.left @ outer
+        return replace(self, left=left, right=self.right if inner is None else self.right @ inner)
+
+    def _strength(self, w: Tensor) -> Float[Tensor, "batch o"]:
+        """Σ_i a_bi² w_oi, with one position."""
+        matrix = w.view(self.shape)
+        return self.right.flatten(1).square() @ (matrix if self.transposed else matrix.T)
+
+    def squares(self) -> Float[Tensor, " params"]:
+        """With one position a product of squares."""
+        if not self._single:
+            return super().squares()
+        left, right = self.left.square().sum(0).flatten(1), self.right.flatten(1).square()
+        return (right.T @ left if self.transposed else left.T @ right).flatten()
+
+    def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
+        """With one position a product of squares."""
+        if not self._single:
+            return super().variance(w)
+        return (self.left.flatten(2).square() * self._strength(w)).sum(-1)
+
+    def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:
+        """With one position the inputs only weigh the gradients."""
+        if not self._single:
+            return super().covariance(w)
+        left = self.left.flatten(2).transpose(0, 1)
+        return (left * self._strength(w).unsqueeze(1)) @ left.mT
+
+    def apply(self, v: Float[Tensor, "samples params"]) -> Float[Tensor, "samples columns batch"]:
+        """Inputs times weights, then gradients: J is not formed."""
+        if self._rotated or self.left.shape[2] > 1:
+            return super().apply(v)
+        matrix = v.view(-1, *self.shape)
+        hidden = torch.einsum("bti,soi->sbto", self.right.squeeze(1), matrix.mT if self.transposed else matrix)
+        return torch.einsum("sbto,qbto->sqb", hidden, self.left.squeeze(2))
