@@ -117,7 +117,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[Any]:
         number(r.get("bare_mb"), "MB"),
         f"{r['trace']:.5g}" if "trace" in r else "",
         "" if peer else within(row),
-        "" if peer or len(rows) == 1 else compared(row, rows),
+        "" if peer or not any(other["back_end"] for other in rows) else compared(row, rows),
         shorten(r["note"] or skipped(r)),
     ]
 
