@@ -66,6 +66,11 @@ CHUNK_ELEMENTS = 2**24
 """Largest temporary that chunked computations make, in numbers: 64 MB in float32."""
 
 
+def piece_elements(device: torch.device) -> int:
+    """Numbers that are computed, used and dropped at a time: what stays in the cache of a CPU, more elsewhere."""
+    return 2**18 if device.type == "cpu" else CHUNK_ELEMENTS
+
+
 def memory_of(device: torch.device) -> int | None:
     """Total memory of a device in bytes; ``None`` where it is not known.
 
@@ -149,7 +154,9 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
     raise NotPositiveDefiniteError(msg)
 
 
-def eigh(matrix: Float[Tensor, "n n"], name: str = "Kronecker factor") -> tuple[Tensor, Tensor]:
+def eigh(
+    matrix: Float[Tensor, "n n"], name: str = "Kronecker factor", resolution: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors of a positive semi-definite matrix.
 
     Negative eigenvalues of rounding size are set to zero; larger ones mean that the matrix is not what it claims.
@@ -160,6 +167,9 @@ def eigh(matrix: Float[Tensor, "n n"], name: str = "Kronecker factor") -> tuple[
         Symmetric positive semi-definite, ``[n, n]``.
     name
         What the matrix is, for messages.
+    resolution
+        Relative precision that the matrix was computed in, where it is coarser than its dtype: eigenvalues below eight
+        times that, relative to the largest, cannot be told from zero and are set to zero.
 
     Returns
     -------
@@ -187,11 +197,11 @@ def eigh(matrix: Float[Tensor, "n n"], name: str = "Kronecker factor") -> tuple[
         wide_values, wide_vectors = torch.linalg.eigh(matrix.double())
         values, vectors = wide_values.to(matrix.dtype), wide_vectors.to(matrix.dtype)
     largest = values.abs().max() if values.numel() else values.sum()
-    rounding = 1e3 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps * largest
+    rounding = 1e3 * matrix.shape[-1] * max(torch.finfo(matrix.dtype).eps, resolution) * largest
     if bool((values < -rounding).any()):
         msg = f"The {name} has a negative eigenvalue, {float(values.min()):.3e}, so it is no sum of outer products."
         raise NotPositiveDefiniteError(msg)
-    return values.clamp(min=0), vectors
+    return torch.where(values <= 8 * resolution * largest, 0.0, values), vectors
 
 
 def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from laplace.curvature import kfac
 from laplace.curvature.curvature import CurvatureInterface
-from laplace.curvature.recording import MixedBlock, Recording, Verdict
+from laplace.curvature.memory import Memory
+from laplace.curvature.recording import MixedBlock, Recording
 from laplace.errors import PerformanceWarning, UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, differentiable
@@ -46,7 +47,7 @@ class AllWeightsEngine:
 
     def __init__(self, backend: CurvatureInterface, network: WholeNetwork, reduce: bool) -> None:
         self.backend, self.network, self.reduce = backend, network, reduce
-        self.verdicts: dict[Any, Verdict] = {}
+        self.memory = Memory()
 
     def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Recording:
         """Run the model and keep what derivatives are made of.
@@ -67,7 +68,7 @@ class AllWeightsEngine:
             self.network.names,
             self.network.constants,
             count_rows(x),
-            self.verdicts,
+            self.memory,
             create_graph=create_graph,
             dtype=self.backend.curvature_dtype,
         )
@@ -245,16 +246,18 @@ def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, 
     diagonal = check_kron(recording, network)
     # A device without float64 sums in what it has.
     wide = recording.dtype if recording.f.device.type == "mps" else torch.float64
-    sums: list[kfac.Factors] = []
+    total: list[kfac.Factors] = []
     for some in chunks(recording, columns or [torch.zeros_like(recording.f)]):
         blocks = recording.blocks(some)
         for group, block in enumerate(blocks):
             if isinstance(block, MixedBlock):
                 refuse(network, group, "it is used as a table of embeddings and as a matrix")
-        options = {"reduce": reduce, "inputs": not sums}
-        new = [kfac.factors(b, wide, diagonal=i in diagonal, **options) for i, b in enumerate(blocks)]
-        sums = [old.add(more) for old, more in zip(sums, new, strict=True)] if sums else new
-    return Kron([group.sides for group in sums], [group.count for group in sums])
+        moment = kfac.Moments(wide)
+        options = {"reduce": reduce, "inputs": not total}
+        new = [kfac.factors(b, moment, diagonal=i in diagonal, **options) for i, b in enumerate(blocks)]
+        total = kfac.more_columns(total, new) if total else new
+    resolution = torch.finfo(recording.dtype).eps
+    return Kron([group.sides for group in total], [group.count for group in total], resolution)
 
 
 def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:

@@ -47,8 +47,10 @@ class AutogradInterface(CurvatureInterface):
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors; the inputs' side divided by ``N`` (times the positions of a datum).
 
-        The factors are summed in float64 whatever the model is: an eigenvalue that is zero but for rounding to float32
-        would count as curvature where the prior precision is smaller, and variances would come out too small.
+        The factors of a last layer are summed in float64 whatever the model is: an eigenvalue that is zero but for
+        rounding to float32 would count as curvature where the prior precision is smaller, and variances would come out
+        too small. For all weights the sums within a batch are in the precision of the curvature, since double precision
+        would cost as much as all else; eigenvalues at the level of its rounding count as zero.
         """
         self._refuse(kwargs)
         loss, sums = self._engine.kron(x, y)

@@ -23,7 +23,7 @@ network architectures", arXiv:2311.00636 (expand and reduce: section 3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,10 +57,6 @@ class Factors:
     count: int = 0
     inputs_first: bool = False
 
-    def add(self, other: Factors) -> Factors:
-        """More columns of the same data: the inputs are counted once."""
-        return Factors(self.outputs + other.outputs, self.inputs, self.count, self.inputs_first)
-
     @property
     def sides(self) -> list[Tensor]:
         """In the order of the axes of the weight."""
@@ -69,15 +65,50 @@ class Factors:
         return [self.inputs, self.outputs] if self.inputs_first else [self.outputs, self.inputs]
 
 
-def factors(block: JacobianBlock, dtype: torch.dtype, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Factors:
+def more_columns(first: list[Factors], second: list[Factors]) -> list[Factors]:
+    """Add further columns of the same data, whose inputs are counted once; outputs that groups share stay shared."""
+    sums: dict[tuple[int, int], Tensor] = {}
+    added: list[Factors] = []
+    for ours, theirs in zip(first, second, strict=True):
+        key = (id(ours.outputs), id(theirs.outputs))
+        if key not in sums:
+            sums[key] = ours.outputs + theirs.outputs
+        added.append(replace(ours, outputs=sums[key]))
+    return added
+
+
+class Moments:
+    """Sums of outer products in a precision, each made once: a weight and its bias share their gradients.
+
+    Parameters
+    ----------
+    dtype
+        What sums are returned in. Products within a batch are made in the precision of the block.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Σ r rᵀ over all axes but the last."""
+        key = (rows.data_ptr(), rows.numel(), rows.shape[-1])
+        if key not in self._known:
+            flat = rows.reshape(-1, rows.shape[-1])
+            # The rows are kept, so that their address is not used again.
+            self._known[key] = (rows, (flat.T @ flat).to(self.dtype))
+        return self._known[key][1]
+
+
+def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Factors:
     """The factors of a block of Jacobians.
 
     Parameters
     ----------
     block
         Of one group of weights.
-    dtype
-        To sum in.
+    moment
+        Makes sums, shared by the groups.
     reduce
         Average positions instead of treating them as data.
     inputs
@@ -99,21 +130,15 @@ def factors(block: JacobianBlock, dtype: torch.dtype, *, reduce: bool, inputs: b
         if reduce:
             left = left.sum(2)
             right, count = right.sum(2) * (len(right) * right.shape[1] / max(count, 1)), len(right) * right.shape[1]
-        return Factors(moment(left, dtype), moment(right, dtype) if inputs else None, count, block.transposed)
+        return Factors(moment(left), moment(right) if inputs else None, count, block.transposed)
     if isinstance(block, GatherBlock):
         left = block.values.new_zeros(block.n_columns, block.n_rows, block.shape[1]) if reduce else block.left
         if reduce:
             left = left.index_add(1, block.datum, block.values)
-        tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(dtype) if inputs else None
-        return Factors(moment(left, dtype), tokens, len(block.row_token), inputs_first=True)
+        tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(moment.dtype) if inputs else None
+        return Factors(moment(left), tokens, len(block.row_token), inputs_first=True)
     if isinstance(block, SumBlock):
-        return Factors(moment(block.values if reduce else block.left, dtype))
+        return Factors(moment(block.values if reduce else block.left))
     if diagonal or block.n_params > DENSE_LIMIT:
-        return Factors(block.squares().to(dtype))
-    return Factors(moment(block.dense(), dtype))
-
-
-def moment(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ r rᵀ over all axes but the last."""
-    flat = rows.reshape(-1, rows.shape[-1]).to(dtype)
-    return flat.T @ flat
+        return Factors(block.squares().to(moment.dtype))
+    return Factors(moment(block.dense()))

@@ -52,6 +52,12 @@ class Layout:
             How many axes come before them.
         """
         before, after = values.shape[:n_before], values.shape[n_before + n_lead :]
+        if self.axis == 0 and values.shape[n_before : n_before + n_lead] == self.lead:
+            if n_lead == 2:
+                return values
+            return (
+                values.unsqueeze(n_before + 1) if n_lead == 1 else values.flatten(n_before + 1, n_before + n_lead - 1)
+            )
         if self.axis is not None:
             split = values.reshape(*before, *self.lead, *after).movedim(n_before + self.axis, n_before)
             return split.reshape(*before, self.lead[self.axis], -1, *after)
@@ -84,7 +90,10 @@ def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> Layout
     lead, n_rows = tuple(plain.shape[:n_lead]), len(weights)
     if n_rows == 1:
         return Layout((1, *lead))
-    flat, target = (g.reshape(max(1, lead_size(lead)), -1).double() for g in (plain, weighed))
+    rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, weighed)]
+    # A few random projections of a row say as much as the row: what holds for them holds for it.
+    noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    flat, target = ((row @ noise.to(row)).double() for row in rows)
     size = flat.abs().amax(1, keepdim=True)
     # Weights differ by one at least; rounding grows with the weight, and does not spare rows that are small.
     rounding = 4 * torch.finfo(plain.dtype).eps * n_rows

@@ -8,7 +8,7 @@ differentiated row by row, exactly and slowly, and whether the formulas hold is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,32 +18,15 @@ from torch import Tensor
 
 from laplace.curvature import layouts
 from laplace.curvature.layouts import Layout
+from laplace.curvature.memory import READ_AGAIN, Found, Memory, Verdict
+from laplace.curvature.roles import Kept
 from laplace.curvature.tape import Call, Tape, row_view, transposed_view
 from laplace.errors import InputError, UnsupportedError
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.network.batches import rows_of
-from laplace.structures.gather import GatherBlock
+from laplace.structures.gather import GatherBlock, looked_up
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
-
-
-@dataclass
-class Verdict:
-    """What is known of the random weights of a model from an earlier pass.
-
-    Attributes
-    ----------
-    slow
-        Groups that no formula describes, and why.
-    unseen
-        Those of them that no watched function uses.
-    unused
-        Groups on which the outputs do not depend.
-    """
-
-    slow: dict[int, str] = field(default_factory=dict)
-    unseen: set[int] = field(default_factory=set)
-    unused: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -66,8 +49,8 @@ class Recording:
         Other tensors of the model.
     n_rows
         Number of data in the batch.
-    verdicts
-        Shared between passes: what was found out about each sequence of calls.
+    memory
+        Shared between passes of the same model.
     create_graph
         Keep derivatives differentiable in the inputs.
     mask
@@ -89,7 +72,7 @@ class Recording:
         names: Sequence[str],
         constants: Sequence[Tensor],
         n_rows: int,
-        verdicts: dict[Any, Verdict],
+        memory: Memory,
         *,
         create_graph: bool = False,
         mask: Bool[Tensor, "batch positions"] | None = None,
@@ -110,7 +93,9 @@ class Recording:
         self.calls: list[Call] = tape.calls
         self._tracked = tape.tracked
         self._opaque = tape.opaque
-        self._verdicts = verdicts
+        self._memory = memory
+        self._kept = Kept(2 * CHUNK_ELEMENTS)
+        self._lookups = tape.lookups
         self.mask = mask
 
     @property
@@ -149,11 +134,28 @@ class Recording:
         return (everywhere.reshape(*self.mask.shape, -1) * self.mask.unsqueeze(-1)).reshape(everywhere.shape)
 
     @cached_property
-    def layouts(self) -> list[list[tuple[Layout, Tensor | None] | None]]:
-        """For each role of each call, which datum its rows belong to, and which of them count."""
+    def layouts(self) -> Found:
+        """For each role of each call, which datum its rows belong to, and which of them count.
+
+        Layouts that are regular are a matter of shapes: they are read off some of the passes with equal shapes, ever
+        fewer of them, and relied on between. Masked data are looked at in every pass.
+        """
+        key = (self.n_rows, self.outputs.shape, tuple((call.name, call.shape) for call in self.calls))
+        known, uses = self._memory.layouts.get(key, ([], 0))
+        if self.mask is None and known and uses not in READ_AGAIN:
+            self._memory.layouts[key] = (known, uses + 1)
+            return known
+        found = self._find_layouts()
+        regular = all(item is not None and item[0].axis is not None for row in found for item in row)
+        if self.mask is None and regular:
+            self._memory.layouts[key] = (found, uses + 1)
+        return found
+
+    def _find_layouts(self) -> Found:
+        """Two backward passes, one of them with weighed data."""
         weights = layouts.datum_weights(self.n_rows, self.outputs.dtype, self.outputs.device)
         weighed = self._direction * weights.reshape(-1, *[1] * (self.outputs.dim() - 1))
-        found: list[list[tuple[Layout, Tensor | None] | None]] = []
+        found: Found = []
         with torch.no_grad():
             pairs = zip(self.calls, self._gradients(self._direction), self._gradients(weighed), strict=True)
             for call, plain, heavy in pairs:
@@ -187,9 +189,9 @@ class Recording:
             tuple((call.name, len(call.shape), len(call.roles)) for call in self.calls),
             *sorted(self._opaque.items()),
         )
-        if key not in self._verdicts:
-            self._verdicts[key] = self._judge()
-        return self._verdicts[key]
+        if key not in self._memory.verdicts:
+            self._memory.verdicts[key] = self._judge()
+        return self._memory.verdicts[key]
 
     def _judge(self) -> Verdict:
         """Compare the derivatives in a random direction with autograd's, projected on random weights."""
@@ -227,8 +229,10 @@ class Recording:
     def n_columns_at_once(self) -> int:
         """How many directions fit the memory that chunks may take."""
         each = sum(torch.Size(call.shape).numel() for call in self.calls)
-        each += self.n_rows * sum(self.parameters[group].numel() for group in self.verdict.slow)
-        return max(1, 4 * CHUNK_ELEMENTS // max(1, each))
+        if self.verdict.slow:
+            each += self.n_rows * sum(self.parameters[group].numel() for group in self.verdict.slow)
+            return max(1, 4 * CHUNK_ELEMENTS // each)
+        return max(1, 8 * piece_elements(self.outputs.device) // max(1, each))
 
     def blocks(self, directions: Sequence[Tensor]) -> list[JacobianBlock]:
         """Derivatives of ``direction · f`` in each group of weights.
@@ -268,15 +272,16 @@ class Recording:
             grads = [column[number] for column in columns]
             if all(g is None for g in grads):
                 continue
-            shape = next(g for g in grads if g is not None)
-            stacked = torch.stack([torch.zeros_like(shape) if g is None else g for g in grads])
+            some = next(g for g in grads if g is not None)
+            whole = [torch.zeros_like(some) if g is None else g for g in grads]
+            stacked = some.unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
             # Freed as we go: these are as many activations as there are columns.
             for column in columns:
                 column[number] = None
             for (tensor, role), found in zip(call.roles, self.layouts[number], strict=True):
                 groups = self._tracked[id(tensor)][1] - leave_out
                 if groups and found is not None:
-                    block = role.block(stacked, found[0], self.dtype, found[1])
+                    block = role.block(stacked, found[0], self._kept, self.dtype, found[1])
                     self._place(tensor, block, groups, parts)
         return parts
 
@@ -292,9 +297,10 @@ class Recording:
             moved = self._moved(block, tensor, parameter)
             parts[group].append(self._pulled_back(block, tensor, parameter) if moved is None else moved)
 
-    @staticmethod
-    def _moved(block: JacobianBlock, view: Tensor, parameter: Tensor) -> JacobianBlock | None:
-        """The block of a parameter of which a view is used: rows of it, or its transpose."""
+    def _moved(self, block: JacobianBlock, view: Tensor, parameter: Tensor) -> JacobianBlock | None:
+        """The block of a parameter of which rows are used, by a view or by looking them up, or its transpose."""
+        if id(view) in self._lookups and isinstance(block, DenseBlock):
+            return looked_up(block, self._lookups[id(view)], len(parameter))
         if isinstance(block, ProductBlock) and block.left.shape[2] == 1:
             if transposed_view(view, parameter):
                 return replace(block, transposed=not block.transposed)

@@ -16,6 +16,32 @@ from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
 
 
+class Kept:
+    """What columns of one pass share: inputs of layers as blocks use them, and products of inputs with matrices.
+
+    Parameters
+    ----------
+    limit
+        How many numbers may be kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        self.inputs: dict[int, Tensor] = {}
+        self.rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def get(self, role: Role, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+        """The inputs of a role and whether they are kept."""
+        if id(role) in self.inputs:
+            return self.inputs[id(role)], True
+        inputs = make()
+        fits = inputs.numel() <= self.left
+        if fits:
+            self.left -= inputs.numel()
+            self.inputs[id(role)] = inputs
+        return inputs, fits
+
+
 class Role(ABC):
     """How one argument of one call acts on its output.
 
@@ -33,7 +59,7 @@ class Role(ABC):
 
     @abstractmethod
     def block(
-        self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Bool[Tensor, "batch positions"] | None = None
+        self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Bool[Tensor, "batch positions"] | None
     ) -> JacobianBlock:
         """Derivatives in the argument.
 
@@ -43,6 +69,8 @@ class Role(ABC):
             Gradients at the output, ``[columns, *output]``.
         layout
             Which datum each row belongs to.
+        kept
+            What was made for other columns of the same pass.
         dtype
             To compute in.
         counted
@@ -75,16 +103,19 @@ class Product(Role):
         """By ``outputs``."""
         return self.outputs(g)
 
-    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> ProductBlock:
+    def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> ProductBlock:
         """Gradients and inputs."""
         left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
-        inputs = self.inputs()
-        right = layout.apply(inputs if torch.is_grad_enabled() else inputs.detach(), self.n_lead).to(dtype)
-        n_counted = None
-        if counted is not None:
-            right = right * counted[:, :, None, None]
-            n_counted = int(counted.sum()) * right.shape[2]
-        return ProductBlock(left.transpose(2, 3), right.transpose(1, 2), self.transposed, n_counted)
+
+        def make() -> Tensor:
+            inputs = self.inputs()
+            right = layout.apply(inputs if torch.is_grad_enabled() else inputs.detach(), self.n_lead).to(dtype)
+            return (right if counted is None else right * counted[:, :, None, None]).transpose(1, 2)
+
+        right, is_kept = kept.get(self, make)
+        n_counted = None if counted is None else int(counted.sum()) * right.shape[1]
+        rotations = kept.rotations if is_kept else None
+        return ProductBlock(left.transpose(2, 3), right, self.transposed, n_counted, rotations=rotations)
 
 
 @dataclass(frozen=True)
@@ -106,7 +137,7 @@ class Sum(Role):
         """By ``outputs``."""
         return self.outputs(g)
 
-    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> SumBlock:
+    def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> SumBlock:
         """Gradients, and their sum."""
         left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
         return SumBlock(left.sum(2), left)
@@ -139,7 +170,7 @@ class Gather(Role):
         """As they are."""
         return g
 
-    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> GatherBlock:
+    def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> GatherBlock:
         """Gradients, summed over the positions of a datum that hold the same token."""
         left = layout.apply(g, self.n_lead, 1).to(dtype)
         # Rows that fill up have no gradient; −1 marks them, what is masked and what is not trained.
@@ -148,14 +179,14 @@ class Gather(Role):
             marks = marks.masked_fill(~counted, -1)
         if self.ignored is not None:
             marks = marks.masked_fill(marks == self.ignored % self.n_tokens, -1)
-        kept = (marks >= 0).flatten()
-        datum = torch.arange(len(marks), device=marks.device).repeat_interleave(marks.shape[1])[kept]
-        pairs, place = torch.unique(datum * self.n_tokens + marks.flatten()[kept], return_inverse=True)
+        real = (marks >= 0).flatten()
+        datum = torch.arange(len(marks), device=marks.device).repeat_interleave(marks.shape[1])[real]
+        pairs, place = torch.unique(datum * self.n_tokens + marks.flatten()[real], return_inverse=True)
         values = left.new_zeros(len(left), len(pairs), left.shape[-1])
-        gradients = left.flatten(1, 2)[:, kept]
+        gradients = left.flatten(1, 2)[:, real]
         values = values.index_add(1, place, gradients)
         datum, token = pairs // self.n_tokens, pairs % self.n_tokens
-        return GatherBlock(values, datum, token, len(marks), self.n_tokens, gradients, marks.flatten()[kept])
+        return GatherBlock(values, datum, token, len(marks), self.n_tokens, gradients, marks.flatten()[real])
 
 
 @dataclass(frozen=True)
@@ -181,16 +212,20 @@ class Elementwise(Role):
         """Axes over which the argument is shared."""
         return sum(size == 1 for size in self.target)
 
+    def _factor(self) -> Tensor:
+        assert self.factor is not None, "asked for where there is one"
+        return self.factor() if torch.is_grad_enabled() else self.factor().detach()
+
     def rows(self, g: Tensor) -> Tensor:
         """Axes over which the argument is shared come first."""
         shared = [axis + 1 for axis, size in enumerate(self.target) if size == 1]
         own = [axis + 1 for axis, size in enumerate(self.target) if size != 1]
         return g.permute(0, *shared, *own)
 
-    def block(self, g: Tensor, layout: Layout, dtype: torch.dtype, counted: Tensor | None = None) -> DenseBlock:
+    def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> DenseBlock:
         """Written out: as many numbers as the argument has, for each column and datum."""
         values = g.to(dtype)
         if self.factor is not None:
-            values = values * self.factor().to(dtype)
+            values = values * kept.get(self, lambda: self._factor().to(dtype))[0]
         values = layout.apply(self.rows(self.sign * values), self.n_lead, 1).sum(2)
         return DenseBlock(values.flatten(2) if values.dim() > 2 else values.unsqueeze(2))

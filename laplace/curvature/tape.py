@@ -71,6 +71,8 @@ class Tape(TorchFunctionMode):
         }
         # Tensors are kept, so that their ids are not used again.
         self.constants: dict[int, Tensor] = {id(tensor): tensor for tensor in constants}
+        self.lookups: dict[int, Tensor] = {}
+        """For each derived tensor that is rows of a weight: which rows."""
         self.calls: list[Call] = []
         self.opaque: dict[int, str] = {}
         """Groups of weights that met data in a function without a reader, and its name."""
@@ -97,11 +99,19 @@ class Tape(TorchFunctionMode):
                     continue
                 if groups and tensor.requires_grad:
                     self.tracked[id(tensor)] = (tensor, groups)
+                    self._look_up(func, args, kwargs, tensor)
                 else:
                     self.constants[id(tensor)] = tensor
         if data and tensors and (name in MUTATING or (name.endswith("_") and not name.startswith("__"))):
             self.constants.pop(id(tensors[0]), None)
         return out
+
+    def _look_up(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+        """Note rows of a weight that are the same for all data, such as an embedding of positions."""
+        if func is F.embedding:
+            call = bind(READERS[func][1], args, kwargs)
+            if len(self.tracked[id(call["weight"])][1]) == 1 and call.get("padding_idx") is None:
+                self.lookups[id(out)] = call["input"]
 
     def _spreads(self, func: Any, weights: list[Tensor], made: list[Tensor]) -> bool:
         """Whether a weight is given to each datum, before it meets any."""

@@ -13,6 +13,27 @@ from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
 
+def looked_up(block: DenseBlock, tokens: Int[Tensor, "..."], n_tokens: int) -> GatherBlock:
+    """From derivatives in rows that all data look up, ``[columns, batch, rows·features]``, to those in the table.
+
+    Parameters
+    ----------
+    block
+        Of the rows.
+    tokens
+        Which rows of the table they are.
+    n_tokens
+        Number of rows of the table.
+    """
+    rows = block.values.unflatten(2, (tokens.numel(), -1))
+    token, place = torch.unique(tokens.flatten(), return_inverse=True)
+    values = rows.new_zeros(rows.shape[0], rows.shape[1], len(token), rows.shape[3]).index_add(2, place, rows)
+    datum = torch.arange(block.n_rows, device=token.device).repeat_interleave(len(token))
+    token = token.repeat(block.n_rows)
+    flat = values.flatten(1, 2)
+    return GatherBlock(flat, datum, token, block.n_rows, n_tokens, flat, token)
+
+
 @dataclass(frozen=True)
 class GatherBlock(JacobianBlock):
     """The block of an embedding: rows of the weight that no token of a datum names have no derivative.

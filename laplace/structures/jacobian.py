@@ -8,6 +8,7 @@ they compute them piece by piece under a bound on memory.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import piece_elements
 
 
 class JacobianBlock(ABC):
@@ -40,7 +41,7 @@ class JacobianBlock(ABC):
     @property
     def n_params(self) -> int:
         """p, the number of weights in the group."""
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
     @property
     @abstractmethod
@@ -92,7 +93,7 @@ class JacobianBlock(ABC):
         """How many numbers it keeps."""
 
     def pieces(self, *, whole_batch: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-        """All of J, in pieces of at most ``CHUNK_ELEMENTS`` numbers where a row and a unit allow it.
+        """All of J, in pieces of at most ``linalg.piece_elements`` numbers where a row and a unit allow it.
 
         Parameters
         ----------
@@ -103,10 +104,10 @@ class JacobianBlock(ABC):
         ------
         Rows of the batch, weights, and ``[columns, rows, weights]``.
         """
-        unit = self.n_params // self.n_units
-        rows_each = self.n_rows if whole_batch else max(1, CHUNK_ELEMENTS // max(1, self.n_columns * self.n_params))
+        unit, limit = self.n_params // self.n_units, piece_elements(self.sample.device)
+        rows_each = self.n_rows if whole_batch else max(1, limit // max(1, self.n_columns * self.n_params))
         rows_each = max(1, min(rows_each, self.n_rows))
-        units_each = max(1, min(self.n_units, CHUNK_ELEMENTS // max(1, self.n_columns * rows_each * unit)))
+        units_each = max(1, min(self.n_units, limit // max(1, self.n_columns * rows_each * unit)))
         for start in range(0, self.n_rows, rows_each):
             rows = slice(start, start + rows_each)
             for first in range(0, self.n_units, units_each):
@@ -123,11 +124,20 @@ class JacobianBlock(ABC):
         """
         return self.piece(slice(None) if rows is None else rows, slice(None))
 
+    def by_column(self) -> Iterator[JacobianBlock]:
+        """The block in as many columns at a time as are cheapest to write out together."""
+        yield self
+
+    def squared(self, J: Tensor) -> Tensor:
+        """J² of a piece."""
+        return J.square()
+
     def squares(self) -> Float[Tensor, " params"]:
         """Σ J² over columns and rows, ``[p]``."""
         total = self.sample.new_zeros(self.n_params)
-        for _, weights, J in self.pieces():
-            total[weights] += J.square().sum((0, 1))
+        for column in self.by_column():
+            for _, weights, J in column.pieces():
+                total[weights] += column.squared(J).sum((0, 1))
         return total
 
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
@@ -138,10 +148,11 @@ class JacobianBlock(ABC):
         w
             Variances of the weights, ``[p]``.
         """
-        columns = []
-        for rows, weights, J in self.pieces():
-            columns.append((rows, J.square() @ w[weights]))
-        return self._assemble(columns, 1)
+        columns = [
+            self._assemble([(rows, column.squared(J) @ w[weights]) for rows, weights, J in column.pieces()], 1)
+            for column in self.by_column()
+        ]
+        return columns[0] if len(columns) == 1 else torch.cat(columns)
 
     def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:
         """Σ_p w_p J_qp J_kp for each row.

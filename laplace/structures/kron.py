@@ -99,12 +99,12 @@ class KronCurvature(AbstractCurvature):
 
     def state(self) -> dict[str, Any]:
         """Raw sums and their counts."""
-        return {"sums": self.sums.kfacs, "counts": list(self.counts)}
+        return {"sums": self.sums.kfacs, "counts": list(self.counts), "resolution": self.sums.resolution}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:
         """From raw sums and their counts."""
-        return cls(Kron(state["sums"]), tuple(state["counts"]), dtype=dtype)
+        return cls(Kron(state["sums"], resolution=state["resolution"]), tuple(state["counts"]), dtype=dtype)
 
     def merge(self, other: KronCurvature) -> KronCurvature:
         """Add sums and counts: not the sum of the two matrices."""
@@ -144,6 +144,9 @@ class Kron:
         itself. A 1-D factor is a diagonal matrix.
     counts
         For raw sums: the number of rows in the inputs' side of each block, where blocks differ in it.
+    resolution
+        Relative precision that the factors were computed in, where it is coarser than their dtype: eigenvalues below it
+        count as zero, for rounding must not count as curvature where the prior is weak.
 
     Raises
     ------
@@ -151,9 +154,12 @@ class Kron:
         If a block has not one or two factors, or a factor is not square.
     """
 
-    def __init__(self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
+    ) -> None:
         self.kfacs = [list(block) for block in kfacs]
         self.counts = None if counts is None else list(counts)
+        self.resolution = resolution
         for block in self.kfacs:
             square = all(side.dim() == 1 or (side.dim() == 2 and side.shape[0] == side.shape[1]) for side in block)
             if len(block) not in (1, 2) or not square:
@@ -210,18 +216,20 @@ class Kron:
                 if (id(a), id(b)) not in sums:
                     sums[id(a), id(b)] = a + b
             blocks.append([sums[id(a), id(b)] for a, b in pairs])
-        if self.counts is None or other.counts is None:
-            return Kron(blocks)
-        return Kron(blocks, [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)])
+        counts = None
+        if self.counts is not None and other.counts is not None:
+            counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
+        return Kron(blocks, counts, max(self.resolution, other.resolution))
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""
-        return Kron([[side * scalar ** (1 / len(block)) for side in block] for block in self.kfacs])
+        scaled = [[side * scalar ** (1 / len(block)) for side in block] for block in self.kfacs]
+        return Kron(scaled, resolution=self.resolution)
 
     def to(self, dtype: torch.dtype) -> Kron:
         """The same in another precision; shared factors stay shared."""
         known = {id(side): side.to(dtype) for block in self.kfacs for side in block}
-        return Kron([[known[id(side)] for side in block] for block in self.kfacs], self.counts)
+        return Kron([[known[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
 
     def divide_inputs(self, count: float | Sequence[float]) -> Kron:
         """Divide each product by a count, in its second factor, the inputs' side: from sums to a mean.
@@ -233,7 +241,8 @@ class Kron:
         """
         counts = [count] * len(self) if isinstance(count, (int, float)) else count
         blocks = zip(self.kfacs, counts, strict=True)
-        return Kron([[*block[:1], *(side / (number or 1) for side in block[1:])] for block, number in blocks])
+        divided = [[*block[:1], *(side / (number or 1) for side in block[1:])] for block, number in blocks]
+        return Kron(divided, resolution=self.resolution)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -265,7 +274,7 @@ class Kron:
         for block in self.kfacs:
             for side in block:
                 if id(side) not in known:
-                    known[id(side)] = (side, None) if side.dim() == 1 else linalg.eigh(side)
+                    known[id(side)] = (side, None) if side.dim() == 1 else linalg.eigh(side, resolution=self.resolution)
             values.append([known[id(side)][0] for side in block])
             vectors.append([known[id(side)][1] for side in block])
         return KronDecomposed(vectors, values, damping=damping)

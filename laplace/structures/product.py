@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,8 @@ class ProductBlock(JacobianBlock):
         Number of rows of a that are not masked; all when ``None``.
     basis
         J is returned in this basis of the weights, ``Lᵀ J R``.
+    rotations
+        Where products of the inputs with a matrix are kept for other columns, by the ids of both.
     """
 
     left: Float[Tensor, "columns batch groups positions o"]
@@ -35,6 +37,7 @@ class ProductBlock(JacobianBlock):
     transposed: bool = False
     n_counted: int | None = None
     basis: tuple[Tensor | None, Tensor | None] = (None, None)
+    rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_columns(self) -> int:
@@ -103,6 +106,15 @@ class ProductBlock(JacobianBlock):
         """That of the gradients and the inputs."""
         return self.left.numel() + self.right.numel()
 
+    def by_column(self) -> Iterator[ProductBlock]:
+        """One column at a time: the inputs then enter a batched product as they are."""
+        for q in range(self.n_columns):
+            yield replace(self, left=self.left[q : q + 1])
+
+    def squared(self, J: Tensor) -> Tensor:
+        """In place where that is allowed: a piece is made for this and stays in the cache."""
+        return J.square() if J.requires_grad else J.square_()
+
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> ProductBlock:  # noqa: ARG002
         """Rotate the factors, or their product where that is less work."""
         outer, inner = reversed(sides) if self.transposed else sides
@@ -114,7 +126,18 @@ class ProductBlock(JacobianBlock):
             first, second = sides
             return replace(self, basis=(first, second))
         left = self.left if outer is None else self.left @ outer
-        return replace(self, left=left, right=self.right if inner is None else self.right @ inner)
+        return replace(
+            self, left=left, right=self.right if inner is None else self._rotated_inputs(inner), rotations=None
+        )
+
+    def _rotated_inputs(self, inner: Tensor) -> Tensor:
+        if self.rotations is None:
+            return self.right @ inner
+        key = (id(self.right), id(inner))
+        if key not in self.rotations:
+            # The matrix is kept with the product, so that its id is not used again.
+            self.rotations[key] = (inner, self.right @ inner)
+        return self.rotations[key][1]
 
     def _strength(self, w: Tensor) -> Float[Tensor, "batch o"]:
         """Σ_i a_bi² w_oi, with one position."""

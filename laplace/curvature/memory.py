@@ -1,0 +1,52 @@
+"""What the passes of one model share: what was found out about the functions that it calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from laplace.curvature.layouts import Layout
+
+READ_AGAIN = {4**k for k in range(1, 16)}
+"""After how many passes of equal shapes layouts are read again."""
+
+
+@dataclass
+class Verdict:
+    """What is known of the random weights of a model from earlier passes.
+
+    Attributes
+    ----------
+    slow
+        Groups that no formula describes, and why.
+    unseen
+        Those of them that no watched function uses.
+    unused
+        Groups on which the outputs do not depend.
+    """
+
+    slow: dict[int, str] = field(default_factory=dict)
+    unseen: set[int] = field(default_factory=set)
+    unused: set[int] = field(default_factory=set)
+
+
+Found: TypeAlias = "list[list[tuple[Layout, Tensor | None] | None]]"
+"""For each role of each call its layout, and which rows count; ``None`` where there is none."""
+
+
+@dataclass
+class Memory:
+    """What passes of one model share: it is looked up by the calls that they make.
+
+    Attributes
+    ----------
+    verdicts
+        By the sequence of calls.
+    layouts
+        By the sequence of calls and their shapes: the layouts, and how often they were used.
+    """
+
+    verdicts: dict[Any, Verdict] = field(default_factory=dict)
+    layouts: dict[Any, tuple[Found, int]] = field(default_factory=dict)
