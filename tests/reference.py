@@ -129,7 +129,8 @@ class Problem:
             f = [self.outputs(theta, rows_of(self.x, slice(b, b + 1)))[0] for b in range(len(self.y))]
             return sum(datum_nll(self.likelihood, row, y) for row, y in zip(f, self.y, strict=True))
 
-        return jacrev(jacrev(total))(self.theta()).detach()
+        # Two backward passes: jacrev of jacrev is wrong (not even symmetric) for layer_norm.
+        return torch.autograd.functional.hessian(total, self.theta())
 
     def gradients(self) -> Tensor:
         """[rows, P], summed over the positions of a row."""

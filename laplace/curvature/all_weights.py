@@ -251,7 +251,7 @@ def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, 
         blocks = recording.blocks(some)
         for group, block in enumerate(blocks):
             if isinstance(block, MixedBlock):
-                refuse(network, group, "it is used as a table of embeddings and as a matrix")
+                refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
         moment = kfac.Moments(wide)
         options = {"reduce": reduce, "inputs": not total}
         new = [kfac.factors(b, moment, diagonal=i in diagonal, **options) for i, b in enumerate(blocks)]
@@ -265,10 +265,11 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
     diagonal: set[int] = set()
     for group in recording.verdict.unused:
         refuse(network, group, "the outputs of this batch do not depend on it")
-    for group in recording.verdict.unseen:
-        if not isinstance(network.owner(group)[1], (nn.RNNBase, nn.RNNCellBase)):
+    for group in recording.verdict.slow:
+        if isinstance(network.owner(group)[1], (nn.RNNBase, nn.RNNCellBase)):
+            diagonal.add(group)
+        elif group in recording.verdict.unseen:
             refuse(network, group, "it is used where no formula sees it")
-        diagonal.add(group)
     layers = sorted({network.owner(group)[0] for group in diagonal})
     if layers:
         msg = (

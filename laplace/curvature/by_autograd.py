@@ -57,7 +57,9 @@ def by_functorch(
     return together.reshape(-1, n_outputs, together.shape[-1]), f.reshape(-1, n_outputs)
 
 
-def select_outputs(J: Jacobians, f: Tensor, outputs: Int[Tensor, "batch ..."]) -> tuple[Jacobians, Tensor]:
+def select_outputs(
+    J: Jacobians, f: Tensor, outputs: Int[Tensor, "batch ..."]
+) -> tuple[Float[Tensor, "batch chosen params"], Tensor]:
     """Keep the Jacobians of chosen outputs, ``[batch, k, P]``.
 
     Parameters

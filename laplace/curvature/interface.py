@@ -220,7 +220,7 @@ class CurvatureInterface(ABC):
 
     def selected_output_jacobians(
         self, x: Inputs, outputs: Int[Tensor, "batch ..."], enable_backprop: bool = False
-    ) -> tuple[Jacobians, Tensor]:
+    ) -> tuple[Float[Tensor, "batch chosen params"], Tensor]:
         """Jacobians of chosen outputs of each input.
 
         Parameters

@@ -7,6 +7,7 @@ differentiated row by row, exactly and slowly, and whether the formulas hold is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -319,9 +320,12 @@ class Recording:
         """From derivatives in a derived tensor to those in a parameter it is made of."""
         J = block.dense().to(tensor.dtype)
         rows = J.reshape(-1, *tensor.shape)
-        (pulled,) = torch.autograd.grad(
-            tensor, [parameter], rows, retain_graph=True, create_graph=self.create_graph, is_grads_batched=True
-        )
+        with warnings.catch_warnings():
+            # Where a function has no batched derivative, torch loops and warns; the tensors here are small.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            (pulled,) = torch.autograd.grad(
+                tensor, [parameter], rows, retain_graph=True, create_graph=self.create_graph, is_grads_batched=True
+            )
         return DenseBlock(pulled.reshape(*J.shape[:2], -1).to(self.dtype))
 
     def _combine(self, blocks: list[JacobianBlock], group: int, n_columns: int) -> JacobianBlock:

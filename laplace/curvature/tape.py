@@ -145,10 +145,8 @@ class Tape(TorchFunctionMode):
                 self.opaque.update(dict.fromkeys(self.tracked[id(weight)][1], name))
         if roles:
             out = made[0]
-            # What is written into a view later rebuilds the view's graph, not that of the tensor it looks at.
-            base = out._base if func is F.linear and out._base is not None else out
             inputs = [(tensor, tensor._version) for tensor in data if tensor is not out]
-            self.calls.append(Call(name, tuple(out.shape), get_gradient_edge(base), roles, inputs))
+            self.calls.append(Call(name, tuple(out.shape), get_gradient_edge(seen_whole(out)), roles, inputs))
 
     def _inside(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the Python body of a function so that the functions it calls are watched in turn."""
@@ -158,6 +156,17 @@ class Tape(TorchFunctionMode):
         body.__kwdefaults__ = getattr(func, "__kwdefaults__")  # noqa: B009
         with self:
             return body(*args, **kwargs)
+
+
+def seen_whole(out: Tensor) -> Tensor:
+    """The tensor that ``out`` is a view of, if it sees all of it in order: else ``out`` itself.
+
+    What is written into a view later rebuilds the graph of the view, but keeps that of the tensor it looks at.
+    """
+    base = out._base
+    if base is None or base.grad_fn is None or base.numel() != out.numel():
+        return out
+    return base if base.is_contiguous() and out.is_contiguous() else out
 
 
 def row_view(view: Tensor, parameter: Tensor) -> int | None:
