@@ -95,14 +95,12 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
     ------
     ``[P]``, P of them.
     """
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-    for gradient in gradients:
-        for entry in gradient.reshape(-1):
-            if not entry.requires_grad:
-                yield torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])
-                continue
-            row = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-            yield torch.cat([part.reshape(-1) for part in row])
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        entries = torch.cat([gradient.reshape(-1) for gradient in gradients]).unbind()
+    for entry in entries:
+        row = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+        yield torch.cat([part.reshape(-1) for part in row])
 
 
 @dataclass(frozen=True)

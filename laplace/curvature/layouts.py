@@ -16,9 +16,10 @@ from torch import Tensor
 
 
 def datum_weights(n_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A weight for each datum, all different: the whole numbers 1 to B in a fixed random order."""
-    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(n_rows))
-    return (order + 1).to(device, dtype)
+    """A weight for each datum, all different by a half at least, in a fixed random order; none is the mean of others."""
+    noise = torch.Generator().manual_seed(n_rows)
+    order = torch.randperm(n_rows, generator=noise)
+    return (order + 1 + 0.5 * torch.rand(n_rows, generator=noise, dtype=torch.float64)).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> Layout
     noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     flat, target = ((row @ noise.to(row)).double() for row in rows)
     size = flat.abs().amax(1, keepdim=True)
-    # Weights differ by one at least; rounding grows with the weight, and does not spare rows that are small.
+    # Rounding grows with the weight, and does not spare rows that are small.
     rounding = 4 * torch.finfo(plain.dtype).eps * n_rows
-    allowed = (0.1 + rounding) * size + 10 * rounding * size.max()
+    allowed = (1e-3 + rounding) * size + 10 * rounding * size.max()
     for candidate in candidates(lead, n_rows):
         data = candidate.apply(torch.arange(len(flat), device=flat.device).reshape(lead), n_lead)
         expected = torch.empty_like(flat[:, :1])

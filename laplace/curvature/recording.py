@@ -62,7 +62,7 @@ class Recording:
     Raises
     ------
     UnsupportedError
-        If outputs do not depend on any random weight.
+        If outputs do not depend on any random weight, or an input of a layer is overwritten later.
     """
 
     def __init__(
@@ -88,6 +88,13 @@ class Recording:
                 "that should be random with requires_grad_(True); is part of forward under torch.no_grad()?"
             )
             raise UnsupportedError(msg)
+        for call in tape.calls:
+            if any(tensor._version != version for tensor, version in call.inputs):
+                msg = (
+                    f"An input of {call.name} is written to later in the forward pass, so that what the layer saw is "
+                    "lost. Use the operation that does not work in place."
+                )
+                raise UnsupportedError(msg)
         self.run, self.x, self.parameters, self.names = run, x, list(parameters), list(names)
         self.create_graph, self.n_rows = create_graph, len(self.outputs)
         self.dtype = dtype or torch.promote_types(self.outputs.dtype, torch.float32)
@@ -110,13 +117,6 @@ class Recording:
         """Gradients of ``direction · f`` at the output of every call."""
         if not self.calls:
             return []
-        for call in self.calls:
-            if any(tensor._version != version for tensor, version in call.inputs):
-                msg = (
-                    f"An input of {call.name} is written to later in the forward pass, so that what the layer saw is "
-                    "lost. Use the operation that does not work in place."
-                )
-                raise UnsupportedError(msg)
         edges = [call.edge for call in self.calls]
         grads = torch.autograd.grad(
             self.outputs, edges, direction, retain_graph=True, create_graph=create_graph, allow_unused=True
@@ -126,10 +126,9 @@ class Recording:
 
     @cached_property
     def _direction(self) -> Tensor:
-        """A random direction in the outputs, the same for every datum; zero where they are masked."""
+        """A random direction in the outputs of each datum; zero where they are masked."""
         noise = torch.Generator().manual_seed(0)
-        one = torch.randn(self.outputs.shape[1:], generator=noise, dtype=torch.float32)
-        everywhere = one.to(self.outputs).expand_as(self.outputs)
+        everywhere = torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs)
         if self.mask is None:
             return everywhere
         return (everywhere.reshape(*self.mask.shape, -1) * self.mask.unsqueeze(-1)).reshape(everywhere.shape)

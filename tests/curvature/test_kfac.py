@@ -215,13 +215,13 @@ def test_a_parameter_that_was_never_seen_is_exact_row_by_row_and_refused_by_kron
         ]
     )
     assert_close(engine.jacobians(x)[0].flatten(0, 1), J)
-    with pytest.raises(UnsupportedError, match="'gain'.*no formula sees it"):
+    with pytest.raises(UnsupportedError, match=r"'gain'.*no formula sees it"):
         engine.kron(x, y, N=1)
 
 
 def test_recurrent_layers_get_diagonals_and_a_warning_that_names_them():
     network = named("lstm")
-    with pytest.warns(PerformanceWarning, match="'recurrent'.*exact"):
+    with pytest.warns(PerformanceWarning, match=r"'recurrent'.*exact"):
         found = blocks(backend(AutogradGGN, network), network)
     assert {sides[0].dim() for name, sides in found.items() if name.startswith("recurrent")} == {1}
 
