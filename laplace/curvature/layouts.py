@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def datum_weights(n_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A weight for each datum, all different by a half at least, in a fixed random order; none is the mean of others."""
+    """A weight for each datum, all different by a half at least, in a fixed random order."""
     noise = torch.Generator().manual_seed(n_rows)
     order = torch.randperm(n_rows, generator=noise)
     return (order + 1 + 0.5 * torch.rand(n_rows, generator=noise, dtype=torch.float64)).to(device, dtype)

@@ -115,11 +115,14 @@ class Tape(TorchFunctionMode):
 
     def _spreads(self, func: Any, weights: list[Tensor], made: list[Tensor]) -> bool:
         """Whether a weight is given to each datum, before it meets any."""
-        if func is not Tensor.expand or self.n_rows == 1:
+        if func not in {Tensor.expand, F.embedding} or self.n_rows == 1:
             return False
         (weight,), (out,) = weights, made
-        own = out.dim() - weight.dim()
-        return out.shape[0] == self.n_rows and (own > 0 or weight.shape[0] == 1)
+        if out.shape[0] != self.n_rows:
+            return False
+        if func is F.embedding:  # of constants for each datum, such as the types of tokens
+            return out.dim() > 2
+        return out.dim() > weight.dim() or weight.shape[0] == 1
 
     def _meet(
         self,
