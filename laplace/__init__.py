@@ -1,7 +1,7 @@
 """Bayesian predictions from a network that is already trained.
 
-Fit a Laplace approximation at the weights the network has, usually of its last layer, and get calibrated probabilities,
-error bars, samples and the evidence.
+Fit a Laplace approximation at the weights the network has, of its last layer or of all its weights, and get calibrated
+probabilities, error bars, samples and the evidence.
 """
 
 from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace

@@ -40,13 +40,14 @@ def Laplace(
     model
         The trained network.
     likelihood
-        ``"classification"`` or ``"regression"``.
+        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     subset_of_weights
-        Which weights are random: those of the ``"last_layer"``, or ``"all"`` that require a gradient.
+        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
+        gradient (and a backward pass for each output of a datum).
     hessian_structure
         How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace``.
+        Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
     functional_approximation
         Of function-space estimators; any but the default raises with other structures.
 

@@ -14,7 +14,8 @@ from laplace.structures import AbstractCurvature, DiagCurvature
 class DiagLaplace(ParametricLaplace):
     """A posterior in which weights are independent, with precisions ``s h + δ``.
 
-    Approximate: all correlations between weights are dropped. O(P) memory and time. See ``BaseLaplace`` for the
+    All weights that require a gradient are random. Approximate: all correlations between weights are dropped. Memory
+    O(P); fitting takes a backward pass for each output of a datum, with time O(P) each. See ``BaseLaplace`` for the
     parameters.
     """
 

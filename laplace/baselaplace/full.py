@@ -14,7 +14,8 @@ from laplace.structures import AbstractCurvature, FullCurvature, FullPrecision
 class FullLaplace(ParametricLaplace):
     """A posterior with a dense precision, ``s H + diag(δ) = L Lᵀ``: exact for the curvature.
 
-    Memory O(P²), time O(P³) to factorize, once. See ``BaseLaplace`` for the parameters.
+    All weights that require a gradient are random. Memory O(P²), time O(P³) to factorize, once. Fitting takes a
+    backward pass for each output of a datum, and time O(P²) each. See ``BaseLaplace`` for the parameters.
     """
 
     curvature_type: ClassVar[type[AbstractCurvature]] = FullCurvature

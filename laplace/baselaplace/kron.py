@@ -1,4 +1,4 @@
-"""``KronLaplace``: Kronecker-factored curvature, with or without damping."""
+"""``KronLaplace``: Kronecker-factored curvature of all weights, with or without damping."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ class KronLaplace(ParametricLaplace):
     -----
     For each parameter group ``(U ⊗ V) diag(s γ_i λ_j + δ) (U ⊗ V)ᵀ`` with G = U diag(γ) Uᵀ and A = V diag(λ) Vᵀ;
     damped, ``(√s γ_i + √δ)(√s λ_j + √δ)``. Approximate: a sum of products becomes a product of sums, and nothing is
-    kept between groups. Memory O(C² + D²) a layer, time O(C³ + D³) to factorize, once.
+    kept between groups. A layer of O outputs and I inputs (of a convolution: channels times kernel) takes memory
+    O(O² + I²), and time O(O³ + I³) to factorize, once. Fitting all weights takes a backward pass for each output of a
+    datum. Norms and other groups without factors get their exact block, dense while it is small, else its diagonal.
 
     References
     ----------
-    Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
+    Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks"; factors of shared weights:
+    Eschenhagen, Immer, Turner, Schneider & Hennig (2023), arXiv:2311.00636.
     """
 
     curvature_type: ClassVar[type[AbstractCurvature]] = KronCurvature

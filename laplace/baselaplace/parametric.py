@@ -161,11 +161,11 @@ class ParametricLaplace(CheckpointedPosterior):
 
         Notes
         -----
-        The mean and covariance of the outputs are exact for a last layer, which is linear in its weights: ``f*`` and
-        ``J A⁻¹ Jᵀ`` with A the posterior precision. Regression returns them; the links approximate the average softmax
-        (``"mc"`` converges to it). One forward pass; then, for B inputs, variances (probit, ``diagonal_output``) take
-        O(B (D² + D C + C²)) with the Kronecker structure, O(B C D) diagonal, O(B C D²) full, and memory O(B C D) at
-        most; covariances at most another factor C. The first call factorizes.
+        Mean and covariance of the outputs are ``f*`` and ``J A⁻¹ Jᵀ``, A the posterior precision: exact for a last
+        layer, else for the linearized network. Regression returns them; links approximate the average softmax (``"mc"``
+        converges to it). One forward pass (all weights: and a backward pass an output). Then, for B inputs of a last
+        layer, variances take O(B (D² + D C + C²)) with the Kronecker structure, O(B C D) diagonal, O(B C D²) full, and
+        memory O(B C D) at most; covariances at most another factor C. The first call factorizes.
 
         References
         ----------
@@ -198,8 +198,8 @@ class ParametricLaplace(CheckpointedPosterior):
     ) -> Float[Tensor, "samples batch ..."]:
         """Samples of the outputs (before any link), ``[n_samples, batch, *positions, C]``.
 
-        Functions drawn through the weights, coherent over the inputs of a call. For a linear last layer ``"glm"`` and
-        ``"nn"`` have the same distribution.
+        Whole functions, coherent over the inputs of a call. For a linear last layer ``"glm"`` and ``"nn"`` have the
+        same distribution.
 
         Parameters
         ----------

@@ -84,10 +84,9 @@ class AutogradGGN(AutogradInterface, GGNInterface):
 
     Parameters
     ----------
-    model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, curvature_dtype
-        As in ``CurvatureInterface``.
-    stochastic, num_samples, generator
-        As in ``GGNInterface``: for all weights one backward pass a sample, instead of one an output.
+    *args, **kwargs
+        As in ``GGNInterface``; for all weights ``stochastic=True`` takes one backward pass a sample, instead of one an
+        output.
     kfac_approx
         For all weights and the Kronecker structure: ``"expand"`` treats the positions that share a weight as data,
         ``"reduce"`` averages them.
