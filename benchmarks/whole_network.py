@@ -147,6 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = json.loads(CONFIG.read_text())
     back_ends = [None, *(config["peer_back_ends"] if arguments.peer else [])]
+    output = arguments.output or (None if arguments.k else HERE / "results")
     rows: list[dict[str, Any]] = []
     for index, case in enumerate(config["cases"]):
         if arguments.k not in f"{case['network']} {title(case)}":
@@ -159,11 +160,9 @@ def main() -> None:
             result = run(python, HERE / "measure_whole_network.py", where, limit, peer=back_end is not None)
             rows.append({"case": index, **case, "back_end": back_end, "result": result})
             print(markdown(COLUMNS, [cells(rows[-1], rows[-1:])]).splitlines()[-1], flush=True)
-    text = table(rows, config)
-    output = arguments.output or (None if arguments.k else HERE / "results")
-    if output:
-        write(output, "whole_network", config, rows, text)
-    print("\n" + text)
+        if output:  # after each case: a run that is cut off keeps what it has
+            write(output, "whole_network", config, rows, table(rows, config))
+    print("\n" + table(rows, config))
 
 
 if __name__ == "__main__":

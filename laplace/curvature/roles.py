@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool
@@ -14,6 +15,9 @@ from laplace.curvature.layouts import Layout
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
+
+Places: TypeAlias = "tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, int]"
+"""Which positions count, the pair of datum and token each belongs to, its token; datum and token of a pair; B."""
 
 
 class Kept:
@@ -28,6 +32,7 @@ class Kept:
     def __init__(self, limit: int) -> None:
         self.left = limit
         self.inputs: dict[int, Tensor] = {}
+        self.places: dict[int, Places] = {}
         self.rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def get(self, role: Role, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
@@ -172,7 +177,16 @@ class Gather(Role):
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> GatherBlock:
         """Gradients, summed over the positions of a datum that hold the same token."""
-        left = layout.apply(g, self.n_lead, 1).to(dtype)
+        if id(self) not in kept.places:
+            kept.places[id(self)] = self._places(layout, counted)
+        rows, place, row_token, datum, token, batch_size = kept.places[id(self)]
+        gradients = layout.apply(g, self.n_lead, 1).to(dtype).flatten(1, 2)
+        gradients = gradients if rows is None else gradients[:, rows]
+        values = gradients.new_zeros(len(gradients), len(token), gradients.shape[-1]).index_add_(1, place, gradients)
+        return GatherBlock(values, datum, token, batch_size, self.n_tokens, gradients, row_token)
+
+    def _places(self, layout: Layout, counted: Tensor | None) -> Places:
+        """Where the gradient of each position goes."""
         # Rows that fill up have no gradient; −1 marks them, what is masked and what is not trained.
         marks = layout.apply(self.tokens + 1, self.n_lead) - 1
         if counted is not None:
@@ -181,12 +195,10 @@ class Gather(Role):
             marks = marks.masked_fill(marks == self.ignored % self.n_tokens, -1)
         real = (marks >= 0).flatten()
         datum = torch.arange(len(marks), device=marks.device).repeat_interleave(marks.shape[1])[real]
-        pairs, place = torch.unique(datum * self.n_tokens + marks.flatten()[real], return_inverse=True)
-        values = left.new_zeros(len(left), len(pairs), left.shape[-1])
-        gradients = left.flatten(1, 2)[:, real]
-        values = values.index_add(1, place, gradients)
-        datum, token = pairs // self.n_tokens, pairs % self.n_tokens
-        return GatherBlock(values, datum, token, len(marks), self.n_tokens, gradients, marks.flatten()[real])
+        row_token = marks.flatten()[real]
+        pairs, place = torch.unique(datum * self.n_tokens + row_token, return_inverse=True)
+        rows = None if bool(real.all()) else real.nonzero().flatten()
+        return rows, place, row_token, pairs // self.n_tokens, pairs % self.n_tokens, len(marks)
 
 
 @dataclass(frozen=True)

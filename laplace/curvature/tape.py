@@ -8,7 +8,7 @@ the role in place of the weight, and their derivatives are pulled back to it.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from laplace.curvature.layers import READERS, bind
 from laplace.curvature.roles import Role
@@ -84,12 +83,12 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside(func, args, kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         weights = [tensor for tensor in tensors if id(tensor) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and id(t) not in self.constants]
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        made = list(tensors_in(out))
         if weights and (data or self._spreads(func, weights, made)):
             self._meet(func, name, args, kwargs, weights, data, made)
         elif not data:
@@ -159,6 +158,18 @@ class Tape(TorchFunctionMode):
         body.__kwdefaults__ = getattr(func, "__kwdefaults__")  # noqa: B009
         with self:
             return body(*args, **kwargs)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
 
 
 def seen_whole(out: Tensor) -> Tensor:
