@@ -40,11 +40,8 @@ def precision(network: Network, la) -> torch.Tensor:
     return scale * H + DELTA * torch.eye(la.n_params)
 
 
-def test_inputs(network: Network):
+def inputs(network: Network):
     return network.data(shift=2, n_rows=3)[0]
-
-
-test_inputs.__test__ = False
 
 
 @every_structure
@@ -74,7 +71,7 @@ def test_the_posterior_is_that_of_the_curvature(name, structure):
 @networks
 def test_predictions_are_those_of_the_linearized_network(name, structure):
     network, model = named(name), named(name).model()
-    la, x = fitted(network, structure, model), test_inputs(network)
+    la, x = fitted(network, structure, model), inputs(network)
     problem, P = network.problem(model), precision(network, la)
     J, f = problem.jacobian(x).flatten(0, 1), problem.outputs(problem.theta(), x).flatten(0, 1)
     cov = reference.output_covariance(J, P)
@@ -95,7 +92,7 @@ def test_predictions_are_those_of_the_linearized_network(name, structure):
 @pytest.mark.parametrize("name", ["mlp", "mlp_regression", "conv2d", "embedding"])
 def test_function_samples_have_the_joint_covariance_with_and_without_weight_samples(name, structure):
     network, model = named(name), named(name).model()
-    la, x = fitted(network, structure, model), test_inputs(network)
+    la, x = fitted(network, structure, model), inputs(network)
     problem, P = network.problem(model), precision(network, la)
     J, f = problem.jacobian(x).flatten(0, 1), problem.outputs(problem.theta(), x)
     cov = reference.joint_covariance(J, P)
@@ -108,7 +105,7 @@ def test_function_samples_have_the_joint_covariance_with_and_without_weight_samp
 
 def test_samples_in_function_space_draw_no_weights(monkeypatch):
     network = named("mlp")
-    la, x = fitted(network, "diag"), test_inputs(network)
+    la, x = fitted(network, "diag"), inputs(network)
     monkeypatch.setattr(type(la._frozen_posterior), "sample", lambda *_: pytest.fail("weights were drawn"))
     la.functional_samples(x, n_samples=50)
     la(x, link_approx="mc")
@@ -118,7 +115,7 @@ def test_samples_in_function_space_draw_no_weights(monkeypatch):
 @basic
 def test_nn_predictions_run_the_network_at_sampled_weights(name, structure):
     network, model = named(name), named(name).model()
-    la, x = fitted(network, structure, model), test_inputs(network)
+    la, x = fitted(network, structure, model), inputs(network)
     thetas = la.sample(6, generator=generator(3))
     sizes = [p.numel() for p in model.parameters()]
 
@@ -145,6 +142,26 @@ def test_the_gradient_of_the_evidence_is_right_in_prior_and_noise(structure):
 
     start = (torch.tensor([0.8], requires_grad=True), torch.tensor(0.6, requires_grad=True))
     assert torch.autograd.gradcheck(evidence, start)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "embedding"])
+def test_damping_survives_to_the_predictions(name):
+    """Each product is widened on both sides; blocks of one factor get the prior itself."""
+    network, model = named(name), named(name).model()
+    la, x = fitted(network, "kron", model, damping=True), inputs(network)
+    eye, root = torch.eye, DELTA**0.5
+    blocks = []
+    for sides in la.H_facs.kfacs:
+        sides = [side.diag() if side.dim() == 1 else side for side in sides]
+        if len(sides) == 1:
+            blocks.append(sides[0] + DELTA * eye(len(sides[0])))
+        else:
+            blocks.append(torch.kron(*(side + root * eye(len(side)) for side in sides)))
+    P = torch.block_diag(*blocks)
+    assert_close(dense(la.posterior_precision), P)
+    problem = network.problem(model)
+    J, f = problem.jacobian(x).flatten(0, 1), problem.outputs(problem.theta(), x).flatten(0, 1)
+    assert_close(la(x), reference.probit(f, reference.output_covariance(J, P)))
 
 
 @every_structure
@@ -186,7 +203,7 @@ def test_tuning_works_and_keeps_derivatives_only_while_memory_allows(name, struc
 def test_only_weights_that_require_a_gradient_are_random(structure):
     network = named("mlp")
     model = frozen(network.model(), "0")
-    la, x = fitted(network, structure, model), test_inputs(network)
+    la, x = fitted(network, structure, model), inputs(network)
     head = Laplace(model, "classification", "last_layer", structure, prior_precision=DELTA)
     head.fit([network.data()])
     assert la.n_params == head.n_params == 15
@@ -199,7 +216,7 @@ def test_only_weights_that_require_a_gradient_are_random(structure):
 @pytest.mark.parametrize("name", ["mlp_regression", "conv2d", "encoder_norm_first"])
 def test_predictions_are_differentiable_in_the_inputs(name, structure):
     network = named(name)
-    la, x = fitted(network, structure, enable_backprop=True), test_inputs(network)
+    la, x = fitted(network, structure, enable_backprop=True), inputs(network)
     if not x.is_floating_point():
         assert la(x).requires_grad  # tokens have no gradient; weights do
         return
@@ -216,7 +233,7 @@ def test_predictions_are_differentiable_in_the_inputs(name, structure):
 def test_the_model_is_left_as_it_was(name, structure):
     network, model = named(name), named(name).model().train()
     model.requires_grad_(True)
-    x = test_inputs(network)
+    x = inputs(network)
     with model_untouched(model):
         la = fitted(network, structure, model)
         for options in PREDICTIONS[network.likelihood]:
@@ -228,7 +245,7 @@ def test_the_model_is_left_as_it_was(name, structure):
 @every_structure
 def test_contexts_of_the_caller_do_not_matter(structure):
     network = named("conv2d")
-    model, x = network.model(), test_inputs(network)
+    model, x = network.model(), inputs(network)
     expected = fitted(network, structure, model)(x)
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
@@ -242,7 +259,7 @@ def test_contexts_of_the_caller_do_not_matter(structure):
 @every_structure
 def test_a_state_is_taken_over_and_copies_agree(structure, tmp_path):
     network = named("conv2d")
-    model, x = network.model(), test_inputs(network)
+    model, x = network.model(), inputs(network)
     la = fitted(network, structure, model)
     la.save(tmp_path / "state.pt")
     other = Laplace(model, network.likelihood, "all", structure)
@@ -256,11 +273,11 @@ def test_a_state_is_taken_over_and_copies_agree(structure, tmp_path):
 @every_structure
 def test_low_precision_models_work_in_float32_at_least(dtype, structure):
     network = named("conv2d")
-    model, x = network.model(), test_inputs(network)
+    model, x = network.model(), inputs(network)
     expected = fitted(network, structure, model)(x)
-    low, (x_low, (inputs, y)) = network.model().to(dtype), (x.to(dtype), network.data())
+    low, (x_low, (data, y)) = network.model().to(dtype), (x.to(dtype), network.data())
     la = Laplace(low, network.likelihood, "all", structure, prior_precision=DELTA)
-    la.fit([(inputs.to(dtype), y)])
+    la.fit([(data.to(dtype), y)])
     assert la.mean.dtype == torch.float32
     found = la(x_low)
     assert found.dtype == dtype
@@ -279,7 +296,7 @@ class ByHand(GGNInterface):
 def test_a_back_end_that_gives_jacobians_is_enough(name, structure):
     network, model = named(name), named(name).model()
     ours, theirs = fitted(network, structure, model), fitted(network, structure, model, backend=ByHand)
-    x = test_inputs(network)
+    x = inputs(network)
     for options in PREDICTIONS[network.likelihood]:
         first, second = (la(x, generator=generator(0), **options) for la in (ours, theirs))
         for a, b in zip(first, second, strict=True):

@@ -8,8 +8,7 @@ from laplace import Laplace
 from laplace.curvature import AutogradHessian
 from laplace.errors import InputError, NotPositiveDefiniteError, UnsupportedError
 from tests.networks import Applied, named
-from tests.test_whole_network import fitted
-from tests.test_whole_network import test_inputs as inputs_to_predict
+from tests.test_whole_network import fitted, inputs
 
 
 def test_a_model_without_trainable_weights():
@@ -70,13 +69,16 @@ def test_an_indefinite_hessian_is_reported_with_what_to_use_instead(structure):
     la = Laplace(network.model(), "classification", "all", structure, prior_precision=1e-3, backend=AutogradHessian)
     la.fit([network.data()])
     with pytest.raises(NotPositiveDefiniteError, match=r"(?s)GGN"):
-        la(inputs_to_predict(network))
+        la(inputs(network))
     with pytest.raises(NotPositiveDefiniteError):
         la.log_marginal_likelihood()
 
 
 def test_the_hessian_has_no_kronecker_factors():
-    with pytest.raises(UnsupportedError, match=r"AutogradHessian does not provide hessian_structure='kron'"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"AutogradHessian does not provide hessian_structure='kron'; it provides 'diag', 'full'\.",
+    ):
         Laplace(named("mlp").model(), "classification", "all", "kron", backend=AutogradHessian).fit(
             [named("mlp").data()]
         )
@@ -88,4 +90,4 @@ def test_a_weight_that_moved_after_fit_is_told():
     with torch.no_grad():
         model[0].weight.add_(1)
     with pytest.warns(UserWarning, match=r"random weights have changed since fit"):
-        la(inputs_to_predict(network))
+        la(inputs(network))

@@ -325,7 +325,9 @@ class CurvatureInterface(ABC):
         own = {
             name for name in ("full", "diag", "kron") if getattr(type(self), name) is not vars(CurvatureInterface)[name]
         }
-        available = ", ".join(sorted(repr(s.value) for s in self.structures if s.value in own)) or "none"
+        available = (
+            ", ".join(sorted(repr(s.value) for s in self.structures if s.value in own and self.provides(s))) or "none"
+        )
         msg = f"{type(self).__name__} does not provide hessian_structure={structure.value!r}; it provides {available}."
         return UnsupportedError(msg)
 

@@ -108,8 +108,8 @@ class AbstractCurvature(ABC):
             total = (nll, curvature) if total is None else (total[0] + nll, total[1].merge(curvature))
         if total is not None and not total[1].is_finite:
             msg = (
-                "The curvature of the training data is not finite: features of the last layer overflow when squared. "
-                "Scale the inputs, or pass curvature_dtype=torch.float64."
+                "The curvature of the training data is not finite: derivatives (for a last layer its features) "
+                "overflow when squared. Scale the inputs, or pass curvature_dtype=torch.float64."
             )
             raise InputError(msg)
         return total
