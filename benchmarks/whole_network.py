@@ -156,7 +156,8 @@ def main() -> None:
             where = ["--config", str(CONFIG), "--case", str(index)]
             where += ["--back-end", back_end] if back_end else []
             python = arguments.peer if back_end else sys.executable
-            limit = config["networks"][case["network"]]["limit_s"]
+            network = config["networks"][case["network"]]
+            limit = network.get("peer_limit_s", network["limit_s"]) if back_end else network["limit_s"]
             result = run(python, HERE / "measure_whole_network.py", where, limit, peer=back_end is not None)
             rows.append({"case": index, **case, "back_end": back_end, "result": result})
             print(markdown(COLUMNS, [cells(rows[-1], rows[-1:])]).splitlines()[-1], flush=True)
