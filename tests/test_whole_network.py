@@ -284,6 +284,17 @@ def test_low_precision_models_work_in_float32_at_least(dtype, structure):
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.02 if dtype == torch.bfloat16 else 1e-4)
 
 
+def test_float32_sums_do_not_turn_rounding_into_curvature():
+    """Kronecker factors of 40 positions a datum and a prior next to nothing: variances are those of float64."""
+    network, found = named("conv2d"), []
+    for dtype in (torch.float32, torch.float64):
+        model, ((inputs_, y), x) = network.model().to(dtype), (network.data(n_rows=40), inputs(network).to(dtype))
+        la = Laplace(model, network.likelihood, "all", "kron", prior_precision=1e-4)
+        la.fit([(inputs_.to(dtype), y)])
+        found.append(la._linearize(x).variance(la._frozen_posterior, dtype).double())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
+
+
 class ByHand(GGNInterface):
     """What a user writes: Jacobians of all weights, nothing else."""
 
