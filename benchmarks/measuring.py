@@ -94,7 +94,7 @@ def number(value: float | None, unit: str) -> str:
 
 def shorten(note: str) -> str:
     """The end of an error message that is too long for a cell: where the numbers are."""
-    return note if len(note) <= 100 else "… " + note[-98:]
+    return note if len(note) <= 100 else "… " + note[-98:].partition(" ")[2]
 
 
 def markdown(columns: list[str], rows: list[list[Any]]) -> str:
