@@ -91,3 +91,17 @@ def test_a_weight_that_moved_after_fit_is_told():
         model[0].weight.add_(1)
     with pytest.warns(UserWarning, match=r"random weights have changed since fit"):
         la(inputs(network))
+
+
+def test_a_weight_that_is_frozen_or_freed_after_construction():
+    model = named("mlp").model()
+    la = Laplace(model, "classification", "all", "diag")
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(UnsupportedError, match=r"requires_grad of '0.weight' has changed.*construct it again"):
+        la.fit([named("mlp").data()])
+    model[0].weight.requires_grad_(True)
+    la.fit([named("mlp").data()])
+    model[2].bias.requires_grad_(False)
+    for action in (lambda: la.fit([named("mlp").data()]), lambda: la(inputs(named("mlp")))):
+        with pytest.raises(UnsupportedError, match=r"'2.bias'"):
+            action()

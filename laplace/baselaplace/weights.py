@@ -58,6 +58,8 @@ class NetworkPosterior(WeightPosterior):
         options = dict(self._backend_kwargs)
         if self._curvature_dtype is not None:
             options.setdefault("curvature_dtype", self._curvature_dtype)
+        if not self._last_layer:
+            self._whole.check_still_random()
         backend = self._backend_cls(
             self.model,
             self.likelihood,

@@ -60,7 +60,13 @@ class AllWeightsEngine:
             Keep derivatives differentiable in the inputs.
         **model_kwargs
             Passed to the model's ``forward``.
+
+        Raises
+        ------
+        UnsupportedError
+            If a random weight was frozen meanwhile.
         """
+        self.network.check_still_random()
         return Recording(
             lambda rows: self.backend.outputs(rows, **model_kwargs),
             differentiable(x),

@@ -215,6 +215,8 @@ class Recording:
                     verdict.slow[group] = "it is used by a function that cannot be watched"
                 elif not self._agrees(truth, blocks, largest, noise):
                     verdict.slow[group] = "its use mixes the data of a batch, or part of it cannot be watched"
+        # What was made here has no graph.
+        self._kept = Kept(2 * CHUNK_ELEMENTS)
         return verdict
 
     def _agrees(self, truth: Tensor, blocks: list[JacobianBlock], largest: float, noise: torch.Generator) -> bool:

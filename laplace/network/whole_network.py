@@ -51,6 +51,23 @@ class WholeNetwork:
         frozen = [parameter for parameter in self.model.parameters() if id(parameter) not in random]
         return [*frozen, *self.model.buffers()]
 
+    def check_still_random(self) -> None:
+        """Raise if other weights require a gradient than when this object was made.
+
+        Raises
+        ------
+        UnsupportedError
+            If so.
+        """
+        now = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        changed = sorted(set(now) ^ set(self.names))
+        if changed:
+            msg = (
+                f"requires_grad of {', '.join(map(repr, changed[:3]))} has changed since this object was made, and "
+                "which weights are random is decided once: construct it again."
+            )
+            raise UnsupportedError(msg)
+
     def owner(self, group: int) -> tuple[str, nn.Module]:
         """Name and module that a parameter group belongs to."""
         name = self.names[group].rpartition(".")[0]

@@ -122,3 +122,16 @@ def test_jacobians_by_functorch_and_of_selected_outputs():
     assert_close(outputs, f)
     pairs = torch.stack([chosen, chosen.flip(0)], 1)
     assert_close(engine.selected_output_jacobians(x, pairs)[0], J[torch.arange(5).unsqueeze(1), pairs])
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "layer_norm"])
+def test_jacobians_are_differentiable_also_in_the_first_pass_of_a_back_end(name):
+    """What the check against autograd computes on the way has no graph, and must not be used again."""
+    network = named(name)
+    x = network.data()[0].requires_grad_()
+    model = network.model()
+
+    def jacobian(x):
+        return backend(AutogradGGN, network, model).jacobians(x, enable_backprop=True)[0]
+
+    assert torch.autograd.gradcheck(jacobian, (x,))
