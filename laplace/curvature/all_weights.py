@@ -68,8 +68,9 @@ class AllWeightsEngine:
         """
         self.network.check_still_random()
         return Recording(
-            lambda rows: self.backend.outputs(rows, **model_kwargs),
-            differentiable(x),
+            # Keywords travel with the inputs, so that single rows get their own.
+            lambda rows: self.backend.outputs(rows[0], **rows[1]),
+            differentiable((x, model_kwargs)),
             self.network.subset.parameters,
             self.network.names,
             self.network.constants,
@@ -270,7 +271,7 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
     """The groups that get a diagonal block; raises for those that can have none."""
     diagonal: set[int] = set()
     for group in recording.verdict.unused:
-        refuse(network, group, "the outputs of this batch do not depend on it")
+        refuse(network, group, "the outputs of a batch do not depend on it (is it used for some data only?)")
     for group in recording.verdict.slow:
         if isinstance(network.owner(group)[1], (nn.RNNBase, nn.RNNCellBase)):
             diagonal.add(group)
@@ -298,5 +299,4 @@ def refuse(network: WholeNetwork, group: int, reason: str) -> NoReturn:
         f'hessian_structure="kron" cannot represent the parameter {network.names[group]!r}: {reason}. Use '
         'hessian_structure="diag" or "full", or freeze it with requires_grad_(False).'
     )
-    raise UnsupportedError(msg)
     raise UnsupportedError(msg)

@@ -11,7 +11,9 @@ by ``G ⊗ A``; both are raw sums here, and the inputs' side is divided by the n
 
     G = Σ (Σ_t g_t)(Σ_t g_t)ᵀ                           A = Σ (mean_t a_t)(mean_t a_t)ᵀ over data
 
-Groups without such factors get an exact block, dense while it is small, else its diagonal.
+The mean is over the positions of a datum that count, the sum over data that have any. Tables of embeddings expand in
+either setting: their side of the tokens is then diagonal. Groups without such factors get an exact block, dense while
+it is small, else its diagonal.
 
 References
 ----------
@@ -24,6 +26,7 @@ network architectures", arXiv:2311.00636 (expand and reduce: section 3).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,11 +91,13 @@ class Moments:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Σ r rᵀ over all axes but the last."""
-        key = (rows.data_ptr(), rows.numel(), rows.shape[-1])
+        # The same numbers in the same order: axes of one entry do not matter, a transposition does.
+        axes = tuple(axis for axis in zip(rows.shape, rows.stride(), strict=True) if axis[0] > 1)
+        key = (rows.data_ptr(), rows.shape[-1], axes)
         if key not in self._known:
             flat = rows.reshape(-1, rows.shape[-1])
             # The rows are kept, so that their address is not used again.
@@ -129,14 +134,12 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
         right, count = block.right, block.count
         if reduce:
             left = left.sum(2)
-            right, count = right.sum(2) * (len(right) * right.shape[1] / max(count, 1)), len(right) * right.shape[1]
+            right = right.sum(2) / block.counts.clamp(min=1).reshape(-1, 1, 1)
+            count = int((block.counts > 0).sum()) * right.shape[1]
         return Factors(moment(left), moment(right) if inputs else None, count, block.transposed)
     if isinstance(block, GatherBlock):
-        left = block.values.new_zeros(block.n_columns, block.n_rows, block.shape[1]) if reduce else block.left
-        if reduce:
-            left = left.index_add(1, block.datum, block.values)
         tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(moment.dtype) if inputs else None
-        return Factors(moment(left), tokens, len(block.row_token), inputs_first=True)
+        return Factors(moment(block.left), tokens, len(block.row_token), inputs_first=True)
     if isinstance(block, SumBlock):
         return Factors(moment(block.values if reduce else block.left))
     if diagonal or block.n_params > DENSE_LIMIT:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laplace.curvature.roles import Elementwise, Gather, Product, Role, Sum
+from laplace.errors import UnsupportedError
 
 Roles: TypeAlias = "list[tuple[Tensor, Role]]"
 Reader: TypeAlias = Callable[[Tensor, Mapping[str, Any]], Roles]
@@ -35,7 +36,7 @@ def linear(out: Tensor, call: Mapping[str, Any]) -> Roles:
 
 def matmul(out: Tensor, call: Mapping[str, Any]) -> Roles:
     """``out = x W``, W a matrix stored inputs first."""
-    x, weight = call["input"], call["other"]
+    x, weight = call["input"], call["other"] if "other" in call else call["mat2"]
     if weight.dim() != 2 or x.dim() < 2:
         return []
     inputs, outputs = (lambda: x.unsqueeze(-2)), (lambda g: g.unsqueeze(-2))
@@ -101,6 +102,12 @@ def transposed_convolution(out: Tensor, call: Mapping[str, Any]) -> Roles:
 
 def embedding(out: Tensor, call: Mapping[str, Any]) -> Roles:  # noqa: ARG001
     """Rows of the weight."""
+    if call.get("scale_grad_by_freq"):
+        msg = (
+            "An embedding with scale_grad_by_freq=True has gradients that are no derivatives; its curvature is not "
+            "defined. Set layer.scale_grad_by_freq = False to fit."
+        )
+        raise UnsupportedError(msg)
     if call.get("max_norm") is not None:
         return []
     return [(call["weight"], Gather(call["input"], call["weight"].shape[0], call.get("padding_idx")))]
@@ -227,6 +234,7 @@ READERS: dict[Any, tuple[Reader, Sequence[str]]] = {
     F.linear: (linear, INPUT),
     torch.matmul: (matmul, SIDES),
     torch.mm: (matmul, ("input", "mat2")),
+    Tensor.mm: (matmul, ("input", "mat2")),
     torch.addmm: (addmm, ("input", "mat1", "mat2")),
     torch.conv1d: (convolution, CONVOLUTION),
     torch.conv2d: (convolution, CONVOLUTION),
@@ -234,7 +242,10 @@ READERS: dict[Any, tuple[Reader, Sequence[str]]] = {
     torch.conv_transpose1d: (transposed_convolution, TRANSPOSED),
     torch.conv_transpose2d: (transposed_convolution, TRANSPOSED),
     torch.conv_transpose3d: (transposed_convolution, TRANSPOSED),
-    F.embedding: (embedding, ("input", "weight", "padding_idx", "max_norm")),
+    F.embedding: (
+        embedding,
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    ),
     F.layer_norm: (
         normalization(normalized_by_layer, channels=False),
         ("input", "normalized_shape", "weight", "bias", "eps"),

@@ -70,7 +70,7 @@ class Layout:
         return rows * (self.index >= 0).reshape(shape)
 
 
-def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> Layout | None:
+def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> tuple[Layout | None, bool]:
     """The layout of rows, from their gradients.
 
     Parameters
@@ -86,11 +86,11 @@ def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> Layout
 
     Returns
     -------
-    The layout; ``None`` when a row mixes data.
+    The layout, ``None`` when a row mixes data; and whether it is the only one that these gradients allow.
     """
     lead, n_rows = tuple(plain.shape[:n_lead]), len(weights)
     if n_rows == 1:
-        return Layout((1, *lead))
+        return Layout((1, *lead)), True
     rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, weighed)]
     # A few random projections of a row say as much as the row: what holds for them holds for it.
     noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -99,13 +99,18 @@ def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> Layout
     # Rounding grows with the weight, and does not spare rows that are small.
     rounding = 4 * torch.finfo(plain.dtype).eps * n_rows
     allowed = (1e-3 + rounding) * size + 10 * rounding * size.max()
+    fitting: list[tuple[float, Layout]] = []
     for candidate in candidates(lead, n_rows):
         data = candidate.apply(torch.arange(len(flat), device=flat.device).reshape(lead), n_lead)
         expected = torch.empty_like(flat[:, :1])
         expected[data.flatten()] = weights.double().repeat_interleave(data.shape[1]).unsqueeze(1)
-        if bool(((target - expected * flat).abs() <= allowed).all()):
-            return candidate
-    return scattered(flat, target, weights.double(), allowed)
+        residual = (target - expected * flat).abs()
+        if bool((residual <= allowed).all()):
+            fitting.append((float(residual.sum()), candidate))
+    if not fitting:
+        return scattered(flat, target, weights.double(), allowed), True
+    best = min(fitting, key=lambda found: found[0])[1]
+    return best, len(fitting) == 1 and bool(flat.any())
 
 
 def lead_size(lead: tuple[int, ...]) -> int:
@@ -126,11 +131,13 @@ def candidates(lead: tuple[int, ...], n_rows: int) -> Iterator[Layout]:
 
 
 def scattered(flat: Tensor, target: Tensor, weights: Tensor, allowed: Tensor) -> Layout | None:
-    """Rows in no order: each names its datum by the ratio of its gradients; rows without gradient belong to none."""
+    """Rows in no order: each names its datum by the ratio of its gradients.
+
+    Rows without gradient name none; they are given to any, which changes no derivative, and count as inputs.
+    """
     ratio = (flat * target).sum(1) / flat.square().sum(1).clamp(min=torch.finfo(flat.dtype).tiny)
     nearest = (ratio.unsqueeze(1) - weights).abs().argmin(1)
-    alive = (flat != 0).any(1) | (target != 0).any(1)
     if bool(((target - weights[nearest].unsqueeze(1) * flat).abs() > allowed).any()):
         return None
-    rows = [torch.nonzero(alive & (nearest == datum)).flatten() for datum in range(len(weights))]
+    rows = [torch.nonzero(nearest == datum).flatten() for datum in range(len(weights))]
     return Layout((), None, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))

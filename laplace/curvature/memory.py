@@ -9,6 +9,8 @@ from torch import Tensor
 
 from laplace.curvature.layouts import Layout
 
+ATTEMPTS = 4
+"""In how many passes a weight is looked at whose gradient is zero, so that it proves nothing."""
 READ_AGAIN = {4**k for k in range(1, 16)}
 """After how many passes of equal shapes layouts are read again."""
 
@@ -32,8 +34,9 @@ class Verdict:
     unused: set[int] = field(default_factory=set)
 
 
-Found: TypeAlias = "list[list[tuple[Layout, Tensor | None] | None]]"
-"""For each role of each call its layout, and which rows count; ``None`` where there is none."""
+Found: TypeAlias = "list[list[tuple[Layout | None, Tensor | None] | None]]"
+"""For each role of each call its layout and which rows count; the layout is ``None`` where rows mix data, the pair
+where outputs do not depend on the call."""
 
 
 @dataclass
@@ -43,10 +46,10 @@ class Memory:
     Attributes
     ----------
     verdicts
-        By the sequence of calls.
+        By the sequence of calls: what was found, and how many passes may still be asked.
     layouts
         By the sequence of calls and their shapes: the layouts, and how often they were used.
     """
 
-    verdicts: dict[Any, Verdict] = field(default_factory=dict)
+    verdicts: dict[Any, tuple[Verdict, int]] = field(default_factory=dict)
     layouts: dict[Any, tuple[Found, int]] = field(default_factory=dict)

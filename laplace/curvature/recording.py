@@ -19,15 +19,20 @@ from torch import Tensor
 
 from laplace.curvature import layouts
 from laplace.curvature.layouts import Layout
-from laplace.curvature.memory import READ_AGAIN, Found, Memory, Verdict
+from laplace.curvature.memory import ATTEMPTS, READ_AGAIN, Found, Memory, Verdict
 from laplace.curvature.roles import Kept
+from laplace.curvature.row_by_row import along, dense, row_by_row
 from laplace.curvature.tape import Call, Tape, row_view, transposed_view
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import UnsupportedError
 from laplace.linalg import CHUNK_ELEMENTS, piece_elements
-from laplace.network.batches import rows_of
 from laplace.structures.gather import GatherBlock, looked_up
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
+
+NO_DEPENDENCE = (
+    "The outputs of the model do not depend on any weight that requires a gradient. Unfreeze the weights that should "
+    "be random with requires_grad_(True); is part of forward under torch.no_grad()?"
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,7 @@ class Recording:
         with torch.enable_grad(), tape:
             self.outputs = run(x)
         if not self.outputs.requires_grad:
-            msg = (
-                "The outputs of the model do not depend on any weight that requires a gradient. Unfreeze the weights "
-                "that should be random with requires_grad_(True); is part of forward under torch.no_grad()?"
-            )
-            raise UnsupportedError(msg)
+            raise UnsupportedError(NO_DEPENDENCE)
         for call in tape.calls:
             if any(tensor._version != version for tensor, version in call.inputs):
                 msg = (
@@ -104,6 +105,7 @@ class Recording:
         self._memory = memory
         self._kept = Kept(2 * CHUNK_ELEMENTS)
         self._lookups = tape.lookups
+        self._reorders = tape.reorders
         self.mask = mask
 
     @property
@@ -126,98 +128,133 @@ class Recording:
 
     @cached_property
     def _direction(self) -> Tensor:
-        """A random direction in the outputs of each datum; zero where they are masked."""
+        """A random direction in the outputs of each datum."""
         noise = torch.Generator().manual_seed(0)
-        everywhere = torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs)
-        if self.mask is None:
-            return everywhere
-        return (everywhere.reshape(*self.mask.shape, -1) * self.mask.unsqueeze(-1)).reshape(everywhere.shape)
+        return torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs)
 
     @cached_property
     def layouts(self) -> Found:
         """For each role of each call, which datum its rows belong to, and which of them count.
 
-        Layouts that are regular are a matter of shapes: they are read off some of the passes with equal shapes, ever
-        fewer of them, and relied on between. Masked data are looked at in every pass.
+        Regular layouts are read off some of the passes with equal shapes, ever fewer of them, and relied on between: if
+        they were the only ones that the gradients allow, and data are not indexed by data, which could reorder them.
+        Masked data are looked at in every pass.
         """
         key = (self.n_rows, self.outputs.shape, tuple((call.name, call.shape) for call in self.calls))
+        lasting = self.mask is None and not self._reorders
         known, uses = self._memory.layouts.get(key, ([], 0))
-        if self.mask is None and known and uses not in READ_AGAIN:
+        if lasting and known and uses not in READ_AGAIN:
             self._memory.layouts[key] = (known, uses + 1)
             return known
-        found = self._find_layouts()
-        regular = all(item is not None and item[0].axis is not None for row in found for item in row)
-        if self.mask is None and regular:
+        found, certain = self._find_layouts()
+        regular = all(
+            item is not None and item[0] is not None and item[0].axis is not None for r in found for item in r
+        )
+        if lasting and certain and regular:
             self._memory.layouts[key] = (found, uses + 1)
         return found
 
-    def _find_layouts(self) -> Found:
-        """Two backward passes, one of them with weighed data."""
+    def _find_layouts(self) -> tuple[Found, bool]:
+        """Two backward passes, one of them with weighed data; a third where some are masked."""
         weights = layouts.datum_weights(self.n_rows, self.outputs.dtype, self.outputs.device)
         weighed = self._direction * weights.reshape(-1, *[1] * (self.outputs.dim() - 1))
         found: Found = []
+        all_certain = True
         with torch.no_grad():
-            pairs = zip(self.calls, self._gradients(self._direction), self._gradients(weighed), strict=True)
-            for call, plain, heavy in pairs:
-                row: list[tuple[Layout, Tensor | None] | None] = []
+            plain, heavy = self._gradients(self._direction), self._gradients(weighed)
+            seen = plain if self.mask is None else self._gradients(self._direction * self._spread(self.mask))
+            for call, *grads in zip(self.calls, plain, heavy, seen, strict=True):
+                row: list[tuple[Layout | None, Tensor | None] | None] = []
                 for _, role in call.roles:
-                    if plain is None or heavy is None:
+                    if any(g is None for g in grads):
                         row.append(None)
                         continue
-                    first, second = (role.rows(g.unsqueeze(0)).squeeze(0) for g in (plain, heavy))
-                    layout = layouts.find(first, second, weights, role.n_lead)
-                    row.append(None if layout is None else (layout, self._counted(first, layout, role.n_lead)))
+                    first, second, third = (role.rows(g.unsqueeze(0)).squeeze(0) for g in grads if g is not None)
+                    layout, certain = layouts.find(first, second, weights, role.n_lead)
+                    all_certain &= certain
+                    row.append((layout, None if layout is None else self._counted(third, layout, role.n_lead)))
                 found.append(row)
-        return found
+        return found, all_certain
+
+    def _spread(self, mask: Tensor) -> Tensor:
+        """A mask of positions in the shape of the outputs."""
+        each = self.outputs.numel() // mask.numel()
+        return mask.unsqueeze(-1).expand(*mask.shape, each).reshape(self.outputs.shape)
 
     def _counted(self, g: Tensor, layout: Layout, n_lead: int) -> Tensor | None:
-        """Rows that count: not those of masked data, nor masked positions on which no output that counts depends."""
+        """Rows that count: none that fill up, of masked data, or at masked positions that no counted output sees."""
+        real = None if layout.index is None else layout.index >= 0
         if self.mask is None:
-            return None
+            return real
         silent = (layout.apply(g, n_lead).flatten(2) == 0).all(2)
         masked = ~self.mask.any(1, keepdim=True)
         if silent.shape == self.mask.shape:
             masked = masked | ~self.mask
-        return ~(masked & silent)
+        counted = ~(masked & silent)
+        return counted if real is None else counted & real
 
     # -- what the formulas describe -----------------------------------------------------------------------------------
 
     @cached_property
     def verdict(self) -> Verdict:
-        """Groups that need the slow way: checked against autograd once for each sequence of calls."""
-        key = (
-            tuple((call.name, len(call.shape), len(call.roles)) for call in self.calls),
-            *sorted(self._opaque.items()),
-        )
-        if key not in self._memory.verdicts:
-            self._memory.verdicts[key] = self._judge()
-        return self._memory.verdicts[key]
+        """Groups that need the slow way: found by a check against autograd, and those whose use mixes data here."""
+        calls = tuple((call.name, len(call.shape), len(call.roles)) for call in self.calls)
+        key = (calls, *sorted(self._opaque.items()))
+        known, attempts = self._memory.verdicts.get(key, (None, ATTEMPTS))
+        if known is None or attempts:
+            known, proven = self._judge(known)
+            self._memory.verdicts[key] = (known, 0 if proven else attempts - 1)
+        mixing = {
+            group: "its use mixes the data of a batch" for group in range(len(self.parameters)) if self._mixes(group)
+        }
+        return replace(known, slow={**known.slow, **mixing})
 
-    def _judge(self) -> Verdict:
-        """Compare the derivatives in a random direction with autograd's, projected on random weights."""
-        verdict = Verdict()
+    def _judge(self, known: Verdict | None) -> tuple[Verdict, bool]:
+        """Compare the derivatives in a random direction with autograd's, projected on random weights.
+
+        Returns
+        -------
+        What was found, added to what is known, and whether every weight had a gradient to judge by.
+
+        Raises
+        ------
+        UnsupportedError
+            If outputs depend on no random weight.
+        """
         exact = torch.autograd.grad(
             along(self.outputs, self._direction), self.parameters, retain_graph=True, allow_unused=True
         )
-        noise = torch.Generator().manual_seed(1)
+        exact = [None if truth is None else dense(truth) for truth in exact]
+        norms = [0.0 if truth is None else float(truth.norm()) for truth in exact]
+        if all(truth is None for truth in exact):
+            raise UnsupportedError(NO_DEPENDENCE)
         # A gradient that is zero but for rounding (attention does not see the bias of its keys) agrees with any other.
-        largest = max(float(truth.norm()) for truth in exact if truth is not None)
+        largest = max(norms)
+        verdict = Verdict(dict(known.slow) if known else {}, set(known.unseen) if known else set())
+        noise, proven = torch.Generator().manual_seed(1), True
         with torch.no_grad():
-            parts = self._parts([self._direction], set())
+            parts = self._parts([self._direction], set(), masked=False)
             for group, (truth, blocks) in enumerate(zip(exact, parts, strict=True)):
                 name = self._opaque.get(group)
                 if truth is None:
                     verdict.unused.add(group)
                 elif name is not None:
                     verdict.slow[group] = f"it is used by {name}, which has no formula here"
-                elif not blocks:
+                elif not blocks and not self._mixes(group):
                     verdict.unseen.add(group)
                     verdict.slow[group] = "it is used by a function that cannot be watched"
-                elif not self._agrees(truth, blocks, largest, noise):
-                    verdict.slow[group] = "its use mixes the data of a batch, or part of it cannot be watched"
+                elif blocks and not self._mixes(group) and not self._agrees(truth, blocks, largest, noise):
+                    verdict.slow[group] = "part of its use cannot be watched"
+                proven &= truth is None or norms[group] > 1e3 * torch.finfo(self.outputs.dtype).eps * largest
         # What was made here has no graph.
         self._kept = Kept(2 * CHUNK_ELEMENTS)
-        return verdict
+        return verdict, proven and largest > 0
+
+    def _mixes(self, group: int) -> bool:
+        """Whether a use of a group mixes data in this pass."""
+        rows = zip(self.calls, self.layouts, strict=True)
+        uses = (use for call, row in rows for use in zip(call.roles, row, strict=True))
+        return any(found == (None, None) and group in self._tracked[id(tensor)][1] for (tensor, _), found in uses)
 
     def _agrees(self, truth: Tensor, blocks: list[JacobianBlock], largest: float, noise: torch.Generator) -> bool:
         """Whether derivatives add up to autograd's gradient; the largest of any group gives the level of rounding."""
@@ -255,7 +292,11 @@ class Recording:
         slow = self.verdict.slow
         with torch.set_grad_enabled(self.create_graph):
             parts = self._parts(directions, set(slow))
-            for group, block in self._row_by_row(directions, sorted(slow)).items():
+            wanted = {group: self.parameters[group] for group in sorted(slow)}
+            slowly = row_by_row(
+                self.run, self.x, self.outputs, wanted, directions, self.dtype, create_graph=self.create_graph
+            )
+            for group, block in slowly.items():
                 parts[group] = [block]
             return [self._combine(blocks, group, len(directions)) for group, blocks in enumerate(parts)]
 
@@ -270,8 +311,10 @@ class Recording:
         shape = (1, *self.outputs.shape[1:])
         return self.blocks([row.to(self.outputs.dtype).reshape(shape).expand_as(self.outputs) for row in mix])
 
-    def _parts(self, directions: Sequence[Tensor], leave_out: set[int]) -> list[list[JacobianBlock]]:
-        """For each group the blocks of its uses."""
+    def _parts(
+        self, directions: Sequence[Tensor], leave_out: set[int], *, masked: bool = True
+    ) -> list[list[JacobianBlock]]:
+        """For each group the blocks of its uses; `masked`: directions are zero where outputs are."""
         parts: list[list[JacobianBlock]] = [[] for _ in self.parameters]
         columns = [self._gradients(direction, create_graph=self.create_graph) for direction in directions]
         for number, call in enumerate(self.calls):
@@ -281,13 +324,14 @@ class Recording:
             some = next(g for g in grads if g is not None)
             whole = [torch.zeros_like(some) if g is None else g for g in grads]
             stacked = some.unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
-            # Freed as we go: these are as many activations as there are columns.
             for column in columns:
-                column[number] = None
+                column[number] = None  # freed as we go: as many activations as there are columns
             for (tensor, role), found in zip(call.roles, self.layouts[number], strict=True):
                 groups = self._tracked[id(tensor)][1] - leave_out
-                if groups and found is not None:
-                    block = role.block(stacked, found[0], self._kept, self.dtype, found[1])
+                # Where a use mixes data its weights are in `leave_out`, but for the check, which asks first.
+                if groups and found is not None and found[0] is not None:
+                    counted = found[1] if masked else None
+                    block = role.block(stacked, found[0], self._kept, self.dtype, counted)
                     self._place(tensor, block, groups, parts)
         return parts
 
@@ -348,50 +392,9 @@ class Recording:
         products = [b for b in blocks if isinstance(b, ProductBlock)]
         if len(products) == len(blocks) and len({(b.transposed, b.left.shape[2]) for b in products}) == 1:
             left, right = (torch.cat([getattr(b, side) for b in products], -2) for side in ("left", "right"))
-            return ProductBlock(left, right, products[0].transposed, sum(b.count for b in products))
+            return ProductBlock(left, right, products[0].transposed, ProductBlock.counted_together(products))
         tables = [b for b in blocks if isinstance(b, GatherBlock)]
         if len(tables) == len(blocks):
             return GatherBlock.union(tables)
         total = torch.stack([b.dense() for b in blocks]).sum(0)
         return DenseBlock(total) if all(isinstance(b, DenseBlock) for b in blocks) else MixedBlock(total)
-
-    # -- the slow way -------------------------------------------------------------------------------------------------
-
-    def _row_by_row(self, directions: Sequence[Tensor], groups: Sequence[int]) -> dict[int, DenseBlock]:
-        """Derivatives by autograd, one datum at a time."""
-        if not groups:
-            return {}
-        parameters, create_graph = [self.parameters[group] for group in groups], self.create_graph
-        rows: list[list[Tensor]] = [[] for _ in groups]
-        for b in range(self.n_rows):
-            with torch.enable_grad():
-                f = self.run(rows_of(self.x, b, self.n_rows))
-            self._check_row(f, b)
-            columns = [
-                torch.autograd.grad(
-                    along(f, d[b : b + 1]), parameters, retain_graph=True, create_graph=create_graph, allow_unused=True
-                )
-                for d in directions
-            ]
-            for number, parameter in enumerate(parameters):
-                flat = [torch.zeros_like(parameter) if c[number] is None else c[number] for c in columns]
-                rows[number].append(torch.stack(flat).flatten(1).to(self.dtype))
-        return {group: DenseBlock(torch.stack(values, 1)) for group, values in zip(groups, rows, strict=True)}
-
-    def _check_row(self, f: Tensor, b: int) -> None:
-        """Raise if a datum alone gets other outputs than in its batch."""
-        there = self.outputs[b : b + 1]
-        limit = 10 * torch.finfo(f.dtype).eps ** 0.5 * max(1.0, float(there.detach().abs().max()))
-        if f.shape != there.shape or bool(((f - there).detach().abs() > limit).any()):
-            msg = (
-                "The outputs of a row depend on the other rows of its batch (statistics of the batch, padding, "
-                "attention across rows?), so that derivatives a datum do not exist. Use batches of one row, or a model "
-                "whose rows are independent in evaluation mode."
-            )
-            raise InputError(msg)
-
-
-def along(f: Tensor, direction: Tensor) -> Tensor:
-    """``direction · f``, a number: to start a backward pass from it loads less of PyTorch than to pass a direction."""
-    with torch.enable_grad():
-        return (f * direction).sum()

@@ -118,9 +118,8 @@ class Product(Role):
             return (right if counted is None else right * counted[:, :, None, None]).transpose(1, 2)
 
         right, is_kept = kept.get(self, make)
-        n_counted = None if counted is None else int(counted.sum()) * right.shape[1]
         rotations = kept.rotations if is_kept else None
-        return ProductBlock(left.transpose(2, 3), right, self.transposed, n_counted, rotations=rotations)
+        return ProductBlock(left.transpose(2, 3), right, self.transposed, counted, rotations=rotations)
 
 
 @dataclass(frozen=True)

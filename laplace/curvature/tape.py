@@ -20,6 +20,12 @@ from torch.overrides import TorchFunctionMode
 from laplace.curvature.layers import READERS, bind
 from laplace.curvature.roles import Role
 
+REORDERING = {
+    "argsort", "gather", "index_add", "index_add_", "index_copy", "index_copy_", "index_put", "index_put_",
+    "index_select", "masked_select", "nonzero", "scatter", "scatter_", "scatter_add", "scatter_add_", "sort",
+    "take_along_dim", "topk",
+}  # fmt: skip
+"""Functions that may put the rows of a batch into an order that depends on the data; so may indexing by tensors."""
 MUTATING = {"__setitem__", "set_", "copy_"}
 """Functions that write into their first argument, beside those whose name ends with an underscore."""
 
@@ -72,6 +78,8 @@ class Tape(TorchFunctionMode):
         self.constants: dict[int, Tensor] = {id(tensor): tensor for tensor in constants}
         self.lookups: dict[int, Tensor] = {}
         """For each derived tensor that is rows of a weight: which rows."""
+        self.reorders = False
+        """Whether data were indexed by tensors."""
         self.calls: list[Call] = []
         self.opaque: dict[int, str] = {}
         """Groups of weights that met data in a function without a reader, and its name."""
@@ -88,6 +96,8 @@ class Tape(TorchFunctionMode):
         data = [t for t in tensors if id(t) not in self.tracked and id(t) not in self.constants]
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
+        by_tensor = name in {"__getitem__", "__setitem__"} and any(True for _ in tensors_in(args[1]))
+        self.reorders |= bool(data) and (name in REORDERING or by_tensor)
         made = list(tensors_in(out))
         if weights and (data or self._spreads(func, weights, made)):
             self._meet(func, name, args, kwargs, weights, data, made)
@@ -109,7 +119,7 @@ class Tape(TorchFunctionMode):
         """Note rows of a weight that are the same for all data, such as an embedding of positions."""
         if func is F.embedding:
             call = bind(READERS[func][1], args, kwargs)
-            if len(self.tracked[id(call["weight"])][1]) == 1 and call.get("padding_idx") is None:
+            if call["weight"].is_leaf and call.get("padding_idx") is None:
                 self.lookups[id(out)] = call["input"]
 
     def _spreads(self, func: Any, weights: list[Tensor], made: list[Tensor]) -> bool:

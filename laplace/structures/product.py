@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from laplace.structures.jacobian import JacobianBlock
@@ -24,8 +24,8 @@ class ProductBlock(JacobianBlock):
         a, ``[batch, groups, positions, inputs of a group]``.
     transposed
         The weight is stored inputs first: ``a ⊗ g``.
-    n_counted
-        Number of rows of a that are not masked; all when ``None``.
+    counted
+        Which positions of a count (are neither masked nor there to fill up), ``[batch, positions]``; all when ``None``.
     basis
         J is returned in this basis of the weights, ``Lᵀ J R``.
     rotations
@@ -35,7 +35,7 @@ class ProductBlock(JacobianBlock):
     left: Float[Tensor, "columns batch groups positions o"]
     right: Float[Tensor, "batch groups positions i"]
     transposed: bool = False
-    n_counted: int | None = None
+    counted: Bool[Tensor, "batch positions"] | None = None
     basis: tuple[Tensor | None, Tensor | None] = (None, None)
     rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
@@ -52,7 +52,22 @@ class ProductBlock(JacobianBlock):
     @property
     def count(self) -> int:
         """Number of rows of a that count: data times positions times groups."""
-        return self.right[..., 0].numel() if self.n_counted is None else self.n_counted
+        return int(self.counts.sum()) * self.right.shape[1]
+
+    @property
+    def counts(self) -> Int[Tensor, " batch"]:
+        """Number of positions of each datum that count."""
+        if self.counted is not None:
+            return self.counted.sum(1)
+        return torch.full((self.n_rows,), self.right.shape[2], device=self.right.device)
+
+    @staticmethod
+    def counted_together(blocks: Sequence[ProductBlock]) -> Tensor | None:
+        """Which positions count where the positions of several blocks follow one another."""
+        if all(block.counted is None for block in blocks):
+            return None
+        every = [b.right.new_ones(b.n_rows, b.right.shape[2], dtype=torch.bool) for b in blocks]
+        return torch.cat([e if b.counted is None else b.counted for b, e in zip(blocks, every, strict=True)], 1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,0 +1,109 @@
+"""Derivatives by autograd, one datum at a time: the exact and slow way for weights whose use no formula describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.errors import InputError
+from laplace.network.batches import rows_of
+from laplace.structures.jacobian import DenseBlock
+
+DEPENDENT = (
+    "The outputs of a row depend on the other rows of its batch (statistics of the batch, padding, attention across "
+    "rows?), so that derivatives a datum do not exist. Use a model whose rows are independent in evaluation mode, or "
+    "batches of one row, to fit and to predict."
+)
+
+
+def row_by_row(
+    run: Callable[[Any], Tensor],
+    x: Any,
+    outputs: Tensor,
+    parameters: Mapping[int, Tensor],
+    directions: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    create_graph: bool,
+) -> dict[int, DenseBlock]:
+    """Derivatives of directions in the outputs of each datum, by autograd.
+
+    Parameters
+    ----------
+    run
+        The model: inputs to outputs ``[batch, *positions, C]``.
+    x
+        A batch of inputs.
+    outputs
+        Of the batch.
+    parameters
+        In which to differentiate, by group.
+    directions
+        ``[batch, *positions, C]`` each.
+    dtype
+        Of the result.
+    create_graph
+        Keep derivatives differentiable in the inputs.
+
+    Returns
+    -------
+    One block a group.
+
+    Raises
+    ------
+    InputError
+        If a datum alone gets other outputs than in its batch, or none.
+    """
+    if not parameters:
+        return {}
+    rows: dict[int, list[Tensor]] = {group: [] for group in parameters}
+    for b in range(len(outputs)):
+        try:
+            with torch.enable_grad():
+                f = run(rows_of(x, b, len(outputs)))
+        except (ValueError, RuntimeError) as error:
+            msg = f"The model does not run on one row of a batch ({error}). {DEPENDENT}"
+            raise InputError(msg) from error
+        check_row(f, outputs[b : b + 1])
+        columns = [
+            torch.autograd.grad(
+                along(f, direction[b : b + 1]),
+                list(parameters.values()),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            for direction in directions
+        ]
+        for number, (group, parameter) in enumerate(parameters.items()):
+            found = [column[number] for column in columns]
+            flat = [torch.zeros_like(parameter) if g is None else dense(g) for g in found]
+            rows[group].append(torch.stack(flat).flatten(1).to(dtype))
+    return {group: DenseBlock(torch.stack(values, 1)) for group, values in rows.items()}
+
+
+def check_row(f: Tensor, there: Tensor) -> None:
+    """Raise if a datum alone gets other outputs than in its batch.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    limit = 10 * torch.finfo(f.dtype).eps ** 0.5 * max(1.0, float(there.detach().abs().max()))
+    if f.shape != there.shape or bool(((f - there).detach().abs() > limit).any()):
+        raise InputError(DEPENDENT)
+
+
+def along(f: Tensor, direction: Tensor) -> Tensor:
+    """``direction · f``, a number: to start a backward pass from it loads less of PyTorch than to pass a direction."""
+    with torch.enable_grad():
+        return (f * direction).sum()
+
+
+def dense(g: Tensor) -> Tensor:
+    """A gradient that may be sparse (of an embedding, say), written out."""
+    return g.to_dense() if g.is_sparse else g
