@@ -20,7 +20,7 @@ LIBRARY = ROOT / "laplace"
 MAX_LINES = 400
 
 STOREYS = {
-    0: {"enums", "linalg", "errors", "types"},
+    0: {"enums", "linalg", "errors", "optional", "types"},
     1: {"structures", "likelihoods", "network", "prior"},
     2: {"curvature", "fit"},
     3: {"tuning", "predictive", "gp", "evaluation"},

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.by_autograd import WrittenOut, hessian_rows
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.curvature.last_layer_engine import LastLayerEngine
 from laplace.curvature.recording import Recording
-from laplace.enums import HessianStructure, KfacApprox, choose
+from laplace.enums import HessianStructure, KfacApprox, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
 from laplace.structures import Kron
 from laplace.types import Inputs, Jacobians
@@ -126,13 +127,15 @@ class AutogradHessian(AutogradInterface):
             return super().kron(x, y, N, **kwargs)
         raise self.cannot(HessianStructure.KRON)
 
-    def provides(self, structure: HessianStructure) -> bool:
-        """Whether there is a structure for the chosen weights."""
-        return super().provides(structure) and (self.last_layer or structure is not HessianStructure.KRON)
+    @classmethod
+    def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
+        """Kronecker factors are there for the last layer only."""
+        return super().can(structure, subset) and (structure, subset) != (HessianStructure.KRON, SubsetOfWeights.ALL)
 
     def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Any]:
         """The loss and the rows of its Hessian."""
-        with torch.enable_grad():
+        # Attention in a form that has second derivatives.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             positions = self.positions(self.outputs(differentiable(x)), y)
             loss = self.output_likelihood.nll(positions.f, positions.y)
         return loss, hessian_rows(loss, self.params)

@@ -43,6 +43,8 @@ class GGNInterface(CurvatureInterface):
         If the generator is on another device than the model.
     """
 
+    matrix: ClassVar[str] = "GGN"
+
     def __init__(
         self,
         model: nn.Module,
@@ -73,6 +75,11 @@ class GGNInterface(CurvatureInterface):
         self.stochastic = self.is_sampled = stochastic
         self.num_samples = num_samples
         self.generator = generator
+
+    def _seed(self) -> int:
+        """A seed from the generator, for packages that take no generator."""
+        device = None if self.generator is None else self.generator.device
+        return int(torch.randint(2**31 - 1, (), generator=self.generator, device=device))
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss and ``Σ Jᵀ Λ J`` from Jacobians."""
@@ -109,6 +116,7 @@ class EFInterface(CurvatureInterface):
     """Empirical Fisher ``Σ g gᵀ`` with ``g`` the gradient of each datum's negative log-likelihood."""
 
     kind: ClassVar[CurvatureKind] = CurvatureKind.EF
+    matrix: ClassVar[str] = "empirical Fisher"
     adds_over_positions: ClassVar[bool] = True
 
     def output_hessian(self, positions: Positions) -> OutputHessian:

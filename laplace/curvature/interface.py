@@ -7,14 +7,15 @@ computes comes with the negative log-likelihood, at unit noise, summed over the 
 from __future__ import annotations
 
 from abc import ABC
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
-from laplace.enums import CurvatureKind, HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.curvature.capabilities import Capabilities
+from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, resolve
 from laplace.network.feature_extractor import FeatureExtractor
@@ -24,7 +25,7 @@ from laplace.structures.dense_jacobian import head_jacobians
 from laplace.types import Inputs, Jacobians
 
 
-class CurvatureInterface(ABC):
+class CurvatureInterface(Capabilities, ABC):
     """Access to derivatives of a model and its likelihood.
 
     Parameters
@@ -48,21 +49,6 @@ class CurvatureInterface(ABC):
         If the likelihood, or the choice of weights, is not available in this back end.
     """
 
-    kind: ClassVar[CurvatureKind] = CurvatureKind.GGN
-    """Decides how the curvature scales with the observation noise."""
-    structures: ClassVar[frozenset[HessianStructure]] = frozenset(
-        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
-    )
-    """Structures this back end can provide."""
-    subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
-    """Choices of random weights it can provide them for."""
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
-    """Likelihoods it knows."""
-    finds_last_layer: ClassVar[bool] = False
-    """Whether its first forward pass may find the last layer; else that is found, by one pass, before."""
-    accepts_fisher_kwargs: ClassVar[bool] = False
-    """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -75,7 +61,10 @@ class CurvatureInterface(ABC):
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
-        self._check_capabilities(last_layer, subnetwork_indices)
+        self.subset = SubsetOfWeights.LAST_LAYER if last_layer else SubsetOfWeights.ALL
+        if subnetwork_indices is not None:
+            self.subset = SubsetOfWeights.SUBNETWORK
+        self._check_capabilities()
         if last_layer and not isinstance(model, FeatureExtractor):
             msg = f"With last_layer=True the model must be a FeatureExtractor; got {type(model).__name__}."
             raise UnsupportedError(msg)
@@ -91,19 +80,18 @@ class CurvatureInterface(ABC):
         self.output_likelihood: AbstractLikelihood = resolve(self.likelihood)
         self.lossfunc, self.factor = self.output_likelihood.torch_loss()
 
-    def _check_capabilities(self, last_layer: bool, subnetwork_indices: Tensor | None) -> None:
-        """Raise if this back end does not know the likelihood or the choice of weights."""
-        subset = SubsetOfWeights.LAST_LAYER if last_layer else SubsetOfWeights.ALL
-        if subnetwork_indices is not None:
-            subset = SubsetOfWeights.SUBNETWORK
-        for kind, asked, known in (
-            ("subset_of_weights", subset, self.subsets),
-            ("likelihood", self.likelihood, self.likelihoods),
-        ):
-            if asked not in known:
-                choices = ", ".join(sorted(repr(member.value) for member in known))
-                msg = f"{type(self).__name__} does not provide {kind}={asked.value!r}; it provides {choices}."
-                raise UnsupportedError(msg)
+    @classmethod
+    def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
+        """Whether it provides a structure for a choice of random weights.
+
+        Parameters
+        ----------
+        structure, subset
+            Which ones.
+        """
+        # A method that is still the interface's only raises.
+        missing = getattr(cls, structure.value, None) is vars(CurvatureInterface).get(structure.value)
+        return super().can(structure, subset) and not missing
 
     @property
     def params(self) -> list[Tensor]:
@@ -308,33 +296,6 @@ class CurvatureInterface(ABC):
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors of a batch; the inputs' side is divided by ``N`` (1 for raw sums)."""
         raise self.cannot(HessianStructure.KRON)
-
-    def provides(self, structure: HessianStructure) -> bool:
-        """Whether there is a structure for the chosen weights.
-
-        Parameters
-        ----------
-        structure
-            Which one.
-        """
-        return structure in self.structures
-
-    def cannot(self, structure: HessianStructure) -> UnsupportedError:
-        """The error of asking for a structure that is not provided; it lists those that are."""
-        # Whatever is still the method of the interface only raises this error.
-        own = {
-            name for name in ("full", "diag", "kron") if getattr(type(self), name) is not vars(CurvatureInterface)[name]
-        }
-        available = (
-            ", ".join(sorted(repr(s.value) for s in self.structures if s.value in own and self.provides(s))) or "none"
-        )
-        msg = f"{type(self).__name__} does not provide hessian_structure={structure.value!r}; it provides {available}."
-        return UnsupportedError(msg)
-
-    adds_over_positions: ClassVar[bool] = False
-    """Whether gradients of the positions of a datum add up before they are squared."""
-    is_sampled = False
-    """Whether output Hessians are sampled."""
 
     def output_root(self, positions: Positions) -> Float[Tensor, "rows outputs columns"]:
         """Roots of the output Hessians, ``r rᵀ``.

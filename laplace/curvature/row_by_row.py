@@ -63,7 +63,7 @@ def row_by_row(
     for b in range(len(outputs)):
         try:
             with torch.enable_grad():
-                f = run(rows_of(x, b, len(outputs)))
+                f = run(rows_of(x, slice(b, b + 1), len(outputs)))
         except (ValueError, RuntimeError) as error:
             msg = f"The model does not run on one row of a batch ({error}). {DEPENDENT}"
             raise InputError(msg) from error

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from laplace.errors import InputError, ShapeError
-from laplace.evaluation.optional import require
 from laplace.likelihoods.categorical import IGNORED
+from laplace.optional import require
 
 _CLASSIFICATION = "torchmetrics.functional.classification"
 
@@ -359,7 +359,9 @@ def ood_auroc(in_distribution: Float[Tensor, " inside"], out_of_distribution: Fl
     distinct, rank = scores.unique(return_inverse=True)
     foreign = torch.zeros_like(rank)
     foreign[len(in_distribution) :] = 1
-    area = require(_CLASSIFICATION).binary_auroc(rank.double() / len(distinct), foreign, validate_args=False)
+    area = require(_CLASSIFICATION, "evaluation").binary_auroc(
+        rank.double() / len(distinct), foreign, validate_args=False
+    )
     return float(area)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace.errors import InputError, ShapeError
 from laplace.evaluation import metrics
-from laplace.evaluation.optional import require
+from laplace.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -197,7 +197,7 @@ def _axes(ax: Axes | None) -> Any:
     """The axes to draw on: those given, or those of a new figure outside pyplot."""
     if ax is not None:
         return ax
-    return require("matplotlib.figure").Figure(figsize=(5, 6.5), layout="constrained").add_subplot()
+    return require("matplotlib.figure", "evaluation").Figure(figsize=(5, 6.5), layout="constrained").add_subplot()
 
 
 def _legend_below(axes: Any) -> None:

@@ -149,21 +149,21 @@ def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **mod
     return model(*args, **kwargs, **model_kwargs)
 
 
-def rows_of(x: Inputs, row: int, n_rows: int) -> Inputs:
-    """One row of nested inputs, as a batch of one; tensors that are not as long as the batch are kept whole.
+def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
+    """Some rows of nested inputs, as a batch; tensors that are not as long as the batch are kept whole.
 
     Parameters
     ----------
     x
         A batch of inputs.
-    row
-        Which row.
+    rows
+        Which: a slice, or their indices.
     n_rows
         Number of rows of the batch.
     """
 
     def take(value: Any) -> Any:
-        return value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (n_rows,) else value
+        return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (n_rows,) else value
 
     return _map(x, take)
 

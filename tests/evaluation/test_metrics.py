@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from laplace.errors import BackendUnavailableError, InputError, ShapeError
 from laplace.evaluation import metrics
-from laplace.evaluation.optional import require
+from laplace.optional import require
 
 # Four rows, three classes: right with 0.7, wrong with 0.6, right with 0.9, wrong with 0.5.
 PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.05, 0.05, 0.9], [0.3, 0.5, 0.2]], dtype=torch.float64)
@@ -250,7 +250,7 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch: p
     (tmp_path / "broken_package.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there") as caught:
-        require("broken_package")
+        require("broken_package", "evaluation")
     assert not isinstance(caught.value, BackendUnavailableError)
 
 

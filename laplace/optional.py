@@ -1,7 +1,4 @@
-"""Import the packages of the extra ``evaluation`` when a figure or a metric needs them, not before.
-
-``import laplace.evaluation`` therefore costs nothing and works without them.
-"""
+"""Import optional packages when they are used, not before: ``import laplace`` costs nothing for them."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ from typing import Any
 from laplace.errors import BackendUnavailableError
 
 
-def require(module: str) -> Any:
+def require(module: str, extra: str) -> Any:
     """Import a module of an optional package.
 
     Parameters
     ----------
     module
         Its full name, such as ``"matplotlib.figure"``.
+    extra
+        The extra of this library that installs it.
 
     Returns
     -------
@@ -37,7 +36,7 @@ def require(module: str) -> Any:
         if (error.name or "").partition(".")[0] != package:
             raise
         msg = (
-            f"This part of laplace.evaluation needs the package {package!r}, which is not installed. Install the "
-            "extra that holds it: pip install 'laplace-posthoc[evaluation]'."
+            f"This needs the package {package!r}, which is not installed. Install the extra that holds it: "
+            f"pip install 'laplace-posthoc[{extra}]'."
         )
         raise BackendUnavailableError(msg) from error

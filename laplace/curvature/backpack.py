@@ -1,0 +1,182 @@
+"""Curvature by BackPACK (``backend=BackPackGGN``, ``BackPackEF``; ``pip install laplace-posthoc[backpack]``).
+
+BackPACK computes further quantities during a backward pass through models that are made of its kinds of modules.
+
+References
+----------
+Dangel, Kunstner & Hennig (2020), "BackPACK: packing more into backprop", arXiv:1912.10985.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.fx.proxy import TraceError
+
+from laplace.curvature.capabilities import alternatives
+from laplace.curvature.curvature import EFInterface, GGNInterface
+from laplace.curvature.package import PackageInterface
+from laplace.curvature.private_batch import PrivateBatch, flat
+from laplace.enums import HessianStructure
+from laplace.errors import UnsupportedError
+from laplace.optional import require
+from laplace.types import Jacobians
+
+CANNOT = (NotImplementedError, AssertionError, AttributeError, TraceError)
+"""What BackPACK and its converter raise at operations that they do not know."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class BackPackInterface(PackageInterface):
+    """What BackPACK computes for both matrices: gradients and Jacobians of each datum."""
+
+    package: ClassVar[str] = "backpack"
+    extra: ClassVar[str] = "backpack"
+    takes_any_layer: ClassVar[bool] = False
+
+    @classmethod
+    def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]]:
+        """Linear layers, convolutions and batch normalization; Kronecker factors of linear layers only.
+
+        Its factors of convolutions follow another convention: the inputs' factor is a sum over positions where it
+        should be a mean, which makes the block of a layer with T positions about T times too large.
+        """
+        if structure is HessianStructure.KRON:
+            return frozenset({nn.Linear})
+        return frozenset({nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, *CONVOLUTIONS})
+
+    @classmethod
+    def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:
+        """Positions of linear layers have other factors there, and some options of convolutions are not read."""
+        if isinstance(layer, CONVOLUTIONS):
+            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                return "convolutions are taken with zeros for padding, given by numbers"
+            if layer.transposed and any(layer.output_padding):
+                return "transposed convolutions are taken without output_padding"
+        elif x.dim() != 2 and (structure is HessianStructure.KRON or isinstance(layer, nn.BatchNorm1d)):
+            return f"its input is expected as [batch, features], and is {list(x.shape)}"
+        return None
+
+    def _jacobians(self, batch: PrivateBatch) -> Jacobians:
+        model = require("backpack", "backpack").extend(batch.model)
+        f = model(batch.x)
+        rows: list[Tensor] = []
+        for output in f.unbind(-1):
+            with self._extension("BatchGrad", retain_graph=True):
+                output.sum().backward(retain_graph=True)
+            rows.append(flat([cast(Any, parameter).grad_batch for parameter in batch.parameters], 1))
+        return torch.stack(rows, 1)
+
+    def _gradients(self, batch: PrivateBatch) -> Float[Tensor, "rows params"]:
+        return flat(self._first_order(batch, "BatchGrad", "grad_batch"), 1)
+
+    def _first_order(self, batch: PrivateBatch, extension: str, attribute: str) -> list[Any]:
+        """A quantity of each weight during a backward pass of the negative log-likelihood."""
+        model = require("backpack", "backpack").extend(batch.model)
+        loss = self.output_likelihood.nll(model(batch.x), batch.y)
+        with self._extension(extension):
+            loss.backward()
+        return [getattr(parameter, attribute) for parameter in batch.parameters]
+
+    @contextmanager
+    def _extension(self, name: str, *args: Any, **options: Any) -> Generator[None, None, None]:
+        """Run a backward pass with an extension of BackPACK.
+
+        Raises
+        ------
+        UnsupportedError
+            If BackPACK does not know an operation of the model.
+        """
+        extensions = require("backpack.extensions", "backpack")
+        try:
+            with require("backpack", "backpack").backpack(getattr(extensions, name)(*args), **options):
+                yield
+        except CANNOT as error:
+            raise self._package_cannot(error) from error
+
+    def _package_cannot(self, error: Exception) -> UnsupportedError:
+        """The error of BackPACK about a model, with what to use instead."""
+        able = alternatives(self, lambda cls: cls.takes_any_layer)
+        msg = f"BackPACK cannot take this model ({error}). Use one of {able}."
+        return UnsupportedError(msg)
+
+
+class BackPackGGN(BackPackInterface, GGNInterface):
+    """Generalized Gauss–Newton matrix by BackPACK, exact or sampled; see ``GGNInterface`` for the parameters."""
+
+    def _full(self, batch: PrivateBatch) -> Tensor:
+        root = flat(self._second_order(batch, "SqrtGGN", "sqrt_ggn"), 2).flatten(0, 1)
+        return self.factor * (root.T @ root)
+
+    def _diag(self, batch: PrivateBatch) -> Tensor:
+        return self.factor * flat(self._second_order(batch, "DiagGGN", "diag_ggn"))
+
+    def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
+        blocks = self._second_order(batch, ("KFLR", "KFAC"), ("kflr", "kfac"))
+        # G is a sum over data, A a mean.
+        return [[self.factor * G, *(len(batch.y) * A for A in rest)] for G, *rest in blocks]
+
+    def _second_order(self, batch: PrivateBatch, extension: Any, attribute: Any) -> list[Any]:
+        """A quantity of each weight, exact or sampled, of the loss that BackPACK knows."""
+        exact, sampled = extension if isinstance(extension, tuple) else (f"{extension}Exact", f"{extension}MC")
+        field, drawn = attribute if isinstance(attribute, tuple) else (f"{attribute}_exact", f"{attribute}_mc")
+        model = self._extended(batch)
+        f = model(batch.x)
+        if f.dim() != 2:
+            msg = f"{type(self).__name__} takes models that return [batch, C]; this one returns {list(f.shape)}."
+            raise UnsupportedError(msg)
+        loss = require("backpack", "backpack").extend(type(self.lossfunc)(reduction="sum"))(f, batch.labels)
+        if not self.stochastic:
+            with self._extension(exact):
+                loss.backward()
+            return [getattr(parameter, field) for parameter in batch.parameters]
+        with seeded(self._seed(), f.device), self._extension(sampled, self.num_samples):
+            loss.backward()
+        return [getattr(parameter, drawn) for parameter in batch.parameters]
+
+    def _extended(self, batch: PrivateBatch) -> nn.Module:
+        """The model as a graph of modules that BackPACK knows, sums and products between layers included.
+
+        Raises
+        ------
+        UnsupportedError
+            If it cannot be written as one.
+        """
+        extend = require("backpack", "backpack").extend
+        if self.last_layer:
+            return extend(batch.bare)
+        if not isinstance(batch.x, Tensor):
+            msg = f"{type(self).__name__} takes models of one tensor; got {type(batch.x).__name__} for inputs."
+            raise UnsupportedError(msg)
+        try:
+            return extend(batch.bare, use_converter=True)
+        except CANNOT as error:
+            raise self._package_cannot(error) from error
+
+
+class BackPackEF(BackPackInterface, EFInterface):
+    """Empirical Fisher by BackPACK: outer products and squares of the gradients of each datum."""
+
+    structures: ClassVar[frozenset[HessianStructure]] = frozenset({HessianStructure.FULL, HessianStructure.DIAG})
+
+    def _full(self, batch: PrivateBatch) -> Tensor:
+        gradients = batch.sum_positions(self._gradients(batch))
+        return gradients.T @ gradients
+
+    def _diag(self, batch: PrivateBatch) -> Tensor:
+        if len(batch.y) < batch.n_data or len(batch.y) == len(batch.datum.unique()):
+            return flat(self._first_order(batch, "SumGradSquared", "sum_grad_squared"))
+        return batch.sum_positions(self._gradients(batch)).square().sum(0)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Generator[None, None, None]:
+    """Draw from PyTorch's own generators, which BackPACK uses, without a trace on them."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,114 @@
+"""What a back end can do, as class data that is checked once; messages and documentation are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from laplace.enums import CurvatureKind, HessianStructure, Likelihood, SubsetOfWeights
+from laplace.errors import UnsupportedError
+
+
+class Capabilities:
+    """Declarations of a back end; a user's own overrides what differs."""
+
+    kind: ClassVar[CurvatureKind] = CurvatureKind.GGN
+    """Decides how the curvature scales with the observation noise."""
+    matrix: ClassVar[str] = "Hessian"
+    """Which matrix it computes: back ends of the same one can take each other's place."""
+    structures: ClassVar[frozenset[HessianStructure]] = frozenset(
+        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
+    )
+    """Structures this back end can provide."""
+    subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
+    """Choices of random weights it can provide them for."""
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
+    """Likelihoods it knows."""
+    finds_last_layer: ClassVar[bool] = False
+    """Whether its first forward pass may find the last layer; else that is found, by one pass, before."""
+    accepts_fisher_kwargs: ClassVar[bool] = False
+    """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
+    takes_any_layer: ClassVar[bool] = True
+    """Whether any layer that autograd can differentiate may have random weights."""
+    takes_positions: ClassVar[bool] = True
+    """Whether outputs may have axes between batch and classes."""
+    differentiable_in_x: ClassVar[bool] = True
+    """Whether Jacobians are on request: ``enable_backprop=True``."""
+
+    adds_over_positions: ClassVar[bool] = False
+    """Whether gradients of the positions of a datum add up before they are squared."""
+    is_sampled = False
+    """Whether output Hessians are sampled."""
+
+    likelihood: Likelihood
+    subset: SubsetOfWeights
+
+    def _check_capabilities(self) -> None:
+        """Raise if this back end does not know the likelihood or the choice of weights."""
+        for name, asked, known, can in (
+            ("subset_of_weights", self.subset, self.subsets, lambda cls: self.subset in cls.subsets),
+            ("likelihood", self.likelihood, self.likelihoods, lambda cls: self.likelihood in cls.likelihoods),
+        ):
+            if asked not in known:
+                choices = ", ".join(sorted(repr(member.value) for member in known))
+                msg = (
+                    f"{type(self).__name__} does not provide {name}={asked.value!r}; it provides {choices}. "
+                    f"{others(self, can)}"
+                )
+                raise UnsupportedError(msg)
+
+    @classmethod
+    def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
+        """Whether it provides a structure for a choice of random weights.
+
+        Parameters
+        ----------
+        structure, subset
+            Which ones.
+        """
+        return structure in cls.structures and subset in cls.subsets
+
+    def provides(self, structure: HessianStructure) -> bool:
+        """Whether it provides a structure for the chosen weights.
+
+        Parameters
+        ----------
+        structure
+            Which one.
+        """
+        return self.can(structure, self.subset)
+
+    def cannot(self, structure: HessianStructure) -> UnsupportedError:
+        """The error of asking for a structure that is not provided; it lists those that are, and who provides it."""
+        available = sorted(repr(other.value) for other in self.structures - {structure} if self.provides(other))
+        able = others(self, lambda cls: cls.can(structure, self.subset))
+        msg = (
+            f"{type(self).__name__} does not provide hessian_structure={structure.value!r} for "
+            f"subset_of_weights={self.subset.value!r}; it provides {', '.join(available) or 'none'}. {able}"
+        )
+        return UnsupportedError(msg)
+
+
+def others(backend: Capabilities, can: Callable[[type[Capabilities]], bool]) -> str:
+    """A sentence about the back ends that can what one cannot; parameters as in ``alternatives``."""
+    names = alternatives(backend, can)
+    return (
+        f"Back ends of the {backend.matrix} that do: {names}."
+        if names
+        else f"No back end of the {backend.matrix} does."
+    )
+
+
+def alternatives(backend: Capabilities, can: Callable[[type[Capabilities]], bool]) -> str:
+    """Names of the library's back ends that compute the same matrix and satisfy a condition, for messages.
+
+    Parameters
+    ----------
+    backend
+        The one that does not.
+    can
+        The condition.
+    """
+    from laplace.curvature import BACKENDS  # the table stands above its entries
+
+    return ", ".join(cls.__name__ for cls in BACKENDS if cls.matrix == backend.matrix and can(cls))

@@ -1,0 +1,193 @@
+"""Curvature by curvlinops (``backend=CurvlinopsGGN``, ``CurvlinopsEF``, ``CurvlinopsHessian``).
+
+The package gives matrices as linear operators; a dense matrix is the product with the identity, a few columns at a
+time. ``pip install laplace-posthoc[curvlinops]``.
+
+References
+----------
+Dangel, Eschenhagen, Ormaniec, Fernandez, Tatzel & Kristiadi (2025), "Position: curvature matrices should be
+democratized via linear operators", arXiv:2501.19183.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace.curvature.capabilities import alternatives
+from laplace.curvature.curvature import EFInterface, GGNInterface
+from laplace.curvature.package import PackageInterface
+from laplace.curvature.private_batch import PrivateBatch
+from laplace.enums import HessianStructure
+from laplace.errors import UnsupportedError
+from laplace.likelihoods import Positions
+from laplace.network.batches import count_rows, rows_of
+from laplace.optional import require
+from laplace.types import Inputs, Jacobians
+
+COLUMNS_AT_ONCE = 64
+"""Columns that an operator is applied to together: they are vectorized, and each takes the memory of a pass."""
+
+SYMMETRY = 1e-3
+"""Asymmetry of a Hessian, relative to its size along two directions, that is not rounding."""
+
+
+class CurvlinopsInterface(PackageInterface):
+    """What curvlinops computes for all matrices: products with linear operators, and Jacobians."""
+
+    package: ClassVar[str] = "curvlinops"
+    extra: ClassVar[str] = "curvlinops"
+
+    @classmethod
+    def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:
+        """Any; but Kronecker factors are those of linear layers and two-dimensional convolutions."""
+        return frozenset({nn.Linear, nn.Conv2d}) if structure is HessianStructure.KRON else None
+
+    @classmethod
+    def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:  # noqa: ARG003
+        """Factors of grouped convolutions and of other padding than zeros would be wrong."""
+        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+            return "Kronecker factors of convolutions are those without groups, with zeros for padding"
+        return None
+
+    def _jacobians(self, batch: PrivateBatch) -> Jacobians:
+        eye = torch.eye(batch.f.shape[1], dtype=batch.f.dtype, device=batch.f.device)
+        return torch.cat(list(self._pull_back(batch, eye.expand(len(batch.f), -1, -1))))
+
+    def _gradients(self, batch: PrivateBatch) -> Float[Tensor, "rows params"]:
+        gradient = self.output_likelihood.gradient(batch.f, batch.y).unsqueeze(-1)
+        return torch.cat(list(self._pull_back(batch, gradient))).squeeze(1)
+
+    def _pull_back(
+        self, batch: PrivateBatch, columns: Float[Tensor, "rows outputs columns"]
+    ) -> Iterator[Float[Tensor, "some columns params"]]:
+        """``Jᵀ r`` for the columns r of each row, some rows at a time, by the transposed Jacobian as an operator."""
+        n_rows, _, n_columns = columns.shape
+        step = max(1, COLUMNS_AT_ONCE // n_columns)
+        for start in range(0, n_rows, step):
+            some = slice(start, start + step)
+            rows = rows_of(batch.x, some, n_rows)
+            blocks = torch.block_diag(*columns[some])
+            operator = self._operator("TransposedJacobianLinearOperator", batch, rows, batch.y[some])
+            yield (operator @ blocks).T.reshape(-1, n_columns, len(batch.zeros(1)))
+
+    def _operator(self, name: str, batch: PrivateBatch, x: Inputs, y: Tensor, **options: Any) -> Any:
+        """A linear operator of curvlinops over some rows, which are one batch to it."""
+        loss = () if "Jacobian" in name else (self.lossfunc,)
+        return getattr(require("curvlinops", "curvlinops"), name)(
+            batch.model,
+            *loss,
+            batch.parameters,
+            [(x, y)],
+            check_deterministic=False,  # it would compare passes; models are in evaluation mode
+            num_data=len(y),
+            batch_size_fn=count_rows,
+            **options,
+        )
+
+    def _columns(self, operator: Any, batch: PrivateBatch) -> Iterator[tuple[slice, Tensor]]:
+        """A P × P operator as a matrix, some columns at a time."""
+        n_params = len(batch.zeros(1))
+        for start in range(0, n_params, COLUMNS_AT_ONCE):
+            some = slice(start, min(start + COLUMNS_AT_ONCE, n_params))
+            chosen = batch.f.new_zeros(n_params, some.stop - start)
+            chosen[some] = torch.eye(some.stop - start, dtype=batch.f.dtype, device=batch.f.device)
+            yield some, operator @ chosen
+
+    def _matrix(self, operator: Any, batch: PrivateBatch) -> Tensor:
+        """All columns."""
+        return torch.cat([columns for _, columns in self._columns(operator, batch)], 1)
+
+    def _factors(self, batch: PrivateBatch, y: Tensor, fisher_type: str, scale: float, **options: Any) -> list[Any]:
+        """Kronecker factors in the order of the weights, the inputs' one a sum over data."""
+        curvlinops = require("curvlinops", "curvlinops")
+        whole = replace(batch, model=nn.Sequential(batch.model))  # a layer needs a name
+        kind = getattr(curvlinops.FisherType, fisher_type)
+        operator = self._operator(
+            "KFACLinearOperator", whole, batch.x, y, fisher_type=kind, num_per_example_loss_terms=1, **options
+        )
+        operator.compute_kronecker_factors()
+        state = operator.state_dict()
+        G = {layer: scale * covariance for layer, covariance in state["gradient_covariances"].items()}
+        A = {layer: len(y) * covariance for layer, covariance in state["input_covariances"].items()}
+        names = [name.rpartition(".") for name, p in whole.model.named_parameters() if p.requires_grad]
+        return [[G[layer], A[layer]] if kind == "weight" else [G[layer]] for layer, _, kind in names]
+
+
+class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):
+    """Generalized Gauss–Newton matrix by curvlinops, exact or sampled; see ``GGNInterface`` for the parameters."""
+
+    def _full(self, batch: PrivateBatch) -> Tensor:
+        root = self.output_root(Positions(batch.f, batch.y))
+        rows = (part.flatten(0, 1) for part in self._pull_back(batch, root))
+        return sum((part.T @ part for part in rows), batch.zeros(2))
+
+    def _diag(self, batch: PrivateBatch) -> Tensor:
+        root = self.output_root(Positions(batch.f, batch.y))
+        return sum((part.square().sum((0, 1)) for part in self._pull_back(batch, root)), batch.zeros(1))
+
+    def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
+        options = {"mc_samples": self.num_samples, "seed": self._seed()} if self.stochastic else {}
+        kind = "MC" if self.stochastic else "TYPE2"
+        return self._factors(batch, batch.labels, kind, self.factor, **options)
+
+
+class CurvlinopsEF(CurvlinopsInterface, EFInterface):
+    """Empirical Fisher by curvlinops; of regression it is that of the likelihood, not of the squared error."""
+
+    def _full(self, batch: PrivateBatch) -> Tensor:
+        gradients = batch.sum_positions(self._gradients(batch))
+        return gradients.T @ gradients
+
+    def _diag(self, batch: PrivateBatch) -> Tensor:
+        return batch.sum_positions(self._gradients(batch)).square().sum(0)
+
+    def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
+        if batch.y is not batch.labels:
+            able = alternatives(self, lambda cls: cls.takes_any_layer and cls is not CurvlinopsEF)
+            msg = f"CurvlinopsEF has Kronecker factors of class labels, not of probabilities. {able} has."
+            raise UnsupportedError(msg)
+        return self._factors(batch, batch.y, "EMPIRICAL", self.factor**2)
+
+
+class CurvlinopsHessian(CurvlinopsInterface):
+    """The Hessian by curvlinops; it may be indefinite, see ``AutogradHessian``."""
+
+    structures: ClassVar[frozenset[HessianStructure]] = frozenset({HessianStructure.FULL, HessianStructure.DIAG})
+
+    def _full(self, batch: PrivateBatch) -> Tensor:
+        return self.factor * self._matrix(self._hessian(batch), batch)
+
+    def _diag(self, batch: PrivateBatch) -> Tensor:
+        columns = self._columns(self._hessian(batch), batch)
+        return self.factor * torch.cat([part[some].diagonal() for some, part in columns])
+
+    def _hessian(self, batch: PrivateBatch) -> Any:
+        """The operator, after a check.
+
+        Raises
+        ------
+        UnsupportedError
+            If PyTorch has no forward-mode derivative of an operation, or one that makes the Hessian asymmetric.
+        """
+        operator = self._operator("HessianLinearOperator", batch, batch.x, batch.y)
+        probes = batch.f.new_ones(len(batch.zeros(1)), 2)
+        probes[::2, 1] = -1
+        try:
+            form = probes.T @ (operator @ probes)
+        except NotImplementedError as error:
+            msg = f"curvlinops needs a derivative that PyTorch does not have ({error}). Use AutogradHessian."
+            raise UnsupportedError(msg) from error
+        if not torch.allclose(form, form.T, rtol=0, atol=SYMMETRY * float(form.abs().max())):
+            msg = (
+                f"curvlinops returns a Hessian that is not symmetric ({float(form[0, 1]):.6g} and "
+                f"{float(form[1, 0]):.6g} for the same number): a forward-mode derivative of PyTorch is wrong for an "
+                "operation of this model. Use AutogradHessian."
+            )
+            raise UnsupportedError(msg)
+        return operator

@@ -1,0 +1,215 @@
+"""``PackageInterface``: what back ends share that let another package compute (``backend=BackPackGGN`` and so on).
+
+The package works on a private copy of the model, made for one batch and thrown away with whatever was left on it; of a
+last layer it sees that layer alone, with features for inputs. Loss, checks of the data, masks and precision are ours.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from laplace.curvature.capabilities import alternatives
+from laplace.curvature.interface import CurvatureInterface
+from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, outputs_of_known, private_head
+from laplace.enums import HessianStructure, Likelihood
+from laplace.errors import UnsupportedError
+from laplace.likelihoods import Positions
+from laplace.network.batches import differentiable, rows_of
+from laplace.network.modes import full_precision
+from laplace.optional import require
+from laplace.structures import FullCurvature, Kron
+from laplace.types import Inputs, Jacobians
+
+
+class PackageInterface(CurvatureInterface):
+    """A back end whose curvature another package computes; see ``CurvatureInterface`` for the parameters.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the package is not installed.
+    """
+
+    package: ClassVar[str]
+    """The name it is imported by."""
+    extra: ClassVar[str]
+    """The extra of this library that installs it."""
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset({Likelihood.CLASSIFICATION, Likelihood.REGRESSION})
+    takes_positions: ClassVar[bool] = False
+    differentiable_in_x: ClassVar[bool] = False
+
+    def _check_capabilities(self) -> None:
+        super()._check_capabilities()
+        require(self.package, self.extra)
+
+    # -- what subclasses let their package compute --------------------------------------------------------------------
+
+    def _full(self, batch: PrivateBatch) -> Float[Tensor, "params params"]:
+        """The dense curvature."""
+        raise self.cannot(HessianStructure.FULL)
+
+    def _diag(self, batch: PrivateBatch) -> Float[Tensor, " params"]:
+        """Its diagonal."""
+        raise self.cannot(HessianStructure.DIAG)
+
+    def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
+        """For each weight G and the sum over data of A, for each bias G."""
+        raise self.cannot(HessianStructure.KRON)
+
+    @abstractmethod
+    def _jacobians(self, batch: PrivateBatch) -> Jacobians:
+        """Jacobians of the outputs, ``[rows, C, P]``."""
+
+    @abstractmethod
+    def _gradients(self, batch: PrivateBatch) -> Float[Tensor, "rows params"]:
+        """Gradients of the negative log-likelihood of each row."""
+
+    # -- the interface ------------------------------------------------------------------------------------------------
+
+    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and dense curvature ``[P, P]`` of a batch, by the package."""
+        FullCurvature.check_memory(self.params, self._compute_dtype)
+        with self._private(x, y, HessianStructure.FULL, kwargs) as (loss, batch):
+            return loss, self._full(batch) if len(batch.y) else batch.zeros(2)
+
+    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch, by the package."""
+        with self._private(x, y, HessianStructure.DIAG, kwargs) as (loss, batch):
+            return loss, self._diag(batch) if len(batch.y) else batch.zeros(1)
+
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Loss ``[]`` and Kronecker factors by the package; the inputs' side divided by ``N`` (1 for raw sums)."""
+        with self._private(x, y, HessianStructure.KRON, kwargs) as (loss, batch):
+            if not len(batch.y):
+                return loss, Kron.init_from_model(batch.parameters, loss.device, batch.f.dtype)
+            factors = self._kron(batch)
+            sums = Kron(factors, [len(batch.y)] * len(factors), torch.finfo(batch.f.dtype).eps)
+            return loss, sums if N == 1 else sums.divide_inputs(N)
+
+    def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
+        """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        enable_backprop
+            Of a last layer: keep the graph to the inputs.
+
+        Returns
+        -------
+        Jacobians and outputs.
+
+        Raises
+        ------
+        UnsupportedError
+            If ``enable_backprop`` is asked for all weights.
+        """
+        if self.last_layer:
+            return self.last_layer_jacobians(x, enable_backprop)
+        if enable_backprop and not self.differentiable_in_x:
+            able = alternatives(self, lambda cls: cls.differentiable_in_x)
+            msg = (
+                f"The Jacobians of {type(self).__name__} cannot be differentiated in the inputs, which "
+                f"enable_backprop=True asks for; those of {able} can."
+            )
+            raise UnsupportedError(msg)
+        with self._private(x, None, None) as (_, batch):
+            return self._jacobians(batch), batch.f
+
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
+        with self._private(x, y, None) as (loss, batch):
+            if not len(batch.y):
+                return batch.zeros(1).repeat(batch.n_data, 1), loss
+            return batch.sum_positions(self._gradients(batch)), loss
+
+    # -- the private batch --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:  # noqa: ARG003
+        """Layers whose weights the package knows for a structure (``None``: Jacobians); ``None`` when any will do."""
+        return None
+
+    @classmethod
+    def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:  # noqa: ARG003
+        """Why a layer of a known kind cannot be taken with an input of this shape; ``None`` when it can."""
+        return None
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return self.curvature_dtype or torch.promote_types(self.params[0].dtype, torch.float32)
+
+    @contextmanager
+    def _private(
+        self, x: Inputs, y: Tensor | None, structure: HessianStructure | None, options: dict[str, Any] | None = None
+    ) -> Generator[tuple[Tensor, PrivateBatch], None, None]:
+        """Loss and private batch; in the body autograd is on and autocast off, whatever the caller has set."""
+        if structure is not None and not self.provides(structure):
+            raise self.cannot(structure)
+        if options and not self.accepts_fisher_kwargs:
+            self._refuse(options)
+        prepare = self._private_head if self.last_layer else self._private_network
+        with torch.inference_mode(False):
+            with torch.no_grad():
+                positions, batch = prepare(x, y, structure)
+                batch = replace(batch, options=options or {})
+                loss = batch.f.new_zeros(()) if y is None else self.output_likelihood.nll(positions.f, positions.y)
+            # Attention in a form that has all derivatives.
+            with torch.enable_grad(), full_precision(batch.f.device), sdpa_kernel(SDPBackend.MATH):
+                yield loss, batch
+
+    def _private_head(
+        self, x: Inputs, y: Tensor | None, structure: HessianStructure | None
+    ) -> tuple[Positions, PrivateBatch]:
+        """The last layer and its features, one row an unmasked position."""
+        assert y is not None, "Jacobians of a last layer need no package"
+        f, phi = self.model.forward_with_features(x)
+        positions = self.positions(f, y)
+        rows = positions.select(phi.to(self._compute_dtype))
+        return positions, self._batch(private_head(self._head, self._compute_dtype), rows, positions, len(f))
+
+    def _private_network(
+        self, x: Inputs, y: Tensor | None, structure: HessianStructure | None
+    ) -> tuple[Positions, PrivateBatch]:
+        """A copy of the network and the rows of its inputs that are not masked."""
+        assert self.network is not None, "all weights are random"
+        self.network.check_still_random()
+        dtype = self._compute_dtype
+        model = PrivateNetwork(self.network, dtype)
+        x = differentiable(x)
+        if dtype != self.params[0].dtype:
+            x = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, x)
+        known = self.known_layers(structure)
+        able = alternatives(self, lambda cls: structure in {None, *cls.structures} and cls.takes_any_layer)
+        with full_precision(self.params[0].device), sdpa_kernel(SDPBackend.MATH):
+            objection = partial(self.objection, structure)
+            f = outputs_of_known(model, x, known, objection, type(self).__name__, able)
+        if f.dim() != 2:
+            able = alternatives(self, lambda cls: cls.takes_positions)
+            msg = f"{type(self).__name__} takes outputs [batch, C]; got {list(f.shape)}. {able} take positions."
+            raise UnsupportedError(msg)
+        self.n_outputs = f.shape[1]
+        positions = Positions(f, f) if y is None else self.positions(f, y)
+        rows = x if positions.kept is None else rows_of(x, positions.kept, len(f))
+        return positions, self._batch(model, rows, positions, len(f))
+
+    def _batch(self, model: nn.Module, x: Inputs, positions: Positions, n_data: int) -> PrivateBatch:
+        datum = positions.datum if positions.datum is not None else positions.kept
+        if datum is None:
+            datum = torch.arange(n_data, device=positions.f.device)
+        y = positions.y
+        soft = self.likelihood is Likelihood.CLASSIFICATION and y.is_floating_point()
+        bare = model.model if isinstance(model, PrivateNetwork) else model
+        return PrivateBatch(model, bare, x, y, y.argmax(-1) if soft else y, positions.f, datum, n_data)

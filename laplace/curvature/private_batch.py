@@ -1,0 +1,203 @@
+"""What a package gets to compute with: a private copy of the model, and the rows of a batch that count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from laplace.errors import UnsupportedError
+from laplace.network.batches import rows_of
+from laplace.network.structural_copy import Uses, structural_copy
+from laplace.network.whole_network import WholeNetwork
+from laplace.types import Inputs
+
+
+@dataclass(frozen=True)
+class PrivateBatch:
+    """A batch for a package.
+
+    Attributes
+    ----------
+    model
+        A private copy as a module from inputs to outputs ``[rows, C]``.
+    bare
+        The copy itself, inside what brings inputs and outputs in shape.
+    x, y
+        Inputs and targets of the rows that count; labels ``[rows]``, or probabilities or values ``[rows, C]``.
+    labels
+        The same for what does not depend on targets: class labels also where probabilities were given.
+    f
+        Their outputs.
+    datum
+        Which of the ``n_data`` rows of the loader each belongs to.
+    n_data
+        Their number.
+    options
+        Of the package, from the user.
+    """
+
+    model: nn.Module
+    bare: nn.Module
+    x: Inputs
+    y: Tensor
+    labels: Tensor
+    f: Float[Tensor, "rows outputs"]
+    datum: Int[Tensor, " rows"]
+    n_data: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The random weights of the copy, in public order."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def zeros(self, n_axes: int) -> Tensor:
+        """``[P]`` or ``[P, P]``."""
+        return self.f.new_zeros([sum(parameter.numel() for parameter in self.parameters)] * n_axes)
+
+    def sum_positions(self, rows: Float[Tensor, "rows params"]) -> Float[Tensor, "data params"]:
+        """Add the gradients of the rows of each datum."""
+        return rows.new_zeros(self.n_data, rows.shape[1]).index_add_(0, self.datum, rows)
+
+
+def flat(values: Sequence[Tensor], n_leading: int = 0) -> Tensor:
+    """Tensors in the shapes of parameters, behind ``n_leading`` further axes, side by side as ``[..., P]``."""
+    return torch.cat([value.detach().flatten(n_leading) for value in values], -1)
+
+
+class PrivateNetwork(nn.Module):
+    """A structural copy of a whole network, as a module from inputs of any nesting to outputs ``[rows, C]``.
+
+    Parameters
+    ----------
+    network
+        The user's.
+    dtype
+        Of the copy.
+    """
+
+    def __init__(self, network: WholeNetwork, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = structural_copy(network.model, dtype)
+        keys = {"dict_key_x": network.dict_key_x, "dict_key_y": network.dict_key_y}
+        # In a tuple, so that its submodules are not registered a second time.
+        self._network = (WholeNetwork(self.model, **keys),)
+
+    def forward(self, x: Inputs) -> Tensor:
+        """Outputs."""
+        return self._network[0](x)
+
+
+def private_head(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """A copy of a last layer, all of whose weights are random.
+
+    Parameters
+    ----------
+    layer
+        The user's.
+    dtype
+        Of the copy.
+    """
+    return structural_copy(layer, dtype).requires_grad_(True)
+
+
+Objection = Callable[[nn.Module, Tensor], "str | None"]
+"""Says why a package cannot take a layer with some input, or ``None``."""
+
+
+def outputs_of_known(
+    model: nn.Module, x: Inputs, known: frozenset[type[nn.Module]] | None, objection: Objection, backend: str, able: str
+) -> Tensor:
+    """Outputs of a private network, after a check that hooks on its layers see all that its random weights do.
+
+    Parameters
+    ----------
+    model
+        The copy.
+    x
+        A batch of inputs.
+    known
+        Layers whose weights the package knows; ``None`` when it differentiates like autograd, without hooks.
+    objection
+        Of the package, to a layer of these kinds.
+    backend, able
+        For messages: name of the back end, and of those that take any layer.
+
+    Raises
+    ------
+    UnsupportedError
+        If a random weight is not used; and, with ``known``, if it belongs to another layer, is used elsewhere or more
+        than once, or if data are not along the first axis of the layer's input. Packages would drop it or mix up data,
+        without a word.
+    """
+
+    def refuse(name: str, reason: str) -> NoReturn:
+        msg = (
+            f"{backend} cannot take {shown(name)}: {reason}. Leave its weights out with requires_grad_(False), or use "
+            f"one of {able}."
+        )
+        raise UnsupportedError(msg)
+
+    random = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in random}
+    for name, layer in layers.items():
+        if known is not None and type(layer) not in known:
+            choices = ", ".join(sorted(cls.__name__ for cls in known))
+            refuse(name, f"it is a {type(layer).__name__}, and known are the weights of {choices}")
+    uses = Uses(list(random.values()))
+    with inputs_of(layers if known is not None else {}) as whole, uses:
+        f = model(x)
+    for name, parameter in random.items():
+        if not uses.counts[id(parameter)]:
+            refuse(name, "the outputs of the batch do not depend on it")
+    if known is None:
+        return f
+    with inputs_of(layers) as single:
+        model(rows_of(x, slice(0, 1), len(f)))
+    for name, layer in layers.items():
+        own = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
+        if len(whole[name]) != 1 or any(uses.counts[id(parameter)] != 1 for parameter in own):
+            refuse(name, "it is not called once in a forward pass, with all uses of its weights")
+        if not begins_with(whole[name][0], single[name], len(f)):
+            refuse(name, "the rows of its input are not the data in their order")
+        reason = objection(layer, whole[name][0])
+        if reason is not None:
+            refuse(name, reason)
+    return f
+
+
+@contextmanager
+def inputs_of(layers: Mapping[str, nn.Module]) -> Generator[dict[str, list[Tensor]], None, None]:
+    """Collect the inputs of layers while a model runs."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        # What is given by keyword only is not seen, and the layer then refused.
+        return lambda _module, inputs: seen[name].extend(value.detach() for value in inputs[:1])
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def begins_with(whole: Tensor, single: Sequence[Tensor], n_rows: int) -> bool:
+    """Whether the first row of a layer's input is that of the first datum alone, up to rounding."""
+    if len(single) != 1 or len(whole) != n_rows or single[0].shape != whole[:1].shape:
+        return False
+    size = float(whole[:1].abs().max()) if whole[:1].numel() else 0.0
+    return torch.allclose(whole[:1], single[0], rtol=0, atol=1e-3 * size)
+
+
+def shown(name: str) -> str:
+    """A layer's or weight's name as the user knows it."""
+    return repr(name.removeprefix("model").removeprefix(".") or "the model itself")

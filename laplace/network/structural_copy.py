@@ -1,0 +1,83 @@
+"""Private copies of models for packages that leave hooks, attributes and gradients on the modules they work with.
+
+A copy has modules of its own and shares the storage of parameters and buffers, so it costs no memory worth naming.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from laplace.errors import UnsupportedError
+
+
+def structural_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy the modules of a model; its parameters and buffers become views of the same storage.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    dtype
+        Of the copy's floating-point parameters and buffers; where it differs from theirs, these are converted and no
+        longer shared.
+
+    Returns
+    -------
+    A model of its own: hooks, attributes, gradients and flags set on it are not seen by the original. Layers that work
+    in place do not in the copy, since packages need their inputs.
+
+    Raises
+    ------
+    UnsupportedError
+        If an attribute of the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        alias = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(alias, requires_grad=tensor.requires_grad) if is_parameter else alias
+    try:
+        twin = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        msg = (
+            f"{type(model).__name__} has an attribute that cannot be copied ({error}), and this back end works on a "
+            "copy to leave the model alone. Remove it while fitting, or use a back end of this library: AutogradGGN, "
+            "AutogradEF or AutogradHessian."
+        )
+        raise UnsupportedError(msg) from error
+    for module in twin.modules():
+        if vars(module).get("inplace") is True:
+            vars(module)["inplace"] = False
+    return twin
+
+
+class Uses(TorchFunctionMode):
+    """Counts, while it is active, how often operations take each of some tensors.
+
+    Parameters
+    ----------
+    tensors
+        Which.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._watched = {id(tensor) for tensor in tensors}
+        self.counts: Counter[int] = Counter()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Count the operands, then run the operation."""
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(item, Tensor) for item in tree_leaves(result)):  # else a question about shape or dtype
+            self.counts.update(id(item) for item in tree_leaves((args, kwargs)) if id(item) in self._watched)
+        return result
