@@ -136,6 +136,11 @@ def in_place(m: Any, x: Tensor) -> Tensor:
     return m.head(F.leaky_relu(m.second(h), inplace=True).sum(1))
 
 
+def residual(m: Any, x: Tensor) -> Tensor:
+    h = torch.relu(m.first(x))
+    return m.head(h + torch.relu(m.second(h)))
+
+
 @dataclass(frozen=True)
 class Network:
     """One situation."""
@@ -193,9 +198,14 @@ NETWORKS = (
     Network("permuted_rows", lambda: Applied(lambda m, x: m.head(torch.tanh(m.first(x[x[:, 0].argsort()]))[x[:, 0].argsort().argsort()]), first=nn.Linear(3, 4), head=nn.Linear(4, 3)), normal(3), C3),
     Network("masked_rows", lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), normal(3), labels(3, masked=True), n_rows=6),
     Network("flattened_head", lambda: Applied(lambda m, x: m.head(torch.tanh(m.first(x))).sum(1), first=nn.Linear(2, 4), head=nn.Linear(4, 3)), normal(3, 2), C3),
+    Network("positions_then_flat", lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), normal(4, 2), C3),
+    Network("residual", lambda: Applied(residual, first=nn.Linear(3, 4), second=nn.Linear(4, 4), head=nn.Linear(4, 3)), normal(3), C3),
+    Network("functional", lambda: Applied(lambda m, x: m.head(F.relu(m.first(x)) + torch.tanh(m.second(x))), first=nn.Linear(3, 4), second=nn.Linear(3, 4), head=nn.Linear(4, 3)), normal(3), C3),
     Network("conv2d", lambda: images(nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), features=54), normal(2, 6, 4), C3),
     Network("conv2d_same_in_place", lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding="same", bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)), normal(1, 4, 4), C3),
     Network("conv2d_groups_reflect", lambda: images(nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="reflect"), features=54), normal(4, 3, 3), C3),
+    Network("two_convolutions", lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Conv2d(2, 3, 2, stride=(1, 2), bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)), normal(1, 8, 8), C3),
+    Network("few_positions", lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, bias=False), nn.Flatten(), nn.Linear(54, 3)), normal(3, 8, 8), C3),
     Network("conv1d_depthwise", lambda: images(nn.Conv1d(3, 6, 3, groups=3), features=18), normal(3, 5), C3),
     Network("conv3d", lambda: images(nn.Conv3d(1, 2, 2), features=16), normal(1, 3, 3, 3), C3),
     Network("conv_transpose2d", lambda: images(nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=1), features=64), normal(2, 2, 2), C3),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORED = -100
 
@@ -129,8 +130,10 @@ class Problem:
             f = [self.outputs(theta, rows_of(self.x, slice(b, b + 1)))[0] for b in range(len(self.y))]
             return sum(datum_nll(self.likelihood, row, y) for row, y in zip(f, self.y, strict=True))
 
-        # Two backward passes: jacrev of jacrev is wrong (not even symmetric) for layer_norm.
-        return torch.autograd.functional.hessian(total, self.theta())
+        # Two backward passes: jacrev of jacrev is wrong (not even symmetric) for layer_norm. Attention in a form that has
+        # second derivatives.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.autograd.functional.hessian(total, self.theta())
 
     def gradients(self) -> Tensor:
         """[rows, P], summed over the positions of a row."""

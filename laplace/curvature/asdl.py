@@ -148,6 +148,11 @@ class AsdlGGN(AsdlInterface, GGNInterface):
             return {"fisher_type": asdl.FISHER_EXACT}
         return {"fisher_type": asdl.FISHER_MC, "n_mc_samples": self.num_samples, "seed": self._seed()}
 
+    @property
+    def _scale(self) -> float:
+        # ASDL divides a sum over samples by the square of their number.
+        return float(self.num_samples)
+
     def _targets(self, batch: PrivateBatch) -> Tensor:
         return batch.labels
 
@@ -158,6 +163,22 @@ class AsdlEF(AsdlInterface, EFInterface):
     @property
     def _fisher_options(self) -> dict[str, Any]:
         return {"fisher_type": require("asdl", "asdl").FISHER_EMP}
+
+    def _full(self, batch: PrivateBatch) -> Tensor:
+        if batch.one_row_a_datum:
+            return super()._full(batch)
+        gradients = self._summed_gradients(batch)
+        return gradients.T @ gradients
+
+    def _diag(self, batch: PrivateBatch) -> Tensor:
+        if batch.one_row_a_datum:
+            return super()._diag(batch)
+        return self._summed_gradients(batch).square().sum(0)
+
+    def _summed_gradients(self, batch: PrivateBatch) -> Tensor:
+        """Gradients that add up over the positions of a datum, which ASDL takes for data."""
+        self._refuse(dict(batch.options))
+        return batch.sum_positions(self._gradients(batch))
 
     @property
     def _scale(self) -> float:

@@ -9,6 +9,7 @@ Dangel, Kunstner & Hennig (2020), "BackPACK: packing more into backprop", arXiv:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -154,8 +155,11 @@ class BackPackGGN(BackPackInterface, GGNInterface):
             msg = f"{type(self).__name__} takes models of one tensor; got {type(batch.x).__name__} for inputs."
             raise UnsupportedError(msg)
         try:
-            return extend(batch.bare, use_converter=True)
-        except CANNOT as error:
+            with warnings.catch_warnings():
+                # What "may break" would be wrong or fail later.
+                warnings.filterwarnings("error", "Encountered node that may break second-order extensions")
+                return extend(batch.bare, use_converter=True)
+        except (*CANNOT, UserWarning) as error:
             raise self._package_cannot(error) from error
 
 
@@ -169,7 +173,7 @@ class BackPackEF(BackPackInterface, EFInterface):
         return gradients.T @ gradients
 
     def _diag(self, batch: PrivateBatch) -> Tensor:
-        if len(batch.y) < batch.n_data or len(batch.y) == len(batch.datum.unique()):
+        if batch.one_row_a_datum:
             return flat(self._first_order(batch, "SumGradSquared", "sum_grad_squared"))
         return batch.sum_positions(self._gradients(batch)).square().sum(0)
 

@@ -6,6 +6,7 @@ last layer it sees that layer alone, with features for inputs. Loss, checks of t
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -167,7 +168,7 @@ class PackageInterface(CurvatureInterface):
                 batch = replace(batch, options=options or {})
                 loss = batch.f.new_zeros(()) if y is None else self.output_likelihood.nll(positions.f, positions.y)
             # Attention in a form that has all derivatives.
-            with torch.enable_grad(), full_precision(batch.f.device), sdpa_kernel(SDPBackend.MATH):
+            with torch.enable_grad(), full_precision(batch.f.device), sdpa_kernel(SDPBackend.MATH), quiet_hooks():
                 yield loss, batch
 
     def _private_head(
@@ -213,3 +214,20 @@ class PackageInterface(CurvatureInterface):
         soft = self.likelihood is Likelihood.CLASSIFICATION and y.is_floating_point()
         bare = model.model if isinstance(model, PrivateNetwork) else model
         return PrivateBatch(model, bare, x, y, y.argmax(-1) if soft else y, positions.f, datum, n_data)
+
+
+UNMENTIONED = (
+    ("Using a non-full backward hook", FutureWarning),
+    ("Full backward hook is firing", UserWarning),
+    ("Extension saving to .* does not have an extension for Module", UserWarning),  # of a container
+)
+"""Warnings about the hooks of packages, about which users can do nothing; which layers are known is checked before."""
+
+
+@contextmanager
+def quiet_hooks() -> Generator[None, None, None]:
+    """Keep these warnings from users."""
+    with warnings.catch_warnings():
+        for message, category in UNMENTIONED:
+            warnings.filterwarnings("ignore", message, category)
+        yield

@@ -58,6 +58,11 @@ class PrivateBatch:
         """The random weights of the copy, in public order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    @cached_property
+    def one_row_a_datum(self) -> bool:
+        """Whether no two rows belong to the same datum."""
+        return len(self.datum.unique()) == len(self.datum)
+
     def zeros(self, n_axes: int) -> Tensor:
         """``[P]`` or ``[P, P]``."""
         return self.f.new_zeros([sum(parameter.numel() for parameter in self.parameters)] * n_axes)

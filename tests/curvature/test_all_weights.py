@@ -86,7 +86,9 @@ def test_the_sampled_fisher_has_the_ggn_as_its_expectation(name):
     assert_within(many.diag(x, y)[1], problem.ggn().diagonal(), draws.std(0).diagonal() / n**0.5)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_regression", "conv2d", "layer_norm", "positions", "embedding", "unused"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp_regression", "conv2d", "layer_norm", "positions", "embedding", "unused", "encoder"]
+)
 def test_the_hessian_is_the_second_derivative(name):
     network = named(name)
     engine, problem, (x, y) = backend(AutogradHessian, network), network.problem(), network.data()
