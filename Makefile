@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint format types docs bench check clean
+.PHONY: help demo test test-oldest test-slow test-all lint format types docs bench check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +21,7 @@ $(BIN)/python:
 # One stamp for each extra: $(VENV)/.test is newer than pyproject.toml when .[test] is installed.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision # BackPACK brings it and works without it
 	@touch $@
 
 demo: $(VENV)/.examples ## run the calibration example: prints a table, writes a picture
@@ -28,6 +29,14 @@ demo: $(VENV)/.examples ## run the calibration example: prints a table, writes a
 
 test: $(VENV)/.test ## the default test suite
 	$(PYTEST)
+
+# In a folder that goes before the installed ones.
+$(VENV)-oldest/.ready: .ci/oldest.txt | $(VENV)/.test
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) --requirement $<
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.ready ## the back ends of packages, with the oldest releases that are supported
+	PYTHONPATH=$(abspath $(VENV)-oldest) $(PYTEST) tests/curvature/test_packages.py tests/curvature/test_packages_isolation.py
 
 test-slow: $(VENV)/.test ## the tests marked slow, and only those
 	$(PYTEST) -m slow || test $$? -eq 5 # 5: there are none
@@ -61,8 +70,9 @@ $(VENV)-peer/.ready:
 bench: $(VENV)/.examples $(VENV)-peer/.ready ## time and memory of last layers and of all weights, beside laplace-torch
 	$(BIN)/python benchmarks/last_layer.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/whole_network.py --peer $(abspath $(VENV)-peer/bin/python)
+	$(BIN)/python benchmarks/backends.py
 
-check: lint types docs demo test-slow test ## what CI runs, in this order
+check: lint types docs demo test-slow test-oldest test ## what CI runs, in this order
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) $(VENV)-peer site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer site build dist .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,14 @@ def convolutional(image: list[int], channels: list[int], n_features: int, n_outp
     return nn.Sequential(*layers, nn.Linear(n_features, n_outputs)).eval()
 
 
+def fully_connected(widths: list[int], n_outputs: int) -> nn.Sequential:
+    """Linear layers with rectifiers between them."""
+    layers: list[nn.Module] = []
+    for width, wider in zip(widths, widths[1:]):
+        layers += [nn.Linear(width, wider), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], n_outputs))
+
+
 class Transformer(nn.Module):
     """Tokens and learned positions, encoder layers, the mean over positions, a linear head."""
 
@@ -73,5 +81,10 @@ def residual(image: list[int], widths: list[int], blocks: int, n_outputs: int) -
 
 def build(kind: str, options: dict[str, Any], n_outputs: int) -> nn.Module:
     """One of the networks by its name."""
-    builders = {"convolutional": convolutional, "transformer": Transformer, "residual": residual}
+    builders = {
+        "convolutional": convolutional,
+        "fully connected": fully_connected,
+        "transformer": Transformer,
+        "residual": residual,
+    }
     return builders[kind](**options, n_outputs=n_outputs).eval()

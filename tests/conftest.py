@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 from jaxtyping import install_import_hook
@@ -42,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give each parallel worker one thread: a test is too small to share."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Which releases of the optional back ends are tested."""
+    packages = ("backpack-for-pytorch", "asdfghjkl", "curvlinops-for-pytorch")
+    return "back ends: " + ", ".join(f"{name} {metadata.version(name)}" for name in packages)
 
 
 @pytest.fixture(autouse=True)

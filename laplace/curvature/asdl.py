@@ -10,6 +10,7 @@ arXiv:2305.04684.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace.curvature.curvature import EFInterface, GGNInterface
-from laplace.curvature.package import PackageInterface
+from laplace.curvature.package import PackageInterface, seeded
 from laplace.curvature.private_batch import PrivateBatch, flat
 from laplace.enums import HessianStructure, Likelihood
 from laplace.likelihoods import Positions
@@ -146,7 +147,11 @@ class AsdlGGN(AsdlInterface, GGNInterface):
         asdl = require("asdl", "asdl")
         if not self.stochastic:
             return {"fisher_type": asdl.FISHER_EXACT}
-        return {"fisher_type": asdl.FISHER_MC, "n_mc_samples": self.num_samples, "seed": self._seed()}
+        return {"fisher_type": asdl.FISHER_MC, "n_mc_samples": self.num_samples}
+
+    def _run(self, maker: Any, batch: PrivateBatch) -> None:
+        with seeded(self._seed(), batch.f.device) if self.stochastic else nullcontext():
+            super()._run(maker, batch)
 
     @property
     def _scale(self) -> float:

@@ -21,7 +21,7 @@ from torch.fx.proxy import TraceError
 
 from laplace.curvature.capabilities import alternatives
 from laplace.curvature.curvature import EFInterface, GGNInterface
-from laplace.curvature.package import PackageInterface
+from laplace.curvature.package import PackageInterface, seeded
 from laplace.curvature.private_batch import PrivateBatch, flat
 from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
@@ -176,11 +176,3 @@ class BackPackEF(BackPackInterface, EFInterface):
         if batch.one_row_a_datum:
             return flat(self._first_order(batch, "SumGradSquared", "sum_grad_squared"))
         return batch.sum_positions(self._gradients(batch)).square().sum(0)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Generator[None, None, None]:
-    """Draw from PyTorch's own generators, which BackPACK uses, without a trace on them."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -231,3 +231,11 @@ def quiet_hooks() -> Generator[None, None, None]:
         for message, category in UNMENTIONED:
             warnings.filterwarnings("ignore", message, category)
         yield
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Generator[None, None, None]:
+    """Draw from PyTorch's own generators, which packages use, without a trace on them."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
