@@ -35,9 +35,9 @@ def cell(row: dict[str, Any], task: str) -> str:
     if "refused" in figures:
         return "refused"
     ratio = figures["time"] / figures["bare"]
-    beside = [f"{figures['time']:.{figures['time'] < 10}f} ms"]
+    beside = [f"{figures['time']:.{int(figures['time'] < 10)}f} ms"]
     beside += [f"{figures['mb']:.0f} MB"] if "mb" in figures else []
-    return f"{ratio:,.{ratio < 10}f} ({', '.join(beside)})"
+    return f"{ratio:,.{int(ratio < 10)}f} ({', '.join(beside)})"
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -81,8 +81,8 @@ def main() -> None:
     if arguments.quick:
         config |= config["quick"]
     rows: list[dict[str, Any]] = []
-    for network in config["networks"]:
-        for back_end in BACKENDS:
+    for network, options in config["networks"].items():
+        for back_end in (cls for cls in BACKENDS if cls.matrix in options["matrices"]):
             for sampled in (False, True)[: 1 + issubclass(back_end, GGNInterface)]:
                 name = back_end.__name__
                 if arguments.k not in f"{network} {name}":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def convolutional(image: list[int], channels: list[int], n_features: int, n_outp
 def fully_connected(widths: list[int], n_outputs: int) -> nn.Sequential:
     """Linear layers with rectifiers between them."""
     layers: list[nn.Module] = []
-    for width, wider in zip(widths, widths[1:]):
+    for width, wider in pairwise(widths):
         layers += [nn.Linear(width, wider), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], n_outputs))
 
