@@ -33,7 +33,6 @@ class AsdlInterface(PackageInterface):
 
     package: ClassVar[str] = "asdl"
     extra: ClassVar[str] = "asdl"
-    takes_any_layer: ClassVar[bool] = False
     accepts_fisher_kwargs: ClassVar[bool] = True
 
     @classmethod

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
-from laplace.curvature.capabilities import alternatives
 from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.package import PackageInterface, seeded
 from laplace.curvature.private_batch import PrivateBatch, flat
@@ -38,7 +37,6 @@ class BackPackInterface(PackageInterface):
 
     package: ClassVar[str] = "backpack"
     extra: ClassVar[str] = "backpack"
-    takes_any_layer: ClassVar[bool] = False
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]]:
@@ -102,8 +100,7 @@ class BackPackInterface(PackageInterface):
 
     def _package_cannot(self, error: Exception) -> UnsupportedError:
         """The error of BackPACK about a model, with what to use instead."""
-        able = alternatives(self, lambda cls: cls.takes_any_layer)
-        msg = f"BackPACK cannot take this model ({error}). Use one of {able}."
+        msg = f"BackPACK cannot take this model ({error}). Use one of {self._takers_of_any_layer(None)}."
         return UnsupportedError(msg)
 
 

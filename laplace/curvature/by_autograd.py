@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from torch.utils._pytree import tree_map
 from laplace.errors import ShapeError
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 from laplace.types import Inputs, Jacobians
+
+ROWS_AT_ONCE = 64
+"""Rows of a Hessian in one vectorized backward pass: each takes the memory of one."""
 
 
 class _Caller(nn.Module):
@@ -82,7 +86,7 @@ def select_outputs(
 
 
 def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[Tensor, " params"]]:
-    """Rows of the second derivative of a loss, one backward pass each.
+    """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
 
     Parameters
     ----------
@@ -97,10 +101,40 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
     """
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        entries = torch.cat([gradient.reshape(-1) for gradient in gradients]).unbind()
-    for entry in entries:
-        row = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-        yield torch.cat([part.reshape(-1) for part in row])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+    def rows(directions: Tensor, *, together: bool) -> Tensor:
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": together}
+        found = torch.autograd.grad(flat, parameters, directions, **options)
+        n = len(directions) if together else 1
+        empty = [directions.new_zeros(n, parameter.numel()) for parameter in parameters]
+        return torch.cat([zero if g is None else g.reshape(n, -1) for g, zero in zip(found, empty, strict=True)], 1)
+
+    together, eye = can_batch(rows, flat), torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
+    for directions in eye.split(ROWS_AT_ONCE):
+        yield from rows(directions, together=True) if together else (rows(one, together=False)[0] for one in directions)
+
+
+def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:
+    """Whether several backward passes at once give what one by one gives: not for every operation of PyTorch.
+
+    Parameters
+    ----------
+    rows
+        Products of the Hessian with directions.
+    flat
+        The gradient.
+    """
+    probes = torch.stack([torch.linspace(-1, 1, len(flat)).cos(), torch.linspace(0, 9, len(flat)).sin()]).to(flat)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as: an operation that is not vectorized and would only be slower
+            batched = rows(probes, together=True)
+    except (RuntimeError, UserWarning):
+        return False
+    single = torch.cat([rows(probe, together=False) for probe in probes])
+    precision = torch.finfo(flat.dtype).eps ** 0.5
+    return torch.allclose(batched, single, rtol=0, atol=precision * float(single.abs().max()))
 
 
 @dataclass(frozen=True)

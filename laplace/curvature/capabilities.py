@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from torch import nn
+
 from laplace.enums import CurvatureKind, HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
 
@@ -28,8 +30,6 @@ class Capabilities:
     """Whether its first forward pass may find the last layer; else that is found, by one pass, before."""
     accepts_fisher_kwargs: ClassVar[bool] = False
     """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
-    takes_any_layer: ClassVar[bool] = True
-    """Whether any layer that autograd can differentiate may have random weights."""
     takes_positions: ClassVar[bool] = True
     """Whether outputs may have axes between batch and classes."""
     differentiable_in_x: ClassVar[bool] = True
@@ -56,6 +56,17 @@ class Capabilities:
                     f"{others(self, can)}"
                 )
                 raise UnsupportedError(msg)
+
+    @classmethod
+    def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:  # noqa: ARG003
+        """Layers whose weights it knows; ``None`` when any will do that autograd can differentiate.
+
+        Parameters
+        ----------
+        structure
+            For which structure; ``None`` for Jacobians and gradients.
+        """
+        return None
 
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:

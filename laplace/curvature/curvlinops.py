@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.curvature.capabilities import alternatives
 from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.package import PackageInterface
 from laplace.curvature.private_batch import PrivateBatch
@@ -149,8 +148,8 @@ class CurvlinopsEF(CurvlinopsInterface, EFInterface):
 
     def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
         if batch.y is not batch.labels:
-            able = alternatives(self, lambda cls: cls.takes_any_layer and cls is not CurvlinopsEF)
-            msg = f"CurvlinopsEF has Kronecker factors of class labels, not of probabilities. {able} has."
+            able = self._takers_of_any_layer(HessianStructure.KRON)
+            msg = f"CurvlinopsEF has Kronecker factors of class labels, not of probabilities. {able} takes both."
             raise UnsupportedError(msg)
         return self._factors(batch, batch.y, "EMPIRICAL", self.factor**2)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from laplace.curvature.capabilities import alternatives
+from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, outputs_of_known, private_head
 from laplace.enums import HessianStructure, Likelihood
@@ -139,14 +139,17 @@ class PackageInterface(CurvatureInterface):
     # -- the private batch --------------------------------------------------------------------------------------------
 
     @classmethod
-    def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:  # noqa: ARG003
-        """Layers whose weights the package knows for a structure (``None``: Jacobians); ``None`` when any will do."""
-        return None
-
-    @classmethod
     def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:  # noqa: ARG003
         """Why a layer of a known kind cannot be taken with an input of this shape; ``None`` when it can."""
         return None
+
+    def _takers_of_any_layer(self, structure: HessianStructure | None) -> str:
+        """Back ends that provide a structure for whatever layers there are."""
+
+        def can(cls: type[Capabilities]) -> bool:
+            return cls.known_layers(structure) is None and (structure is None or cls.can(structure, self.subset))
+
+        return alternatives(self, can)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -193,7 +196,7 @@ class PackageInterface(CurvatureInterface):
         if dtype != self.params[0].dtype:
             x = tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, x)
         known = self.known_layers(structure)
-        able = alternatives(self, lambda cls: structure in {None, *cls.structures} and cls.takes_any_layer)
+        able = self._takers_of_any_layer(structure)
         with full_precision(self.params[0].device), sdpa_kernel(SDPBackend.MATH):
             objection = partial(self.objection, structure)
             f = outputs_of_known(model, x, known, objection, type(self).__name__, able)

@@ -201,7 +201,7 @@ def row_view(view: Tensor, parameter: Tensor) -> int | None:
         return None
     size = parameter[0].numel() if parameter.dim() > 1 else 1
     offset = view.storage_offset() - parameter.storage_offset()
-    return offset // size if offset % size == 0 else None
+    return int(offset // size) if offset % size == 0 else None
 
 
 def transposed_view(view: Tensor, parameter: Tensor) -> bool:
@@ -209,4 +209,5 @@ def transposed_view(view: Tensor, parameter: Tensor) -> bool:
     if view._base is not parameter or view.dim() != 2 or parameter.dim() != 2:
         return False
     same = view.storage_offset() == parameter.storage_offset()
-    return same and tuple(view.stride()) == tuple(reversed(parameter.stride())) and view.shape == parameter.shape[::-1]
+    turned = tuple(view.stride()) == tuple(reversed(parameter.stride())) and view.shape == parameter.shape[::-1]
+    return bool(same and turned)
