@@ -67,7 +67,7 @@ $(VENV)-peer/.ready:
 	$(VENV)-peer/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
-bench: $(VENV)/.examples $(VENV)-peer/.ready ## time and memory of last layers and of all weights, beside laplace-torch
+bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memory of last layers and of all weights, beside laplace-torch
 	$(BIN)/python benchmarks/last_layer.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/whole_network.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/backends.py
