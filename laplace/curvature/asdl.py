@@ -21,11 +21,22 @@ from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.package import PackageInterface, seeded
 from laplace.curvature.private_batch import PrivateBatch, flat
 from laplace.enums import HessianStructure, Likelihood
+from laplace.errors import UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.optional import require
 from laplace.types import Jacobians
 
 NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+
+OURS = {
+    "fisher_type": "the back end and backend_kwargs={'stochastic': ...}",
+    "fisher_shapes": "hessian_structure=",
+    "fisher_attr": "the back end",
+    "loss_type": "likelihood=",
+    "n_mc_samples": "backend_kwargs={'num_samples': ...}",
+    "seed": "backend_kwargs={'generator': ...}",
+}
+"""Options of ASDL that have a name here."""
 
 
 class AsdlInterface(PackageInterface):
@@ -45,12 +56,8 @@ class AsdlInterface(PackageInterface):
     def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:  # noqa: ARG003
         """Positions of linear layers and some options of convolutions are not taken into account there."""
         if not isinstance(layer, nn.Conv2d):
-            expected = "[batch, channels, height, width]" if isinstance(layer, nn.BatchNorm2d) else "[batch, features]"
-            return (
-                f"its input is expected as {expected}, and is {list(x.shape)}"
-                if x.dim() != expected.count(",") + 1
-                else None
-            )
+            n_axes = 4 if isinstance(layer, nn.BatchNorm2d) else 2
+            return None if x.dim() == n_axes else f"its input is expected to have {n_axes} axes, and is {list(x.shape)}"
         plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         if not plain or layer.groups != 1 or layer.dilation != (1, 1):
             return "convolutions are taken without groups and dilation, with zeros for padding, given by numbers"
@@ -115,7 +122,17 @@ class AsdlInterface(PackageInterface):
         ]
 
     def _compute_fisher(self, batch: PrivateBatch, shape: str) -> None:
-        """Leave a Fisher matrix on the modules of the copy."""
+        """Leave a Fisher matrix on the modules of the copy.
+
+        Raises
+        ------
+        UnsupportedError
+            For options that say which matrix.
+        """
+        for name in batch.options:
+            if name in OURS:
+                msg = f"asdl_fisher_kwargs cannot set {name!r}: that is said by {OURS[name]}."
+                raise UnsupportedError(msg)
         asdl = require("asdl", "asdl")
         options = {"fisher_shapes": [getattr(asdl, shape)], "loss_type": self.loss_type, "data_size": 1}
         maker = asdl.get_fisher_maker(

@@ -223,7 +223,7 @@ def test_likelihoods_and_positions_that_a_package_lacks_are_refused(cls):
         cls(named("mlp").model(), "reward_modeling")
     assert Likelihood.REWARD_MODELING not in cls.likelihoods
     network = named("positions")
-    with pytest.raises(UnsupportedError, match=r"\[batch, C\]|rows of its input|is expected as"):
+    with pytest.raises(UnsupportedError, match=r"\[batch, C\]|rows of its input|is expected"):
         cls(network.model(), network.likelihood).full(*network.data())
 
 

@@ -180,6 +180,9 @@ def test_options_reach_asdl_and_are_refused_elsewhere():
         Laplace(network.model(), network.likelihood, backend=curvature.BackPackGGN, asdl_fisher_kwargs={"seed": 1})
     with pytest.raises(UnsupportedError, match="'seed'"):
         curvature.BackPackGGN(network.model(), network.likelihood).diag(*network.data(), seed=1)
+    for name in ("fisher_type", "n_mc_samples", "seed"):
+        with pytest.raises(UnsupportedError, match=f"cannot set '{name}'"):
+            curvature.AsdlGGN(network.model(), network.likelihood).diag(*network.data(), **{name: 1})
     two = named("two_convolutions")
     with pytest.raises(UnsupportedError, match="'scale'"):
         curvature.AsdlGGN(two.model(), two.likelihood).diag(*two.data(), scale=2.0)
