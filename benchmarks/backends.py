@@ -50,23 +50,26 @@ def bare(rows: list[dict[str, Any]], network: str, tasks: tuple[str, ...]) -> st
     """The range of the bare times of a network."""
     results = [row["result"].get(task, {}) for row in rows for task in tasks if row["network"] == network]
     times = [result["bare"] for result in results if "bare" in result]
-    return f"{min(times):.1f} to {max(times):.1f} ms" if times else "–"
+    return f"{min(times):.2f} to {max(times):.2f} ms" if times else "–"
 
 
 def table(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
     """The results as a Markdown table, with what its cells mean."""
     sizes = {row["network"]: row["result"]["n_weights"] for row in rows if "n_weights" in row["result"]}
-    networks = "; ".join(
-        f"{name}, {size:,} weights: {bare(rows, name, FITS)} for the data, {bare(rows, name, ('predict',))} for the "
-        "prediction"
+    networks = [
+        f"- {name}, {size:,} weights: {bare(rows, name, FITS)} for the data, {bare(rows, name, ('predict',))} for the "
+        "inputs of a prediction"
         for name, size in sizes.items()
-    )
+    ]
+    bare_passes = "\n".join(networks)
     return f"""{markdown(COLUMNS, [cells(row) for row in rows])}
 
 A cell is the time as a multiple of a bare inference pass; in parentheses the time and, for a fit, the peak of memory
-above the process at rest. {config["rows"]} data in batches of {config["batch_size"]}, {config["predict_rows"]} inputs
-of a prediction, {config["n_outputs"]} outputs, float32, {config["threads"]} thread; medians, after a first call.
-Bare passes of the networks: {networks}."""
+above the process at rest. {config["rows"]} data in batches of {config["batch_size"]}, {config["predict_rows"]} inputs of
+a prediction, {config["n_outputs"]} outputs, float32, {config["threads"]} thread; medians, after a first call. Bare passes
+vary between processes, so between rows milliseconds compare better than multiples:
+
+{bare_passes}"""
 
 
 def main() -> None:
