@@ -65,9 +65,9 @@ def table(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
     return f"""{markdown(COLUMNS, [cells(row) for row in rows])}
 
 A cell is the time as a multiple of a bare inference pass; in parentheses the time and, for a fit, the peak of memory
-above the process at rest. {config["rows"]} data in batches of {config["batch_size"]}, {config["predict_rows"]} inputs of
-a prediction, {config["n_outputs"]} outputs, float32, {config["threads"]} thread; medians, after a first call. Bare passes
-vary between processes, so between rows milliseconds compare better than multiples:
+above the process at rest. {config["rows"]} data in batches of {config["batch_size"]}, {config["predict_rows"]} inputs
+of a prediction, {config["n_outputs"]} outputs, float32, {config["threads"]} thread; medians, after a first call. Bare
+passes vary between processes, so between rows milliseconds compare better than multiples:
 
 {bare_passes}"""
 

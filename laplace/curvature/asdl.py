@@ -56,6 +56,8 @@ class AsdlInterface(PackageInterface):
     def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:  # noqa: ARG003
         """Positions of linear layers and some options of convolutions are not taken into account there."""
         if not isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.LayerNorm) and layer.weight is not None and layer.bias is None:
+                return "layer normalization is taken with a bias"
             n_axes = 4 if isinstance(layer, nn.BatchNorm2d) else 2
             return None if x.dim() == n_axes else f"its input is expected to have {n_axes} axes, and is {list(x.shape)}"
         plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -110,16 +110,18 @@ class AutogradHessian(AutogradInterface):
         if self.last_layer:
             return super().full(x, y, **kwargs)
         self._refuse(kwargs)
-        loss, rows = self._rows(x, y)
-        return self._widen(loss.detach()), torch.stack([self._widen(row) for row in rows])
+        with torch.inference_mode(False):
+            loss, rows = self._rows(x, y)
+            return self._widen(loss.detach()), torch.stack([self._widen(row) for row in rows])
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and the diagonal of the Hessian ``[P]``."""
         if self.last_layer:
             return super().diag(x, y, **kwargs)
         self._refuse(kwargs)
-        loss, rows = self._rows(x, y)
-        return self._widen(loss.detach()), torch.stack([self._widen(row[index]) for index, row in enumerate(rows)])
+        with torch.inference_mode(False):
+            loss, rows = self._rows(x, y)
+            return self._widen(loss.detach()), torch.stack([self._widen(row[index]) for index, row in enumerate(rows)])
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Of the last layer; for all weights there are no factors."""

@@ -24,11 +24,12 @@ from laplace.curvature.package import PackageInterface, seeded
 from laplace.curvature.private_batch import PrivateBatch, flat
 from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
+from laplace.network.batches import rows_of
 from laplace.optional import require
-from laplace.types import Jacobians
+from laplace.types import Inputs, Jacobians
 
-CANNOT = (NotImplementedError, AssertionError, AttributeError, TraceError)
-"""What BackPACK and its converter raise at operations that they do not know."""
+CANNOT = (AssertionError, AttributeError, NameError, TypeError, ValueError, RuntimeError, TraceError)
+"""What BackPACK and its converter raise at operations that they do not know, and at some that they do."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -63,7 +64,8 @@ class BackPackInterface(PackageInterface):
 
     def _jacobians(self, batch: PrivateBatch) -> Jacobians:
         model = require("backpack", "backpack").extend(batch.model)
-        f = model(batch.x)
+        with self._translated():
+            f = model(batch.x)
         rows: list[Tensor] = []
         for output in f.unbind(-1):
             with self._extension("BatchGrad", retain_graph=True):
@@ -77,31 +79,38 @@ class BackPackInterface(PackageInterface):
     def _first_order(self, batch: PrivateBatch, extension: str, attribute: str) -> list[Any]:
         """A quantity of each weight during a backward pass of the negative log-likelihood."""
         model = require("backpack", "backpack").extend(batch.model)
-        loss = self.output_likelihood.nll(model(batch.x), batch.y)
+        with self._translated():
+            loss = self.output_likelihood.nll(model(batch.x), batch.y)
         with self._extension(extension):
             loss.backward()
         return [getattr(parameter, attribute) for parameter in batch.parameters]
 
     @contextmanager
     def _extension(self, name: str, *args: Any, **options: Any) -> Generator[None, None, None]:
-        """Run a backward pass with an extension of BackPACK.
+        """Run a backward pass with an extension of BackPACK."""
+        extension = getattr(require("backpack.extensions", "backpack"), name)(*args)
+        with self._translated(), require("backpack", "backpack").backpack(extension, **options):
+            yield
+
+    @contextmanager
+    def _translated(self) -> Generator[None, None, None]:
+        """Say of an error of BackPACK about a model what to use instead.
 
         Raises
         ------
         UnsupportedError
-            If BackPACK does not know an operation of the model.
+            If BackPACK cannot take an operation of the model.
+        OutOfMemoryError
+            If memory runs out.
         """
-        extensions = require("backpack.extensions", "backpack")
         try:
-            with require("backpack", "backpack").backpack(getattr(extensions, name)(*args), **options):
-                yield
+            yield
+        except (UnsupportedError, torch.OutOfMemoryError):
+            raise
         except CANNOT as error:
-            raise self._package_cannot(error) from error
-
-    def _package_cannot(self, error: Exception) -> UnsupportedError:
-        """The error of BackPACK about a model, with what to use instead."""
-        msg = f"BackPACK cannot take this model ({error}). Use one of {self._takers_of_any_layer(None)}."
-        return UnsupportedError(msg)
+            able = self._takers_of_any_layer(None)
+            msg = f"BackPACK cannot take this model ({type(error).__name__}: {error}). Use one of {able}."
+            raise UnsupportedError(msg) from error
 
 
 class BackPackGGN(BackPackInterface, GGNInterface):
@@ -123,19 +132,24 @@ class BackPackGGN(BackPackInterface, GGNInterface):
         """A quantity of each weight, exact or sampled, of the loss that BackPACK knows."""
         exact, sampled = extension if isinstance(extension, tuple) else (f"{extension}Exact", f"{extension}MC")
         field, drawn = attribute if isinstance(attribute, tuple) else (f"{attribute}_exact", f"{attribute}_mc")
+        if not self.stochastic:
+            return self._backward(batch, exact, field)
+        with seeded(self._seed(), batch.f.device):
+            return self._backward(batch, sampled, drawn, self.num_samples)
+
+    def _backward(self, batch: PrivateBatch, extension: str, attribute: str, *args: Any) -> list[Any]:
+        """A quantity of each weight after a second-order pass."""
         model = self._extended(batch)
-        f = model(batch.x)
+        with self._translated():
+            f = model(batch.x)
         if f.dim() != 2:
-            msg = f"{type(self).__name__} takes models that return [batch, C]; this one returns {list(f.shape)}."
+            able = self._takers_of_any_layer(None)
+            msg = f"{type(self).__name__} takes models that return [batch, C]; got {list(f.shape)}. Use one of {able}."
             raise UnsupportedError(msg)
         loss = require("backpack", "backpack").extend(type(self.lossfunc)(reduction="sum"))(f, batch.labels)
-        if not self.stochastic:
-            with self._extension(exact):
-                loss.backward()
-            return [getattr(parameter, field) for parameter in batch.parameters]
-        with seeded(self._seed(), f.device), self._extension(sampled, self.num_samples):
+        with self._extension(extension, *args):
             loss.backward()
-        return [getattr(parameter, drawn) for parameter in batch.parameters]
+        return [getattr(parameter, attribute) for parameter in batch.parameters]
 
     def _extended(self, batch: PrivateBatch) -> nn.Module:
         """The model as a graph of modules that BackPACK knows, sums and products between layers included.
@@ -151,13 +165,41 @@ class BackPackGGN(BackPackInterface, GGNInterface):
         if not isinstance(batch.x, Tensor):
             msg = f"{type(self).__name__} takes models of one tensor; got {type(batch.x).__name__} for inputs."
             raise UnsupportedError(msg)
-        try:
-            with warnings.catch_warnings():
-                # What "may break" would be wrong or fail later.
-                warnings.filterwarnings("error", "Encountered node that may break second-order extensions")
-                return extend(batch.bare, use_converter=True)
-        except (*CANNOT, UserWarning) as error:
-            raise self._package_cannot(error) from error
+        with self._translated(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = extend(batch.bare, use_converter=True)
+        for warning in said:
+            if "may break second-order extensions" in str(warning.message):  # it would be wrong, or fail later
+                msg = f"{warning.message} Use one of {self._takers_of_any_layer(None)}."
+                raise UnsupportedError(msg)
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return model
+
+    def _check_gradients(self, x: Inputs, y: Tensor, structure: HessianStructure | None) -> None:
+        """Compare the second-order pass, too, on two rows: it goes through modules and functions without weights.
+
+        Raises
+        ------
+        UnsupportedError
+            If it gives another diagonal than the Jacobians.
+        """
+        super()._check_gradients(x, y, structure)
+        if structure is None:
+            return
+        with torch.no_grad():
+            _, whole = self._private_network(x, y, None)
+            few = rows_of(whole.x, slice(0, 2), len(whole.y)), whole.y[:2]
+            (_, first), (_, second) = (self._private_network(*few, None) for _ in range(2))
+        Lambda = self.output_likelihood.hessian(first.f).dense()
+        J = self._jacobians(first)
+        expected = torch.einsum("ncp,nck,nkp->p", J, Lambda, J)
+        found = self.factor * flat(self._backward(second, "DiagGGNExact", "diag_ggn_exact"))
+        if not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max())):
+            msg = (
+                "BackPACK does not differentiate some module of this model rightly for second-order quantities (its "
+                f"diagonal and its Jacobians contradict each other). Use one of {self._takers_of_any_layer(None)}."
+            )
+            raise UnsupportedError(msg)
 
 
 class BackPackEF(BackPackInterface, EFInterface):

@@ -99,6 +99,7 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
     ------
     ``[P]``, P of them.
     """
+    assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -110,8 +111,14 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
         empty = [directions.new_zeros(n, parameter.numel()) for parameter in parameters]
         return torch.cat([zero if g is None else g.reshape(n, -1) for g, zero in zip(found, empty, strict=True)], 1)
 
-    together, eye = can_batch(rows, flat), torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-    for directions in eye.split(ROWS_AT_ONCE):
+    if not flat.requires_grad:  # a loss that is linear in the weights
+        yield from flat.new_zeros(len(flat), 1).expand(-1, len(flat))
+        return
+    together = can_batch(rows, flat)
+    for start in range(0, len(flat), ROWS_AT_ONCE):
+        n = min(ROWS_AT_ONCE, len(flat) - start)
+        directions = flat.new_zeros(n, len(flat))
+        directions.diagonal(start).fill_(1)
         yield from rows(directions, together=True) if together else (rows(one, together=False)[0] for one in directions)
 
 
@@ -130,7 +137,7 @@ def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # such as: an operation that is not vectorized and would only be slower
             batched = rows(probes, together=True)
-    except (RuntimeError, UserWarning):
+    except (RuntimeError, Warning):
         return False
     single = torch.cat([rows(probe, together=False) for probe in probes])
     precision = torch.finfo(flat.dtype).eps ** 0.5

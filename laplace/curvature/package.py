@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
-from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, outputs_of_known, private_head
+from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, flat, outputs_of_known, private_head
 from laplace.enums import HessianStructure, Likelihood
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import Positions
@@ -127,7 +127,11 @@ class PackageInterface(CurvatureInterface):
             )
             raise UnsupportedError(msg)
         with self._private(x, None, None) as (_, batch):
-            return self._jacobians(batch), batch.f
+            J = self._jacobians(batch)
+            if self._check_is_due():
+                mix = mixing(batch.f)
+                self._compare(x, batch.datum, torch.einsum("nc,ncp->np", mix, J), mix)
+            return J, batch.f
 
     def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
@@ -136,7 +140,7 @@ class PackageInterface(CurvatureInterface):
                 return batch.zeros(1).repeat(batch.n_data, 1), loss
             return batch.sum_positions(self._gradients(batch)), loss
 
-    # -- the private batch --------------------------------------------------------------------------------------------
+    # -- what it can take ---------------------------------------------------------------------------------------------
 
     @classmethod
     def objection(cls, structure: HessianStructure | None, layer: Any, x: Tensor) -> str | None:  # noqa: ARG003
@@ -172,7 +176,53 @@ class PackageInterface(CurvatureInterface):
                 loss = batch.f.new_zeros(()) if y is None else self.output_likelihood.nll(positions.f, positions.y)
             # Attention in a form that has all derivatives.
             with torch.enable_grad(), full_precision(batch.f.device), sdpa_kernel(SDPBackend.MATH), quiet_hooks():
+                if y is not None and not self.last_layer and len(batch.y) and self._check_is_due():
+                    self._check_gradients(x, y, structure)
                 yield loss, batch
+
+    # -- does the package see what the model does? --------------------------------------------------------------------
+
+    _n_passes = 0
+
+    def _check_is_due(self) -> bool:
+        """Whether to compare with autograd: at passes 1, 4, 16, 64 and so on."""
+        self._n_passes += 1
+        return self._n_passes.bit_count() == 1 and self._n_passes.bit_length() % 2 == 1
+
+    def _check_gradients(self, x: Inputs, y: Tensor, structure: HessianStructure | None) -> None:
+        """Compare gradients a row by the package with those of the user's own model."""
+        with torch.no_grad():
+            _, batch = self._private_network(x, y, None)
+        weights = mixing(batch.f[:, :1])
+        rows = weights * self._gradients(batch)
+        self._compare(x, batch.datum, rows, weights * self.output_likelihood.gradient(batch.f, batch.y))
+
+    def _compare(self, x: Inputs, datum: Tensor, rows: Tensor, direction: Tensor) -> None:
+        """Compare a weighted sum of derivatives a row with that of the user's own model, by autograd.
+
+        What hooks cannot see ends up here: functions that hold on to the model, data in another order, scripts.
+
+        Raises
+        ------
+        UnsupportedError
+            If they differ by more than rounding.
+        """
+        f = self.outputs(differentiable(x))
+        total = (f[datum].to(direction) * direction).sum()
+        parts = torch.autograd.grad(total, self.params, allow_unused=True)
+        zeros = [torch.zeros_like(parameter) for parameter in self.params]
+        expected = flat([zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]).to(rows)
+        size = float(rows.abs().sum(0).maximum(expected.abs()).max())
+        error = float((rows.sum(0) - expected).abs().max())
+        if not error <= max(1e-3, 16 * torch.finfo(f.dtype).eps) * size:
+            msg = (
+                f"{self.package} computes other gradients for this model than autograd does (they differ by "
+                f"{error / size:.1%}): something in it is not seen by the package's hooks, or rows of the batch change "
+                f"places inside. Use one of {self._takers_of_any_layer(None)}."
+            )
+            raise UnsupportedError(msg)
+
+    # -- the private batch --------------------------------------------------------------------------------------------
 
     def _private_head(
         self, x: Inputs, y: Tensor | None, structure: HessianStructure | None
@@ -198,8 +248,8 @@ class PackageInterface(CurvatureInterface):
         known = self.known_layers(structure)
         able = self._takers_of_any_layer(structure)
         with full_precision(self.params[0].device), sdpa_kernel(SDPBackend.MATH):
-            objection = partial(self.objection, structure)
-            f = outputs_of_known(model, x, known, objection, type(self).__name__, able)
+            objection, originals = partial(self.objection, structure), list(self.network.model.parameters())
+            f = outputs_of_known(model, x, known, originals, objection, type(self).__name__, able)
         if f.dim() != 2:
             able = alternatives(self, lambda cls: cls.takes_positions)
             msg = f"{type(self).__name__} takes outputs [batch, C]; got {list(f.shape)}. {able} take positions."
@@ -217,6 +267,11 @@ class PackageInterface(CurvatureInterface):
         soft = self.likelihood is Likelihood.CLASSIFICATION and y.is_floating_point()
         bare = model.model if isinstance(model, PrivateNetwork) else model
         return PrivateBatch(model, bare, x, y, y.argmax(-1) if soft else y, positions.f, datum, n_data)
+
+
+def mixing(f: Tensor) -> Tensor:
+    """Fixed numbers in the shape of ``f``, all different, by which to add rows up."""
+    return (1 + 2.3 * torch.arange(f.numel(), dtype=f.dtype, device=f.device).square()).cos().reshape(f.shape)
 
 
 UNMENTIONED = (

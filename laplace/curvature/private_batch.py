@@ -110,7 +110,12 @@ def private_head(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     dtype
         Of the copy.
     """
-    return structural_copy(layer, dtype).requires_grad_(True)
+    # A plain layer, without the hooks of a user: that outputs are those of the weights is checked with the features.
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    twin.weight = nn.Parameter(layer.weight.detach().to(dtype))
+    if layer.bias is not None:
+        twin.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return twin
 
 
 Objection = Callable[[nn.Module, Tensor], "str | None"]
@@ -118,7 +123,13 @@ Objection = Callable[[nn.Module, Tensor], "str | None"]
 
 
 def outputs_of_known(
-    model: nn.Module, x: Inputs, known: frozenset[type[nn.Module]] | None, objection: Objection, backend: str, able: str
+    model: nn.Module,
+    x: Inputs,
+    known: frozenset[type[nn.Module]] | None,
+    originals: Sequence[Tensor],
+    objection: Objection,
+    backend: str,
+    able: str,
 ) -> Tensor:
     """Outputs of a private network, after a check that hooks on its layers see all that its random weights do.
 
@@ -130,6 +141,8 @@ def outputs_of_known(
         A batch of inputs.
     known
         Layers whose weights the package knows; ``None`` when it differentiates like autograd, without hooks.
+    originals
+        Weights of the user's model: nothing in the copy may use them.
     objection
         Of the package, to a layer of these kinds.
     backend, able
@@ -156,9 +169,20 @@ def outputs_of_known(
         if known is not None and type(layer) not in known:
             choices = ", ".join(sorted(cls.__name__ for cls in known))
             refuse(name, f"it is a {type(layer).__name__}, and known are the weights of {choices}")
-    uses = Uses(list(random.values()))
+        others = sorted({key for key, _ in layer.named_parameters(recurse=False)} - {"weight", "bias"})
+        if known is not None and others:
+            refuse(name, f"it has further parameters ({', '.join(others)})")
+        if known is not None and vars(layer)["_forward_hooks"]:
+            refuse(name, "a forward hook on it may change its outputs unseen")
+    uses = Uses([*random.values(), *originals])
     with inputs_of(layers if known is not None else {}) as whole, uses:
         f = model(x)
+    if any(uses.counts[id(parameter)] for parameter in originals):
+        msg = (
+            f"{backend} works on a copy of the model's modules, and a function that is an attribute of this one still "
+            f"uses the weights of the original. Make it a method, or use one of {able}."
+        )
+        raise UnsupportedError(msg)
     for name, parameter in random.items():
         if not uses.counts[id(parameter)]:
             refuse(name, "the outputs of the batch do not depend on it")

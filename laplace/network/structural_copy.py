@@ -1,6 +1,6 @@
 """Private copies of models for packages that leave hooks, attributes and gradients on the modules they work with.
 
-A copy has modules of its own and shares the storage of parameters and buffers, so it costs no memory worth naming.
+A copy has modules and buffers of its own, and shares the storage of parameters and of other tensors of the model.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from laplace.errors import UnsupportedError
 
 
 def structural_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy the modules of a model; its parameters and buffers become views of the same storage.
+    """Copy the modules and buffers of a model; its parameters become views of the same storage.
 
     Parameters
     ----------
     model
         Any module.
     dtype
-        Of the copy's floating-point parameters and buffers; where it differs from theirs, these are converted and no
-        longer shared.
+        Of the copy's floating-point parameters and buffers; where it differs from theirs, parameters are converted and
+        no longer shared.
 
     Returns
     -------
-    A model of its own: hooks, attributes, gradients and flags set on it are not seen by the original. Layers that work
-    in place do not in the copy, since packages need their inputs.
+    A model of its own: hooks, attributes, gradients, buffers and flags set on it are not seen by the original. Layers
+    that work in place do not in the copy, since packages need their inputs.
 
     Raises
     ------
@@ -40,10 +40,14 @@ def structural_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         If an attribute of the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        alias = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(alias, requires_grad=tensor.requires_grad) if is_parameter else alias
+    for module in model.modules():
+        # Such as caches, and weights that a hook computes again before each pass.
+        memo.update({id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)})
+    for buffer in model.buffers():
+        memo[id(buffer)] = (buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()).clone()
+    for parameter in model.parameters():
+        alias = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
+        memo[id(parameter)] = nn.Parameter(alias, requires_grad=parameter.requires_grad)
     try:
         twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
