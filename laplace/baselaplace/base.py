@@ -60,6 +60,8 @@ class BaseLaplace(ABC):
         If a hyperparameter is not finite or not positive.
     """
 
+    _output_temperature: float = 1.0
+
     def __init__(
         self,
         model: nn.Module,
@@ -196,8 +198,7 @@ class BaseLaplace(ABC):
         """T of the tempered likelihood; assign a float.
 
         An assigned value must be one positive and finite number (``InputError``). It tempers the likelihood and
-        so widens (T > 1) or narrows the posterior; temperature scaling of predictions is
-        ``laplace.evaluation.fit_temperature``.
+        so widens (T > 1) or narrows the posterior; temperature scaling of predictions is ``output_temperature``.
         """
         return self._temperature
 
@@ -209,6 +210,27 @@ class BaseLaplace(ABC):
             raise InputError(msg)
         self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
         self._hyperparameters_changed()
+
+    @property
+    def output_temperature(self) -> float:
+        """What logits are divided by before the link, when predicting: above 1 it softens, below 1 it sharpens.
+
+        It is what temperature scaling chooses; ``tune`` chooses it together with the prior precision. The posterior
+        does not depend on it. An assigned value must be one positive and finite number (``InputError``), and 1 for
+        regression (``UnsupportedError``).
+        """
+        return self._output_temperature
+
+    @output_temperature.setter
+    def output_temperature(self, value: float | Tensor) -> None:
+        checked = self._checked("output_temperature", value, positive=True)
+        if checked.numel() != 1:
+            msg = f"output_temperature must be one number; got the shape {list(checked.shape)}."
+            raise InputError(msg)
+        if LIKELIHOODS[self.likelihood].has_noise and float(checked) != 1:
+            msg = "output_temperature divides logits before the link; outputs of regression pass none. Leave it at 1."
+            raise UnsupportedError(msg)
+        self._output_temperature = float(value)
 
     @staticmethod
     def _handed_out(value: Tensor) -> Tensor:
@@ -247,15 +269,16 @@ class BaseLaplace(ABC):
 
     @property
     def _output_likelihood(self) -> AbstractLikelihood:
-        """The likelihood with its present noise and temperature, in the precision of the evidence."""
+        """The likelihood with its present noise and temperatures, in the precision of the evidence."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise.to(self._dtype), temperature)
+        return resolve(self.likelihood, self._sigma_noise.to(self._dtype), temperature, self._output_temperature)
 
     @property
     def _frozen_likelihood(self) -> AbstractLikelihood:
         """The same, cut off the graph of its hyperparameters."""
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise.detach().to(self._dtype), temperature.detach())
+        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        sigma_noise = self._sigma_noise.detach().to(self._dtype)
+        return resolve(self.likelihood, sigma_noise, temperature, self._output_temperature)
 
     # -- back end -----------------------------------------------------------------------------------------------------
 

@@ -133,6 +133,8 @@ class AbstractLikelihood(ABC):
     """Whether ``sigma_noise`` has a meaning."""
     has_link: ClassVar[bool] = False
     """Whether outputs pass a nonlinear link, so that ``link_approx`` has a meaning."""
+    output_temperature: float | Tensor = 1.0
+    """What logits are divided by before the link, when predicting: T > 1 softens, T < 1 sharpens."""
     n_items: ClassVar[int] = 1
     """How many inputs a target compares: 2 for preferences between pairs, whose probabilities ``fitting=True`` asks."""
 

@@ -226,6 +226,10 @@ class AbstractCurvature(ABC):
         """
         return self.posterior(prior, **options).logdet()
 
+    def basis(self, prior: GaussianPrior, *, features: bool) -> Any:  # noqa: ARG002
+        """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives; ``None``: none."""
+        return None
+
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The matrix, ``[P, P]``: for small problems and tests."""

@@ -22,6 +22,7 @@ from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
+from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron_decomposed import KronDecomposed, apply_blocks
 from laplace.types import Scalar
 
@@ -128,6 +129,17 @@ class KronCurvature(AbstractCurvature):
         """
         decomposed = replace(self.decomposed, **options)
         return decomposed * self.scale + prior.per_layer()
+
+    def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
+        """The eigenvectors of the factors: of the inputs' side alone for features, whose outputs stay as they are."""
+        vectors = self.decomposed.eigenvectors
+
+        def posterior(curvature: KronCurvature, prior: GaussianPrior, **options: Any) -> KronDecomposed:
+            # Where two blocks share their first side they still do.
+            kept = [[block[0] if features else None, *[None] * (len(block) - 1)] for block in vectors]
+            return replace(curvature.posterior(prior, **options), eigenvectors=kept)
+
+        return RotatedGroups(posterior, vectors, self.decomposed.shapes)
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The block-diagonal matrix."""
