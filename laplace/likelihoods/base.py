@@ -140,12 +140,12 @@ class AbstractLikelihood(ABC):
 
     @property
     @abstractmethod
-    def scale(self) -> Scalar:
-        """Factor of the negative log-likelihood, ``1/(σ² T)``; σ = 1 where noise has no meaning."""
+    def scale(self) -> Tensor:
+        """Factor of the negative log-likelihood, ``1/(σ² T)``, ``[]`` or ``[C]`` by output; σ = 1 where noise has no meaning."""
 
     @abstractmethod
-    def curvature_scale(self, kind: CurvatureKind) -> Scalar:
-        """Factor of the curvature: ``1/(σ² T)``, for the empirical Fisher ``1/(σ⁴ T)``.
+    def curvature_scale(self, kind: CurvatureKind) -> Tensor:
+        """Factor of the curvature: ``1/(σ² T)``, ``[]`` or ``[C]`` by output; for the empirical Fisher ``1/(σ⁴ T)``.
 
         Parameters
         ----------

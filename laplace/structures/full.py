@@ -45,7 +45,7 @@ class FullCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.FULL
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, FullCurvature]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, FullCurvature]:
         """Ask the back end for the dense matrix."""
         nll, matrix = backend.full(x, y, **options)
         return nll, cls(matrix)
@@ -87,6 +87,11 @@ class FullCurvature(AbstractCurvature):
     def __mul__(self, factor: float | Tensor) -> FullCurvature:
         """Scale the matrix; its eigenvalues are shared."""
         return replace(self, scale=self.scale * factor)
+
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> FullCurvature:
+        """√f_i H_ij √f_j."""
+        root = factors.sqrt()
+        return replace(self, matrix=root.unsqueeze(1) * self.matrix * root, _cache={})
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> FullPrecision:
         """Add the prior; any prior fits."""
