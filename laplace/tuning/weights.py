@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood
 from laplace.network import Batch, WholeNetwork, training
+from laplace.network.batches import differentiable
 from laplace.prior import GaussianPrior
 from laplace.types import Scalar
 
@@ -68,11 +69,12 @@ class MAPObjective:
         theta = torch.cat([parameter.reshape(-1) for parameter in self.network.subset.parameters])
         penalty = 0.5 * self.prior.scatter(theta) / self.likelihood.scale
         _check_finite(penalty, "weights")
-        f = self.network(batch.x)
-        positions = self.likelihood.flatten(f, batch.y)
+        x, y = differentiable((batch.x, batch.y))
+        f = self.network(x)
+        positions = self.likelihood.flatten(f, y)
         positions = positions.to(torch.promote_types(f.dtype, torch.float32))
         nll = self.likelihood.nll(positions.f, positions.y)
-        loss = nll / len(batch.y) + penalty / self.n_rows
+        loss = nll / len(y) + penalty / self.n_rows
         _check_finite(loss, "loss")
         return loss * (2 / f.shape[-1]) if self.likelihood.has_noise else loss
 
@@ -131,16 +133,14 @@ def train_epoch(
         total, n_rows = total + seen[0] * len(batch.y), n_rows + len(batch.y)
     if not n_rows:
         msg = (
-            "train_loader yields nothing when it is read again. It has to begin anew in every epoch: pass a DataLoader, "
+            "train_loader yields nothing when it is read again. It has to begin anew in every epoch: use a DataLoader, "
             "a list of batches, or an object whose __iter__ starts from the first batch."
         )
         raise InputError(msg)
     return total / n_rows
 
 
-def make_optimizer(
-    parameters: Iterable[Tensor], cls: Callable[..., torch.optim.Optimizer], options: dict[str, Any] | None
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[Tensor], cls: Any, options: dict[str, Any] | None) -> torch.optim.Optimizer:
     """Construct the optimizer of the weights.
 
     Parameters
@@ -159,10 +159,11 @@ def make_optimizer(
     UnsupportedError
         If it is no class, or the optimizer decays weights.
     """
+    construct: Callable[..., torch.optim.Optimizer] = cls
     if not callable(cls):
         msg = f"optimizer_cls must be a class of torch.optim, such as torch.optim.Adam; got {cls!r}."
         raise UnsupportedError(msg)
-    optimizer = cls(list(parameters), **(options or {}))
+    optimizer = construct(list(parameters), **(options or {}))
     decay = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
     if decay:
         msg = (
@@ -173,9 +174,7 @@ def make_optimizer(
     return optimizer
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, cls: Callable[..., LRScheduler] | None, options: dict[str, Any] | None
-) -> LRScheduler | None:
+def make_scheduler(optimizer: torch.optim.Optimizer, cls: Any, options: dict[str, Any] | None) -> LRScheduler | None:
     """Construct the scheduler of the learning rate.
 
     Parameters
@@ -199,7 +198,8 @@ def make_scheduler(
             msg = "scheduler_kwargs are keywords of a scheduler; pass its class as scheduler_cls."
             raise UnsupportedError(msg)
         return None
-    scheduler = cls(optimizer, **(options or {})) if callable(cls) else None
+    construct: Callable[..., LRScheduler] = cls
+    scheduler = construct(optimizer, **(options or {})) if callable(cls) else None
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         msg = (
             "scheduler_cls must be a class of torch.optim.lr_scheduler that steps after each batch, without arguments, "
