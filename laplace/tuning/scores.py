@@ -99,7 +99,7 @@ NEEDS_LINK, NEEDS_NOISE = {"brier", "ece"}, {"crps"}
 
 
 def choose_score(
-    loss: str | Loss | RunningMetric | None, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss"
+    loss: Any, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss"
 ) -> Score:
     """Turn what the user passed into a score.
 
