@@ -100,7 +100,8 @@ class FullCurvature(AbstractCurvature):
 
     def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:
         """Σ log(s λ + δ) for a scalar prior: O(P) once the eigenvalues are known; else by Cholesky, O(P³)."""
-        if prior.precision.numel() == 1:
+        # Eigenvalues are kept for all calls, so that no gradient goes through the matrix itself.
+        if prior.precision.numel() == 1 and not self.matrix.requires_grad:
             shifted = self.eigenvalues * self.scale + prior.precision
             if bool((shifted > 0).all()):
                 return shifted.log().sum()

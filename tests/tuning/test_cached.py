@@ -122,13 +122,18 @@ def test_batches_of_features_become_one_and_keep_only_what_counts():
 def test_batches_with_different_numbers_of_positions_are_one_list_of_rows():
     noise = generator(3)
     shapes = [(2, 3), (4, 5)]
-    batches = [((torch.randn(*s, C, generator=noise), torch.randn(*s, D, generator=noise)), torch.zeros(s).long()) for s in shapes]
+    batches = [
+        ((torch.randn(*s, C, generator=noise), torch.randn(*s, D, generator=noise)), torch.zeros(s).long())
+        for s in shapes
+    ]
     data = CachedData.collect(batches, lambda x: FeatureLinearization(*x, True), resolve("classification"))
     ((get, positions),) = data.batches
     assert get().phi.shape == (26, D)
     assert_close(get().phi, torch.cat([x[1].flatten(0, 1) for x, _ in batches]))
     # A datum of the second batch is another one than those of the first.
-    assert positions.datum.tolist() == [n for n in range(2) for _ in range(3)] + [2 + n for n in range(4) for _ in range(5)]
+    assert positions.datum.tolist() == [n for n in range(2) for _ in range(3)] + [
+        2 + n for n in range(4) for _ in range(5)
+    ]
 
 
 def test_many_posteriors_score_as_one_at_a_time():

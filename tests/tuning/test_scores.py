@@ -41,7 +41,10 @@ def test_crps_is_the_expected_distance_less_half_the_spread():
         total += float(torch.trapezoid((cdf - (grid >= y).double()).square(), grid))
     assert float(score.additive(REGRESSION, MEAN, VAR, TARGETS, probit)) == pytest.approx(total, rel=1e-3)
     covariance = torch.diag_embed(VAR)
-    assert_close(score.additive(REGRESSION, MEAN, covariance, TARGETS, probit), score.additive(REGRESSION, MEAN, VAR, TARGETS, probit))
+    assert_close(
+        score.additive(REGRESSION, MEAN, covariance, TARGETS, probit),
+        score.additive(REGRESSION, MEAN, VAR, TARGETS, probit),
+    )
 
 
 def test_the_calibration_error_takes_hard_and_soft_labels():
