@@ -111,8 +111,8 @@ class TunedPosterior(CheckpointedPosterior):
         """
         if temperature:
             msg = (
-                "The evidence grows without end with the temperature of the likelihood, which is not normalized: no value "
-                "is best. Choose the output temperature on validation data instead: tune(val_loader)."
+                "The evidence grows without end with the temperature of the likelihood, which is not normalized: no "
+                "value is best. Choose the output temperature on validation data instead: tune(val_loader)."
             )
             raise UnsupportedError(msg)
         how = choose(TuningMethod, method, "method")
@@ -236,7 +236,7 @@ class TunedPosterior(CheckpointedPosterior):
         measure = tuning.choose_score(score, problem.likelihood(), options.pred_type, keyword="score")
         if measure.name == "ece":
             msg = (
-                "tune needs a proper score; the calibration error is best for a network that predicts the share of every "
+                "tune needs a proper score; the calibration error is best for a network that predicts the share of each "
                 'class. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
             )
             raise UnsupportedError(msg)
@@ -363,7 +363,7 @@ class TunedPosterior(CheckpointedPosterior):
 
     def _take_over(self, found: tuning.Tuning, verbose: bool) -> tuning.Tuning:
         """Assign what was found, all of it or nothing."""
-        before = {key: value for key, value in vars(self).items()}
+        before = dict(vars(self))
         try:
             for name, value in found.hyperparameters.items():
                 setattr(self, name, value.detach())

@@ -152,8 +152,8 @@ def _spectral(curvature: FullCurvature, prior: GaussianPrior) -> DiagPrecision:
     spectrum = curvature.eigenvalues * curvature.scale + prior.precision
     if bool((spectrum <= 0).any()):
         msg = (
-            f"The posterior precision is not positive definite: its smallest eigenvalue is {float(spectrum.min()):.3e}. "
-            "A true Hessian away from a minimum is indefinite: use a GGN back end, or a larger prior precision."
+            f"The posterior precision is not positive definite: its smallest eigenvalue is "
+            f"{float(spectrum.min()):.3e}. A true Hessian away from a minimum is indefinite: use a GGN back end, or a larger prior precision."
         )
         raise NotPositiveDefiniteError(msg)
     return DiagPrecision(spectrum)

@@ -306,8 +306,8 @@ def _warn_at_limits(joint: Joint, chosen: Mapping[str, Tensor], scale: float, ca
             )
         elif bool(((value <= low * 1.001) | (value >= high * 0.999)).any()):
             msg = (
-                f"The best {name.replace('_', ' ')} stays at its limits ({low:.3g} to {high:.3g}); the score may improve "
-                f"beyond them. Pass other limits={{{name!r}: (low, high)}}."
+                f"The best {name.replace('_', ' ')} stays at its limits ({low:.3g} to {high:.3g}); the score may "
+                f"improve beyond them. Pass other limits={{{name!r}: (low, high)}}."
             )
         else:
             continue

@@ -149,7 +149,8 @@ def _named(name: str, likelihood: AbstractLikelihood, keyword: str) -> Score:
         )
         raise UnsupportedError(msg)
     if name not in known:
-        msg = f"{keyword} must be one of {', '.join(map(repr, known))} for {likelihood.name.value}, or a function; got {name!r}."
+        names = ", ".join(map(repr, known))
+        msg = f"{keyword} must be one of {names} for {likelihood.name.value}, or a function; got {name!r}."
         raise UnsupportedError(msg)
     if name == "ece":
         return Score(name, whole=_calibration_error)
