@@ -236,8 +236,8 @@ class TunedPosterior(CheckpointedPosterior):
         measure = tuning.choose_score(score, problem.likelihood(), options.pred_type, keyword="score")
         if measure.name == "ece":
             msg = (
-                "tune needs a proper score; the calibration error is best for a network that predicts the share of each "
-                'class. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
+                "tune needs a proper score; the calibration error is best for a network that predicts shares of "
+                'classes. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
             )
             raise UnsupportedError(msg)
         allowed = dict(tuning.LIMITS)

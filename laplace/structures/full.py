@@ -123,7 +123,8 @@ class FullCurvature(AbstractCurvature):
         if "eigenvectors" not in self._cache:
             with torch.no_grad():
                 values, self._cache["eigenvectors"] = torch.linalg.eigh(self.matrix)
-                self._cache["eigenvalues"] = _without_rounding(values)
+                # Eigenvalues that were computed alone differ in their last bits, and have been handed out.
+                self._cache.setdefault("eigenvalues", _without_rounding(values))
         return self._cache["eigenvectors"]
 
     def basis(self, prior: GaussianPrior, *, features: bool) -> DenseBasis | None:  # noqa: ARG002
@@ -153,7 +154,8 @@ def _spectral(curvature: FullCurvature, prior: GaussianPrior) -> DiagPrecision:
     if bool((spectrum <= 0).any()):
         msg = (
             f"The posterior precision is not positive definite: its smallest eigenvalue is "
-            f"{float(spectrum.min()):.3e}. A true Hessian away from a minimum is indefinite: use a GGN back end, or a larger prior precision."
+            f"{float(spectrum.min()):.3e}. A true Hessian away from a minimum is indefinite: use a GGN back end, or a "
+            "larger prior precision."
         )
         raise NotPositiveDefiniteError(msg)
     return DiagPrecision(spectrum)
