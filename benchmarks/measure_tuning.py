@@ -10,6 +10,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,11 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> None:
     one = DataLoader(TensorDataset(x[:1], y[:1]))
     first: list[float] = []
     if not peer:  # what the first search computes and the next ones find: on one row, that and nothing else
-        fitted().optimize_prior_precision(method="gridsearch", val_loader=one, grid_size=1)  # warms up
+        search = {"method": "gridsearch", "val_loader": one, "grid_size": 1}
+        fitted().optimize_prior_precision(**search)  # warms up
         for _ in range(config["repeats"]):
-            again = fitted()
-            spent = [
-                1e3 * seconds(lambda: again.optimize_prior_precision(method="gridsearch", val_loader=one, grid_size=1))
-                for _ in range(2)
-            ]
-            first.append(spent[0] - spent[1])
+            call = partial(fitted().optimize_prior_precision, **search)
+            first.append(1e3 * (seconds(call) - seconds(call)))
         print(json.dumps({"eigendecomposition": sorted(first)[len(first) // 2]}), flush=True)
     for name, action in actions(la, loader, config, peer).items():
         timed = interleave({"bare": bare, name: action}, 1 if peer else config["repeats"], warm_up=not peer)

@@ -295,7 +295,8 @@ def verdicts(runs: list[dict[str, Any]]) -> str:
         cells = [signed(run["default_minus_scaled"].get("nll"))]
         for name in ("photographs", "classes"):
             variance = run["relative_variances"].get(name)
-            cells += [signed(run["default_minus_scaled"].get(f"ood {name}")), (variance and f"{variance:.2f}") or ""]
+            shown_variance = "" if variance is None else f"{variance:.2f}"
+            cells += [signed(run["default_minus_scaled"].get(f"ood {name}")), shown_variance]
         lines.append([run["data"], run["seed"], shown, *cells])
     columns = ["ΔNLL", "ΔOOD, photographs", "their variance", "ΔOOD, classes", "their variance"]
     return markdown(["", "seed", "precision, T or σ", *columns], lines)
