@@ -168,7 +168,10 @@ class TunablePosterior(CheckpointedPosterior):
             msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
             raise UnsupportedError(msg)
         if noise == "per_output" and not self._last_layer:
-            msg = "noise='per_output' needs a last layer, whose weights belong to outputs; use noise='scalar'."
+            msg = (
+                "noise='per_output' is chosen for a last layer, whose weights belong to outputs. For weights that outputs "
+                "share use noise='scalar', or assign a sigma_noise for each output and call fit again."
+            )
             raise UnsupportedError(msg)
         if has_noise:
             return (None, 0) if noise == "keep" else ("sigma_noise", 2 if noise == "per_output" else 1)
