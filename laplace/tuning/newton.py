@@ -24,6 +24,8 @@ from laplace.types import Features, Outputs, Scalar, Targets
 
 DENSE_PARAMS = 512
 """Up to so many weights the Hessian is built and factorized; beyond, it only multiplies vectors."""
+ROUNDINGS = 32
+"""A decrease by less than so many rounding units of the loss is left to one last step."""
 MAX_STEPS = 100
 MAX_PRODUCTS = 200
 """Newton steps, and products with the Hessian for one of them."""
@@ -210,7 +212,7 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
         direction = head.newton_direction(f, gradient, min(0.1, (norm / first) ** 0.5))
         slope = float(gradient @ direction)
         left = -0.5 * slope
-        if left <= eps * max(1.0, abs(float(value))):
+        if left <= ROUNDINGS * eps * max(1.0, abs(float(value))):
             return theta + direction
         found = _descend(head, theta, direction, float(value), slope)
         if found is None:
