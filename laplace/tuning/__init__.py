@@ -1,8 +1,9 @@
 """Choosing hyperparameters (``optimize_prior_precision``, ``log_marginal_likelihood``)."""
 
 from laplace.tuning.gridsearch import Loss, Validation, log_grid, search
-from laplace.tuning.kfold import HeadData, cross_validation_scores
-from laplace.tuning.loo import leave_one_out_score
+from laplace.tuning.head import HeadData
+from laplace.tuning.kfold import cross_validation_scores
+from laplace.tuning.loo import leave_one_out_score, refitted_leave_one_out_scores
 from laplace.tuning.marglik import log_likelihood, log_marginal_likelihood, optimize
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
 
@@ -18,6 +19,7 @@ __all__ = [
     "log_likelihood",
     "log_marginal_likelihood",
     "optimize",
+    "refitted_leave_one_out_scores",
     "search",
     "validate",
 ]

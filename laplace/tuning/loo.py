@@ -6,7 +6,7 @@ the loader: all its positions are left out together, and each is scored by itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,8 +19,10 @@ from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.predictive.linearization import Linearization
 from laplace.predictive.pushforward import Options
-from laplace.structures import AbstractPrecision, DiagPrecision, FullPrecision
+from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision, FullPrecision
 from laplace.tuning.gridsearch import Loss, Validation
+from laplace.tuning.head import HeadData, posteriors, same
 from laplace.tuning.removal import Terms, from_dense, from_diagonal
 
 
@@ -117,8 +119,11 @@ def leave_one_out_score(
     -----
     The covariance without a datum is exact for the structure where the curvature is the generalized Gauss–Newton matrix
     (or the empirical Fisher) at the data as collected. The mean is exact for a linear model with Gaussian likelihood
-    and full structure at its optimum under this very prior, else one Newton step from the trained weights in the
-    metric of the structure: they are never refitted, also where the prior changes. Cost of a batch: full, that of its
+    and full structure at its optimum under this very prior, else one Newton step in the metric of the structure.
+
+    The trained weights stay where they are. The stronger the prior, the less they move without a datum: the score tends
+    to the training loss and rewards strong priors, whatever the data say. So compare noise, temperatures, structures or
+    models by it; compare priors only by ``refitted_leave_one_out_scores``. Cost of a batch: full, that of its
     predictive covariances and O(B (T C)³); diagonal, O(B T C D) for a last layer and O(B (T C)² P) for a whole network.
 
     References
@@ -131,6 +136,80 @@ def leave_one_out_score(
         raise UnsupportedError(_NO_FUNCTIONS)
     without = leave_one_out(data, precision, likelihood, dtype, kind=kind)
     return without.score(precision, likelihood, options, loss, dtype)
+
+
+def refitted_leave_one_out_scores(
+    data: HeadData,
+    priors: Sequence[GaussianPrior],
+    likelihood: AbstractLikelihood,
+    structure: type[AbstractCurvature],
+    options: Options,
+    loss: Loss | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    initial: Float[Tensor, " params"] | None = None,
+) -> Float[Tensor, " priors"]:
+    """Score priors over a last layer: each by its own mode, from which every datum is left out in closed form.
+
+    The features are those of the trained network and have seen all data, as in ``cross_validation_scores``: the score
+    is optimistic, the more the longer the network was trained.
+
+    Parameters
+    ----------
+    data
+        Features and targets of the training data.
+    priors
+        The grid, over the weights of the head.
+    likelihood
+        With its noise and temperature.
+    structure
+        Of the curvature, ``"full"`` or ``"diag"``.
+    options
+        How to predict, with ``pred_type="glm"``. Its generator is not used.
+    loss
+        As in ``Validation.score``; ``None`` for the mean negative log predictive density.
+    generator
+        Source of sampled predictions; each prior meets the same random numbers. A generator with seed 0 when ``None``:
+        the global one is left alone.
+    initial
+        Weights of the head to start from, ``[P]``; the prior mean when ``None``. They change the time, not the result.
+
+    Returns
+    -------
+    ``[priors]``, float64, to minimize; by default nats a position.
+
+    Raises
+    ------
+    UnsupportedError
+        If the structure is no sum over data, predictions are to be sampled through weights, or targets compare inputs.
+    ShapeError
+        If the priors are not over the weights of a head with these features.
+    NotPositiveDefiniteError
+        If the posterior without some datum is none.
+
+    Warns
+    -----
+    NumericalWarning
+        If weights did not reach their optimum.
+
+    Notes
+    -----
+    With the full structure and a Gaussian likelihood exactly cross-validation with a fold for each datum, else the
+    first order of it. One prior costs a few Newton steps (``newton.mode``) and one ``leave_one_out_score``.
+
+    References
+    ----------
+    As in ``leave_one_out_score``.
+    """
+    scores = torch.empty(len(priors), dtype=torch.float64)
+    source = torch.Generator().manual_seed(0) if generator is None else generator
+    seed = int(torch.randint(2**62, (), generator=source, device=source.device))
+    for index, head, theta, precision in posteriors(data, priors, likelihood, structure, initial):
+        inputs, positions = data.by_datum(head.outputs(theta))
+        at_mode = Validation([(partial(same, inputs), positions)])
+        drawn = replace(options, generator=torch.Generator(data.phi.device).manual_seed(seed))
+        scores[index] = leave_one_out_score(at_mode, precision, likelihood, drawn, loss, data.phi.dtype)
+    return scores
 
 
 def leave_one_out(

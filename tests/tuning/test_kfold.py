@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from laplace.enums import LinkApprox
-from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.errors import InputError
 from laplace.likelihoods import resolve
 from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.structures import STRUCTURES
 from laplace.tuning import HeadData, cross_validation_scores
+from laplace.tuning.kfold import folds
 from tests import reference
 from tests.cases import STRUCTURES as NAMES
 from tests.cases import named
@@ -77,10 +78,10 @@ def refit(likelihood, phi, y, delta):
     return layer
 
 
-def brute_force(data, likelihood, structure, delta, folds):
+def brute_force(data, likelihood, structure, delta, split):
     """Mean negative log predictive density over folds, each from a refit and a dense posterior."""
     total, scale = 0.0, SIGMA**-2 if likelihood == "regression" else 1.0
-    for train, held in folds:
+    for train, held in split:
         layer = refit(likelihood, data.phi[train], data.y[train], delta)
         names = ("weight", "bias")
         fold = reference.Problem(layer, lambda m, x: m(x), names, data.phi[train], data.y[train], likelihood, C)
@@ -107,9 +108,9 @@ def fold_curvature(fold, structure):
 @pytest.mark.parametrize("structure", NAMES)
 def test_scores_are_those_of_explicit_refits_fold_by_fold(likelihood, structure):
     data = problem(likelihood)
-    folds = list(data.folds(3, generator(7)))
+    split = list(folds(data, 3, generator(7)))
     found = scores(data, likelihood, structure, n_folds=3, generator=generator(7))
-    expected = [brute_force(data, likelihood, structure, delta, folds) for delta in GRID]
+    expected = [brute_force(data, likelihood, structure, delta, split) for delta in GRID]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-7, atol=0)  # what L-BFGS reaches
 
 
@@ -135,20 +136,20 @@ def test_with_a_strong_prior_every_class_is_equally_likely():
 
 @pytest.mark.parametrize("n_folds", [2, 3, N])
 def test_every_row_is_held_out_once_and_folds_differ_by_one_datum_at_most(n_folds):
-    folds = list(problem("regression").folds(n_folds, generator(0)))
-    assert len(folds) == n_folds
-    assert torch.equal(torch.cat([held for _, held in folds]).sort().values, torch.arange(N))
-    for train, held in folds:
+    split = list(folds(problem("regression"), n_folds, generator(0)))
+    assert len(split) == n_folds
+    assert torch.equal(torch.cat([held for _, held in split]).sort().values, torch.arange(N))
+    for train, held in split:
         assert torch.equal(torch.cat([train, held]).sort().values, torch.arange(N))
-    assert {len(held) for _, held in folds} <= {N // n_folds, N // n_folds + 1}
+    assert {len(held) for _, held in split} <= {N // n_folds, N // n_folds + 1}
 
 
 def test_all_positions_of_a_datum_are_in_one_fold():
     datum = torch.tensor([9, 2, 2, 2, 5, 5, 7, 9])
     data = HeadData(torch.zeros(8, D), torch.zeros(8, C), True, datum)
-    folds = list(data.folds(4, generator(0)))
-    assert sorted(len(held) for _, held in folds) == [1, 2, 2, 3]
-    for train, held in folds:
+    split = list(folds(data, 4, generator(0)))
+    assert sorted(len(held) for _, held in split) == [1, 2, 2, 3]
+    for train, held in split:
         assert not set(datum[train].tolist()) & set(datum[held].tolist())
 
 
@@ -217,22 +218,6 @@ def test_a_loss_of_the_users_own_is_averaged_over_rows():
     assert float(found) == pytest.approx(float(brier(*everything)))
 
 
-# -- what is collected ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["classification", "masked_positions", "positions_regression", "soft_positions"])
-def test_batches_are_collected_to_unmasked_rows_and_their_data(name):
-    case = named(name)
-    la, problem = fitted(case, "diag"), case.problem()
-    data = HeadData.collect(collected(la, case.batches(1, 2)), torch.float64)
-    D = problem.model.head.in_features
-    kept = [(n, t) for n, datum in enumerate(problem.data) for t in datum.kept]
-    assert data.datum.tolist() == [n for n, _ in kept]
-    assert_close(data.phi, torch.stack([problem.data[n].J[t * case.n_outputs, :D] for n, t in kept]))
-    targets = [case.data()[1][n].reshape(len(problem.data[n].f), *data.y.shape[1:])[t] for n, t in kept]
-    assert torch.equal(data.y, torch.stack(targets))
-
-
 def test_batches_change_nothing():
     case = named("masked_positions")
     la = fitted(case, "full")
@@ -243,26 +228,6 @@ def test_batches_change_nothing():
             cross_validation_scores(data, [la._prior], la._frozen_likelihood, STRUCTURES["full"], Options(), n_folds=2)
         )
     assert_close(*found)
-
-
-def test_whole_networks_and_pairs_are_refused():
-    case = named("preferences")
-    la = fitted(case, "full")
-    with pytest.raises(UnsupportedError, match="reward modeling"):
-        HeadData.collect(collected(la, case.batches(4)), torch.float64)
-    with pytest.raises(UnsupportedError, match="compare two inputs"):
-        cross_validation_scores(
-            problem("classification"), [prior(1.0)], resolve("reward_modeling"), STRUCTURES["full"], Options()
-        )
-
-
-@pytest.mark.parametrize("sizes", [[(C * D + 1, C)], [SIZES, (2 * D, 2)], []])
-def test_priors_over_other_weights_are_refused(sizes):
-    priors = [GaussianPrior(torch.zeros(()), torch.ones(1), size) for size in sizes]
-    with pytest.raises(ShapeError, match="a multiple of 5 weights for 4 features and a bias"):
-        cross_validation_scores(
-            problem("regression"), priors, named_likelihood("regression"), STRUCTURES["full"], Options()
-        )
 
 
 @likelihoods

@@ -9,8 +9,16 @@ from laplace.enums import LinkApprox, PredType
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import resolve
 from laplace.predictive import FeatureLinearization, Options
-from laplace.structures import DiagPrecision, FullPrecision
-from laplace.tuning import Validation, leave_one_out_score
+from laplace.prior import GaussianPrior
+from laplace.structures import STRUCTURES, DiagPrecision, FullPrecision
+from laplace.tuning import (
+    HeadData,
+    Validation,
+    cross_validation_scores,
+    leave_one_out_score,
+    refitted_leave_one_out_scores,
+)
+from laplace.tuning.head import HeadBackend, posteriors
 from laplace.tuning.loo import LeftOut, leave_one_out
 from tests import reference
 from tests.cases import named
@@ -176,3 +184,90 @@ def test_there_are_no_functions_that_leave_out_each_datum_at_its_own_input():
         left_out.joint_covariance(precision, torch.float64)
     with pytest.raises(UnsupportedError, match="coherent"):
         left_out.functions(precision, 3, None, torch.float64)
+
+
+# -- priors by their own modes ----------------------------------------------------------------------------------------
+
+GRID = (0.05, 1.0, 30.0)
+
+
+def head_data(likelihood, datum=None):
+    noise, rows = generator(4), 24
+    phi = torch.randn(rows, D, generator=noise)
+    y = torch.randint(C, (rows,), generator=noise) if likelihood == "classification" else phi[:, :C] ** 2
+    return HeadData(phi, y, True, datum)
+
+
+def priors(deltas=GRID):
+    return [GaussianPrior(torch.zeros(()), torch.tensor([delta]), (C * D, C)) for delta in deltas]
+
+
+def refitted(data, name, structure="full", options=None, **arguments):
+    likelihood = resolve(name, **({"sigma_noise": SIGMA} if name == "regression" else {}))
+    options = options or Options()
+    return refitted_leave_one_out_scores(data, priors(), likelihood, STRUCTURES[structure], options, **arguments)
+
+
+def cross_validated(data, name, structure="full"):
+    """With a fold for each datum."""
+    likelihood = resolve(name, **({"sigma_noise": SIGMA} if name == "regression" else {}))
+    n_folds = len(data.phi) if data.datum is None else len(data.datum.unique())
+    return cross_validation_scores(data, priors(), likelihood, STRUCTURES[structure], Options(), n_folds=n_folds)
+
+
+@pytest.mark.parametrize("datum", [None, torch.arange(24) % 7], ids=["rows", "positions of data"])
+def test_refitted_scores_of_a_regression_are_those_of_cross_validation_with_a_fold_for_each_datum(datum):
+    data = head_data("regression", datum)
+    assert_close(refitted(data, "regression"), cross_validated(data, "regression"))
+
+
+def test_refitted_scores_of_a_classifier_are_near_those_of_cross_validation_with_a_fold_for_each_datum():
+    data = head_data("classification")
+    exact, found = cross_validated(data, "classification"), refitted(data, "classification")
+    # First order: the error is a fraction of what leaving a datum out changes, here with 24 data for 15 weights.
+    training = torch.stack([training_loss(data, prior) for prior in priors()])
+    assert bool(((found - exact).abs() < 0.2 * (exact - training)).all())
+
+
+def training_loss(data, prior):
+    """The score at the same mode when no datum is left out."""
+    ((_, head, theta, precision),) = posteriors(data, [prior], resolve("classification"), STRUCTURES["full"])
+    f = head.outputs(theta)
+    at_mode = Validation.collect(
+        [(f, data.y)], lambda f: FeatureLinearization(f, data.phi, True), resolve("classification")
+    )
+    return torch.tensor(at_mode.score(precision, resolve("classification"), Options(), None, torch.float64))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_a_strong_prior_is_not_rewarded_once_its_own_mode_is_scored(structure):
+    data, likelihood = head_data("regression"), resolve("regression", sigma_noise=SIGMA)
+    grid = priors((1.0, 1e9))
+    weak, strong = refitted_leave_one_out_scores(data, grid, likelihood, STRUCTURES[structure], Options())
+    assert float(strong) > float(weak)
+    # With the weights of the weak prior held, the same strong prior looks better than it.
+    ((_, head, theta, _),) = posteriors(data, grid[:1], likelihood, STRUCTURES[structure])
+    held = Validation.collect(
+        [(head.outputs(theta), data.y)], lambda f: FeatureLinearization(f, data.phi, True), likelihood
+    )
+    curvature = STRUCTURES[structure].from_batch(HeadBackend(head, theta), data.phi, data.y)[1] * likelihood.scale
+    fixed = [
+        leave_one_out_score(held, curvature.posterior(prior), likelihood, Options(), None, torch.float64)
+        for prior in grid
+    ]
+    assert fixed[1] < fixed[0]
+
+
+def test_refitted_scores_leave_the_global_generator_alone_and_give_each_prior_the_same_numbers():
+    data, state = head_data("classification"), torch.get_rng_state()
+    sampled = Options(link=LinkApprox.MC, n_samples=5)
+    found = refitted(data, "classification", options=sampled)
+    assert torch.equal(found, refitted(data, "classification", options=sampled))
+    assert not torch.equal(found, refitted(data, "classification", options=sampled, generator=generator(1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_start_of_refits_does_not_matter():
+    data = head_data("classification")
+    start = 3 * torch.randn(C * (D + 1), generator=generator(2))
+    assert_close(refitted(data, "classification", initial=start), refitted(data, "classification"))
