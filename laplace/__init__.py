@@ -17,7 +17,9 @@ from laplace.enums import (
 )
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
 
-from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
+# Last: each shares its name with the module it lives in, which it stands before from here on.
+from laplace.laplace import Laplace  # isort: skip
+from laplace.marglik_training import marglik_training  # isort: skip
 
 __version__ = "0.1.0"
 
@@ -40,4 +42,5 @@ __all__ = [
     "PriorStructure",
     "SubsetOfWeights",
     "TuningMethod",
+    "marglik_training",
 ]

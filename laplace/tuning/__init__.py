@@ -1,25 +1,40 @@
-"""Choosing hyperparameters (``optimize_prior_precision``, ``log_marginal_likelihood``)."""
+"""Choosing hyperparameters (``optimize_prior_precision``, ``tune``, ``log_marginal_likelihood``)."""
 
-from laplace.tuning.gridsearch import Loss, Validation, log_grid, search
+from laplace.tuning.cached import CachedData
+from laplace.tuning.gridsearch import log_grid, search
 from laplace.tuning.head import HeadData
+from laplace.tuning.joint import LIMITS, Joint, tune
 from laplace.tuning.kfold import cross_validation_scores
 from laplace.tuning.loo import leave_one_out_score, refitted_leave_one_out_scores
-from laplace.tuning.marglik import log_likelihood, log_marginal_likelihood, optimize
+from laplace.tuning.marglik import BOUNDS, maximize_evidence, optimize
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
+from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
+from laplace.tuning.result import Tuning
+from laplace.tuning.scores import Loss, RunningMetric, Score, choose_score
 
 __all__ = [
+    "BOUNDS",
+    "LIMITS",
+    "CachedData",
     "HeadData",
+    "Joint",
     "Loss",
+    "Problem",
+    "RunningMetric",
     "RunningNLLMetric",
-    "Validation",
+    "Score",
+    "Tuning",
+    "choose_score",
     "cross_validation_scores",
     "get_nll",
     "leave_one_out_score",
     "log_grid",
     "log_likelihood",
     "log_marginal_likelihood",
+    "maximize_evidence",
     "optimize",
     "refitted_leave_one_out_scores",
     "search",
+    "tune",
     "validate",
 ]

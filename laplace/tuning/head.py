@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 from laplace.curvature import last_layer
 from laplace.enums import CurvatureKind
 from laplace.errors import ShapeError, UnsupportedError
+from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.predictive.linearization import FeatureLinearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, Kron
-from laplace.tuning.gridsearch import Validation
+from laplace.tuning.cached import CachedData
 from laplace.tuning.newton import Head, mode
 from laplace.types import Features, Outputs, Scalar, Targets
 
@@ -47,7 +49,7 @@ class HeadData:
     datum: Int[Tensor, " rows"] | None = None
 
     @classmethod
-    def collect(cls, data: Validation, dtype: torch.dtype) -> HeadData:
+    def collect(cls, data: CachedData, dtype: torch.dtype) -> HeadData:
         """From the training data after their one forward pass.
 
         Parameters
@@ -77,7 +79,7 @@ class HeadData:
             targets.append(positions.to(dtype).y)
             rows = torch.arange(len(positions.f), device=positions.f.device)
             index.append(n_data + (rows if positions.datum is None else positions.datum))
-            n_data += len(inputs.f)
+            n_data = int(index[-1].max()) + 1 if len(index[-1]) else n_data
         return cls(torch.cat(phis), torch.cat(targets), bias, torch.cat(index))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadData:
@@ -90,38 +92,16 @@ class HeadData:
         """
         return HeadData(self.phi[index], self.y[index], self.bias, None if self.datum is None else self.datum[index])
 
-    def numbered(self) -> tuple[Int[Tensor, " rows"], int]:
-        """Which datum each row belongs to, those with a row counted from 0, and how many there are."""
-        if self.datum is None:
-            return torch.arange(len(self.phi), device=self.phi.device), len(self.phi)
-        known, datum = self.datum.unique(return_inverse=True)
-        return datum, len(known)
-
-    def by_datum(self, f: Outputs) -> tuple[FeatureLinearization, Positions]:
-        """The rows as data with positions, filled up with masked ones, linearized at other weights.
+    def at(self, f: Outputs) -> CachedData:
+        """The data with outputs of their own, as other weights of the head give them.
 
         Parameters
         ----------
         f
             Outputs of the rows at those weights.
-
-        Returns
-        -------
-        Outputs ``[data, positions, C]`` and features, zero where masked; and the rows.
         """
-        datum, n_data = self.numbered()
-        if n_data == len(f):
-            return FeatureLinearization(f, self.phi, self.bias), Positions(f, self.y)
-        order = datum.argsort(stable=True)
-        counts = datum.bincount(minlength=n_data)
-        longest = int(counts.max())
-        # The place of a row among those of its datum.
-        place = torch.arange(len(f), device=f.device) - (counts.cumsum(0) - counts)[datum[order]]
-        kept = datum[order] * longest + place
-        f, phi, y = f[order], self.phi[order], self.y[order]
-        grids = [values.new_zeros(n_data * longest, values.shape[1]).index_copy(0, kept, values) for values in (f, phi)]
-        outputs, features = (grid.unflatten(0, (n_data, longest)) for grid in grids)
-        return FeatureLinearization(outputs, features, self.bias), Positions(f, y, kept, datum[order])
+        inputs = FeatureLinearization(f, self.phi, self.bias)
+        return CachedData([(partial(same, inputs), Positions(f, self.y, datum=self.datum))])
 
 
 @dataclass(frozen=True)
@@ -198,8 +178,9 @@ def posteriors(
     for index in sorted(range(len(priors)), key=lambda index: -float(priors[index].logdet())):
         head = Head(data.phi, data.y, data.bias, likelihood, priors[index], n_outputs)
         theta = mode(head, theta)
-        _, curvature = structure.from_batch(HeadBackend(head, theta), data.phi, data.y)
-        scaled = curvature * likelihood.curvature_scale(CurvatureKind.GGN)
+        nll, curvature = structure.from_batch(HeadBackend(head, theta), data.phi, data.y)
+        fit = Fit(theta, curvature, nll, len(data.phi), len(data.phi), n_outputs, head_bias=data.bias)
+        scaled = fit.scaled(likelihood.curvature_scale(CurvatureKind.GGN))
         yield index, head, theta, scaled.posterior(priors[index], **options)
 
 

@@ -6,9 +6,7 @@ by the closed forms of the last layer (``tuning/head.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.errors import InputError
-from laplace.likelihoods import AbstractLikelihood, Positions
-from laplace.predictive.linearization import FeatureLinearization
+from laplace.likelihoods import AbstractLikelihood
 from laplace.predictive.pushforward import Options
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature
-from laplace.tuning.gridsearch import Loss, Validation
-from laplace.tuning.head import HeadData, count_outputs, posteriors, same
+from laplace.tuning.grouped import numbered
+from laplace.tuning.head import HeadData, count_outputs, posteriors
+from laplace.tuning.scores import Score
 
 
 def folds(
@@ -48,7 +46,7 @@ def folds(
     InputError
         If there are fewer than two folds, or fewer data than folds.
     """
-    datum, n_data = data.numbered()
+    datum, n_data = numbered(torch.arange(len(data.phi), device=data.phi.device) if data.datum is None else data.datum)
     if not 2 <= n_folds <= n_data:
         msg = (
             f"Cross-validation needs at least 2 folds and a datum with a target for each; got n_folds={n_folds} "
@@ -63,11 +61,11 @@ def folds(
 
 def cross_validation_scores(
     data: HeadData,
+    score: Score,
     priors: Sequence[GaussianPrior],
     likelihood: AbstractLikelihood,
     structure: type[AbstractCurvature],
-    options: Options,
-    loss: Loss | None = None,
+    fresh_options: Callable[[], Options],
     *,
     n_folds: int = 5,
     generator: torch.Generator | None = None,
@@ -84,22 +82,21 @@ def cross_validation_scores(
     ----------
     data
         Features and targets of the training data.
+    score
+        What to compute of each fold; folds are averaged by their rows.
     priors
         The grid, over the weights of the head.
     likelihood
         With its noise and temperature.
     structure
         Of the curvature: one of ``STRUCTURES``.
-    options
-        How to predict. Its generator is not used.
-    loss
-        As in ``Validation.score``; averaged over folds by their rows. ``None`` for the mean negative log predictive
-        density.
+    fresh_options
+        How to predict, asked again for each fold and prior, so that samples can be the same.
     n_folds
         Number of folds, at least 2.
     generator
-        Source of the folds and of sampled predictions; each prior meets the same folds and random numbers. A
-        generator with seed 0 when ``None``: the global one is left alone.
+        Source of the folds, which are the same for each prior. A generator with seed 0 when ``None``: the global one is
+        left alone.
     initial
         Weights of the head to start from, ``[P]``; the prior mean when ``None``. They change the time, not the result.
     **structure_options
@@ -135,16 +132,12 @@ def cross_validation_scores(
     """
     count_outputs(data, priors, likelihood)  # before any work
     source = torch.Generator().manual_seed(0) if generator is None else generator
-    split = list(folds(data, n_folds, source))
-    seeds = torch.randint(2**62, (n_folds,), generator=source, device=source.device).tolist()
     totals = torch.zeros(len(priors), dtype=torch.float64)
-    for (train, held), seed in zip(split, seeds, strict=True):
+    for train, held in list(folds(data, n_folds, source)):
         others, fold = data.rows(train), data.rows(held)
-        for index, head, theta, precision in posteriors(
-            others, priors, likelihood, structure, initial, **structure_options
-        ):
-            inputs = FeatureLinearization(head.outputs(theta, fold.phi), fold.phi, fold.bias)
-            held_out = Validation([(partial(same, inputs), Positions(inputs.f, fold.y))])
-            drawn = replace(options, generator=torch.Generator(fold.phi.device).manual_seed(seed))
-            totals[index] += len(held) * held_out.score(precision, likelihood, drawn, loss, fold.phi.dtype)
+        found = posteriors(others, priors, likelihood, structure, initial, **structure_options)
+        for index, head, theta, precision in found:
+            held_out = fold.at(head.outputs(theta, fold.phi))
+            (value,) = held_out.scores(score, [precision], [likelihood], fresh_options, fold.phi.dtype)
+            totals[index] += len(held) * float(value)
     return totals / len(data.phi)

@@ -7,7 +7,7 @@ the loader: all its positions are left out together, and each is scored by itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,13 +17,18 @@ from torch import Tensor
 from laplace.enums import CurvatureKind, PredType
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
-from laplace.predictive.linearization import Linearization
+from laplace.predictive.base import Linearization
+from laplace.predictive.linearization import FeatureLinearization
 from laplace.predictive.pushforward import Options
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision, FullPrecision
-from laplace.tuning.gridsearch import Loss, Validation
-from laplace.tuning.head import HeadData, posteriors, same
+from laplace.structures.basis import Basis
+from laplace.tuning.cached import CachedData
+from laplace.tuning.grouped import Grouping
+from laplace.tuning.head import HeadData, posteriors
 from laplace.tuning.removal import Terms, from_dense, from_diagonal
+from laplace.tuning.scores import Score
+from laplace.types import Scalar
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class LeftOut(Linearization):
         """The variance of the first logit, Δ; the second is zero."""
         return self.variance(precision, dtype)[:, :1]
 
+    def rotated(self, basis: Basis, dtype: torch.dtype) -> LeftOut:  # noqa: ARG002
+        """The same: outputs have no coordinates."""
+        return self
+
     def functions(
         self,
         precision: AbstractPrecision,  # noqa: ARG002
@@ -76,29 +85,29 @@ _NO_FUNCTIONS = (
 
 
 def leave_one_out_score(
-    data: Validation,
+    data: CachedData,
+    score: Score,
     precision: AbstractPrecision,
     likelihood: AbstractLikelihood,
-    options: Options,
-    loss: Loss | None,
+    fresh_options: Callable[[], Options],
     dtype: torch.dtype,
     *,
     kind: CurvatureKind = CurvatureKind.GGN,
-) -> float:
+) -> Scalar:
     """Score a posterior by how it predicts each training datum without that datum.
 
     Parameters
     ----------
     data
-        The data that the posterior was fitted to, collected: all of them, each once.
+        The data that the posterior was fitted to, collected: all of them, each once, in their own coordinates.
+    score
+        What to compute.
     precision
         Posterior precision, ``"full"`` or ``"diag"``.
     likelihood
         The same that scaled the precision: with its noise and temperature.
-    options
+    fresh_options
         How to predict, with ``pred_type="glm"``.
-    loss
-        As in ``Validation.score``; ``None`` for the mean negative log predictive density.
     dtype
         To compute in.
     kind
@@ -106,7 +115,7 @@ def leave_one_out_score(
 
     Returns
     -------
-    By default nats a position, to minimize.
+    ``[]``, to minimize, averaged over unmasked positions; differentiable where the score is.
 
     Raises
     ------
@@ -132,21 +141,20 @@ def leave_one_out_score(
     cross-validation". arXiv:1801.10243; Nickl, Xu, Tailor, Möllenhoff & Khan (2023), "The memory perturbation
     equation". arXiv:2310.19273
     """
-    if options.pred_type is not PredType.GLM:
+    if fresh_options().pred_type is not PredType.GLM:
         raise UnsupportedError(_NO_FUNCTIONS)
     without = leave_one_out(data, precision, likelihood, dtype, kind=kind)
-    return without.score(precision, likelihood, options, loss, dtype)
+    return without.scores(score, [precision], [likelihood], fresh_options, dtype)[0]
 
 
 def refitted_leave_one_out_scores(
     data: HeadData,
+    score: Score,
     priors: Sequence[GaussianPrior],
     likelihood: AbstractLikelihood,
     structure: type[AbstractCurvature],
-    options: Options,
-    loss: Loss | None = None,
+    fresh_options: Callable[[], Options],
     *,
-    generator: torch.Generator | None = None,
     initial: Float[Tensor, " params"] | None = None,
 ) -> Float[Tensor, " priors"]:
     """Score priors over a last layer: each by its own mode, from which every datum is left out in closed form.
@@ -158,25 +166,22 @@ def refitted_leave_one_out_scores(
     ----------
     data
         Features and targets of the training data.
+    score
+        What to compute.
     priors
         The grid, over the weights of the head.
     likelihood
         With its noise and temperature.
     structure
         Of the curvature, ``"full"`` or ``"diag"``.
-    options
-        How to predict, with ``pred_type="glm"``. Its generator is not used.
-    loss
-        As in ``Validation.score``; ``None`` for the mean negative log predictive density.
-    generator
-        Source of sampled predictions; each prior meets the same random numbers. A generator with seed 0 when ``None``:
-        the global one is left alone.
+    fresh_options
+        How to predict, with ``pred_type="glm"``; asked again for each prior, so that samples can be the same.
     initial
         Weights of the head to start from, ``[P]``; the prior mean when ``None``. They change the time, not the result.
 
     Returns
     -------
-    ``[priors]``, float64, to minimize; by default nats a position.
+    ``[priors]``, float64, to minimize, averaged over unmasked positions.
 
     Raises
     ------
@@ -202,24 +207,21 @@ def refitted_leave_one_out_scores(
     As in ``leave_one_out_score``.
     """
     scores = torch.empty(len(priors), dtype=torch.float64)
-    source = torch.Generator().manual_seed(0) if generator is None else generator
-    seed = int(torch.randint(2**62, (), generator=source, device=source.device))
     for index, head, theta, precision in posteriors(data, priors, likelihood, structure, initial):
-        inputs, positions = data.by_datum(head.outputs(theta))
-        at_mode = Validation([(partial(same, inputs), positions)])
-        drawn = replace(options, generator=torch.Generator(data.phi.device).manual_seed(seed))
-        scores[index] = leave_one_out_score(at_mode, precision, likelihood, drawn, loss, data.phi.dtype)
+        at_mode = data.at(head.outputs(theta))
+        value = leave_one_out_score(at_mode, score, precision, likelihood, fresh_options, data.phi.dtype)
+        scores[index] = float(value)
     return scores
 
 
 def leave_one_out(
-    data: Validation,
+    data: CachedData,
     precision: AbstractPrecision,
     likelihood: AbstractLikelihood,
     dtype: torch.dtype,
     *,
     kind: CurvatureKind = CurvatureKind.GGN,
-) -> Validation:
+) -> CachedData:
     """The same data, each datum as the posterior without it has its outputs.
 
     Parameters
@@ -248,11 +250,32 @@ def leave_one_out(
             'with hessian_structure="diag".'
         )
         raise UnsupportedError(msg)
+    return CachedData([_without(*batch, remove, likelihood, kind, dtype) for batch in data.batches])
 
-    def left_out(get: Callable[[], Linearization], positions: Positions) -> Linearization:
+
+def _without(
+    get: Callable[[], Linearization],
+    positions: Positions,
+    remove: Callable[[Linearization, Terms], tuple[Tensor, Tensor]],
+    likelihood: AbstractLikelihood,
+    kind: CurvatureKind,
+    dtype: torch.dtype,
+) -> tuple[Callable[[], Linearization], Positions]:
+    """How to get a batch without each of its data; rows of features are first put back to the data they are part of."""
+    groups = Grouping.of(positions.datum) if positions.datum is not None and _of_features(get()) else None
+    grouped = positions if groups is None else groups.positions(positions)
+
+    def left_out() -> Linearization:
         inputs = get()
-        terms = Terms.of(inputs, positions.to(dtype), likelihood, kind)
-        shift, moment = remove(inputs, terms)
+        if groups is not None and isinstance(inputs, FeatureLinearization):
+            f, phi = groups.grid(positions.f), groups.grid(positions.select(inputs.phi))
+            inputs = FeatureLinearization(f, phi, inputs.bias)
+        shift, moment = remove(inputs, Terms.of(inputs, grouped.to(dtype), likelihood, kind))
         return LeftOut(inputs.f.to(dtype) + shift.reshape(inputs.f.shape), moment)
 
-    return replace(data, batches=[(partial(left_out, get, positions), positions) for get, positions in data.batches])
+    return left_out, grouped
+
+
+def _of_features(inputs: Linearization) -> bool:
+    """Whether rows of the batch may lie elsewhere than their data."""
+    return isinstance(inputs, FeatureLinearization)

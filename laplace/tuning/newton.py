@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.curvature import last_layer
-from laplace.enums import CurvatureKind
 from laplace.errors import InputError, NumericalWarning
-from laplace.likelihoods import AbstractLikelihood, OutputHessian
+from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
 from laplace.types import Features, Outputs, Scalar, Targets
@@ -79,8 +78,14 @@ class Head:
 
     def objective(self, theta: Float[Tensor, " params"]) -> Scalar:
         """The regularized loss, in nats."""
-        nll = self.likelihood.nll(self.outputs(theta), self.y)
-        return self.likelihood.scale.to(nll) * nll + 0.5 * self.prior.scatter(theta)
+        f = self.outputs(theta)
+        scale = self.likelihood.scale.to(f)
+        if scale.dim() == 0:
+            nll = scale * self.likelihood.nll(f, self.y)
+        else:
+            assert isinstance(self.likelihood, GaussianLikelihood), "no other has noise"
+            nll = (scale * self.likelihood.nll_of_outputs(f, self.y)).sum()
+        return nll + 0.5 * self.prior.scatter(theta)
 
     def gradient(self, theta: Float[Tensor, " params"], f: Outputs) -> Float[Tensor, " params"]:
         """Its gradient, with the outputs at these weights."""
@@ -101,19 +106,37 @@ class Head:
         tolerance
             Of the residual of conjugate gradients, relative to the gradient.
         """
-        hessian = self.likelihood.hessian(f)
-        scale = self.likelihood.curvature_scale(CurvatureKind.GGN).to(f)
+        hessian = scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
         delta = self.prior.diagonal()
         if len(gradient) <= DENSE_PARAMS:
-            matrix = scale * last_layer.full(self.phi, hessian, self.bias) + torch.diag(delta)
+            matrix = last_layer.full(self.phi, hessian, self.bias) + torch.diag(delta)
             factor = linalg.cholesky(matrix, "Hessian of the head")
             return -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
-        diagonal = scale * last_layer.diag(self.phi, hessian, self.bias) + delta
+        diagonal = last_layer.diag(self.phi, hessian, self.bias) + delta
 
         def product(v: Tensor) -> Tensor:
-            return scale * self.pull_back(multiply(hessian, self.outputs(v))) + delta * v
+            return self.pull_back(multiply(hessian, self.outputs(v))) + delta * v
 
         return -conjugate_gradients(product, gradient, diagonal, tolerance)
+
+
+def scaled(hessian: OutputHessian, scale: Float[Tensor, "*outputs"]) -> OutputHessian:
+    """``√s Λ √s`` for each row.
+
+    Parameters
+    ----------
+    hessian
+        Λ.
+    scale
+        s: ``[]``, or ``[C]`` where outputs have noise of their own.
+    """
+    diagonal, root, total = hessian.diagonal, hessian.root, hessian.total
+    return replace(
+        hessian,
+        diagonal=None if diagonal is None else scale * diagonal,
+        root=None if root is None else scale.sqrt().reshape(-1, 1) * root,
+        total=None if total is None else scale * total,
+    )
 
 
 def multiply(hessian: OutputHessian, v: Outputs) -> Outputs:

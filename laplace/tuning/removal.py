@@ -19,7 +19,8 @@ from laplace.errors import NotPositiveDefiniteError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.network.parameters import augment, head_views
-from laplace.predictive.linearization import FeatureLinearization, JacobianLinearization, Linearization
+from laplace.predictive.base import Linearization
+from laplace.predictive.linearization import FeatureLinearization, JacobianLinearization
 from laplace.predictive.pairs import Pairs
 from laplace.structures import AbstractPrecision, DiagPrecision
 from laplace.structures.jacobian import JacobianBlock

@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from laplace.network import evaluating, iterate
-from laplace.tuning import Validation
+from laplace.predictive import Options
+from laplace.tuning import CachedData, choose_score
 from tests import reference
 
 
-def collected(la: Any, batches: Any) -> Validation:
+def collected(la: Any, batches: Any) -> CachedData:
     """The training data of an estimator."""
     with evaluating(la.model):
         rows = iterate(batches, dict_key_y=la.dict_key_y, device=torch.device("cpu"))
-        return Validation.collect(rows, la._linearize, la._frozen_likelihood)
+        return CachedData.collect(rows, la._linearize, la._frozen_likelihood)
+
+
+def nll(likelihood: Any, loss: Any = None) -> Any:
+    """The negative log predictive density, or a loss, as a score."""
+    return choose_score(loss, likelihood, Options().pred_type)
 
 
 def without_each(

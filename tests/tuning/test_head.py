@@ -8,6 +8,7 @@ from laplace.likelihoods import resolve
 from laplace.prior import GaussianPrior
 from laplace.structures import STRUCTURES
 from laplace.tuning import HeadData
+from laplace.tuning.grouped import numbered
 from laplace.tuning.head import count_outputs, posteriors
 from tests import reference
 from tests.cases import STRUCTURES as NAMES
@@ -37,28 +38,11 @@ def test_batches_are_collected_to_unmasked_rows_and_their_data(name):
     data = HeadData.collect(collected(la, case.batches(1, 2)), torch.float64)
     D = problem.model.head.in_features
     kept = [(n, t) for n, datum in enumerate(problem.data) for t in datum.kept]
-    assert data.datum.tolist() == [n for n, _ in kept]
+    expected = torch.tensor([n for n, _ in kept])
+    assert torch.equal(numbered(data.datum)[0], numbered(expected)[0])
     assert_close(data.phi, torch.stack([problem.data[n].J[t * case.n_outputs, :D] for n, t in kept]))
     targets = [case.data()[1][n].reshape(len(problem.data[n].f), *data.y.shape[1:])[t] for n, t in kept]
     assert torch.equal(data.y, torch.stack(targets))
-
-
-@pytest.mark.parametrize("name", ["classification", "masked_positions", "masked_rows", "positions_regression"])
-def test_rows_are_put_back_to_their_data_whatever_their_order(name):
-    case = named(name)
-    data = HeadData.collect(collected(fitted(case, "diag"), case.batches(1, 2)), torch.float64)
-    shuffled = data.rows(torch.randperm(len(data.phi), generator=generator(1)))
-    inputs, positions = shuffled.by_datum(shuffled.phi[:, : case.n_outputs])
-    kept = [datum.kept for datum in case.problem().data if datum.kept]
-    assert inputs.f.shape[0] == len(kept)
-    phi = inputs.phi.reshape(-1, data.phi.shape[1])
-    phi = phi if positions.kept is None else phi[positions.kept]
-    assert_close(positions.f, phi[:, : case.n_outputs], "each row has its own features")
-    counts = (inputs.phi != 0).any(-1).reshape(len(kept), -1).sum(1)
-    assert sorted(counts.tolist()) == sorted(map(len, kept))
-    together = torch.cat([phi, positions.y.reshape(len(phi), -1).double()], 1)
-    original = torch.cat([data.phi, data.y.reshape(len(phi), -1).double()], 1)
-    assert_close(together[together[:, 0].argsort()], original[original[:, 0].argsort()])
 
 
 @pytest.mark.parametrize("structure", NAMES)
@@ -77,6 +61,22 @@ def test_a_posterior_is_the_curvature_at_the_mode_and_the_prior(structure):
         else:
             H = dense.curvature(structure)
         assert_close(precision.to_dense(), H + deltas[index] * torch.eye(len(theta)))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_a_noise_for_each_output_is_that_of_each_output_alone(structure):
+    noise, sigma = generator(0), torch.tensor([0.3, 1.0, 2.5])
+    data = HeadData(head_data().phi, torch.randn(N, C, generator=noise), True)
+    likelihood = resolve("regression", sigma_noise=sigma)
+    ((_, _, theta, precision),) = posteriors(data, [prior(0.7)], likelihood, STRUCTURES[structure])
+    W, b = theta[: C * D].view(C, D), theta[C * D :]
+    for c in range(C):
+        weights, cov, _ = reference.linear_regression(data.phi, data.y[:, [c]], float(sigma[c]), 0.7)
+        assert_close(torch.cat([W[c], b[[c]]]), weights[0])
+        index = [*range(c * D, c * D + D), C * D + c]
+        dense = precision.to_dense()[index][:, index]
+        exact = cov.inverse()
+        assert_close(dense, exact if structure == "full" else exact.diagonal().diag())
 
 
 def test_whole_networks_and_pairs_are_refused():

@@ -19,7 +19,7 @@ from tests.cases import named
 from tests.contracts import generator
 from tests.estimators import fitted
 from tests.tools import assert_close
-from tests.tuning.collected import collected
+from tests.tuning.collected import collected, nll
 
 N, C, D, SIGMA = 11, 3, 4, 0.6
 SIZES = (C * D, C)
@@ -46,13 +46,14 @@ def problem(likelihood, device="cpu"):
     return HeadData(phi.to(device), y.to(device), True)
 
 
-def scores(data, likelihood, structure="full", deltas=GRID, options=None, **arguments):
+def scores(data, likelihood, structure="full", deltas=GRID, options=Options, loss=None, **arguments):
     return cross_validation_scores(
         data,
+        nll(named_likelihood(likelihood), loss),
         [prior(delta, data.phi.device) for delta in deltas],
         named_likelihood(likelihood),
         STRUCTURES[structure],
-        options or Options(),
+        options,
         **arguments,
     )
 
@@ -182,7 +183,10 @@ def test_the_generator_decides_the_folds_and_the_global_one_is_left_alone():
 
 def test_each_prior_meets_the_same_random_numbers():
     data, state = problem("classification"), torch.get_rng_state()
-    options = Options(link=LinkApprox.MC, n_samples=7)
+
+    def options():
+        return Options(link=LinkApprox.MC, n_samples=7, generator=generator(3))
+
     found = scores(data, "classification", deltas=[1.0, 1.0], options=options)
     assert found[0] == pytest.approx(float(found[1]), rel=1e-12)
     assert abs(float(scores(data, "classification", deltas=[1.0])) - float(found[0])) > 1e-6  # the link matters
@@ -225,7 +229,15 @@ def test_batches_change_nothing():
     for sizes in ((1, 3), (5,)):
         data = HeadData.collect(collected(la, case.batches(*sizes)), torch.float64)
         found.append(
-            cross_validation_scores(data, [la._prior], la._frozen_likelihood, STRUCTURES["full"], Options(), n_folds=2)
+            cross_validation_scores(
+                data,
+                nll(la._frozen_likelihood),
+                [la._prior],
+                la._frozen_likelihood,
+                STRUCTURES["full"],
+                Options,
+                n_folds=2,
+            )
         )
     assert_close(*found)
 

@@ -12,8 +12,8 @@ from laplace.predictive import FeatureLinearization, Options
 from laplace.prior import GaussianPrior
 from laplace.structures import STRUCTURES, DiagPrecision, FullPrecision
 from laplace.tuning import (
+    CachedData,
     HeadData,
-    Validation,
     cross_validation_scores,
     leave_one_out_score,
     refitted_leave_one_out_scores,
@@ -25,16 +25,24 @@ from tests.cases import named
 from tests.contracts import generator
 from tests.estimators import fitted, posterior
 from tests.tools import assert_close
-from tests.tuning.collected import against_zero, collected, own_blocks, without_each
+from tests.tuning.collected import against_zero, collected, nll, own_blocks, without_each
 
 N, C, D = 12, 3, 4
 SIGMA, DELTA = 0.6, 0.3
 
 
 def score(la, data, options=None, loss=None):
-    return leave_one_out_score(
-        data, la._frozen_posterior, la._frozen_likelihood, options or Options(), loss, torch.float64
-    )
+    return left_out_score(data, la._frozen_posterior, la._frozen_likelihood, options or Options(), loss)
+
+
+def left_out_score(data, precision, likelihood, options=None, loss=None, dtype=torch.float64):
+    found = leave_one_out_score(data, nll(likelihood, loss), precision, likelihood, lambda: options or Options(), dtype)
+    return float(found)
+
+
+def fresh(**arguments):
+    """The same random numbers whenever options are asked for."""
+    return lambda: Options(**arguments, generator=generator(0))
 
 
 def regression():
@@ -44,7 +52,7 @@ def regression():
     W, cov, _ = reference.linear_regression(X, Y, SIGMA, DELTA)
     design = torch.cat([X, torch.ones(N, 1)], 1)
     likelihood = resolve("regression", sigma_noise=SIGMA)
-    data = Validation.collect([(design, Y)], lambda phi: FeatureLinearization(phi @ W.T, phi, False), likelihood)
+    data = CachedData.collect([(design, Y)], lambda phi: FeatureLinearization(phi @ W.T, phi, False), likelihood)
     return X, Y, design, data, FullPrecision(torch.kron(torch.eye(C), cov.inverse().contiguous())), likelihood
 
 
@@ -69,7 +77,7 @@ def test_the_score_of_a_linear_regression_is_its_exact_predictive_density_of_eac
         variance = marginal[n, n] - gain @ marginal[others, n]
         density = torch.distributions.Normal(gain @ Y[others], variance.sqrt())
         expected -= float(density.log_prob(Y[n]).sum()) / N
-    found = leave_one_out_score(data, precision, likelihood, Options(), None, torch.float64)
+    found = left_out_score(data, precision, likelihood)
     assert found == pytest.approx(expected, rel=1e-10)
 
 
@@ -122,9 +130,11 @@ def test_every_link_sees_the_outputs_without_the_datum(link):
     data = collected(la, case.batches(4))
     options = Options(link=link, generator=generator(0))
     found = score(la, data, options)
-    with_datum = data.score(la._frozen_posterior, la._frozen_likelihood, options, None, torch.float64)
+    (with_datum,) = data.scores(
+        nll(la._frozen_likelihood), [la._frozen_posterior], [la._frozen_likelihood], lambda: options, torch.float64
+    )
     assert math.isfinite(found)
-    assert found > with_datum  # a datum is predicted worse without itself
+    assert found > float(with_datum)  # a datum is predicted worse without itself
 
 
 @pytest.mark.parametrize("name", ["masked_positions", "positions_regression"])
@@ -138,9 +148,7 @@ def test_a_loss_of_the_users_own_gets_predictions_without_the_datum():
     *_, data, precision, likelihood = regression()
     ((get, positions),) = leave_one_out(data, precision, likelihood, torch.float64).batches
     seen = []
-    result = leave_one_out_score(
-        data, precision, likelihood, Options(), lambda *row: seen.append(row) or 1.5, torch.float64
-    )
+    result = left_out_score(data, precision, likelihood, loss=lambda *row: seen.append(row) or 1.5)
     assert result == 1.5
     ((mean, cov, targets),) = seen
     assert_close(mean, get().f)
@@ -153,7 +161,7 @@ def test_a_single_precision_score_is_that_in_double_precision():
     la = fitted(case, "full")
     data, likelihood = collected(la, case.batches(4)), la._frozen_likelihood
     narrow = FullPrecision(la._frozen_posterior.matrix.float())
-    found = leave_one_out_score(data, narrow, likelihood, Options(), None, torch.float32)
+    found = left_out_score(data, narrow, likelihood, dtype=torch.float32)
     assert found == pytest.approx(score(la, data), rel=1e-5)
 
 
@@ -161,7 +169,7 @@ def test_the_training_data_stay_as_they_were_collected():
     *_, data, precision, likelihood = regression()
     ((get, _),) = data.batches
     before = get().f.clone()
-    leave_one_out_score(data, precision, likelihood, Options(), None, torch.float64)
+    left_out_score(data, precision, likelihood)
     assert torch.equal(get().f, before)
 
 
@@ -175,7 +183,7 @@ def test_a_kronecker_structure_is_refused_with_what_to_use_instead():
 def test_predictions_through_sampled_weights_are_refused():
     *_, data, precision, likelihood = regression()
     with pytest.raises(UnsupportedError, match='pred_type="glm"'):
-        leave_one_out_score(data, precision, likelihood, Options(pred_type=PredType.NN), None, torch.float64)
+        left_out_score(data, precision, likelihood, Options(pred_type=PredType.NN))
 
 
 def test_there_are_no_functions_that_leave_out_each_datum_at_its_own_input():
@@ -202,23 +210,27 @@ def priors(deltas=GRID):
     return [GaussianPrior(torch.zeros(()), torch.tensor([delta]), (C * D, C)) for delta in deltas]
 
 
-def refitted(data, name, structure="full", options=None, **arguments):
-    likelihood = resolve(name, **({"sigma_noise": SIGMA} if name == "regression" else {}))
-    options = options or Options()
-    return refitted_leave_one_out_scores(data, priors(), likelihood, STRUCTURES[structure], options, **arguments)
+def refitted(data, name, structure="full", sigma=SIGMA, **arguments):
+    likelihood = resolve(name, **({"sigma_noise": sigma} if name == "regression" else {}))
+    return refitted_leave_one_out_scores(
+        data, nll(likelihood), priors(), likelihood, STRUCTURES[structure], Options, **arguments
+    )
 
 
-def cross_validated(data, name, structure="full"):
+def cross_validated(data, name, structure="full", sigma=SIGMA):
     """With a fold for each datum."""
-    likelihood = resolve(name, **({"sigma_noise": SIGMA} if name == "regression" else {}))
+    likelihood = resolve(name, **({"sigma_noise": sigma} if name == "regression" else {}))
     n_folds = len(data.phi) if data.datum is None else len(data.datum.unique())
-    return cross_validation_scores(data, priors(), likelihood, STRUCTURES[structure], Options(), n_folds=n_folds)
+    return cross_validation_scores(
+        data, nll(likelihood), priors(), likelihood, STRUCTURES[structure], Options, n_folds=n_folds
+    )
 
 
 @pytest.mark.parametrize("datum", [None, torch.arange(24) % 7], ids=["rows", "positions of data"])
-def test_refitted_scores_of_a_regression_are_those_of_cross_validation_with_a_fold_for_each_datum(datum):
-    data = head_data("regression", datum)
-    assert_close(refitted(data, "regression"), cross_validated(data, "regression"))
+@pytest.mark.parametrize("sigma", [SIGMA, [0.3, 0.6, 1.5]], ids=["one noise", "by output"])
+def test_refitted_scores_of_a_regression_are_those_of_cross_validation_with_a_fold_for_each_datum(datum, sigma):
+    data, sigma = head_data("regression", datum), torch.tensor(sigma)
+    assert_close(refitted(data, "regression", sigma=sigma), cross_validated(data, "regression", sigma=sigma))
 
 
 def test_refitted_scores_of_a_classifier_are_near_those_of_cross_validation_with_a_fold_for_each_datum():
@@ -232,38 +244,36 @@ def test_refitted_scores_of_a_classifier_are_near_those_of_cross_validation_with
 def training_loss(data, prior):
     """The score at the same mode when no datum is left out."""
     ((_, head, theta, precision),) = posteriors(data, [prior], resolve("classification"), STRUCTURES["full"])
-    f = head.outputs(theta)
-    at_mode = Validation.collect(
-        [(f, data.y)], lambda f: FeatureLinearization(f, data.phi, True), resolve("classification")
-    )
-    return torch.tensor(at_mode.score(precision, resolve("classification"), Options(), None, torch.float64))
+    likelihood = resolve("classification")
+    arguments = nll(likelihood), [precision], [likelihood], Options, torch.float64
+    return data.at(head.outputs(theta)).scores(*arguments)[0]
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_a_strong_prior_is_not_rewarded_once_its_own_mode_is_scored(structure):
     data, likelihood = head_data("regression"), resolve("regression", sigma_noise=SIGMA)
     grid = priors((1.0, 1e9))
-    weak, strong = refitted_leave_one_out_scores(data, grid, likelihood, STRUCTURES[structure], Options())
+    weak, strong = refitted_leave_one_out_scores(
+        data, nll(likelihood), grid, likelihood, STRUCTURES[structure], Options
+    )
     assert float(strong) > float(weak)
     # With the weights of the weak prior held, the same strong prior looks better than it.
     ((_, head, theta, _),) = posteriors(data, grid[:1], likelihood, STRUCTURES[structure])
-    held = Validation.collect(
+    held = CachedData.collect(
         [(head.outputs(theta), data.y)], lambda f: FeatureLinearization(f, data.phi, True), likelihood
     )
     curvature = STRUCTURES[structure].from_batch(HeadBackend(head, theta), data.phi, data.y)[1] * likelihood.scale
-    fixed = [
-        leave_one_out_score(held, curvature.posterior(prior), likelihood, Options(), None, torch.float64)
-        for prior in grid
-    ]
+    fixed = [left_out_score(held, curvature.posterior(prior), likelihood) for prior in grid]
     assert fixed[1] < fixed[0]
 
 
-def test_refitted_scores_leave_the_global_generator_alone_and_give_each_prior_the_same_numbers():
+def test_each_prior_of_refitted_scores_meets_the_same_random_numbers():
     data, state = head_data("classification"), torch.get_rng_state()
-    sampled = Options(link=LinkApprox.MC, n_samples=5)
-    found = refitted(data, "classification", options=sampled)
-    assert torch.equal(found, refitted(data, "classification", options=sampled))
-    assert not torch.equal(found, refitted(data, "classification", options=sampled, generator=generator(1)))
+    sampled = fresh(link=LinkApprox.MC, n_samples=5)
+    likelihood, twice = resolve("classification"), priors((1.0, 1.0))
+    arguments = data, nll(likelihood), twice, likelihood, STRUCTURES["full"], sampled
+    first, second = refitted_leave_one_out_scores(*arguments)
+    assert float(first) == pytest.approx(float(second), rel=1e-10)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -26,17 +26,21 @@ additive = pytest.mark.parametrize("structure", ["full", "diag"])
 def check(data, problem, precision, likelihood, expected, kind=CurvatureKind.GGN):
     """Means and covariances of all outputs of all data are the expected ones."""
     left_out = leave_one_out(data, precision, likelihood, torch.float64, kind=kind)
-    inputs = [get() for get, _ in left_out.batches]
     means, covariances = expected
     if problem.pairs:
         means, covariances = zip(*map(against_zero, means, covariances), strict=True)
     C = 2 if problem.pairs else problem.n_outputs
-    mean = torch.cat([part.mean(torch.float64) for part in inputs])
-    cov = torch.cat([part.covariance(precision, torch.float64) for part in inputs])
-    var = torch.cat([part.variance(precision, torch.float64) for part in inputs])
-    assert_close(cov, torch.cat([own_blocks(part, C) for part in covariances]), "covariance")
+    # Unmasked positions, datum by datum; those of a pair are one.
+    kept = [[0] if problem.pairs else list(datum.kept) for datum in problem.data]
+    expected_mean = torch.cat([mean.view(-1, C)[t] for mean, t in zip(means, kept, strict=True)])
+    expected_cov = torch.cat([own_blocks(cov, C)[t] for cov, t in zip(covariances, kept, strict=True)])
+    rows = [(get(), slice(None) if p.kept is None else p.kept) for get, p in left_out.batches]
+    mean = torch.cat([inputs.mean(torch.float64)[t] for inputs, t in rows])
+    cov = torch.cat([inputs.covariance(precision, torch.float64)[t] for inputs, t in rows])
+    var = torch.cat([inputs.variance(precision, torch.float64)[t] for inputs, t in rows])
+    assert_close(cov, expected_cov, "covariance")
     assert_close(var, cov.diagonal(dim1=1, dim2=2), "variance")
-    assert_close(mean, torch.cat(list(means)).view(-1, C), "mean")
+    assert_close(mean, expected_mean, "mean")
 
 
 @additive
