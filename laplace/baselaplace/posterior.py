@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -115,7 +115,7 @@ class WeightPosterior(BaseLaplace):
         self._hyperparameters_changed()
 
     @contextmanager
-    def _with_noise_by_output(self) -> Iterator[Tensor | None]:
+    def _with_noise_by_output(self) -> Generator[Tensor | None]:
         """What fitting a regression of several outputs needs to know of their noise; yields what became part of sums.
 
         A last layer scales afterwards, and keeps the loss of each output for that; shared weights are summed with the
