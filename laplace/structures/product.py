@@ -132,6 +132,8 @@ class ProductBlock(JacobianBlock):
 
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> ProductBlock:  # noqa: ARG002
         """Rotate the factors, or their product where that is less work."""
+        if all(side is None for side in sides):
+            return self  # in these coordinates already
         outer, inner = reversed(sides) if self.transposed else sides
         columns, _, groups, positions, o = self.left.shape
         i = self.right.shape[3]
