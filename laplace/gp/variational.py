@@ -1,0 +1,338 @@
+"""A sparse Gaussian process around the outputs of a network (VaLLA): pure mathematics.
+
+Prior ``GP(f*, J Jᵀ / δ)``. At M inducing points, one output each, ``J_Z J_Zᵀ = R Rᵀ``, and features are
+``φ(x) = J(x) J_Zᵀ R⁻ᵀ``. The posterior keeps the network as its mean; its covariance is
+
+``J Jᵀ/δ − φ φᵀ/δ + φ (A + δ I)⁻¹ φᵀ``,  ``A = L Lᵀ``,
+
+which is ``K_xx − K_xZ (A'⁻¹ + K_ZZ)⁻¹ K_Zx`` with ``A' = R⁻ᵀ A R⁻¹`` and K the kernel with its prior. In this form the
+best A of a Gaussian likelihood does not depend on the prior: ``Σ φᵀ Λ φ / (σ² T)``.
+
+References
+----------
+Ortega, Rodríguez Santana & Hernández-Lobato (2024), "Variational linearized Laplace approximation for Bayesian deep
+learning". arXiv:2302.12565; Titsias (2009), "Variational learning of inducing variables in sparse Gaussian processes".
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.errors import NotPositiveDefiniteError, NumericalWarning
+from laplace.gp import energy
+from laplace.gp.posterior import FunctionPosterior
+from laplace.gp.tangents import Points, Tangents
+from laplace.likelihoods import AbstractLikelihood
+from laplace.types import Outputs, Scalar, Targets
+
+
+def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
+    """R, lower triangular, with ``R Rᵀ = J_Z J_Zᵀ``.
+
+    Parameters
+    ----------
+    points
+        The inducing points.
+
+    Returns
+    -------
+    ``[M, M]``.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If the kernel is not finite, or no small jitter makes it positive definite.
+
+    Warns
+    -----
+    NumericalWarning
+        If a jitter was added, with its size: points that repeat others, or more of them than the kernel has rank.
+    """
+    kernel = points.gram()
+    causes = "Likely causes: inducing points that repeat others, or more of them than random weights. Use fewer."
+    if not bool((kernel.diagonal() > 0).all()):
+        which = (kernel.diagonal() <= 0).nonzero().flatten().tolist()[:5]
+        msg = (
+            f"The outputs do not depend on the random weights at the inducing points {which} (or derivatives are NaN): "
+            "there is no kernel to build on. Choose other inducing points."
+        )
+        raise NotPositiveDefiniteError(msg)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            factor = linalg.cholesky(kernel, "kernel of the inducing points")
+    except NotPositiveDefiniteError as error:
+        smallest = float(torch.linalg.eigvalsh(kernel.double()).min()) if bool(kernel.isfinite().all()) else torch.nan
+        msg = (
+            f"The kernel of the {len(kernel)} inducing points is not positive definite (smallest eigenvalue "
+            f"{smallest:.3e}), and no small jitter makes it so. {causes}"
+        )
+        raise NotPositiveDefiniteError(msg) from error
+    jitter = float((factor @ factor.T - kernel).diagonal().mean())
+    if caught:
+        msg = (
+            f"The kernel of the {len(kernel)} inducing points is not positive definite to working precision; a jitter "
+            f"of about {jitter:.2e} was added to its diagonal. {causes}"
+        )
+        warnings.warn(msg, NumericalWarning, stacklevel=2)
+    return factor
+
+
+def features(
+    tangents: Tangents, points: Points, kernel_root: Float[Tensor, "points points"]
+) -> Float[Tensor, "rows outputs points"]:
+    """``φ(x) = J(x) J_Zᵀ R⁻ᵀ``, ``[rows, C, M]``.
+
+    Parameters
+    ----------
+    tangents
+        At the inputs.
+    points
+        The inducing points.
+    kernel_root
+        R.
+    """
+    cross = tangents.cross(points)
+    flat = torch.linalg.solve_triangular(kernel_root, cross.flatten(0, 1).T, upper=False).T
+    return flat.reshape(cross.shape)
+
+
+def triangular_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """L, lower triangular, with ``L Lᵀ`` a positive semi-definite, possibly singular, matrix.
+
+    Parameters
+    ----------
+    matrix
+        ``[n, n]``.
+    """
+    values, vectors = linalg.eigh(matrix, "data term of the inducing points")
+    return torch.linalg.qr((vectors * values.sqrt()).T).R.T
+
+
+def kl_divergence(root: Float[Tensor, "points points"], delta: Tensor, shift: Scalar) -> Scalar:
+    """From the prior to the posterior over functions, in nats.
+
+    ``½ [log |A + δ I| − M log δ − tr(A (A + δ I)⁻¹)] + ½ δ ‖θ* − μ₀‖²``. The last term is what it costs that the mean
+    is the network and not the prior mean: with it, at α = 0, the objective bounds the evidence also as a function of δ;
+    without, the largest δ would always be best.
+
+    Parameters
+    ----------
+    root
+        L.
+    delta
+        δ, ``[]``.
+    shift
+        ``‖θ* − μ₀‖²``, ``[]``.
+    """
+    A = root @ root.T
+    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    factor = linalg.cholesky(A + delta * eye, "posterior precision of the inducing points")
+    inverse_trace = torch.cholesky_inverse(factor).diagonal().sum()
+    # tr(A (A + δ I)⁻¹) = M − δ tr((A + δ I)⁻¹)
+    explained = len(root) - delta * inverse_trace
+    log_det = 2 * factor.diagonal().log().sum() - len(root) * delta.log()
+    return 0.5 * (log_det - explained + delta * shift)
+
+
+class VariationalPosterior(FunctionPosterior):
+    """The posterior of VaLLA.
+
+    Parameters
+    ----------
+    points
+        The inducing points.
+    kernel_root
+        R, ``[M, M]``.
+    root
+        L, ``[M, M]``.
+    delta
+        δ, ``[]``, in 1/weight².
+    """
+
+    def __init__(
+        self,
+        points: Points,
+        kernel_root: Float[Tensor, "points points"],
+        root: Float[Tensor, "points points"],
+        delta: Tensor,
+    ) -> None:
+        super().__init__(root @ root.T, delta)
+        self.points, self.kernel_root = points, kernel_root
+
+    def features(self, tangents: Tangents) -> Float[Tensor, "rows outputs points"]:
+        """``J J_Zᵀ R⁻ᵀ``.
+
+        Parameters
+        ----------
+        tangents
+            At the inputs.
+        """
+        return features(tangents, self.points, self.kernel_root)
+
+    def _variance_left(self, tangents: Tangents, phi: Tensor) -> Tensor:
+        """Not below zero, where rounding would leave it."""
+        return (tangents.variance() - phi.square().sum(-1)).clamp(min=0) / self.delta
+
+    def _covariance_left(self, tangents: Tangents, phi: Tensor) -> Tensor:
+        return residual(tangents, phi) / self.delta
+
+    def _joint_left(self, tangents: Tangents, phi: Tensor) -> Tensor:
+        left = tangents.joint() - phi @ phi.T
+        return _clamped_diagonal(left) / self.delta
+
+
+def residual(tangents: Tangents, phi: Float[Tensor, "rows outputs points"]) -> Float[Tensor, "rows outputs outputs"]:
+    """What the inducing points leave of ``J Jᵀ``, ``[rows, C, C]``.
+
+    Parameters
+    ----------
+    tangents
+        At the inputs.
+    phi
+        Their features.
+    """
+    return _clamped_diagonal(tangents.covariance() - phi @ phi.mT)
+
+
+def _clamped_diagonal(matrix: Tensor) -> Tensor:
+    """The matrix with negative diagonal entries, which rounding leaves, set to zero."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix + torch.diag_embed(diagonal.clamp(min=0) - diagonal)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """All that training needs of a batch: nothing in it changes with the parameters.
+
+    Attributes
+    ----------
+    f
+        Outputs of the unmasked rows, ``[rows, C]``; for pairs the logits (Δ, 0).
+    y
+        Their targets.
+    phi
+        Features, ``[rows, C, M]``.
+    left
+        What they leave of ``J Jᵀ``, ``[rows, C, C]``.
+    """
+
+    f: Outputs
+    y: Targets
+    phi: Float[Tensor, "rows outputs points"]
+    left: Float[Tensor, "rows outputs outputs"]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it keeps."""
+        return self.f.numel() + self.y.numel() + self.phi.numel() + self.left.numel()
+
+    @cached_property
+    def left_root(self) -> Float[Tensor, "rows outputs outputs"]:
+        """A root of what is left, for samples."""
+        return linalg.root(self.left)
+
+    def covariance(self, factor: Tensor, delta: Tensor) -> Float[Tensor, "rows outputs outputs"]:
+        """Of the outputs.
+
+        Parameters
+        ----------
+        factor
+            The Cholesky factor of ``A + δ I``.
+        delta
+            δ.
+        """
+        flat = torch.linalg.solve_triangular(factor, self.phi.flatten(0, 1).T, upper=False).T
+        half = flat.reshape(self.phi.shape)
+        return self.left / delta + half @ half.mT
+
+    def samples(
+        self, factor: Tensor, delta: Tensor, n_samples: int, generator: torch.Generator
+    ) -> Float[Tensor, "samples rows outputs"]:
+        """Draws of the outputs, differentiable in both arguments.
+
+        Parameters
+        ----------
+        factor, delta
+            As in ``covariance``.
+        n_samples
+            How many.
+        generator
+            Source of randomness.
+        """
+        dtype, device = self.f.dtype, self.f.device
+        first = torch.randn(n_samples, *self.f.shape, generator=generator, dtype=dtype, device=device)
+        second = torch.randn(n_samples, len(factor), generator=generator, dtype=dtype, device=device)
+        z = torch.linalg.solve_triangular(factor.T, second.T, upper=True)
+        left = torch.einsum("nck,snk->snc", self.left_root, first) / delta.sqrt()
+        return self.f + left + torch.einsum("nck,ks->snc", self.phi, z)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The α-energy of the posterior, to be minimized: at α = 0 the negative evidence lower bound.
+
+    Attributes
+    ----------
+    alpha
+        α in [0, 1].
+    n_rows
+        Number of unmasked rows in all training data.
+    shift
+        ``‖θ* − μ₀‖²``.
+    n_samples
+        Of the logits; 0 for the closed form.
+    generator
+        Source of their randomness.
+    """
+
+    alpha: float
+    n_rows: int
+    shift: Scalar
+    n_samples: int
+    generator: torch.Generator
+
+    def data_term(
+        self, batch: Statistics, root: Tensor, delta: Tensor, likelihood: AbstractLikelihood
+    ) -> Float[Tensor, " rows"]:
+        """The energy of each row, in nats, without the normalizer of the likelihood.
+
+        Parameters
+        ----------
+        batch
+            Some training data.
+        root
+            L, ``[M, M]``.
+        delta
+            δ, ``[]``.
+        likelihood
+            With the noise and temperature of the moment.
+        """
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        factor = linalg.cholesky(root @ root.T + delta * eye, "posterior precision of the inducing points")
+        softmax = likelihood.has_link or likelihood.n_items > 1
+        if softmax and self.n_samples:
+            samples = batch.samples(factor, delta, self.n_samples, self.generator)
+            return energy.sampled_categorical(samples, batch.y, likelihood.scale, self.alpha)
+        of_likelihood = energy.categorical if softmax else energy.gaussian
+        return of_likelihood(batch.f, batch.covariance(factor, delta), batch.y, likelihood.scale, self.alpha)
+
+    def __call__(self, batch: Statistics, root: Tensor, delta: Tensor, likelihood: AbstractLikelihood) -> Scalar:
+        """The objective, estimated from a batch, in nats.
+
+        Parameters
+        ----------
+        batch, root, delta, likelihood
+            As in ``data_term``.
+        """
+        rows = self.data_term(batch, root, delta, likelihood)
+        data = self.n_rows / len(rows) * rows.sum()
+        normalizer = likelihood.log_normalizer(self.n_rows, batch.f.shape[-1])
+        return data + normalizer + kl_divergence(root, delta, self.shift)
