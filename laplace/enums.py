@@ -100,9 +100,13 @@ class TuningMethod(str, Enum):
     """How the prior precision is chosen."""
 
     MARGLIK = "marglik"
-    """By gradient ascent on the log marginal likelihood: needs no validation data."""
+    """By ascent on the log marginal likelihood: needs no validation data."""
     GRIDSEARCH = "gridsearch"
     """By the loss on validation data over a logarithmic grid."""
+    LOO = "loo"
+    """By the leave-one-out score of the training data over the grid, in closed form (``full`` and ``diag``)."""
+    CV = "cv"
+    """By the score of k folds of training features, the head estimated again for each (last layer)."""
 
 
 class FeatureReduction(str, Enum):

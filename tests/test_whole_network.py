@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from laplace import Laplace
 from laplace.curvature import GGNInterface
-from laplace.tuning import gridsearch
+from laplace.tuning import cached
 from tests import reference
 from tests.contracts import generator, model_untouched
 from tests.estimators import PREDICTIONS, dense, every_structure
@@ -187,7 +187,7 @@ def test_tuning_works_and_keeps_derivatives_only_while_memory_allows(name, struc
     assert la.log_marginal_likelihood() > before
     found = []
     for kept, passes in ((10**9, 1), (0, 6)):
-        monkeypatch.setattr(gridsearch, "KEPT_ELEMENTS", kept)
+        monkeypatch.setattr(cached, "KEPT_ELEMENTS", kept)
         handle = model.register_forward_hook(lambda *_: calls.append(1))
         calls.clear()
         la.optimize_prior_precision(method="gridsearch", val_loader=[data], grid_size=5, log_prior_prec_max=1)

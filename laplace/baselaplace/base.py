@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from laplace.baselaplace.options import prediction_options
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, NotFittedError, UnsupportedError
+from laplace.fit import Fit
 from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood, resolve
 from laplace.predictive import Options
 from laplace.types import Inputs, Scalar
@@ -32,7 +33,8 @@ class BaseLaplace(ABC):
     likelihood
         ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     sigma_noise
-        Standard deviation of the observation noise, in target units; regression only.
+        Standard deviation of the observation noise, in target units; regression only. With a last layer it may have one
+        value for each output.
     prior_precision
         Of the Gaussian prior, in 1/weight²: a scalar, one value a parameter group, or one a weight.
     prior_mean
@@ -59,6 +61,9 @@ class BaseLaplace(ABC):
     InputError
         If a hyperparameter is not finite or not positive.
     """
+
+    _output_temperature: float = 1.0
+    _last_layer: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -168,10 +173,10 @@ class BaseLaplace(ABC):
 
     @property
     def sigma_noise(self) -> Tensor:
-        """Standard deviation of the observation noise, ``[]``, in target units; assign a float or a tensor.
+        """Standard deviation of the observation noise, ``[]`` or ``[C]``, in target units; assign a float or a tensor.
 
-        An assigned value must be one positive and finite number (``InputError``), and 1 for classification
-        (``UnsupportedError``).
+        One number for all outputs, or, with a last layer, one for each; nothing is fitted again. Assigned values must
+        be positive and finite (``InputError``), and 1 for classification (``UnsupportedError``).
         """
         return self._handed_out(self._sigma_noise)
 
@@ -181,23 +186,32 @@ class BaseLaplace(ABC):
         self._hyperparameters_changed()
 
     def _checked_sigma_noise(self, value: Any) -> Tensor:
-        """A valid observation noise, ``[]``."""
+        """A valid observation noise, ``[]`` or ``[C]``."""
         sigma = self._checked("sigma_noise", value, positive=True)
-        if sigma.numel() != 1:
-            msg = f"sigma_noise must be one number for all outputs; got the shape {list(sigma.shape)}."
-            raise InputError(msg)
-        if not LIKELIHOODS[self.likelihood].has_noise and float(sigma.detach()) != 1:
+        if not LIKELIHOODS[self.likelihood].has_noise and bool((sigma.detach() != 1).any()):
             msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {self.likelihood.value}."
             raise UnsupportedError(msg)
-        return sigma.reshape(())
+        if sigma.numel() == 1:
+            return sigma.reshape(())
+        fit: Fit | None = self.__dict__.get("_fit")
+        if sigma.dim() != 1 or (fit is not None and len(sigma) != fit.n_outputs):
+            outputs = "each output" if fit is None else f"each of the {fit.n_outputs} outputs"
+            msg = f"sigma_noise must be one number, or one for {outputs}; got the shape {list(sigma.shape)}."
+            raise InputError(msg)
+        if not self._last_layer:
+            msg = (
+                "A noise for each output scales the weights of a linear head output by output; weights below it are "
+                'shared by outputs. Pass one sigma_noise, or use subset_of_weights="last_layer".'
+            )
+            raise UnsupportedError(msg)
+        return sigma
 
     @property
     def temperature(self) -> float | Tensor:
         """T of the tempered likelihood; assign a float.
 
         An assigned value must be one positive and finite number (``InputError``). It tempers the likelihood and
-        so widens (T > 1) or narrows the posterior; temperature scaling of predictions is
-        ``laplace.evaluation.fit_temperature``.
+        so widens (T > 1) or narrows the posterior; temperature scaling of predictions is ``output_temperature``.
         """
         return self._temperature
 
@@ -209,6 +223,27 @@ class BaseLaplace(ABC):
             raise InputError(msg)
         self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
         self._hyperparameters_changed()
+
+    @property
+    def output_temperature(self) -> float:
+        """What logits are divided by before the link, when predicting: above 1 it softens, below 1 it sharpens.
+
+        It is what temperature scaling chooses; ``tune`` chooses it together with the prior precision. The posterior
+        does not depend on it. An assigned value must be one positive and finite number (``InputError``), and 1 for
+        regression (``UnsupportedError``).
+        """
+        return self._output_temperature
+
+    @output_temperature.setter
+    def output_temperature(self, value: float | Tensor) -> None:
+        checked = self._checked("output_temperature", value, positive=True)
+        if checked.numel() != 1:
+            msg = f"output_temperature must be one number; got the shape {list(checked.shape)}."
+            raise InputError(msg)
+        if LIKELIHOODS[self.likelihood].has_noise and float(checked) != 1:
+            msg = "output_temperature divides logits before the link; outputs of regression pass none. Leave it at 1."
+            raise UnsupportedError(msg)
+        self._output_temperature = float(value)
 
     @staticmethod
     def _handed_out(value: Tensor) -> Tensor:
@@ -247,15 +282,16 @@ class BaseLaplace(ABC):
 
     @property
     def _output_likelihood(self) -> AbstractLikelihood:
-        """The likelihood with its present noise and temperature, in the precision of the evidence."""
+        """The likelihood with its present noise and temperatures, in the precision of the evidence."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise.to(self._dtype), temperature)
+        return resolve(self.likelihood, self._sigma_noise.to(self._dtype), temperature, self._output_temperature)
 
     @property
     def _frozen_likelihood(self) -> AbstractLikelihood:
         """The same, cut off the graph of its hyperparameters."""
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise.detach().to(self._dtype), temperature.detach())
+        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        sigma_noise = self._sigma_noise.detach().to(self._dtype)
+        return resolve(self.likelihood, sigma_noise, temperature, self._output_temperature)
 
     # -- back end -----------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from laplace.errors import StateError
 from laplace.fit import Fit
 from laplace.prior import GaussianPrior
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the layout of a state; raised when it changes."""
 
 
@@ -146,11 +146,16 @@ class CheckpointedPosterior(NetworkPosterior):
 
     def _choices(self) -> dict[str, Any]:
         """Plain settings that a state carries and restores."""
-        return {"temperature": float(self.temperature), "enable_backprop": self.enable_backprop}
+        return {
+            "temperature": float(self.temperature),
+            "output_temperature": self.output_temperature,
+            "enable_backprop": self.enable_backprop,
+        }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Assign the settings of ``_choices``."""
         self.temperature = state["temperature"]
+        self.output_temperature = state["output_temperature"]
         self.enable_backprop = state["enable_backprop"]
 
     def state_dict(self) -> dict[str, Any]:

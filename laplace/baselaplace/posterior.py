@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laplace import linalg, tuning
 from laplace.baselaplace.base import BaseLaplace
-from laplace.enums import PredType
+from laplace.enums import Likelihood, PredType
 from laplace.errors import InputError, ShapeError
 from laplace.fit import Fit
 from laplace.network import Batch, ParameterSubset, evaluating, full_precision, iterate
@@ -87,7 +87,11 @@ class WeightPosterior(BaseLaplace):
                 description="[Fitting]",
             )
             batches = self._counted(batches, counts)
-            learned = self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+            self.backend.loss_by_output = self._last_layer and self.likelihood is Likelihood.REGRESSION
+            try:
+                learned = self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+            finally:
+                self.backend.loss_by_output = False
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
             raise InputError(msg)
@@ -96,10 +100,15 @@ class WeightPosterior(BaseLaplace):
                 f"All {counts['data']} rows of training data are masked: there is nothing to learn the curvature from."
             )
             raise InputError(msg)
-        nll, curvature = learned
+        nll, curvature = learned[0].detach(), learned[1]
         subset = self._known_parameters("fit")
         mean = subset.vector().to(self._dtype)
-        fit = Fit(mean, curvature, nll.detach(), counts["data"], counts["positions"], self._count_outputs())
+        by_output = nll if nll.dim() else None
+        numbers = counts["data"], counts["positions"], self._count_outputs()
+        if self._sigma_noise.numel() not in (1, numbers[2]):
+            msg = f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
+            raise ShapeError(msg)
+        fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias)
         previous = None if override else self.__dict__.get("_fit")
         self._fit = fit if previous is None else previous.merge(fit)
         self._hyperparameters_changed()
@@ -117,6 +126,11 @@ class WeightPosterior(BaseLaplace):
 
     def _before_first(self, batch: Batch) -> None:
         """Prepare for the first batch of a fit; subset classes use it."""
+
+    @property
+    def _head_bias(self) -> bool | None:
+        """Whether the random weights are those of a linear head with a bias; ``None`` if they are not of a head."""
+        return len(self._known_parameters("fit").parameters) == 2 if self._last_layer else None
 
     @abstractmethod
     def _count_outputs(self) -> int:
@@ -208,7 +222,7 @@ class WeightPosterior(BaseLaplace):
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
         if not (torch.is_grad_enabled() and (scale.requires_grad or self._prior_precision.requires_grad)):
             return self._frozen_posterior
-        return (self._fitted.curvature * scale).posterior(self._prior, **self._posterior_options())
+        return self._fitted.scaled(scale).posterior(self._prior, **self._posterior_options())
 
     @property
     @linalg.lasting
@@ -217,7 +231,7 @@ class WeightPosterior(BaseLaplace):
         if self._posterior_cache is None:
             with torch.no_grad(), full_precision(self._device):
                 scale = self._output_likelihood.curvature_scale(self.backend.kind)
-                curvature = self._fitted.curvature * scale
+                curvature = self._fitted.scaled(scale)
                 self._posterior_cache = curvature.posterior(self._prior, **self._posterior_options())
         return self._posterior_cache
 
@@ -294,7 +308,7 @@ class WeightPosterior(BaseLaplace):
     def log_det_posterior_precision(self) -> Scalar:
         """Log |s·H + P₀|."""
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
-        return (self._fitted.curvature * scale).posterior_logdet(self._prior, **self._posterior_options())
+        return self._fitted.scaled(scale).posterior_logdet(self._prior, **self._posterior_options())
 
     @property
     def log_det_ratio(self) -> Scalar:

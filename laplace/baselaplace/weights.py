@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ from laplace.types import Inputs
 
 class NetworkPosterior(WeightPosterior):
     """A posterior over all weights of a network that require a gradient."""
-
-    _last_layer: ClassVar[bool] = False
 
     @cached_property
     def _whole(self) -> WholeNetwork:

@@ -17,7 +17,7 @@ from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outpu
 from laplace.curvature.capabilities import Capabilities
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, resolve
+from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures import Kron
@@ -325,6 +325,15 @@ class CurvatureInterface(Capabilities, ABC):
         if self.last_layer:
             self.output_likelihood.check_head(self._head.out_features)
         return self.output_likelihood.flatten(f, y)
+
+    loss_by_output: bool = False
+    """Whether losses of a last layer come output by output, ``[C]``: set while an estimator of regression is fitted."""
+
+    def loss(self, positions: Positions) -> Tensor:
+        """Negative log-likelihood of some positions, ``[]``, or ``[C]`` with ``loss_by_output``."""
+        if self.loss_by_output and isinstance(self.output_likelihood, GaussianLikelihood):
+            return self.output_likelihood.nll_of_outputs(positions.f, positions.y)
+        return self.output_likelihood.nll(positions.f, positions.y)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise when a method gets options that this back end does not read."""

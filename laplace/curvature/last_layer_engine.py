@@ -95,7 +95,7 @@ class LastLayerEngine:
             with full_precision(f.device):
                 positions = self.backend.positions(f, y)
                 yield (
-                    self.backend.output_likelihood.nll(positions.f, positions.y),
+                    self.backend.loss(positions),
                     positions.select(phi.to(positions.f.dtype)),
                     positions,
                 )

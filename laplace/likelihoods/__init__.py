@@ -21,7 +21,10 @@ LIKELIHOODS: dict[Likelihood, type[AbstractLikelihood]] = {
 
 
 def resolve(
-    likelihood: Likelihood | str, sigma_noise: float | torch.Tensor = 1.0, temperature: float | torch.Tensor = 1.0
+    likelihood: Likelihood | str,
+    sigma_noise: float | torch.Tensor = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    output_temperature: float | torch.Tensor = 1.0,
 ) -> AbstractLikelihood:
     """Turn the name of a likelihood into the likelihood: the only place that reads the name.
 
@@ -33,6 +36,8 @@ def resolve(
         Standard deviation of the observation noise, in target units; only regression has one.
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``.
+    output_temperature
+        What logits are divided by before the link, when predicting; only likelihoods with a link have one.
 
     Returns
     -------
@@ -47,6 +52,8 @@ def resolve(
     options: dict[str, Any] = {"temperature": temperature}
     if cls.has_noise:
         options["sigma_noise"] = torch.as_tensor(sigma_noise)
+    else:
+        options["output_temperature"] = output_temperature
     return cls(**options)
 
 

@@ -133,17 +133,19 @@ class AbstractLikelihood(ABC):
     """Whether ``sigma_noise`` has a meaning."""
     has_link: ClassVar[bool] = False
     """Whether outputs pass a nonlinear link, so that ``link_approx`` has a meaning."""
+    output_temperature: float | Tensor = 1.0
+    """What logits are divided by before the link, when predicting: T > 1 softens, T < 1 sharpens."""
     n_items: ClassVar[int] = 1
     """How many inputs a target compares: 2 for preferences between pairs, whose probabilities ``fitting=True`` asks."""
 
     @property
     @abstractmethod
-    def scale(self) -> Scalar:
-        """Factor of the negative log-likelihood, ``1/(σ² T)``; σ = 1 where noise has no meaning."""
+    def scale(self) -> Tensor:
+        """Factor of the negative log-likelihood, ``1/(σ² T)``, ``[]`` or ``[C]`` by output; σ = 1 where noise has no meaning."""
 
     @abstractmethod
-    def curvature_scale(self, kind: CurvatureKind) -> Scalar:
-        """Factor of the curvature: ``1/(σ² T)``, for the empirical Fisher ``1/(σ⁴ T)``.
+    def curvature_scale(self, kind: CurvatureKind) -> Tensor:
+        """Factor of the curvature: ``1/(σ² T)``, ``[]`` or ``[C]`` by output; for the empirical Fisher ``1/(σ⁴ T)``.
 
         Parameters
         ----------

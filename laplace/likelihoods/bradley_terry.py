@@ -26,6 +26,8 @@ class BradleyTerryLikelihood(AbstractLikelihood):
     ----------
     temperature
         T.
+    output_temperature
+        What logits are divided by before the link, when predicting.
 
     References
     ----------
@@ -33,6 +35,7 @@ class BradleyTerryLikelihood(AbstractLikelihood):
     """
 
     temperature: float | Tensor = 1.0
+    output_temperature: float | Tensor = 1.0
 
     name: ClassVar[Likelihood] = Likelihood.REWARD_MODELING
     n_items: ClassVar[int] = 2

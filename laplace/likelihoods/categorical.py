@@ -35,9 +35,12 @@ class CategoricalLikelihood(AbstractLikelihood):
     ----------
     temperature
         T.
+    output_temperature
+        What logits are divided by before the link, when predicting.
     """
 
     temperature: float | Tensor = 1.0
+    output_temperature: float | Tensor = 1.0
 
     name: ClassVar[Likelihood] = Likelihood.CLASSIFICATION
     has_link: ClassVar[bool] = True
@@ -106,7 +109,7 @@ class CategoricalLikelihood(AbstractLikelihood):
 
     def expectation(self, f: Tensor) -> Tensor:
         """Class probabilities, ``[..., C]``."""
-        return f.softmax(-1)
+        return (f / self.output_temperature).softmax(-1)
 
     def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor:
         """Class probabilities, ``[rows, C]``; rows sum to one."""

@@ -32,7 +32,7 @@ class GaussianLikelihood(AbstractLikelihood):
     Attributes
     ----------
     sigma_noise
-        σ, the standard deviation of the observation noise in target units.
+        σ, the standard deviation of the observation noise in target units: ``[]``, or ``[C]``, one for each output.
     temperature
         T.
     """
@@ -44,21 +44,25 @@ class GaussianLikelihood(AbstractLikelihood):
     has_noise: ClassVar[bool] = True
 
     @property
-    def scale(self) -> Scalar:
-        """1/(σ² T)."""
+    def scale(self) -> Tensor:
+        """1/(σ² T), ``[]`` or ``[C]``."""
         return 1 / (self.sigma_noise**2 * self.temperature)
 
-    def curvature_scale(self, kind: CurvatureKind) -> Scalar:
-        """1/(σ² T); for the empirical Fisher 1/(σ⁴ T), its gradients being (f − y)/σ²."""
+    def curvature_scale(self, kind: CurvatureKind) -> Tensor:
+        """1/(σ² T), ``[]`` or ``[C]``; for the empirical Fisher 1/(σ⁴ T), its gradients being (f − y)/σ²."""
         return self.scale if kind is CurvatureKind.GGN else self.scale / self.sigma_noise**2
 
     def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:
-        """n C log(σ √2π), in nats."""
-        return n_positions * n_outputs * (self.sigma_noise.log() + 0.5 * math.log(2 * math.pi))
+        """N Σ_c log(σ_c √2π), in nats."""
+        return n_positions * n_outputs * (self.sigma_noise.log().mean() + 0.5 * math.log(2 * math.pi))
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
         """½ Σ ‖y − f‖²."""
         return 0.5 * (f - y).square().sum()
+
+    def nll_of_outputs(self, f: Outputs, y: Targets) -> Float[Tensor, " outputs"]:
+        """½ Σ (y − f)² for each output, ``[C]``."""
+        return 0.5 * (f - y).square().sum(0)
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
         """f − y, ``[rows, C]``."""

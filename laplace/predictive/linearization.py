@@ -6,9 +6,8 @@ the derivatives of a whole network in factors.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,133 +16,12 @@ from torch import Tensor
 
 from laplace.errors import UnsupportedError
 from laplace.network.parameters import head_views, split_sizes
+from laplace.predictive.base import Linearization
 from laplace.predictive.gaussian import chunks, draw
+from laplace.predictive.spectral import SpectralLinearization
 from laplace.structures import AbstractPrecision
+from laplace.structures.basis import Basis, DenseBasis
 from laplace.structures.jacobian import JacobianBlock
-
-
-class Linearization(ABC):
-    """Outputs at some inputs and how they depend on the random weights, to first order."""
-
-    f: Tensor
-    """Outputs, ``[batch, *positions, C]``."""
-
-    @property
-    def n_outputs(self) -> int:
-        """C."""
-        return self.f.shape[-1]
-
-    def mean(self, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
-        """Outputs, flattened to rows."""
-        return self.f.reshape(-1, self.n_outputs).to(dtype)
-
-    @abstractmethod
-    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
-        """Variances of the outputs.
-
-        Parameters
-        ----------
-        precision
-            Posterior precision of the weights.
-        dtype
-            To compute in.
-
-        Returns
-        -------
-        ``[rows, C]``, output units squared, without observation noise.
-        """
-
-    @abstractmethod
-    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
-        """Covariances of the outputs of each row.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-
-        Returns
-        -------
-        ``[rows, C, C]``, output units squared, without observation noise.
-        """
-
-    @abstractmethod
-    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
-        """Covariance of all outputs of all rows.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-
-        Returns
-        -------
-        ``[rows·C, rows·C]``, row by row; output units squared, without observation noise.
-        """
-
-    @abstractmethod
-    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
-        """Variances of the differences f₀ − f₁ of each pair, for outputs ``[pairs, 2, 1]``.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-
-        Returns
-        -------
-        ``[pairs, 1]``, output units squared.
-        """
-
-    @abstractmethod
-    def functions(
-        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
-    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """Draw whole functions of the linearized network, coherent over the rows of the call, in chunks of samples.
-
-        Parameters
-        ----------
-        precision
-            Posterior precision of the weights.
-        n_samples
-            How many.
-        generator
-            Source of randomness.
-        dtype
-            To compute in.
-
-        Yields
-        ------
-        ``[samples, rows, C]``, ``n_samples`` in all.
-        """
-
-    def network_functions(
-        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
-    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """The same of the network itself; for a linear last layer it is the same.
-
-        Parameters
-        ----------
-        precision, n_samples, generator, dtype
-            As in ``functions``.
-        """
-        return self.functions(precision, n_samples, generator, dtype)
-
-    def kept(self, limit: int) -> tuple[Linearization, int] | None:
-        """What to keep of it for repeated use, and its size in numbers; ``None`` when that is above a limit.
-
-        Parameters
-        ----------
-        limit
-            How many numbers may be kept.
-        """
-        size = self.f.numel()
-        return (self, size) if size <= limit else None
-
-    def restore(self, rows: Tensor, n_leading: int = 0) -> Tensor:
-        """From rows back to ``[batch, *positions]``, in the dtype of the outputs."""
-        lead = rows.shape[:n_leading]
-        return rows.reshape(*lead, *self.f.shape[:-1], *rows.shape[n_leading + 1 :]).to(self.f.dtype)
 
 
 @dataclass(frozen=True)
@@ -166,6 +44,18 @@ class FeatureLinearization(Linearization):
 
     def _rows(self, dtype: torch.dtype) -> Float[Tensor, "rows features"]:
         return self.phi.reshape(-1, self.phi.shape[-1]).to(dtype)
+
+    def select(self, rows: Tensor) -> FeatureLinearization:
+        """Some of its flattened rows, ``[rows, ...]``."""
+        f, phi = (part.reshape(-1, part.shape[-1])[rows] for part in (self.f, self.phi))
+        return FeatureLinearization(f, phi, self.bias)
+
+    def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
+        """Features in other coordinates, where those of features alone are rotated; else all weights at once."""
+        phi = self._rows(dtype)
+        if isinstance(basis, DenseBasis):
+            return SpectralLinearization(self.f, lambda: basis.features(phi, self.n_outputs, self.bias))
+        return replace(self, phi=basis.features(phi, self.n_outputs, self.bias).reshape(self.phi.shape))
 
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
         """From features, by the structure."""
@@ -223,7 +113,9 @@ class StoredDerivatives:
     blocks: Sequence[JacobianBlock]
 
     def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
-        """Mixtures of them."""
+        """Mixtures of them; as they are where all are asked for."""
+        if torch.equal(mix, torch.eye(self.n_columns_at_once, dtype=mix.dtype, device=mix.device)):
+            return list(self.blocks)
         return [block.mix(mix) for block in self.blocks]
 
     @property
@@ -320,14 +212,20 @@ class JacobianLinearization(Linearization):
             thetas = self.theta + precision.sample(size, generator)
             yield torch.stack([self.evaluate(theta).reshape(mean.shape).to(dtype) for theta in thetas])
 
+    def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
+        """Derivatives in other coordinates, group by group or all weights at once."""
+        if isinstance(basis, DenseBasis):
+            return SpectralLinearization(self.f, lambda: basis.blocks(self._blocks(dtype)))
+        return replace(self, derivatives=StoredDerivatives(basis.blocks(self._blocks(dtype))))
+
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
         """All columns in factors, if they fit."""
         if self.derivatives is None:
             return super().kept(limit)
         dtype = torch.promote_types(self.f.dtype, torch.float32)
-        blocks = self._blocks(dtype, 0, 1)
-        size = sum(block.size for block in blocks) * self.f[0].numel() + self.f.numel()
+        blocks, n_columns = self._blocks(dtype, 0, 1), self.f[0].numel()
+        size = sum(block.size for block in blocks) * n_columns + self.f.numel()
         if size > limit:
             return None
-        stored = StoredDerivatives(self._blocks(dtype))
+        stored = StoredDerivatives(blocks if n_columns == 1 else self._blocks(dtype))
         return JacobianLinearization(self.f, stored, self.evaluate, self.theta), size

@@ -7,7 +7,7 @@ that is built on them serve it as they are. The variance of Δ contains the cova
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from torch import Tensor
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.predictive.linearization import Linearization
 from laplace.structures import AbstractPrecision
+from laplace.structures.basis import Basis
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,16 @@ class Pairs(Linearization):
             As in ``variance``.
         """
         return self.scores.pair_variance(precision, dtype)
+
+    def rotated(self, basis: Basis, dtype: torch.dtype) -> Pairs:
+        """The scores in other coordinates.
+
+        Parameters
+        ----------
+        basis, dtype
+            As in ``Linearization.rotated``.
+        """
+        return replace(self, scores=self.scores.rotated(basis, dtype))
 
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
         """What is kept of the scores.

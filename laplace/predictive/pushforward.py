@@ -6,7 +6,7 @@ everything about some inputs that does not depend on the posterior, with a poste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,10 @@ from laplace.predictive.gaussian import draw
 from laplace.predictive.linearization import Linearization
 from laplace.predictive.links import LINKS, VARIANCE_LINKS, average_softmax, mc
 from laplace.structures import AbstractPrecision
+
+
+Moments = tuple[Tensor, Tensor, Link]
+"""Mean and (co)variance of outputs, and the link to apply to them."""
 
 
 @dataclass(frozen=True)
@@ -80,37 +84,78 @@ def moments(
     likelihood: AbstractLikelihood,
     options: Options,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Link]:
+) -> Moments:
     """Mean and (co)variance of the outputs, whichever the link needs and no more, and the link to apply to them.
 
     Parameters
     ----------
     inputs, precision, likelihood, options, dtype
         As in ``predict``.
+    """
+    (only,) = moments_of_each(inputs, [precision], [likelihood], lambda: options, dtype)
+    return only
 
-    Returns
-    -------
+
+def moments_of_each(
+    inputs: Linearization,
+    precisions: Sequence[AbstractPrecision],
+    likelihoods: Sequence[AbstractLikelihood],
+    fresh_options: Callable[[], Options],
+    dtype: torch.dtype,
+) -> Iterator[Moments]:
+    """The same under several posteriors of the same inputs, sharing what they can share.
+
+    Parameters
+    ----------
+    inputs
+        Where to predict.
+    precisions, likelihoods
+        One each a posterior.
+    fresh_options
+        How to predict, asked again for each posterior, so that samples can be the same.
+    dtype
+        To compute in.
+
+    Yields
+    ------
     Mean ``[rows, C]``, variance ``[rows, C]`` or covariance ``[rows, C, C]``, and a link. Where functions are sampled
     and averaged after the link, the mean is their log probabilities already and the link leaves it alone.
     """
-    has_link = likelihood.has_link or options.fitting
-    if has_link and (options.joint or options.pred_type is PredType.NN):
-        functions = _functions(inputs, precision, options, dtype)
-        log_probabilities = average_softmax(functions, options.n_samples)
-        return log_probabilities, torch.zeros_like(log_probabilities), lambda mean, _cov: mean
-    if options.pred_type is PredType.NN:
-        return *_sample_moments(inputs, precision, options, dtype), link_function(options)
-    variance_is_enough = has_link and (options.fitting or options.link in VARIANCE_LINKS)
-    if options.diagonal_output or variance_is_enough:
-        return inputs.mean(dtype), inputs.variance(precision, dtype), link_function(options)
-    return inputs.mean(dtype), inputs.covariance(precision, dtype), link_function(options)
+    options, first = fresh_options(), likelihoods[0]
+    has_link = first.has_link or options.fitting
+    variance_is_enough = options.diagonal_output or (has_link and (options.fitting or options.link in VARIANCE_LINKS))
+    sampled = options.pred_type is PredType.NN or (has_link and options.joint)
+    if variance_is_enough and not sampled:
+        mean = inputs.mean(dtype)
+        for variance, likelihood in zip(inputs.variances(precisions, dtype), likelihoods, strict=True):
+            yield mean, variance, link_function(fresh_options(), likelihood)
+        return
+    for precision, likelihood in zip(precisions, likelihoods, strict=True):
+        options = fresh_options()
+        if not sampled:
+            yield inputs.mean(dtype), inputs.covariance(precision, dtype), link_function(options, likelihood)
+        elif has_link:
+            functions = (f / likelihood.output_temperature for f in _functions(inputs, precision, options, dtype))
+            log_probabilities = average_softmax(functions, options.n_samples)
+            yield log_probabilities, torch.zeros_like(log_probabilities), _already_applied
+        else:
+            yield *_sample_moments(inputs, precision, options, dtype), link_function(options, likelihood)
 
 
-def link_function(options: Options) -> Link:
-    """The link of these options, as a function of mean and (co)variance."""
+def _already_applied(mean: Tensor, _cov: Tensor) -> Tensor:
+    """The link of means that are log probabilities."""
+    return mean
+
+
+def link_function(options: Options, likelihood: AbstractLikelihood) -> Link:
+    """The link of these options, applied to logits divided by the output temperature."""
+    link = LINKS[options.link]
     if options.link is LinkApprox.MC:
-        return partial(mc, n_samples=options.n_samples, generator=options.generator)
-    return LINKS[options.link]
+        link = partial(mc, n_samples=options.n_samples, generator=options.generator)
+    T = likelihood.output_temperature
+    if not isinstance(T, Tensor) and T == 1:
+        return link
+    return lambda mean, cov: link(mean / T, cov / T**2)
 
 
 def functional_samples(

@@ -7,8 +7,8 @@ error instead of a branch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,26 +20,8 @@ from laplace.errors import InputError, UnsupportedError
 from laplace.prior import GaussianPrior
 from laplace.structures.dense_jacobian import check_jacobians, dense_rows, head_jacobians
 from laplace.structures.jacobian import JacobianBlock
+from laplace.structures.supports import SupportsCurvature
 from laplace.types import Scalar
-
-
-@runtime_checkable
-class SupportsCurvature(Protocol):
-    """What a structure asks of a curvature back end."""
-
-    full: Callable[..., tuple[Tensor, Tensor]]
-    diag: Callable[..., tuple[Tensor, Tensor]]
-    kron: Callable[..., tuple[Tensor, Any]]
-
-    def count(self, y: Tensor) -> int:
-        """Number of unmasked positions among targets.
-
-        Parameters
-        ----------
-        y
-            Targets of a batch.
-        """
-        ...
 
 
 class AbstractCurvature(ABC):
@@ -54,7 +36,7 @@ class AbstractCurvature(ABC):
     @abstractmethod
     def from_batch(
         cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
-    ) -> tuple[Scalar, AbstractCurvature]:
+    ) -> tuple[Tensor, AbstractCurvature]:
         """Negative log-likelihood and curvature of one batch, asked of the back end in its own structure.
 
         Parameters
@@ -68,13 +50,13 @@ class AbstractCurvature(ABC):
 
         Returns
         -------
-        Negative log-likelihood ``[]``, in nats, and curvature, both at unit noise and temperature.
+        Negative log-likelihood ``[]`` (or ``[C]``, by output), in nats, and curvature, at unit noise and temperature.
         """
 
     @classmethod
     def accumulate(
         cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
-    ) -> tuple[Scalar, AbstractCurvature] | None:
+    ) -> tuple[Tensor, AbstractCurvature] | None:
         """Negative log-likelihood and curvature of a whole data set; ``None`` when it is empty.
 
         Parameters
@@ -91,16 +73,16 @@ class AbstractCurvature(ABC):
         InputError
             If a batch cannot be used, or its negative log-likelihood or the curvature is not finite.
         """
-        total: tuple[Scalar, AbstractCurvature] | None = None
+        total: tuple[Tensor, AbstractCurvature] | None = None
         for index, (x, y) in enumerate(batches):
             try:
                 nll, curvature = cls.from_batch(backend, x, y, **options)
             except InputError as error:
                 msg = f"Batch {index} of the loader (counting from 0): {error}"
                 raise type(error)(msg) from error
-            if not bool(torch.isfinite(nll)):
+            if not bool(torch.isfinite(nll).all()):
                 msg = (
-                    f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll)}. Its inputs or "
+                    f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll.sum())}. Its inputs or "
                     "targets, or the outputs of the model for them, are NaN or infinite (or overflow when squared): "
                     "look for them in the data."
                 )
@@ -225,6 +207,16 @@ class AbstractCurvature(ABC):
             As in ``posterior``.
         """
         return self.posterior(prior, **options).logdet()
+
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> AbstractCurvature:
+        """``√f_i H_ij √f_j``: what a noise for each output does to the weights of a linear head."""
+        del factors
+        msg = f"hessian_structure={self.name.value!r} takes one sigma_noise for all outputs."
+        raise UnsupportedError(msg)
+
+    def basis(self, prior: GaussianPrior, *, features: bool) -> Any:  # noqa: ARG002
+        """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives; ``None``: none."""
+        return None
 
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "params params"]:

@@ -39,7 +39,7 @@ class DiagCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.DIAG
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, DiagCurvature]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, DiagCurvature]:
         """Ask the back end for the diagonal."""
         nll, vector = backend.diag(x, y, **options)
         return nll, cls(vector)
@@ -80,6 +80,10 @@ class DiagCurvature(AbstractCurvature):
     def __mul__(self, factor: float | Tensor) -> DiagCurvature:
         """Elementwise."""
         return replace(self, vector=self.vector * factor)
+
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> DiagCurvature:
+        """f h."""
+        return replace(self, vector=self.vector * factors)
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> DiagPrecision:
         """Add the prior; any prior fits.

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.enums import HessianStructure
+from laplace.errors import NotPositiveDefiniteError
 from laplace.network.parameters import augment, output_index
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
+from laplace.structures.basis import DenseBasis
+from laplace.structures.diag import DiagPrecision
 from laplace.types import Scalar
 
 
@@ -42,7 +45,7 @@ class FullCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.FULL
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, FullCurvature]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, FullCurvature]:
         """Ask the back end for the dense matrix."""
         nll, matrix = backend.full(x, y, **options)
         return nll, cls(matrix)
@@ -85,6 +88,11 @@ class FullCurvature(AbstractCurvature):
         """Scale the matrix; its eigenvalues are shared."""
         return replace(self, scale=self.scale * factor)
 
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> FullCurvature:
+        """√f_i H_ij √f_j."""
+        root = factors.sqrt()
+        return replace(self, matrix=root.unsqueeze(1) * self.matrix * root, _cache={})
+
     def posterior(self, prior: GaussianPrior, **options: Any) -> FullPrecision:
         """Add the prior; any prior fits."""
         assert not options, "the dense matrix has no options"
@@ -101,15 +109,53 @@ class FullCurvature(AbstractCurvature):
     @property
     @linalg.lasting
     def eigenvalues(self) -> Float[Tensor, " params"]:
-        """Eigenvalues of the unscaled matrix; computed once, O(P³)."""
+        """Eigenvalues of the unscaled matrix, zero where they are rounding; computed once, O(P³)."""
         if "eigenvalues" not in self._cache:
             with torch.no_grad():
-                self._cache["eigenvalues"] = torch.linalg.eigvalsh(self.matrix)
+                self._cache["eigenvalues"] = _without_rounding(torch.linalg.eigvalsh(self.matrix))
         return self._cache["eigenvalues"]
+
+    @property
+    @linalg.lasting
+    def eigenvectors(self) -> Float[Tensor, "params params"]:
+        """Eigenvectors, ``[P, P]``; computed once with the eigenvalues, O(P³)."""
+        if "eigenvectors" not in self._cache:
+            with torch.no_grad():
+                values, self._cache["eigenvectors"] = torch.linalg.eigh(self.matrix)
+                self._cache["eigenvalues"] = _without_rounding(values)
+        return self._cache["eigenvectors"]
+
+    def basis(self, prior: GaussianPrior, *, features: bool) -> DenseBasis | None:  # noqa: ARG002
+        """The eigenvectors, which a scalar prior leaves alone; none where weights have different precisions."""
+        return DenseBasis(_spectral, self.eigenvectors) if prior.precision.numel() == 1 else None
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The matrix, scaled."""
         return self.matrix * self.scale
+
+
+def _without_rounding(values: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
+    """Zero where eigenvalues are below what the largest one leaves room for: no curvature, and none to subtract."""
+    level = 10 * torch.finfo(values.dtype).eps * values.abs().max()
+    return torch.where(values.abs() <= level, 0.0, values)
+
+
+def _spectral(curvature: FullCurvature, prior: GaussianPrior) -> DiagPrecision:
+    """``s λ + δ``: the posterior in the eigenbasis of the curvature.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If an eigenvalue is negative and the prior does not make up for it.
+    """
+    spectrum = curvature.eigenvalues * curvature.scale + prior.precision
+    if bool((spectrum <= 0).any()):
+        msg = (
+            f"The posterior precision is not positive definite: its smallest eigenvalue is {float(spectrum.min()):.3e}. "
+            "A true Hessian away from a minimum is indefinite: use a GGN back end, or a larger prior precision."
+        )
+        raise NotPositiveDefiniteError(msg)
+    return DiagPrecision(spectrum)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
+from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron_decomposed import KronDecomposed, apply_blocks
 from laplace.types import Scalar
 
@@ -54,7 +55,7 @@ class KronCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.KRON
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Scalar, KronCurvature]:
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, KronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
         counts = sums.counts or [backend.count(y)] * len(sums)
@@ -116,6 +117,25 @@ class KronCurvature(AbstractCurvature):
         """Scale the matrix; the eigenbasis is shared."""
         return replace(self, scale=self.scale * factor)
 
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> KronCurvature:
+        """√f_c G_ck √f_k in the first factors; those of the inputs, and their eigenvectors, are shared."""
+        scaled = self.decomposed
+        vectors, values = [list(block) for block in scaled.eigenvectors], [list(block) for block in scaled.eigenvalues]
+        done: dict[int, tuple[Tensor, Tensor | None]] = {}
+        parts = factors.split([math.prod(shape) for shape in scaled.shapes])
+        for index, (block, part) in enumerate(zip(self.sums.kfacs, parts, strict=True)):
+            outer, root = block[0].to(factors), part.reshape(len(block[0]), -1)[:, 0].sqrt()
+            if id(block[0]) not in done:
+                dense = outer if outer.dim() == 2 else torch.diag(outer)
+                if bool((dense == torch.diag(dense.diagonal())).all()):
+                    # As of a Gaussian with independent noise: scaling leaves the eigenvectors alone.
+                    done[id(block[0])] = dense.diagonal() * root.square(), None
+                else:
+                    done[id(block[0])] = linalg.eigh(root.unsqueeze(1) * dense * root)
+            values[index][0], vectors[index][0] = done[id(block[0])]
+        cache = {"decomposed": replace(scaled, eigenvectors=vectors, eigenvalues=values)}
+        return replace(self, _cache=cache)
+
     def posterior(self, prior: GaussianPrior, **options: Any) -> KronDecomposed:
         """Add the prior in the eigenbasis: O(P) once that is known.
 
@@ -128,6 +148,17 @@ class KronCurvature(AbstractCurvature):
         """
         decomposed = replace(self.decomposed, **options)
         return decomposed * self.scale + prior.per_layer()
+
+    def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
+        """The eigenvectors of the factors: of the inputs' side alone for features, whose outputs stay as they are."""
+        vectors = self.decomposed.eigenvectors
+
+        def posterior(curvature: KronCurvature, prior: GaussianPrior, **options: Any) -> KronDecomposed:
+            # Where two blocks share their first side they still do.
+            kept = [[block[0] if features else None, *[None] * (len(block) - 1)] for block in vectors]
+            return replace(curvature.posterior(prior, **options), eigenvectors=kept)
+
+        return RotatedGroups(posterior, vectors, self.decomposed.shapes)
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The block-diagonal matrix."""

@@ -1,84 +1,27 @@
-"""The log marginal likelihood, and gradient ascent on it (``log_marginal_likelihood``, ``method="marglik"``).
+"""Maximizing the log marginal likelihood over prior precisions and noise (``method="marglik"``).
 
-Pure functions of a fit, a prior and a likelihood: the public methods assign what they are given, these do not.
+By L-BFGS on logarithms, until it converges; for one precision a weight of a diagonal curvature in closed form.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
-from laplace.enums import CurvatureKind
 from laplace.errors import InputError, NumericalWarning
-from laplace.fit import Fit
-from laplace.likelihoods import AbstractLikelihood
-from laplace.prior import GaussianPrior
-from laplace.types import Scalar
+from laplace.structures import DiagCurvature
+from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
+
+BOUNDS = (1e-6, 1e8)
+"""Within which prior precisions are chosen by evidence, in 1/weight²: beyond them it no longer changes."""
 
 
-def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:
-    """Log p(D | θ*) in nats: the tempered likelihood minus its (untempered) normalizer.
-
-    Parameters
-    ----------
-    fit
-        What was learned.
-    likelihood
-        With its noise and temperature; differentiable in the noise.
-
-    Returns
-    -------
-    ``[]``.
-
-    Notes
-    -----
-    Exact at the trained weights; O(1), from what ``fit`` summed.
-    """
-    return -likelihood.scale * fit.nll - likelihood.log_normalizer(fit.n_positions, fit.n_outputs)
-
-
-def log_marginal_likelihood(
-    fit: Fit, prior: GaussianPrior, likelihood: AbstractLikelihood, kind: CurvatureKind, **options: Any
-) -> Scalar:
-    """Laplace approximation of log p(D), in nats; differentiable in prior precision and noise.
-
-    ``log p(D|θ*) − ½ (log|P| − log|P₀| + (θ* − μ₀)ᵀ P₀ (θ* − μ₀))``
-
-    Parameters
-    ----------
-    fit
-        What was learned.
-    prior
-        Over the same weights.
-    likelihood
-        With its noise and temperature.
-    kind
-        Which curvature the fit holds.
-    **options
-        Of the structure: ``damping``.
-
-    Returns
-    -------
-    ``[]``.
-
-    Notes
-    -----
-    Exact for a Gaussian likelihood with the full structure if the weights are the posterior mode. Its cost is that of
-    the structure's ``posterior_logdet``.
-
-    References
-    ----------
-    MacKay (1992), "A practical Bayesian framework for backpropagation networks"; Immer, Bauer, Fortuin, Rätsch & Khan
-    (2021), "Scalable marginal likelihood estimation for model selection in deep learning". arXiv:2104.04975
-    """
-    curvature = fit.curvature * likelihood.curvature_scale(kind)
-    log_det_ratio = curvature.posterior_logdet(prior, **options) - prior.logdet()
-    return log_likelihood(fit, likelihood) - 0.5 * (log_det_ratio + prior.scatter(fit.mean))
+class _NotFinite(Exception):
+    """The objective has no value here."""
 
 
 def optimize(
@@ -87,22 +30,25 @@ def optimize(
     *,
     n_steps: int,
     lr: float,
+    bounds: tuple[Tensor | float, Tensor | float] = (0.0, float("inf")),
     progress_bar: bool = False,
 ) -> tuple[Tensor, float]:
-    """Maximize an objective over positive values by Adam on their logarithms.
+    """Maximize an objective over positive values by L-BFGS on their logarithms.
 
     Parameters
     ----------
     objective
-        Positive values → number to maximize.
+        Positive values ``[n]`` → number to maximize.
     initial
         Where to start; not changed.
     n_steps
-        Number of steps.
+        The most iterations; fewer where it converges before.
     lr
-        Learning rate.
+        First trial step of each line search, in log values.
+    bounds
+        Least and largest values.
     progress_bar
-        Show a progress bar.
+        Show a progress bar over evaluations.
 
     Returns
     -------
@@ -112,28 +58,189 @@ def optimize(
     ------
     InputError
         If the objective is not finite at the start.
+
+    Warns
+    -----
+    NumericalWarning
+        If the objective stops being finite on the way: Adam goes on from the best values until it meets this, too.
     """
+    low, high = (torch.as_tensor(bound, dtype=initial.dtype, device=initial.device).log() for bound in bounds)
     log_values = initial.detach().log().clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([log_values], lr=lr, maximize=True)
-    best_values, best = initial.detach().clone(), -float("inf")
-    for step in trange(n_steps + 1, desc="[Optimizing the marginal likelihood]", disable=not progress_bar):
+    start = log_values.detach().clone()
+    seen = [(-float("inf"), initial.detach().clone())]
+
+    with tqdm(desc="[Optimizing the marginal likelihood]", unit="it", disable=not progress_bar) as bar:
+
+        def evaluate() -> Tensor:
+            """The objective, on the graph of the logarithms."""
+            with torch.enable_grad():
+                value = objective(torch.minimum(torch.maximum(log_values, low), high).exp())
+            current = float(value.detach())
+            if not torch.isfinite(value.detach()):
+                raise _NotFinite(current)
+            if current > seen[0][0]:
+                # Unmoved values are given back as they came: no rounding by logarithm and exponential.
+                moved = not torch.equal(log_values.detach(), start)
+                best = log_values.detach().clamp(low, high).exp() if moved else initial.detach().clone()
+                seen[0] = current, best
+            bar.update()
+            return value
+
+        try:
+            evaluate()
+        except _NotFinite as error:
+            msg = (
+                f"The log marginal likelihood is {error} at the initial prior precision. Pass another "
+                "init_prior_prec, or check the training data for extreme values."
+            )
+            raise InputError(msg) from None
+        try:
+            if n_steps:
+                _quasi_newton(evaluate, log_values, n_steps, lr)
+        except _NotFinite:
+            with torch.no_grad():
+                log_values.copy_(seen[0][1].log())
+            _adam(evaluate, log_values, n_steps, lr)
+    return seen[0][1], seen[0][0]
+
+
+def _quasi_newton(evaluate: Callable[[], Tensor], log_values: Tensor, n_steps: int, lr: float) -> None:
+    optimizer = torch.optim.LBFGS(
+        [log_values],
+        lr=lr,
+        max_iter=n_steps,
+        max_eval=25 * n_steps,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
         with torch.enable_grad():
-            value = objective(log_values.exp())
-        current = float(value.detach())
-        if current != current or abs(current) == float("inf"):
-            if step == 0:
-                msg = (
-                    f"The log marginal likelihood is {current} at the initial prior precision. Pass another "
-                    "init_prior_prec, or check the training data for extreme values."
-                )
-                raise InputError(msg)
-            msg = f"The log marginal likelihood became {current} in step {step}; the best value before it is kept."
-            warnings.warn(msg, NumericalWarning, stacklevel=2)
-            break
-        if current > best:
-            best, best_values = current, log_values.detach().exp()
-        if step < n_steps:
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-    return best_values, best
+            loss = -evaluate()
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch declares a closure that returns float
+
+
+def _adam(evaluate: Callable[[], Tensor], log_values: Tensor, n_steps: int, lr: float) -> None:
+    optimizer = torch.optim.Adam([log_values], lr=lr, maximize=True)
+    for step in range(n_steps):
+        optimizer.zero_grad()
+        try:
+            value = evaluate()
+        except _NotFinite as error:
+            msg = f"The log marginal likelihood became {error} in step {step}; the best value before it is kept."
+            warnings.warn(msg, NumericalWarning, stacklevel=4)
+            return
+        value.backward()
+        optimizer.step()
+
+
+def maximize_evidence(
+    problem: Problem,
+    initial: Tensor,
+    sigma_noise: Tensor | None = None,
+    *,
+    n_steps: int = 100,
+    lr: float = 1e-1,
+    bounds: tuple[float, float] = BOUNDS,
+    progress_bar: bool = False,
+) -> tuple[Tensor, Tensor | None, float, int]:
+    """Choose prior precisions, and noise if asked, by evidence.
+
+    Parameters
+    ----------
+    problem
+        The fit.
+    initial
+        Prior precisions to start from, ``[1]``, ``[n_layers]`` or ``[P]``.
+    sigma_noise
+        Noise to start from, ``[]`` or ``[C]``, to choose it too; ``None`` keeps the present one.
+    n_steps, lr, progress_bar
+        As in ``optimize``.
+    bounds
+        Of the prior precisions.
+
+    Returns
+    -------
+    Prior precisions, noise (``None`` if it was not asked for), evidence, and how many precisions are at the bounds.
+
+    Notes
+    -----
+    The noise is bounded to a factor of 10⁴ around its start. One precision a weight with a diagonal curvature has a
+    closed form; with noise it is taken at each value of the noise.
+    """
+    curvature, inside = problem.fit.curvature, initial.clamp(*bounds)
+    n_values = initial.numel()
+    noise = initial.new_zeros(0) if sigma_noise is None else sigma_noise.reshape(-1)
+
+    def split(values: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = values[len(values) - len(noise) :]
+        return values[: len(values) - len(noise)], None if sigma_noise is None else found.reshape(sigma_noise.shape)
+
+    low, high = torch.full_like(initial, bounds[0]), torch.full_like(initial, bounds[1])
+    low, high = torch.cat([low, noise * 1e-4]), torch.cat([high, noise * 1e4])
+    options = {"n_steps": n_steps, "lr": lr, "progress_bar": progress_bar}
+    if n_steps and isinstance(curvature, DiagCurvature) and n_values == curvature.n_params and n_values > 1:
+
+        def optimum(sigma: Tensor | None) -> Tensor:
+            h = problem.curvature(problem.likelihood(sigma))
+            assert isinstance(h, DiagCurvature), "scaling keeps the structure"
+            return diagonal_optimum(h.vector.detach(), problem.fit.mean - problem.prior_mean, bounds)
+
+        best_noise = sigma_noise
+        if sigma_noise is not None:
+            # At the optimum the evidence does not change with the precisions: its slope is that in the noise alone.
+            values, _ = optimize(
+                lambda v: problem.evidence(optimum(v.reshape(sigma_noise.shape)), v.reshape(sigma_noise.shape)),
+                noise,
+                bounds=(low[n_values:], high[n_values:]),
+                **options,
+            )
+            best_noise = values.reshape(sigma_noise.shape)
+        best = optimum(best_noise)
+        value = float(problem.evidence(best, best_noise))
+    else:
+        start = inside if n_steps else initial
+        values, value = optimize(
+            lambda v: problem.evidence(*split(v)), torch.cat([start, noise]), bounds=(low, high), **options
+        )
+        best, best_noise = split(values)
+    n_clipped = int(((best <= bounds[0] * 1.0001) | (best >= bounds[1] * 0.9999)).sum())
+    return best, best_noise, value, n_clipped
+
+
+def diagonal_optimum(h: Tensor, shift: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Prior precision of each weight that maximizes the evidence of a diagonal curvature.
+
+    The positive root of ``h / (h + δ) = δ (θ − μ₀)²``, which is ``2 / ((θ − μ₀)² (1 + √(1 + 4 / (h (θ − μ₀)²))))``:
+    written so that nothing cancels.
+
+    Parameters
+    ----------
+    h
+        Curvature, scaled, ``[P]``.
+    shift
+        θ* − μ₀, ``[P]``.
+    bounds
+        The values are clipped to these: no curvature sends the optimum to 0, no shift to infinity.
+
+    Returns
+    -------
+    ``[P]``, in 1/weight².
+
+    References
+    ----------
+    The stationary point of MacKay's evidence (1992) for one weight and one precision.
+    """
+    square = shift.square()
+    optimum = 2 / (square + (square * (square + 4 / h)).sqrt())
+    # Without curvature the prior has the last word: none where it costs evidence, and where it costs none, all.
+    return torch.where(h > 0, optimum, torch.where(square > 0, 0.0, torch.inf)).clamp(*bounds)
+
+
+__all__ = ["BOUNDS", "diagonal_optimum", "log_likelihood", "log_marginal_likelihood", "maximize_evidence", "optimize"]

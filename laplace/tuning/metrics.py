@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +12,7 @@ from torch import Tensor
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, ShapeError
 from laplace.network.batches import split
-
-
-@runtime_checkable
-class RunningMetric(Protocol):
-    """A score that is fed batch by batch, as those of torchmetrics are."""
-
-    def update(self, *args: Any) -> None:
-        """Take a batch of predictions and targets."""
-        ...
-
-    def compute(self) -> Any:
-        """The score of all batches so far."""
-        ...
-
-    def reset(self) -> None:
-        """Start again."""
-        ...
+from laplace.tuning.scores import RunningMetric, takes
 
 
 class RunningNLLMetric:
@@ -132,15 +115,6 @@ def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
     return _mean(total, count)
 
 
-def _takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
-    """Whether a function can be called with these positional arguments."""
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    return True
-
-
 def validate(
     laplace: Any,
     val_loader: Iterable[Any],
@@ -188,7 +162,7 @@ def validate(
         count += 1
         if running:
             # A metric of two arguments (a mean squared error, say) scores the means.
-            loss.update(*(row if _takes(loss.update, row) else (row[0], row[-1])))
+            loss.update(*(row if takes(loss.update, row) else (row[0], row[-1])))
         else:
             batches.append(row)
     if not count:

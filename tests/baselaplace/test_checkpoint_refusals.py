@@ -71,7 +71,7 @@ def replaced(key: str, value):
 
 
 DAMAGE = {
-    "schema": (replaced("schema_version", 99), "schema version 99, this release reads 2.*release that saved it"),
+    "schema": (replaced("schema_version", 99), "schema version 99, this release reads 3.*release that saved it"),
     "no schema": (without("schema_version"), "no state of a Laplace approximation.*la.save"),
     "no curvature": (without("H"), "incomplete.*'H'"),
     "no factors": (without("H", "sums"), "incomplete.*'sums'"),

@@ -1,0 +1,162 @@
+"""What every kind of linearized inputs can tell about outputs under a posterior."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.structures import AbstractPrecision
+from laplace.structures.basis import Basis
+
+
+class Linearization(ABC):
+    """Outputs at some inputs and how they depend on the random weights, to first order."""
+
+    f: Tensor
+    """Outputs, ``[batch, *positions, C]``."""
+
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self.f.shape[-1]
+
+    def mean(self, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
+        """Outputs, flattened to rows."""
+        return self.f.reshape(-1, self.n_outputs).to(dtype)
+
+    @abstractmethod
+    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
+        """Variances of the outputs.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        dtype
+            To compute in.
+
+        Returns
+        -------
+        ``[rows, C]``, output units squared, without observation noise.
+        """
+
+    @abstractmethod
+    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
+        """Covariances of the outputs of each row.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+
+        Returns
+        -------
+        ``[rows, C, C]``, output units squared, without observation noise.
+        """
+
+    @abstractmethod
+    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
+        """Covariance of all outputs of all rows.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+
+        Returns
+        -------
+        ``[rows·C, rows·C]``, row by row; output units squared, without observation noise.
+        """
+
+    @abstractmethod
+    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
+        """Variances of the differences f₀ − f₁ of each pair, for outputs ``[pairs, 2, 1]``.
+
+        Parameters
+        ----------
+        precision, dtype
+            As in ``variance``.
+
+        Returns
+        -------
+        ``[pairs, 1]``, output units squared.
+        """
+
+    @abstractmethod
+    def functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """Draw whole functions of the linearized network, coherent over the rows of the call, in chunks of samples.
+
+        Parameters
+        ----------
+        precision
+            Posterior precision of the weights.
+        n_samples
+            How many.
+        generator
+            Source of randomness.
+        dtype
+            To compute in.
+
+        Yields
+        ------
+        ``[samples, rows, C]``, ``n_samples`` in all.
+        """
+
+    def network_functions(
+        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
+        """The same of the network itself; for a linear last layer it is the same.
+
+        Parameters
+        ----------
+        precision, n_samples, generator, dtype
+            As in ``functions``.
+        """
+        return self.functions(precision, n_samples, generator, dtype)
+
+    def variances(
+        self, precisions: Sequence[AbstractPrecision], dtype: torch.dtype
+    ) -> Iterator[Float[Tensor, "rows outputs"]]:
+        """Variances under several posteriors, one after the other.
+
+        Parameters
+        ----------
+        precisions, dtype
+            As in ``variance``.
+        """
+        for precision in precisions:
+            yield self.variance(precision, dtype)
+
+    @abstractmethod
+    def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
+        """The same in other coordinates of the weights, for posteriors that ``basis`` makes.
+
+        Parameters
+        ----------
+        basis
+            The coordinates.
+        dtype
+            To compute in.
+        """
+
+    def kept(self, limit: int) -> tuple[Linearization, int] | None:
+        """What to keep of it for repeated use, and its size in numbers; ``None`` when that is above a limit.
+
+        Parameters
+        ----------
+        limit
+            How many numbers may be kept.
+        """
+        size = self.f.numel()
+        return (self, size) if size <= limit else None
+
+    def restore(self, rows: Tensor, n_leading: int = 0) -> Tensor:
+        """From rows back to ``[batch, *positions]``, in the dtype of the outputs."""
+        lead = rows.shape[:n_leading]
+        return rows.reshape(*lead, *self.f.shape[:-1], *rows.shape[n_leading + 1 :]).to(self.f.dtype)

@@ -1,0 +1,248 @@
+"""Data after their one forward pass: everything that predictions at them need, for any hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.errors import InputError
+from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.linalg import CHUNK_ELEMENTS
+from laplace.predictive.linearization import FeatureLinearization, Linearization
+from laplace.predictive.pairs import Pairs, compare
+from laplace.predictive.pushforward import Options, moments_of_each
+from laplace.structures import AbstractPrecision
+from laplace.structures.basis import Basis
+from laplace.tuning.scores import Score
+
+KEPT_ELEMENTS = 2**29
+"""Numbers kept of the derivatives of validation data: 2 GB in float32."""
+
+Batches = Sequence[tuple[Callable[[], Linearization], Positions]]
+
+
+@dataclass(frozen=True)
+class CachedData:
+    """Linearized inputs and their targets.
+
+    Attributes
+    ----------
+    batches
+        How to get the linearized inputs of each batch, and its unmasked positions. Batches of features are one.
+    """
+
+    batches: Batches
+
+    @classmethod
+    def collect(
+        cls,
+        batches: Iterable[tuple[Any, Tensor]],
+        linearize: Callable[[Any], Linearization],
+        likelihood: AbstractLikelihood,
+        what: str = "validation",
+    ) -> CachedData:
+        """Run the model over data, once; keep what predictions are made of while memory allows.
+
+        Parameters
+        ----------
+        batches
+            Inputs and targets.
+        linearize
+            Runs the model on inputs.
+        likelihood
+            Checks and flattens the targets.
+        what
+            Which data they are, for messages.
+
+        Notes
+        -----
+        Features of a last layer are always few. Derivatives of a whole network are kept for as many batches as fit
+        ``KEPT_ELEMENTS`` numbers; the batches after those are run again whenever they are scored.
+
+        Raises
+        ------
+        InputError
+            If there are none, or all are masked.
+        """
+        collected: list[tuple[Callable[[], Linearization], Positions]] = []
+        left = KEPT_ELEMENTS
+
+        def compared(x: Any) -> Linearization:
+            # Targets of reward modeling are preferences between items.
+            return compare(linearize(x)) if likelihood.n_items > 1 else linearize(x)
+
+        for x, y in batches:
+            inputs = compared(x)
+            positions = likelihood.flatten(inputs.f, y)
+            found = inputs.kept(left)
+            if found is None:
+                collected.append((partial(compared, x), positions))
+            else:
+                kept, size = found
+                left -= size
+                collected.append((partial(_same, kept), positions))
+        if not any(len(positions.f) for _, positions in collected):
+            empty = "every target is masked" if collected else "it is empty"
+            msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
+            raise InputError(msg)
+        return cls(_joined(collected))
+
+    @property
+    def of_features(self) -> bool:
+        """Whether inputs are features of a last layer, rather than derivatives of a network."""
+        inputs = self.batches[0][0]()
+        return isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of unmasked positions."""
+        return sum(len(positions.f) for _, positions in self.batches)
+
+    def rotated(self, basis: Basis | None, dtype: torch.dtype) -> CachedData:
+        """The same in other coordinates of the weights, kept where the data are.
+
+        Parameters
+        ----------
+        basis
+            The coordinates; ``None`` leaves everything as it is.
+        dtype
+            To compute in.
+        """
+        if basis is None:
+            return self
+        rotated: list[tuple[Callable[[], Linearization], Positions]] = []
+        for get, positions in self.batches:
+            if isinstance(get, partial) and get.func is _same:
+                rotated.append((partial(_same, get().rotated(basis, dtype)), positions))
+            else:
+                rotated.append((partial(_rotate, get, basis, dtype), positions))
+        return CachedData(rotated)
+
+    def scores(
+        self,
+        score: Score,
+        precisions: Sequence[AbstractPrecision],
+        likelihoods: Sequence[AbstractLikelihood],
+        fresh_options: Callable[[], Options],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Score under several posteriors: differentiable for those scores that are.
+
+        Parameters
+        ----------
+        score
+            What to compute.
+        precisions, likelihoods
+            One each a posterior, in the coordinates of these data.
+        fresh_options, dtype
+            As in ``moments_of_each``.
+
+        Returns
+        -------
+        One number each, to minimize; means over unmasked positions for scores that are sums.
+        """
+        at_once = max(1, 4 * CHUNK_ELEMENTS // max(1, sum(positions.f.numel() for _, positions in self.batches)))
+        found = []
+        for start in range(0, len(precisions), at_once):
+            part = slice(start, start + at_once)
+            found += self._some_scores(score, precisions[part], likelihoods[part], fresh_options, dtype)
+        return score.sign * torch.stack([torch.as_tensor(value) for value in found])
+
+    def _some_scores(
+        self,
+        score: Score,
+        precisions: Sequence[AbstractPrecision],
+        likelihoods: Sequence[AbstractLikelihood],
+        fresh_options: Callable[[], Options],
+        dtype: torch.dtype,
+    ) -> list[Any]:
+        totals: list[Any] = [0.0] * len(precisions)
+        parts: list[list[tuple[Tensor, ...]]] = [[] for _ in precisions]
+        for get, positions in self.batches:
+            if not len(positions.f):
+                continue
+            y = positions.y.to(dtype) if positions.y.is_floating_point() else positions.y
+            every = moments_of_each(get(), precisions, likelihoods, fresh_options, dtype)
+            for index, ((mean, cov, link), likelihood) in enumerate(zip(every, likelihoods, strict=True)):
+                mean, cov = _select(positions, mean), _select(positions, cov)
+                if score.additive is not None:
+                    totals[index] = totals[index] + score.additive(likelihood, mean, cov, y, link)
+                else:
+                    prediction = likelihood.predict(mean, cov, link)
+                    rows = (prediction,) if isinstance(prediction, Tensor) else prediction
+                    parts[index].append((*rows, positions.y))
+        if score.additive is not None:
+            return [total / self.n_rows for total in totals]
+        assert score.whole is not None, "a score is one or the other"
+        columns = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
+        return [_number(score.whole(*arguments), score.name) for arguments in columns]
+
+
+def _number(value: Any, name: str) -> Any:
+    """What a loss returned, which must be a number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        msg = f"The loss {name!r} must return one number to minimize; it returned {type(value).__name__}."
+        raise InputError(msg) from error
+
+
+def _same(inputs: Linearization) -> Linearization:
+    """What was kept."""
+    return inputs
+
+
+def _rotate(get: Callable[[], Linearization], basis: Basis, dtype: torch.dtype) -> Linearization:
+    """What is made again, in other coordinates."""
+    return get().rotated(basis, dtype)
+
+
+def _select(positions: Positions, rows: Tensor) -> Tensor:
+    """The unmasked among flattened rows."""
+    return rows if positions.kept is None else rows[positions.kept]
+
+
+def _joined(batches: Batches) -> Batches:
+    """One batch of many, where inputs are features: a few large products instead of many small ones."""
+    inputs = [get() if isinstance(get, partial) and get.func is _same else None for get, _ in batches]
+    positions = [found for _, found in batches]
+    scores = [item.scores if isinstance(item, Pairs) else item for item in inputs]
+    if len(batches) == 1 or not all(isinstance(item, FeatureLinearization) for item in scores):
+        return batches
+    features = [item for item in scores if isinstance(item, FeatureLinearization)]
+    if isinstance(inputs[0], Pairs):
+        both = [item.f for item in inputs if isinstance(item, Pairs)]
+        joined = Pairs(torch.cat(both), _concatenated(features))
+    else:
+        found = zip(features, positions, strict=True)
+        joined = _concatenated([item if p.kept is None else item.select(p.kept) for item, p in found])
+    return [(partial(_same, joined), _all_positions(positions))]
+
+
+def _concatenated(parts: Sequence[FeatureLinearization]) -> FeatureLinearization:
+    """Row after row; positions are flattened where batches have different numbers of them."""
+    shapes = {part.f.shape[1:] for part in parts}
+    f, phi = [part.f for part in parts], [part.phi for part in parts]
+    if len(shapes) > 1:
+        f, phi = ([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors] for tensors in (f, phi))
+    return FeatureLinearization(torch.cat(f), torch.cat(phi), parts[0].bias)
+
+
+def _all_positions(parts: Sequence[Positions]) -> Positions:
+    """Unmasked positions of all batches; data are counted on."""
+    datum, start = [], 0
+    for part in parts:
+        index = torch.arange(len(part.f), device=part.f.device) if part.datum is None else part.datum
+        datum.append(index + start)
+        start += int(index.max()) + 1 if len(index) else 0
+    alone = all(part.datum is None for part in parts)
+    first = parts[0]
+    f, y = torch.cat([part.f for part in parts]), torch.cat([part.y for part in parts])
+    return replace(first, f=f, y=y, kept=None, datum=None if alone else torch.cat(datum))

@@ -1,0 +1,297 @@
+"""Prior precision and noise, or output temperature, chosen together by a proper score on validation data (``tune``).
+
+A grid finds the basin, L-BFGS on logarithms the optimum. The network without weight uncertainty, at its best
+temperature or noise, is a candidate like any other: on the data it was tuned on, the result is never worse.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.errors import InputError
+from laplace.likelihoods import AbstractLikelihood
+from laplace.predictive.pushforward import Options
+from laplace.tuning.cached import CachedData
+from laplace.tuning.marglik import optimize
+from laplace.tuning.problem import Problem
+from laplace.tuning.result import Tuning
+from laplace.tuning.scores import Score
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "prior_precision": (1e-8, 1e12),
+    "output_temperature": (1e-3, 1e3),
+    "sigma_noise": (1e-4, 1e4),
+}
+"""Within which values are looked for; the noise in units of the residuals on the validation data."""
+
+POINTS_PER_DECADE = 2
+VALUES_PER_DECADE = 3
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The score of hyperparameters on validation data.
+
+    Attributes
+    ----------
+    problem
+        The fit.
+    data
+        Linearized validation data.
+    score
+        What to minimize.
+    fresh_options
+        How to predict, with the same random numbers every time.
+    dtype
+        To compute in.
+    second
+        The hyperparameter chosen beside the prior precision: ``"sigma_noise"``, ``"output_temperature"`` or ``None``.
+    limits
+        Least and largest values of each.
+    """
+
+    problem: Problem
+    data: CachedData
+    score: Score
+    fresh_options: Callable[[], Options]
+    dtype: torch.dtype
+    second: str | None
+    limits: Mapping[str, tuple[float, float]]
+
+    @cached_property
+    def rotated(self) -> tuple[Any, CachedData]:
+        """Coordinates that posteriors with a scalar prior share, and the data in them."""
+        basis = self.problem.basis(self.data, torch.ones(1, dtype=self.dtype, device=self.problem.fit.mean.device))
+        return basis, self.data.rotated(basis, self.dtype)
+
+    def likelihood(self, value: Tensor | None) -> AbstractLikelihood:
+        """With one value of the second hyperparameter."""
+        return self.problem.likelihood(**({} if value is None or self.second is None else {self.second: value}))
+
+    def __call__(self, precision: Tensor, value: Tensor | None) -> Tensor:
+        """Score at one choice, differentiable.
+
+        Parameters
+        ----------
+        precision
+            Prior precisions.
+        value
+            Of the second hyperparameter.
+        """
+        return self.each([precision], [value])[0]
+
+    def each(self, precisions: list[Tensor], values: list[Tensor | None]) -> Tensor:
+        """Scores of several choices, which share a posterior where they share a precision and the curvature's scale."""
+        # Precisions that are no scalar have no common coordinates unless the structure says so.
+        basis, data = self.rotated
+        if basis is not None and precisions[0].numel() > 1:
+            basis = self.problem.basis(self.data, precisions[0])
+            data = self.data if basis is None else data
+        likelihoods = [self.likelihood(value) for value in values]
+        posteriors: dict[Any, Any] = {}
+        found = []
+        for precision, value, likelihood in zip(precisions, values, likelihoods, strict=True):
+            key = (id(precision), id(value) if self.second == "sigma_noise" else None)
+            if key not in posteriors:
+                posteriors[key] = self.problem.posterior(precision, likelihood, basis)
+            found.append(posteriors[key])
+        return self.data_scores(data, found, likelihoods)
+
+    def data_scores(self, data: CachedData, posteriors: list[Any], likelihoods: list[AbstractLikelihood]) -> Tensor:
+        """Scores, which must be numbers that a gradient goes through."""
+        return data.scores(self.score, posteriors, likelihoods, self.fresh_options, self.dtype)
+
+
+def tune(joint: Joint, n_precisions: int, n_values: int, *, n_steps: int, progress_bar: bool = False) -> Tuning:
+    """Choose hyperparameters by validation.
+
+    Parameters
+    ----------
+    joint
+        The score.
+    n_precisions
+        How many prior precisions there are.
+    n_values
+        How many values the second hyperparameter has.
+    n_steps
+        The most iterations of L-BFGS from each start.
+    progress_bar
+        Show a progress bar.
+
+    Returns
+    -------
+    The choice; nothing is assigned.
+
+    Raises
+    ------
+    InputError
+        If the score is finite nowhere, or no gradient goes through it.
+
+    Warns
+    -----
+    UserWarning
+        If the best value stays at a limit.
+    """
+    scale = _unit(joint)
+    precisions, values, scores = _grid(joint, scale)
+    finite = torch.isfinite(scores)
+    if not bool(finite.any()):
+        msg = (
+            f"The validation score {joint.score.name!r} is not finite at any of {scores.numel()} points. Check the "
+            "validation data and the score; no hyperparameter was changed."
+        )
+        raise InputError(msg)
+    scores = torch.where(finite, scores, torch.inf)
+    best = divmod(int(scores.argmin()), scores.shape[1])
+    starts = [(precisions[best[0]], None if values is None else values[best[1]])]
+    certain = torch.full_like(precisions[:1], joint.limits["prior_precision"][1])
+    found = [_refine(joint, *starts[0], n_precisions, n_values, scale, n_steps, progress_bar)]
+    # The network itself: no weight uncertainty, at the present and at its best temperature or noise.
+    one = torch.ones_like(certain[0]) if joint.second == "output_temperature" else None
+    plain = float(joint(certain, one).detach())
+    candidates = {"MAP": plain}
+    found.append((plain, certain.expand(n_precisions).clone(), one))
+    if values is not None:
+        row = joint.each([certain] * len(values), list(values))
+        name = f"MAP with its {(joint.second or '').replace('_', ' ')}"
+        tuned = _refine(joint, certain, values[int(row.argmin())], n_precisions, n_values, scale, n_steps, False, fixed=True)
+        candidates[name] = tuned[0]
+        found.append(tuned)
+    value, precision, second = min(found, key=lambda item: item[0])
+    chosen = {"prior_precision": precision.detach()}
+    if second is not None and joint.second is not None:
+        chosen[joint.second] = second.detach()
+    _warn_at_limits(joint, chosen, scale, candidates)
+    curve = scores.min(1).values.detach().cpu()
+    return Tuning("validation", joint.score.name, value, chosen, precisions.detach().cpu(), curve, candidates)
+
+
+def _unit(joint: Joint) -> float:
+    """What values of the second hyperparameter are measured in: residuals for the noise."""
+    if joint.second != "sigma_noise":
+        return 1.0
+    squares, count = 0.0, 0
+    for _, positions in joint.data.batches:
+        squares, count = squares + float((positions.f - positions.y).double().square().sum()), count + positions.f.numel()
+    unit = (squares / count) ** 0.5
+    if not unit:
+        msg = "The model predicts every validation target exactly, so that no observation noise is best. Use other data."
+        raise InputError(msg)
+    return unit
+
+
+def _log_space(low: float, high: float, per_decade: int, like: Tensor) -> Tensor:
+    """Powers of ten from ``low`` to ``high``, evenly spaced in the exponent."""
+    span = torch.tensor([low, high], dtype=torch.float64).log10()
+    n_points = max(2, round(float(span[1] - span[0]) * per_decade) + 1)
+    return torch.logspace(float(span[0]), float(span[1]), n_points, dtype=torch.float64).to(like)
+
+
+def _grid(joint: Joint, scale: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Points of both hyperparameters, and scores ``[precisions, values]``; extended while the best is at an end."""
+    like = joint.problem.fit.mean
+    low, high = (float(min(max(edge, joint.limits["prior_precision"][0]), joint.limits["prior_precision"][1])) for edge in (1e-4, 1e4))
+    edges = None
+    if joint.second is not None:
+        limits = joint.limits[joint.second]
+        edges = max(limits[0], 0.1), min(limits[1], 10.0)
+    while True:
+        precisions = _log_space(low, high, POINTS_PER_DECADE, like)
+        values = None if edges is None else _log_space(*edges, VALUES_PER_DECADE, like) * scale
+        rows = [
+            joint.each([precision] * (1 if values is None else len(values)), [None] if values is None else list(values))
+            for precision in precisions.split(1)
+        ]
+        scores = torch.stack(rows).detach()
+        best = divmod(int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin()), scores.shape[1])
+        moved = _extended(best[0], len(precisions), (low, high), joint.limits["prior_precision"], 1e4)
+        wider = edges
+        if edges is not None and values is not None and joint.second is not None:
+            wider = _extended(best[1], len(values), edges, joint.limits[joint.second], 10.0)
+        if moved == (low, high) and wider == edges:
+            return precisions, values, scores
+        (low, high), edges = moved, wider
+
+
+def _extended(
+    best: int, size: int, edges: tuple[float, float], limits: tuple[float, float], factor: float
+) -> tuple[float, float]:
+    """A wider bracket where the best point is at an end that is not the limit."""
+    low, high = edges
+    if best == 0 and low > limits[0]:
+        low = max(limits[0], low / factor)
+    elif best == size - 1 and high < limits[1]:
+        high = min(limits[1], high * factor)
+    return low, high
+
+
+def _refine(
+    joint: Joint,
+    precision: Tensor,
+    value: Tensor | None,
+    n_precisions: int,
+    n_values: int,
+    scale: float,
+    n_steps: int,
+    progress_bar: bool,
+    *,
+    fixed: bool = False,
+) -> tuple[float, Tensor, Tensor | None]:
+    """The optimum near a point of the grid; with ``fixed`` over the second hyperparameter alone."""
+    start = precision.reshape(-1).expand(n_precisions).clone()
+    second = start.new_zeros(0) if value is None else value.reshape(-1).expand(n_values)
+    n_free = 0 if fixed else n_precisions
+
+    def split(v: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = v[n_free:] if n_values > 1 else v[n_free:].reshape(())
+        return (start if fixed else v[:n_free]), None if value is None else found
+
+    def objective(v: Tensor) -> Tensor:
+        score = joint(*split(v))
+        if not score.requires_grad and v.requires_grad:
+            msg = (
+                f"tune needs a differentiable score: {joint.score.name!r} returned a number without a gradient. Use "
+                'torch operations, or optimize_prior_precision(method="gridsearch", loss=...), which needs none.'
+            )
+            raise InputError(msg)
+        return -score
+
+    limits = joint.limits["prior_precision"]
+    low, high = torch.full_like(start[:n_free], limits[0]), torch.full_like(start[:n_free], limits[1])
+    if joint.second is not None and value is not None:
+        edges = joint.limits[joint.second]
+        low = torch.cat([low, torch.full_like(second, edges[0] * scale)])
+        high = torch.cat([high, torch.full_like(second, edges[1] * scale)])
+    values, best = optimize(
+        objective, torch.cat([start[:n_free], second]), n_steps=n_steps, lr=0.3, bounds=(low, high), progress_bar=progress_bar
+    )
+    return -best, *split(values)
+
+
+def _warn_at_limits(joint: Joint, chosen: Mapping[str, Tensor], scale: float, candidates: Mapping[str, float]) -> None:
+    for name, value in chosen.items():
+        unit = scale if name == "sigma_noise" else 1.0
+        low, high = (limit * unit for limit in joint.limits[name])
+        if name == "prior_precision" and bool((value >= high * 0.999).all()):
+            msg = (
+                f"The validation score is best without weight uncertainty: the prior precision stays at its limit "
+                f"{high:.3g}, and predictions are those of the network ({', '.join(candidates)})."
+            )
+        elif bool(((value <= low * 1.001) | (value >= high * 0.999)).any()):
+            msg = (
+                f"The best {name.replace('_', ' ')} stays at its limits ({low:.3g} to {high:.3g}); the score may improve "
+                f"beyond them. Pass other limits={{{name!r}: (low, high)}}."
+            )
+        else:
+            continue
+        warnings.warn(msg, UserWarning, stacklevel=4)
+
+
+__all__ = ["LIMITS", "Joint", "tune"]

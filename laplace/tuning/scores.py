@@ -1,0 +1,185 @@
+"""What a validation score is (``loss=`` of grid search, ``score=`` of ``tune``).
+
+Scores that are sums over rows are differentiable and never hold all predictions; others (a callable, a metric, the
+calibration error) see all predictions at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laplace.enums import PredType
+from laplace.errors import InputError, UnsupportedError
+from laplace.evaluation.metrics import calibration_error
+from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods.base import Link
+
+Additive = Callable[[AbstractLikelihood, Tensor, Tensor, Tensor, Link], Tensor]
+"""Likelihood, mean, (co)variance, targets and link → sum over rows, ``[]``."""
+
+Loss = Callable[..., Any]
+"""``loss(probabilities, targets)``, or ``loss(means, covariances, targets)`` for regression → a number to minimize."""
+
+
+@runtime_checkable
+class RunningMetric(Protocol):
+    """A score that is fed batch by batch, as those of torchmetrics are."""
+
+    def update(self, *args: Any) -> None:
+        """Take a batch of predictions and targets."""
+        ...
+
+    def compute(self) -> Any:
+        """The score of all batches so far."""
+        ...
+
+    def reset(self) -> None:
+        """Start again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number to minimize over validation data.
+
+    Attributes
+    ----------
+    name
+        As users write it.
+    additive
+        Sum over rows, differentiable; ``None`` if the score needs all predictions.
+    whole
+        Of all predictions and targets; ``None`` if the score is a sum.
+    sign
+        −1 for a metric of which more is better: its negative is minimized.
+    """
+
+    name: str
+    additive: Additive | None = None
+    whole: Loss | None = None
+    sign: int = 1
+
+
+def _nll(likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:
+    return likelihood.predictive_nll(mean, cov, y, link)
+
+
+def _brier(likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:  # noqa: ARG001
+    """Σ_c (p_c − y_c)², summed over rows."""
+    label = y if y.is_floating_point() else F.one_hot(y, mean.shape[-1]).to(mean.dtype)
+    return (link(mean, cov).exp() - label).square().sum()
+
+
+def _crps(likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:  # noqa: ARG001
+    """Of each output's marginal, noise included: Gneiting & Raftery (2007), equation 21."""
+    var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
+    sigma = (var + (likelihood.sigma_noise**2).to(var)).sqrt()  # pyright: ignore[reportAttributeAccessIssue] - Gaussian
+    z = (y - mean) / sigma
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    return (sigma * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))).sum()
+
+
+def _calibration_error(probabilities: Tensor, y: Tensor) -> float:
+    """The expected calibration error; of soft labels the largest class counts."""
+    return calibration_error(probabilities.double(), y.argmax(-1) if y.is_floating_point() else y)
+
+
+ADDITIVE: dict[str, Additive] = {"nll": _nll, "brier": _brier, "crps": _crps}
+"""Scores that are sums over rows: proper, and differentiable."""
+
+NEEDS_LINK, NEEDS_NOISE = {"brier", "ece"}, {"crps"}
+
+
+def choose_score(
+    loss: str | Loss | RunningMetric | None, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss"
+) -> Score:
+    """Turn what the user passed into a score.
+
+    Parameters
+    ----------
+    loss
+        ``None`` or ``"nll"``: negative log predictive density, in nats a position, noise included. ``"brier"`` and
+        ``"ece"`` (classification), ``"crps"`` (regression). A callable of all predictions and targets, or a metric with
+        ``update`` and ``compute``.
+    likelihood
+        What the outputs mean.
+    pred_type
+        How predictions are made.
+    keyword
+        The keyword it was given for.
+
+    Returns
+    -------
+    The score.
+
+    Raises
+    ------
+    UnsupportedError
+        If the name is unknown or has no meaning for the likelihood.
+    InputError
+        If it is neither a name nor can be called, or is a function of means that the prior leaves alone.
+    """
+    if loss is None:
+        return Score("nll", additive=_nll)
+    if isinstance(loss, str):
+        return _named(loss, likelihood, keyword)
+    if isinstance(loss, RunningMetric):
+        return _metric(loss, likelihood, pred_type)
+    if not callable(loss):
+        msg = f"{keyword} must be a name, a function or a metric with update() and compute(); got {loss!r}."
+        raise InputError(msg)
+    return Score(getattr(loss, "__name__", type(loss).__name__), whole=loss)
+
+
+def _named(name: str, likelihood: AbstractLikelihood, keyword: str) -> Score:
+    has_link = likelihood.has_link or likelihood.n_items > 1
+    known = [n for n in (*ADDITIVE, "ece") if (has_link or n not in NEEDS_LINK) and (not has_link or n not in NEEDS_NOISE)]
+    if name == "mse" and not has_link:
+        msg = (
+            f"{keyword}='mse': the squared error of the mean does not depend on prior precision or noise, so there is "
+            f"nothing to choose by it. Use one of {', '.join(map(repr, known))}."
+        )
+        raise UnsupportedError(msg)
+    if name not in known:
+        msg = f"{keyword} must be one of {', '.join(map(repr, known))} for {likelihood.name.value}, or a function; got {name!r}."
+        raise UnsupportedError(msg)
+    if name == "ece":
+        return Score(name, whole=_calibration_error)
+    return Score(name, additive=ADDITIVE[name])
+
+
+def _metric(metric: RunningMetric, likelihood: AbstractLikelihood, pred_type: PredType) -> Score:
+    """A metric of torchmetrics or of its kind, computed from scratch at each point."""
+    name = type(metric).__name__
+    has_link = likelihood.has_link or likelihood.n_items > 1
+    only_means = not has_link and not takes(metric.update, (None,) * 3)
+    if only_means and pred_type is PredType.GLM:
+        msg = (
+            f"{name} scores means, which do not depend on the prior precision of a linearized network: every value "
+            'would be as good. Leave loss out (the density of the targets), or pass loss="crps".'
+        )
+        raise InputError(msg)
+
+    def whole(*predictions: Tensor) -> float:
+        metric.reset()
+        metric.update(*((predictions[0], predictions[-1]) if only_means else predictions))
+        return float(metric.compute())
+
+    return Score(name, whole=whole, sign=-1 if getattr(metric, "higher_is_better", None) else 1)
+
+
+def takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+    """Whether a function can be called with these positional arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
