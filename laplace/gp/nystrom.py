@@ -12,6 +12,7 @@ Deng, Zhou & Zhu (2022), "Accelerated linearized Laplace approximation for Bayes
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning
-from laplace.gp.posterior import FunctionPosterior
+from laplace.gp.posterior import FeatureMap, FeaturePrecision
 from laplace.gp.tangents import Points, Tangents
 from laplace.likelihoods import AbstractLikelihood
 from laplace.types import Outputs, Scalar
@@ -75,19 +76,6 @@ def leading_directions(points: Points, n_eigenvalues: int) -> Float[Tensor, "k p
     return torch.linalg.qr(directions.T).Q.T.contiguous()
 
 
-def features(tangents: Tangents, directions: Float[Tensor, "k params"]) -> Float[Tensor, "rows outputs k"]:
-    """``φ(x) = J(x) V``, ``[rows, C, K]`` (equation 11).
-
-    Parameters
-    ----------
-    tangents
-        At the inputs.
-    directions
-        Vᵀ, ``[K, P]``.
-    """
-    return tangents.times(directions)
-
-
 def feature_gram(
     phi: Float[Tensor, "rows outputs k"], f: Outputs, likelihood: AbstractLikelihood
 ) -> Float[Tensor, "k k"]:
@@ -110,33 +98,40 @@ def feature_gram(
     return half.T @ half
 
 
-class NystromPosterior(FunctionPosterior):
-    """The posterior of ELLA: ``φ (Σ φᵀ Λ φ / (σ² T) + δ I)⁻¹ φ'ᵀ``, and nothing outside the span of the directions.
+@dataclass(frozen=True)
+class NystromMap(FeatureMap):
+    """``φ(x) = J(x) V``, ``[rows, C, K]`` (equation 11); nothing outside the span of V belongs to the posterior.
 
-    Parameters
+    Attributes
     ----------
     directions
         Vᵀ, ``[K, P]``.
-    learned
-        ``Σ φᵀ Λ φ / (σ² T)``, ``[K, K]``.
-    delta
-        δ, ``[]``, in 1/weight².
     """
 
-    def __init__(self, directions: Float[Tensor, "k params"], learned: Float[Tensor, "k k"], delta: Tensor) -> None:
-        super().__init__(learned, delta)
-        self.directions = directions
+    directions: Float[Tensor, "k params"]
 
-    def features(self, tangents: Tangents) -> Float[Tensor, "rows outputs k"]:
+    @property
+    def has_rest(self) -> bool:
+        """No: the prior outside the span is left out."""
+        return False
+
+    def features(self, at: Tangents) -> Float[Tensor, "rows outputs k"]:
         """``J V``.
 
         Parameters
         ----------
-        tangents
-            At the inputs.
+        at
+            Tangents at the inputs.
         """
-        return features(tangents, self.directions)
+        return at.times(self.directions)
 
-    def log_det_ratio(self) -> Scalar:
-        """``log |A + δ I| − K log δ``: at most, and with all directions equal to, that of all weights."""
-        return 2 * self.factor.diagonal().log().sum() - len(self.factor) * self.delta.log()
+
+def log_det_ratio(precision: FeaturePrecision) -> Scalar:
+    """``log |A + δ I| − K log δ``: at most, and where the directions span the weights equal to, that of all weights.
+
+    Parameters
+    ----------
+    precision
+        A + δ I.
+    """
+    return precision.logdet() - precision.n_params * precision.delta.log()

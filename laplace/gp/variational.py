@@ -27,7 +27,7 @@ from torch import Tensor
 from laplace import linalg
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning
 from laplace.gp import energy
-from laplace.gp.posterior import FunctionPosterior
+from laplace.gp.posterior import FeatureMap, FeaturePrecision
 from laplace.gp.tangents import Points, Tangents
 from laplace.likelihoods import AbstractLikelihood
 from laplace.types import Outputs, Scalar, Targets
@@ -85,23 +85,37 @@ def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
     return factor
 
 
-def features(
-    tangents: Tangents, points: Points, kernel_root: Float[Tensor, "points points"]
-) -> Float[Tensor, "rows outputs points"]:
+@dataclass(frozen=True)
+class InducingMap(FeatureMap):
     """``φ(x) = J(x) J_Zᵀ R⁻ᵀ``, ``[rows, C, M]``.
 
-    Parameters
+    Attributes
     ----------
-    tangents
-        At the inputs.
     points
         The inducing points.
     kernel_root
-        R.
+        R, ``[M, M]``.
     """
-    cross = tangents.cross(points)
-    flat = torch.linalg.solve_triangular(kernel_root, cross.flatten(0, 1).T, upper=False).T
-    return flat.reshape(cross.shape)
+
+    points: Points
+    kernel_root: Float[Tensor, "points points"]
+
+    @property
+    def has_rest(self) -> bool:
+        """Yes: away from the inducing points the posterior is the prior."""
+        return True
+
+    def features(self, at: Tangents) -> Float[Tensor, "rows outputs points"]:
+        """By the kernel with the inducing points.
+
+        Parameters
+        ----------
+        at
+            Tangents at the inputs.
+        """
+        cross = at.cross(self.points)
+        flat = torch.linalg.solve_triangular(self.kernel_root, cross.flatten(0, 1).T, upper=False).T
+        return flat.reshape(cross.shape)
 
 
 def triangular_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -132,80 +146,12 @@ def kl_divergence(root: Float[Tensor, "points points"], delta: Tensor, shift: Sc
     shift
         ``‖θ* − μ₀‖²``, ``[]``.
     """
-    A = root @ root.T
-    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    factor = linalg.cholesky(A + delta * eye, "posterior precision of the inducing points")
+    factor = FeaturePrecision.of(root @ root.T, delta).factor
     inverse_trace = torch.cholesky_inverse(factor).diagonal().sum()
     # tr(A (A + δ I)⁻¹) = M − δ tr((A + δ I)⁻¹)
     explained = len(root) - delta * inverse_trace
     log_det = 2 * factor.diagonal().log().sum() - len(root) * delta.log()
     return 0.5 * (log_det - explained + delta * shift)
-
-
-class VariationalPosterior(FunctionPosterior):
-    """The posterior of VaLLA.
-
-    Parameters
-    ----------
-    points
-        The inducing points.
-    kernel_root
-        R, ``[M, M]``.
-    root
-        L, ``[M, M]``.
-    delta
-        δ, ``[]``, in 1/weight².
-    """
-
-    def __init__(
-        self,
-        points: Points,
-        kernel_root: Float[Tensor, "points points"],
-        root: Float[Tensor, "points points"],
-        delta: Tensor,
-    ) -> None:
-        super().__init__(root @ root.T, delta)
-        self.points, self.kernel_root = points, kernel_root
-
-    def features(self, tangents: Tangents) -> Float[Tensor, "rows outputs points"]:
-        """``J J_Zᵀ R⁻ᵀ``.
-
-        Parameters
-        ----------
-        tangents
-            At the inputs.
-        """
-        return features(tangents, self.points, self.kernel_root)
-
-    def _variance_left(self, tangents: Tangents, phi: Tensor) -> Tensor:
-        """Not below zero, where rounding would leave it."""
-        return (tangents.variance() - phi.square().sum(-1)).clamp(min=0) / self.delta
-
-    def _covariance_left(self, tangents: Tangents, phi: Tensor) -> Tensor:
-        return residual(tangents, phi) / self.delta
-
-    def _joint_left(self, tangents: Tangents, phi: Tensor) -> Tensor:
-        left = tangents.joint() - phi @ phi.T
-        return _clamped_diagonal(left) / self.delta
-
-
-def residual(tangents: Tangents, phi: Float[Tensor, "rows outputs points"]) -> Float[Tensor, "rows outputs outputs"]:
-    """What the inducing points leave of ``J Jᵀ``, ``[rows, C, C]``.
-
-    Parameters
-    ----------
-    tangents
-        At the inputs.
-    phi
-        Their features.
-    """
-    return _clamped_diagonal(tangents.covariance() - phi @ phi.mT)
-
-
-def _clamped_diagonal(matrix: Tensor) -> Tensor:
-    """The matrix with negative diagonal entries, which rounding leaves, set to zero."""
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    return matrix + torch.diag_embed(diagonal.clamp(min=0) - diagonal)
 
 
 @dataclass(frozen=True)
@@ -239,40 +185,35 @@ class Statistics:
         """A root of what is left, for samples."""
         return linalg.root(self.left)
 
-    def covariance(self, factor: Tensor, delta: Tensor) -> Float[Tensor, "rows outputs outputs"]:
+    def covariance(self, precision: FeaturePrecision) -> Float[Tensor, "rows outputs outputs"]:
         """Of the outputs.
 
         Parameters
         ----------
-        factor
-            The Cholesky factor of ``A + δ I``.
-        delta
-            δ.
+        precision
+            A + δ I.
         """
-        flat = torch.linalg.solve_triangular(factor, self.phi.flatten(0, 1).T, upper=False).T
-        half = flat.reshape(self.phi.shape)
-        return self.left / delta + half @ half.mT
+        half = precision.whitened(self.phi)
+        return self.left / precision.delta + half @ half.mT
 
     def samples(
-        self, factor: Tensor, delta: Tensor, n_samples: int, generator: torch.Generator
+        self, precision: FeaturePrecision, n_samples: int, generator: torch.Generator
     ) -> Float[Tensor, "samples rows outputs"]:
-        """Draws of the outputs, differentiable in both arguments.
+        """Draws of the outputs, differentiable in the precision.
 
         Parameters
         ----------
-        factor, delta
-            As in ``covariance``.
+        precision
+            A + δ I.
         n_samples
             How many.
         generator
             Source of randomness.
         """
         dtype, device = self.f.dtype, self.f.device
-        first = torch.randn(n_samples, *self.f.shape, generator=generator, dtype=dtype, device=device)
-        second = torch.randn(n_samples, len(factor), generator=generator, dtype=dtype, device=device)
-        z = torch.linalg.solve_triangular(factor.T, second.T, upper=True)
-        left = torch.einsum("nck,snk->snc", self.left_root, first) / delta.sqrt()
-        return self.f + left + torch.einsum("nck,ks->snc", self.phi, z)
+        noise = torch.randn(n_samples, *self.f.shape, generator=generator, dtype=dtype, device=device)
+        left = torch.einsum("nck,snk->snc", self.left_root, noise) / precision.delta.sqrt()
+        return self.f + left + torch.einsum("nck,sk->snc", self.phi, precision.sample(n_samples, generator))
 
 
 @dataclass(frozen=True)
@@ -315,14 +256,13 @@ class Objective:
         likelihood
             With the noise and temperature of the moment.
         """
-        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-        factor = linalg.cholesky(root @ root.T + delta * eye, "posterior precision of the inducing points")
+        precision = FeaturePrecision.of(root @ root.T, delta)
         softmax = likelihood.has_link or likelihood.n_items > 1
         if softmax and self.n_samples:
-            samples = batch.samples(factor, delta, self.n_samples, self.generator)
+            samples = batch.samples(precision, self.n_samples, self.generator)
             return energy.sampled_categorical(samples, batch.y, likelihood.scale, self.alpha)
         of_likelihood = energy.categorical if softmax else energy.gaussian
-        return of_likelihood(batch.f, batch.covariance(factor, delta), batch.y, likelihood.scale, self.alpha)
+        return of_likelihood(batch.f, batch.covariance(precision), batch.y, likelihood.scale, self.alpha)
 
     def __call__(self, batch: Statistics, root: Tensor, delta: Tensor, likelihood: AbstractLikelihood) -> Scalar:
         """The objective, estimated from a batch, in nats.

@@ -7,6 +7,7 @@ from laplace.errors import NotPositiveDefiniteError, NumericalWarning
 from laplace.gp import nystrom
 from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import tangents
+from laplace.gp.posterior import FeaturePrecision, FunctionLinearization
 from laplace.likelihoods import resolve
 from tests.cases import named as case_named
 from tests.gp.samples import F64, situation
@@ -34,18 +35,18 @@ def test_the_posterior_is_that_of_weights_that_move_along_the_directions(thing):
     phi = here.J @ V.T
     f, likelihood = torch.randn(phi.shape[:2]), resolve("classification")
     Lambda = likelihood.hessian(f).dense()
-    gram = nystrom.feature_gram(nystrom.features(tangents(here.inputs, F64), V), f, likelihood)
+    features = nystrom.NystromMap(V)
+    gram = nystrom.feature_gram(features.features(tangents(here.inputs, F64)), f, likelihood)
     assert_close(gram, torch.einsum("nck,ncd,ndl->kl", phi, Lambda, phi), "Σ φᵀ Λ φ")
-    posterior = nystrom.NystromPosterior(V, gram, delta)
+    precision, inputs = FeaturePrecision.of(gram, delta), FunctionLinearization.of(here.inputs, features, F64)
     S = V.T @ (gram + delta * torch.eye(4)).inverse() @ V  # of the weights
-    inputs = tangents(here.inputs, F64)
     cov = here.J @ S @ here.J.mT
-    assert_close(posterior.covariance(inputs), cov, "covariance")
-    assert_close(posterior.variance(inputs), cov.diagonal(dim1=1, dim2=2), "variance")
+    assert_close(inputs.covariance(precision, F64), cov, "covariance")
+    assert_close(inputs.variance(precision, F64), cov.diagonal(dim1=1, dim2=2), "variance")
     flat = here.J.flatten(0, 1)
-    assert_close(posterior.joint_covariance(inputs), flat @ S @ flat.T, "across rows")
+    assert_close(inputs.joint_covariance(precision, F64), flat @ S @ flat.T, "across rows")
     ratio = (gram + delta * torch.eye(4)).logdet() - 4 * delta.log()
-    assert_close(posterior.log_det_ratio(), ratio, "log-determinant")
+    assert_close(nystrom.log_det_ratio(precision), ratio, "log-determinant")
 
 
 def test_fewer_features_than_asked_for_are_announced():

@@ -8,7 +8,8 @@ from laplace.gp import variational
 from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import tangents
 from laplace.gp.nystrom import feature_gram
-from laplace.gp.variational import Objective, Statistics, VariationalPosterior
+from laplace.gp.posterior import FeaturePrecision, FunctionLinearization, Rest
+from laplace.gp.variational import InducingMap, Objective, Statistics
 from laplace.likelihoods import resolve
 from tests.cases import named as case_named
 from tests.gp.samples import F64, situation
@@ -29,17 +30,17 @@ def test_the_posterior_is_the_one_of_the_paper(thing):
     """K_xx − K_xZ (A'⁻¹ + K_ZZ)⁻¹ K_Zx with A' = R⁻ᵀ A R⁻¹."""
     here, L = situation(thing), triangle(5)
     R = variational.kernel_factor(here.points)
-    inputs = tangents(here.inputs, F64)
-    posterior = VariationalPosterior(here.points, R, L, DELTA)
+    inputs = FunctionLinearization.of(here.inputs, InducingMap(here.points, R), F64)
+    precision = FeaturePrecision.of(L @ L.T, DELTA)
     A = R.inverse().T @ (L @ L.T) @ R.inverse()
     flat = here.J.flatten(0, 1)
     K, Kz, Kzz = (a @ b.T / DELTA for a, b in ((flat, flat), (flat, here.Z), (here.Z, here.Z)))
     joint = K - Kz @ (A.inverse() + Kzz).inverse() @ Kz.T
-    assert_close(posterior.joint_covariance(inputs), joint, "across rows")
+    assert_close(inputs.joint_covariance(precision, F64), joint, "across rows")
     n, C = here.J.shape[:2]
     cov = torch.stack([joint[C * i : C * (i + 1), C * i : C * (i + 1)] for i in range(n)])
-    assert_close(posterior.covariance(inputs), cov, "covariance")
-    assert_close(posterior.variance(inputs), cov.diagonal(dim1=1, dim2=2), "variance")
+    assert_close(inputs.covariance(precision, F64), cov, "covariance")
+    assert_close(inputs.variance(precision, F64), cov.diagonal(dim1=1, dim2=2), "variance")
 
 
 def test_the_divergence_is_that_of_two_gaussians_over_weights():
@@ -59,10 +60,10 @@ def test_the_divergence_is_that_of_two_gaussians_over_weights():
 def statistics(thing, likelihood) -> Statistics:
     here = situation(thing)
     inputs = tangents(here.inputs, F64)
-    phi = variational.features(inputs, here.points, variational.kernel_factor(here.points))
+    phi = InducingMap(here.points, variational.kernel_factor(here.points)).features(inputs)
     f = torch.randn(here.J.shape[:2])
     y = torch.randint(3, (len(f),)) if likelihood.has_link else torch.randn(f.shape)
-    return Statistics(f, y, phi, variational.residual(inputs, phi))
+    return Statistics(f, y, phi, Rest(inputs, phi).covariance)
 
 
 def objective(alpha: float, n_rows: int, n_samples: int = 0) -> Objective:
@@ -98,9 +99,9 @@ def test_the_objective_is_differentiable_in_all_that_is_trained(alpha):
 
 def test_samples_have_the_covariance_of_the_posterior():
     batch, L = statistics(named("mlp"), resolve("classification")), triangle(5)
-    factor = torch.linalg.cholesky(L @ L.T + DELTA * torch.eye(5))
-    cov = batch.covariance(factor, DELTA)
-    samples = batch.samples(factor, DELTA, 20000, torch.Generator().manual_seed(0))
+    precision = FeaturePrecision.of(L @ L.T, DELTA)
+    cov = batch.covariance(precision)
+    samples = batch.samples(precision, 20000, torch.Generator().manual_seed(0))
     for row in range(len(batch.f)):
         assert_covariance_of(samples[:, row], batch.f[row], cov[row])
 
