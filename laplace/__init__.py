@@ -4,7 +4,15 @@ Fit a Laplace approximation at the weights the network has, of its last layer or
 probabilities, error bars, samples and the evidence.
 """
 
-from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    BaseFunctionalLaplace,
+    BaseLaplace,
+    DiagLaplace,
+    FullLaplace,
+    FunctionalLaplace,
+    KronLaplace,
+    ParametricLaplace,
+)
 from laplace.enums import (
     FunctionalApproximation,
     HessianStructure,
@@ -15,19 +23,22 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 
 from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseFunctionalLaplace",
     "BaseLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
     "FullLLLaplace",
     "FullLaplace",
     "FunctionalApproximation",
+    "FunctionalLLLaplace",
+    "FunctionalLaplace",
     "HessianStructure",
     "KronLLLaplace",
     "KronLaplace",

@@ -3,7 +3,17 @@
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.diag import DiagLaplace
 from laplace.baselaplace.full import FullLaplace
+from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.kron import KronLaplace
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.baselaplace.subset_of_data import FunctionalLaplace
 
-__all__ = ["BaseLaplace", "DiagLaplace", "FullLaplace", "KronLaplace", "ParametricLaplace"]
+__all__ = [
+    "BaseFunctionalLaplace",
+    "BaseLaplace",
+    "DiagLaplace",
+    "FullLaplace",
+    "FunctionalLaplace",
+    "KronLaplace",
+    "ParametricLaplace",
+]
