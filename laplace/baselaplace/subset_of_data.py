@@ -28,7 +28,7 @@ from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
 
-class FunctionalLaplace(BaseFunctionalLaplace, TunedPosterior):
+class FunctionalLaplace(TunedPosterior, BaseFunctionalLaplace):
     """A Gaussian process around the outputs of a network: the Laplace approximation in function space.
 
     Its kernel is that of the linearized network, its data a random subset of the training data. With all data it is the
