@@ -220,8 +220,8 @@ class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
 
     Notes
     -----
-    Features of the subset are all that is kept; fit costs one forward pass over the data. A Gaussian likelihood needs one
-    matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
+    Features of the subset are all that is kept; fit costs one forward pass over the data. A Gaussian likelihood needs
+    one matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
     """
 
     def __init__(

@@ -200,7 +200,9 @@ class NetworkKernel(SubsetKernel):
         result = vectors.new_zeros(len(vectors), self.n_rows, self.width)
         for _, piece in self._pieces():
             parts = split_sizes(vectors, [block.n_params for block in piece.blocks])
-            values = sum_parts([b.apply(v) for b, v in zip(piece.blocks, parts, strict=True)])  # [vectors, columns, batch]
+            values = sum_parts(
+                [b.apply(v) for b, v in zip(piece.blocks, parts, strict=True)]
+            )  # [vectors, columns, batch]
             target = result[..., piece.part] if self.separates else result.flatten(1)
             target[:, piece.index] = values.mT.flatten(1)
         return result
@@ -243,7 +245,9 @@ class NetworkKernel(SubsetKernel):
             else:
                 groups.append([number])
             key = same
-        batches = tuple(join_rows([self.batches[i] for i in group], [self.sizes[i][0] for i in group]) for group in groups)
+        batches = tuple(
+            join_rows([self.batches[i] for i in group], [self.sizes[i][0] for i in group]) for group in groups
+        )
         sizes = tuple((sum(self.sizes[i][0] for i in group), self.sizes[group[0]][1]) for group in groups)
         return replace(self, batches=batches, sizes=sizes, _kept={})
 

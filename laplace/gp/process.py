@@ -80,7 +80,9 @@ class Process(Linearization):
         squares = parts.square().sum(-1)
         return squares.reshape(-1, self.n_outputs) if met else squares.T.expand(-1, self.n_outputs)
 
-    def joint_products(self, parts: Float[Tensor, "parts points columns"], *, met: bool) -> Float[Tensor, "joint joint"]:
+    def joint_products(
+        self, parts: Float[Tensor, "parts points columns"], *, met: bool
+    ) -> Float[Tensor, "joint joint"]:
         """``z zᵀ`` across rows; parameters as in ``products``."""
         if met:
             return parts[0] @ parts[0].T
@@ -111,16 +113,19 @@ class ProcessLinearization(Process):
         Of the subset.
     dtype
         To compute in.
+    known
+        Kernels with the subset, where they have been computed.
     """
 
     inputs: Linearization
     kernel: SubsetKernel
     dtype: torch.dtype
+    known: Tensor | None = None
 
     @cached_property
     def cross(self) -> Tensor:
         """Kernels with the subset; they depend on no hyperparameter."""
-        return self.kernel.cross(self.inputs, self.dtype)
+        return self.kernel.cross(self.inputs, self.dtype) if self.known is None else self.known
 
     def _whitened(self, precision: SubsetPrecision) -> Float[Tensor, "parts points columns"]:
         return precision.whitened(self.kernel.project(self.cross, precision.root))
@@ -166,9 +171,8 @@ class ProcessLinearization(Process):
         found = self.inputs.kept(limit - self.cross.numel())
         if found is None:
             return None
-        inner = ProcessLinearization(found[0], self.kernel, self.dtype)
-        inner.__dict__["cross"] = self.cross
-        return inner, found[1] + self.cross.numel()
+        size = found[1] + self.cross.numel()
+        return ProcessLinearization(found[0], self.kernel, self.dtype, self.cross), size
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,8 @@ class RotatedProcess(Process):
         The coordinates.
     cross
         Kernels with the subset.
+    unit_variance
+        Prior variances at unit precision.
     """
 
     inputs: Linearization
@@ -242,7 +248,10 @@ class RotatedProcess(Process):
         """One product of the squares with all inverse spectra."""
         inverse = self._inverse(precisions)
         found = torch.cat(
-            [torch.einsum("rck,ckp->rcp", squares, inverse.expand(squares.shape[1], -1, -1)) for squares in self._squared()]
+            [
+                torch.einsum("rck,ckp->rcp", squares, inverse.expand(squares.shape[1], -1, -1))
+                for squares in self._squared()
+            ]
         )
         for variance in found.unbind(-1):
             yield variance.expand(-1, self.n_outputs).to(dtype)

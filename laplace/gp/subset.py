@@ -37,7 +37,9 @@ def expected_rows(loader: Any, dict_key_y: str) -> int | None:
         Where mappings hold their targets.
     """
     if isinstance(loader, (list, tuple)):
-        targets = [batch[dict_key_y] if isinstance(batch, Mapping) and dict_key_y in batch else batch for batch in loader]
+        targets = [
+            batch[dict_key_y] if isinstance(batch, Mapping) and dict_key_y in batch else batch for batch in loader
+        ]
         targets = [batch[-1] if isinstance(batch, (list, tuple)) and batch else batch for batch in targets]
         return sum(len(y) for y in targets) if all(isinstance(y, Tensor) and y.dim() for y in targets) else None
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
@@ -151,8 +153,8 @@ class Subset:
             # One number for the difference of two scores, whose derivatives are those of the difference of features.
             return root[:, 0].abs() if separates else root
         if hessian.root is None or self.diagonal or self.independent:
-            alone = hessian.root is None and hessian.total is None and hessian.diagonal is not None
-            half = (hessian.diagonal if alone else hessian.diag()).sqrt()
+            alone = hessian.diagonal if hessian.root is None and hessian.total is None else None
+            half = (hessian.diag() if alone is None else alone).sqrt()
             return half if separates else torch.diag_embed(half.expand(-1, width))
         return hessian.root if backend.is_sampled else backend.output_root(positions)
 
@@ -196,8 +198,8 @@ class Subset:
         self._n_kept += size
         if self._n_kept > KEPT_ELEMENTS:
             msg = (
-                "The training loader does not say how many rows it yields, so that all of them are kept until the subset "
-                "can be drawn, and they are too many. Pass a DataLoader over a dataset with a length."
+                "The training loader does not say how many rows it yields, so that all of them are kept until the "
+                "subset can be drawn, and they are too many. Pass a DataLoader over a dataset with a length."
             )
             raise InputError(msg)
 
@@ -207,9 +209,9 @@ class Subset:
         needed, available = 3 * parts * columns**2 * root.element_size(), linalg.memory_of(root.device)
         if available is not None and needed > available:
             msg = (
-                f"n_subset={self.size} makes {parts} matrices of {columns}×{columns} numbers, about {needed / 1e9:.1f} GB "
-                f"with their factors; this device has {available / 1e9:.1f} GB. Pass a smaller n_subset, or "
-                "independent_outputs=True."
+                f"n_subset={self.size} makes {parts} matrices of {columns}×{columns} numbers, about "
+                f"{needed / 1e9:.1f} GB with their factors; this device has {available / 1e9:.1f} GB. Pass a smaller "
+                "n_subset, or independent_outputs=True."
             )
             raise UnsupportedError(msg)
 
@@ -237,8 +239,8 @@ class Subset:
             raise InputError(msg)
         if not bool((root != 0).any()):
             msg = (
-                f"No target of the {self.size} data of the subset counts: all are masked, or the network is so confident "
-                "that their Hessians vanish. Pass a larger n_subset or another seed."
+                f"No target of the {self.size} data of the subset counts: all are masked, or the network is so "
+                "confident that their Hessians vanish. Pass a larger n_subset or another seed."
             )
             raise InputError(msg)
         if isinstance(kernel, NetworkKernel):

@@ -160,11 +160,12 @@ class SubsetPrecision(AbstractPrecision):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
         """Draws from the prior, corrected by what they miss of noisy zeros at the data (Matheron's rule)."""
-        root = self.root
-        options = {"dtype": root.dtype, "device": root.device, "generator": generator}
-        prior = self.variance.sqrt() * torch.randn(n, self.n_params, **options)
-        noise = torch.randn(len(self._factors), n, self.gram.shape[1], **options)
-        return self._corrected(prior, noise)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=self.root.dtype, device=self.root.device, generator=generator)
+
+        prior = self.variance.sqrt() * normal(n, self.n_params)
+        return self._corrected(prior, normal(len(self._factors), n, self.gram.shape[1]))
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """A, for small problems and tests."""

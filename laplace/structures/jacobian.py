@@ -195,7 +195,7 @@ class JacobianBlock(ABC):
         return self._assemble(parts, 2)
 
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
-        """Products ``J J'ᵀ`` with derivatives in the same group at other inputs, ``[columns, batch, columns', batch']``.
+        """Products ``J J'ᵀ`` with derivatives in the same group at other inputs, ``[columns, batch, others, points]``.
 
         Parameters
         ----------
