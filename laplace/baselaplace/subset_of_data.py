@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from laplace.baselaplace.subset_posterior import SubsetPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, PredType
-from laplace.errors import InputError
+from laplace.errors import InputError, UnsupportedError
 from laplace.gp.subset_curvature import SubsetCurvature
+from laplace.likelihoods import LIKELIHOODS
 
 
 class FunctionalLaplace(SubsetPosterior):
@@ -117,6 +118,12 @@ class FunctionalLaplace(SubsetPosterior):
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
             msg = f"seed must be a whole number that is not negative; got {seed!r}."
             raise InputError(msg)
+        if diagonal_hessian and LIKELIHOODS[self.likelihood].n_items > 1:
+            msg = (
+                f"The Hessian of {self.likelihood.value} acts on the difference of two scores, and its diagonal means "
+                "nothing: leave out diagonal_hessian=True."
+            )
+            raise UnsupportedError(msg)
         self.n_subset, self.seed = int(n_subset), int(seed)
         self.independent_outputs, self.diagonal_hessian = bool(independent_outputs), bool(diagonal_hessian)
 

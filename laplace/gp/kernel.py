@@ -71,7 +71,7 @@ class SubsetKernel(ABC):
     @abstractmethod
     def project(
         self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
-    ) -> Float[Tensor, "parts points columns"]:
+    ) -> Float[Tensor, "parts points kept"]:
         """``k(x, ·) R``, times a basis if there is one.
 
         Parameters
@@ -201,7 +201,7 @@ class FeatureKernel(SubsetKernel):
 
     def project(
         self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
-    ) -> Float[Tensor, "parts points columns"]:
+    ) -> Float[Tensor, "parts points kept"]:
         """Kernels times roots; a basis is first brought to the smaller of features and rows."""
         if root.dim() == 2 and basis is None:
             return (cross @ self.phi.T) * root.T.unsqueeze(1)

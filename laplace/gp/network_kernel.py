@@ -186,7 +186,7 @@ class NetworkKernel(SubsetKernel):
 
     def project(
         self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
-    ) -> Float[Tensor, "parts points columns"]:
+    ) -> Float[Tensor, "parts points kept"]:
         """Row by row of the subset."""
         if self.separates:
             result = cross * root.T.unsqueeze(1)
