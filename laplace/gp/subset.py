@@ -36,7 +36,7 @@ def expected_rows(loader: Any, dict_key_y: str) -> int | None:
     dict_key_y
         Where mappings hold their targets.
     """
-    if isinstance(loader, (list, tuple)):
+    if isinstance(loader, (list, tuple)) and loader:
         targets = [
             batch[dict_key_y] if isinstance(batch, Mapping) and dict_key_y in batch else batch for batch in loader
         ]

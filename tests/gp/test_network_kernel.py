@@ -60,7 +60,7 @@ def test_a_state_refuses_inputs_that_are_no_plain_values():
     kernel = NetworkKernel((mixed,), ((2, 1),), 3, here.weights, False, F64, here.linearize)
     assert kernel.state()["inputs"][0]["b"][1:] == ["text", None]
     odd = NetworkKernel((object(),), ((2, 1),), 3, here.weights, False, F64, here.linearize)
-    with pytest.raises(UnsupportedError, match="holds a object|hold a object"):
+    with pytest.raises(UnsupportedError, match="hold a object"):
         odd.state()
 
 

@@ -24,7 +24,9 @@ def dense(here: Sample, root: torch.Tensor) -> torch.Tensor:
     return here.precision(root, 0.0)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("whole", "mlp"), ("last", "classification"), ("last", "no_bias_regression")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("whole", "mlp"), ("last", "classification"), ("last", "no_bias_regression")]
+)
 def test_it_is_a_curvature(kind, name):
     here = sample(kind, name)
     for root in roots(here):
@@ -87,7 +89,9 @@ def test_noise_by_output_scales_the_roots_of_outputs():
         half = factors.detach().sqrt()
         assert_close(found.to_dense(), half.unsqueeze(1) * dense(here, root) * half)
         (slope,) = torch.autograd.grad(found.log_det_ratio(prior_of(here)), scale)
-        truth = (factors.sqrt().unsqueeze(1) * dense(here, root) * factors.sqrt() + 1.3 * torch.eye(len(factors))).logdet()
+        truth = (
+            factors.sqrt().unsqueeze(1) * dense(here, root) * factors.sqrt() + 1.3 * torch.eye(len(factors))
+        ).logdet()
         assert_close(slope, *torch.autograd.grad(truth, scale))
 
 

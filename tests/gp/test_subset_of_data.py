@@ -92,5 +92,9 @@ def test_float32_agrees_with_float64():
     root = here.roots(diagonal=False)
     assert isinstance(here.kernel, FeatureKernel)
     narrow = FeatureKernel(here.kernel.phi.float(), here.kernel.width, here.kernel.bias)
-    found = SubsetPrecision(narrow, root.float(), narrow.gram(root.float()), torch.tensor(1 / DELTA, dtype=torch.float32))
-    assert_close(found.functional_variance(here.J_inputs.float()), posterior(here, root).functional_variance(here.J_inputs))
+    found = SubsetPrecision(
+        narrow, root.float(), narrow.gram(root.float()), torch.tensor(1 / DELTA, dtype=torch.float32)
+    )
+    assert_close(
+        found.functional_variance(here.J_inputs.float()), posterior(here, root).functional_variance(here.J_inputs)
+    )
