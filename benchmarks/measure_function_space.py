@@ -1,4 +1,4 @@
-"""Time one case of ``function_space.json`` with whichever ``laplace`` the interpreter finds; print one JSON line a part.
+"""Time one case of ``function_space.json`` with whichever ``laplace`` the interpreter finds; print JSON lines.
 
 The same file runs under this library and under laplace-torch, whose import name is the same: each in an environment of
 its own. Fit and predictions are medians over repeats that alternate with bare inference of the same model on the same

@@ -7,11 +7,12 @@ python benchmarks/peer_differences_function_space.py                            
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import torch
 from peer_differences import CASES, case, class_data, largest, loader, main, net, regression_data
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace import Laplace
 
@@ -19,7 +20,7 @@ CASES.clear()
 DELTA = 1.3
 
 
-def process(likelihood: str, subset: str = "last_layer", **options: object) -> tuple[object, nn.Module, Tensor, Tensor]:
+def process(likelihood: str, subset: str = "last_layer", **options: Any) -> tuple[Any, Any, Tensor, Tensor]:
     """A process of 20 data, with its model and data."""
     x, y = regression_data() if likelihood == "regression" else class_data()
     model = net(2 if likelihood == "regression" else 3)
@@ -29,7 +30,7 @@ def process(likelihood: str, subset: str = "last_layer", **options: object) -> t
     return la, model, x, y
 
 
-def jacobians(model: nn.Module, x: Tensor, *, all_weights: bool) -> Tensor:
+def jacobians(model: Any, x: Tensor, *, all_weights: bool) -> Tensor:
     """Written out, ``[rows, C, P]``."""
     parameters = list((model if all_weights else model[-1]).parameters())
 
@@ -39,7 +40,7 @@ def jacobians(model: nn.Module, x: Tensor, *, all_weights: bool) -> Tensor:
     return torch.stack([torch.stack([gradient(f) for f in model(row)]) for row in x])
 
 
-def precision(model: nn.Module, x: Tensor, likelihood: str, *, all_weights: bool) -> Tensor:
+def precision(model: Any, x: Tensor, likelihood: str, *, all_weights: bool) -> Tensor:
     """Σ Jᵀ Λ J + δ I by its definition."""
     J = jacobians(model, x, all_weights=all_weights)
     p = model(x).softmax(-1).detach()
