@@ -4,7 +4,18 @@ Fit a Laplace approximation at the weights the network has, of its last layer or
 probabilities, error bars, samples and the evidence.
 """
 
-from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseFunctionalLaplace,
+    BaseLaplace,
+    DiagLaplace,
+    FullLaplace,
+    KronLaplace,
+    LLVaLLA,
+    ParametricLaplace,
+    VaLLA,
+)
 from laplace.enums import (
     FunctionalApproximation,
     HessianStructure,
@@ -22,6 +33,9 @@ from laplace.laplace import Laplace  # isort: skip - last: the function's module
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELLA",
+    "LLELLA",
+    "BaseFunctionalLaplace",
     "BaseLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
@@ -32,6 +46,7 @@ __all__ = [
     "KronLLLaplace",
     "KronLaplace",
     "LLLaplace",
+    "LLVaLLA",
     "Laplace",
     "Likelihood",
     "LinkApprox",
@@ -40,4 +55,5 @@ __all__ = [
     "PriorStructure",
     "SubsetOfWeights",
     "TuningMethod",
+    "VaLLA",
 ]

@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseFunctionalLaplace,
+    BaseLaplace,
+    DiagLaplace,
+    FullLaplace,
+    KronLaplace,
+    LLVaLLA,
+    ParametricLaplace,
+    VaLLA,
+)
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
@@ -23,6 +34,14 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplac
 }
 """Which class implements which combination."""
 
+FUNCTIONAL_ESTIMATORS: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseFunctionalLaplace]] = {
+    (SubsetOfWeights.ALL, FunctionalApproximation.NYSTROM): ELLA,
+    (SubsetOfWeights.ALL, FunctionalApproximation.VARIATIONAL): VaLLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.NYSTROM): LLELLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.VARIATIONAL): LLVaLLA,
+}
+"""Which class implements which approximation in function space, ``hessian_structure="gp"``."""
+
 
 def Laplace(
     model: nn.Module,
@@ -32,7 +51,7 @@ def Laplace(
     *args: Any,
     functional_approximation: FunctionalApproximation | str = FunctionalApproximation.SOD,
     **kwargs: Any,
-) -> ParametricLaplace:
+) -> Any:
     """Construct the estimator for a choice of weights and structure.
 
     Parameters
@@ -45,11 +64,11 @@ def Laplace(
         Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
         gradient (and a backward pass for each output of a datum).
     hessian_structure
-        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
+        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``; or ``"gp"``, which stores none.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
+        Further arguments of the estimator, see ``LLLaplace``, ``BaseLaplace``, ``ELLA`` and ``VaLLA``.
     functional_approximation
-        Of function-space estimators; any but the default raises with other structures.
+        Of ``"gp"``: ``"nystrom"`` (``ELLA``) or ``"variational"`` (``VaLLA``); raises with other structures.
 
     Returns
     -------
@@ -68,14 +87,25 @@ def Laplace(
     if approximation is not FunctionalApproximation.SOD and structure is not HessianStructure.GP:
         msg = f'functional_approximation={approximation.value!r} needs hessian_structure="gp".'
         raise UnsupportedError(msg)
-    if (subset, structure) not in ESTIMATORS:
+    cls: type[BaseLaplace]
+    if structure is HessianStructure.GP:
+        if (subset, approximation) not in FUNCTIONAL_ESTIMATORS:
+            known = ", ".join(f"({s.value!r}, {a.value!r})" for s, a in FUNCTIONAL_ESTIMATORS)
+            msg = (
+                f'With hessian_structure="gp" there is no estimator for subset_of_weights={subset.value!r} with '
+                f"functional_approximation={approximation.value!r}; available combinations: {known}."
+            )
+            raise UnsupportedError(msg)
+        cls = FUNCTIONAL_ESTIMATORS[subset, approximation]
+    elif (subset, structure) in ESTIMATORS:
+        cls = ESTIMATORS[subset, structure]
+    else:
         known = ", ".join(f"({s.value!r}, {h.value!r})" for s, h in ESTIMATORS)
         msg = (
             f"There is no estimator for subset_of_weights={subset.value!r} with "
             f"hessian_structure={structure.value!r}; available combinations: {known}."
         )
         raise UnsupportedError(msg)
-    cls = ESTIMATORS[subset, structure]
     options = [name for name in inspect.signature(cls).parameters if name != "model"]
     for key in kwargs:
         if key not in options:
