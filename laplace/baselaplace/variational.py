@@ -161,7 +161,19 @@ class VariationalPosterior(FeatureLaplace):
         if isinstance(z, str):
             z = choose_inducing(z, self.num_inducing, self._iterate(loader), self.seed)
         z = to_device(z, self._device)
-        f = self._linearize(z, PredType.NN).f
+        try:
+            f = self._linearize(z, PredType.NN).f
+        except RuntimeError as error:
+            msg = (
+                f"The model cannot run on the inducing inputs: {error}. inducing_locations must be a batch such as the "
+                "training loader yields, without targets."
+            )
+            raise InputError(msg) from error
+        if len(f) != self.num_inducing:
+            msg = (
+                f"The model gives {len(f)} rows of outputs for {self.num_inducing} inducing inputs; one each is needed."
+            )
+            raise InputError(msg)
         n_columns = f[0].numel()
         classes = self._asked_classes
         if classes is None:
