@@ -82,8 +82,8 @@ def test_the_parameters_with_the_best_validation_score_are_kept():
 
 def test_an_objective_that_is_not_finite_is_refused():
     bad = Parameters(start().root * torch.nan, torch.tensor(0.2), None)
-    with pytest.raises((InputError, torch.linalg.LinAlgError), match="NaN|nan"):
+    with pytest.raises((InputError, torch.linalg.LinAlgError), match=r"NaN|nan"):
         run(bad)
     far = Parameters(start().root, torch.tensor(0.2), torch.tensor(-1000.0))
-    with pytest.raises(InputError, match="objective is (inf|nan) at iteration 1"):
+    with pytest.raises(InputError, match=r"objective is (inf|nan) at iteration 1"):
         run(far)
