@@ -11,6 +11,7 @@ from laplace.baselaplace import (
     BaseLaplace,
     DiagLaplace,
     FullLaplace,
+    FunctionalLaplace,
     KronLaplace,
     LLVaLLA,
     ParametricLaplace,
@@ -26,7 +27,7 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 
 from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
 
@@ -42,6 +43,8 @@ __all__ = [
     "FullLLLaplace",
     "FullLaplace",
     "FunctionalApproximation",
+    "FunctionalLLLaplace",
+    "FunctionalLaplace",
     "HessianStructure",
     "KronLLLaplace",
     "KronLaplace",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import DiagLaplace, FullLaplace, FunctionalLaplace, KronLaplace, ParametricLaplace
 from laplace.baselaplace.last_layer import LastLayer, as_extractor
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
@@ -203,3 +203,69 @@ class KronLLLaplace(LLLaplace, KronLaplace):
             curvature_dtype=curvature_dtype,
         )
         self.damping = damping
+
+
+class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
+    """Last layer as a Gaussian process: its kernel is a product of features that all outputs share.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x, dict_key_y
+        As in ``LLLaplace``.
+    prior_precision, n_subset, independent_outputs, seed, diagonal_hessian
+        As in ``FunctionalLaplace``. The kernel is zero between different outputs: ``independent_outputs`` leaves out
+        what they have in common in the likelihood, as ``diagonal_hessian`` does.
+    last_layer_name, backend, backend_kwargs, curvature_dtype
+        As in ``LLLaplace``.
+
+    Notes
+    -----
+    Features of the subset are all that is kept; fit costs one forward pass over the data. A Gaussian likelihood needs
+    one matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        n_subset: int,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        last_layer_name: str | None = None,
+        backend: type[CurvatureInterface] | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        independent_outputs: bool = False,
+        seed: int = 0,
+        *,
+        diagonal_hessian: bool = False,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
+        super().__init__(
+            extractor,
+            likelihood,
+            n_subset,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            extractor.enable_backprop,
+            extractor.dict_key_x,
+            extractor.dict_key_y,
+            backend,
+            backend_kwargs,
+            independent_outputs,
+            seed,
+            diagonal_hessian=diagonal_hessian,
+            curvature_dtype=curvature_dtype,
+        )
+
+    def _before_first(self, batch: Batch) -> None:
+        if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
+            self.model.find_last_layer(batch.x)

@@ -7,6 +7,7 @@ from laplace.baselaplace.full import FullLaplace
 from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.kron import KronLaplace
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.baselaplace.subset_of_data import FunctionalLaplace
 from laplace.baselaplace.valla import LLVaLLA, VaLLA
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BaseLaplace",
     "DiagLaplace",
     "FullLaplace",
+    "FunctionalLaplace",
     "KronLaplace",
     "LLVaLLA",
     "ParametricLaplace",

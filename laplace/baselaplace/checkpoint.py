@@ -25,6 +25,7 @@ from laplace.baselaplace.weights import RandomWeights
 from laplace.errors import StateError
 from laplace.fit import Fit
 from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature
 
 Own = TypeVar("Own", bound="Checkpointed")
 
@@ -338,13 +339,17 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
             "H": fit.curvature.state(),
         }
 
+    def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
+        """The curvature that a state describes."""
+        return self.curvature_type.from_state(state, self._dtype)
+
     def _take(self, state: Mapping[str, Any]) -> None:
         kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
         for key, kind in kinds.items():
             if not isinstance(state[key], kind):
                 msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
                 raise StateError(msg)
-        curvature = self.curvature_type.from_state(state["H"], self._dtype)
+        curvature = self._curvature_from(state["H"])
         prior = self._take_hyperparameters(state)
         if {len(state["mean"]), curvature.n_params} != {prior.n_params}:
             msg = (
@@ -365,5 +370,5 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
                 fit,
                 mean=fit.mean.to(self._device),
                 nll=fit.nll.to(self._device),
-                curvature=type(fit.curvature).from_state(state, self._dtype),
+                curvature=self._curvature_from(state),
             )

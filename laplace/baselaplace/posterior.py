@@ -79,7 +79,7 @@ class WeightPosterior(RandomWeights):
             batches = self._counted(batches, counts)
             self.backend.loss_by_output = self._last_layer and self.likelihood is Likelihood.REGRESSION
             try:
-                learned = self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+                learned = self._accumulate(train_loader, batches)
             finally:
                 self.backend.loss_by_output = False
         if learned is None:
@@ -102,6 +102,14 @@ class WeightPosterior(RandomWeights):
         previous = None if override else self.__dict__.get("_fit")
         self._fit = fit if previous is None else previous.merge(fit)
         self._hyperparameters_changed()
+
+    def _accumulate(
+        self,
+        train_loader: Iterable[Any],  # noqa: ARG002 - structures that choose data look at its length
+        batches: Iterator[Batch],
+    ) -> tuple[Tensor, AbstractCurvature] | None:
+        """Negative log-likelihood and curvature of the training data; ``None`` when there are none."""
+        return self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
 
     def _counted(self, batches: Iterator[Batch], counts: dict[str, int]) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
@@ -274,7 +282,8 @@ class WeightPosterior(RandomWeights):
     @property
     def log_det_ratio(self) -> Scalar:
         """Log |s·H + P₀| − log |P₀|."""
-        return self.log_det_posterior_precision - self.log_det_prior_precision
+        curvature = self._fitted.scaled(self._output_likelihood.curvature_scale(self.backend.kind))
+        return curvature.log_det_ratio(self._prior, **self._posterior_options())
 
     def log_marginal_likelihood(
         self, prior_precision: float | Tensor | None = None, sigma_noise: float | Tensor | None = None
