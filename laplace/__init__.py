@@ -29,7 +29,9 @@ from laplace.enums import (
 )
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 
-from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
+# Last: each shares its name with the module it lives in, which it stands before from here on.
+from laplace.laplace import Laplace  # isort: skip
+from laplace.marglik_training import marglik_training  # isort: skip
 
 __version__ = "0.1.0"
 
@@ -59,4 +61,5 @@ __all__ = [
     "SubsetOfWeights",
     "TuningMethod",
     "VaLLA",
+    "marglik_training",
 ]
