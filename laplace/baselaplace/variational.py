@@ -18,7 +18,7 @@ from laplace.errors import InputError
 from laplace.gp.nystrom import feature_gram
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
 from laplace.gp.training import Parameters, Validation, train
-from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_factor, triangular_root
+from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_factor, needs_covariance, triangular_root
 from laplace.likelihoods import AbstractLikelihood, resolve
 from laplace.network import Batch, evaluating, full_precision, iterate
 from laplace.network.batches import to_device
@@ -124,9 +124,9 @@ class VariationalPosterior(FeatureLaplace):
             kept, gram, fit = self._collect(train_loader, features, z, progress_bar)
             start = self._start(gram, previous)
             batches = itertools.cycle(kept) if kept else self._again_and_again(train_loader, features)
-            shift = fit.mean - self._prior_mean.detach().to(self._dtype)
+            shift = (fit.mean - self._prior_mean.detach().to(self._dtype)).square().sum()
             noise = torch.Generator(self._device).manual_seed(self.seed)
-            objective = Objective(self.alpha, fit.n_positions, shift.square().sum(), self.mc_softmax_samples, noise)
+            objective = Objective(self.alpha, fit.n_positions, shift, self.mc_softmax_samples, noise)
             watch = None
             if val_loader is not None:
                 watch = Validation(self._score(val_loader, features), every)
@@ -194,7 +194,9 @@ class VariationalPosterior(FeatureLaplace):
         """What training needs of a batch."""
         at, positions = self._tangents_at(batch.x, batch.y)
         phi = features.features(at)
-        left = Rest(at, phi).covariance
+        rest = Rest(at, phi)
+        whole = needs_covariance(self._frozen_likelihood, self.alpha, self.mc_softmax_samples)
+        left = rest.covariance if whole else rest.variance
         if positions.kept is not None:
             phi, left = phi[positions.kept], left[positions.kept]
         return Statistics(positions.f, positions.y, phi, left)

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from laplace import VaLLA
+from laplace import LLELLA, LLVaLLA, VaLLA
 from laplace.baselaplace import variational
 from laplace.errors import InputError, NotFittedError, NumericalWarning, ShapeError, StateError, UnsupportedError
 from tests import reference
@@ -284,6 +284,19 @@ def test_whole_networks_need_no_jacobians():
         la(x[:50])
     P = sum(p.numel() for p in model.parameters())
     assert largest.numel < 10 * P, largest.operation  # 30 rows of J are never whole, and the 1000 of a batch even less
+
+
+def test_many_outputs_need_no_covariances_between_them():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 300))
+    x, y = torch.randn(20, 3), torch.randint(300, (20,))
+    for la, options in (
+        (LLVaLLA(model, "classification", x[:5]), {"iterations": 2}),
+        (LLELLA(model, "classification", 5, 4), {}),
+    ):
+        with LargestTensor() as largest:
+            la.fit([(x, y)], **options)
+            la(x)
+        assert largest.numel < 20 * 300 * 300 / 2, largest.operation
 
 
 def test_a_failing_fit_changes_nothing():
