@@ -5,13 +5,17 @@ probabilities, error bars, samples and the evidence.
 """
 
 from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
     BaseFunctionalLaplace,
     BaseLaplace,
     DiagLaplace,
     FullLaplace,
     FunctionalLaplace,
     KronLaplace,
+    LLVaLLA,
     ParametricLaplace,
+    VaLLA,
 )
 from laplace.enums import (
     FunctionalApproximation,
@@ -25,11 +29,15 @@ from laplace.enums import (
 )
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 
-from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
+# Last: each shares its name with the module it lives in, which it stands before from here on.
+from laplace.laplace import Laplace  # isort: skip
+from laplace.marglik_training import marglik_training  # isort: skip
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELLA",
+    "LLELLA",
     "BaseFunctionalLaplace",
     "BaseLaplace",
     "DiagLLLaplace",
@@ -43,6 +51,7 @@ __all__ = [
     "KronLLLaplace",
     "KronLaplace",
     "LLLaplace",
+    "LLVaLLA",
     "Laplace",
     "Likelihood",
     "LinkApprox",
@@ -51,4 +60,6 @@ __all__ = [
     "PriorStructure",
     "SubsetOfWeights",
     "TuningMethod",
+    "VaLLA",
+    "marglik_training",
 ]

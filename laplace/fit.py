@@ -112,7 +112,9 @@ class Fit:
                 f"has {len(other.mean)} and {other.n_outputs}. Pass override=True to start again."
             )
             raise InputError(msg)
-        both = self.output_nll is not None and other.output_nll is not None
+        by_output = None
+        if self.output_nll is not None and other.output_nll is not None:
+            by_output = self.output_nll + other.output_nll
         return Fit(
             other.mean,
             self.curvature.merge(other.curvature),
@@ -120,6 +122,6 @@ class Fit:
             self.n_data + other.n_data,
             self.n_positions + other.n_positions,
             self.n_outputs,
-            self.output_nll + other.output_nll if both else None,  # pyright: ignore[reportOptionalOperand]
+            by_output,
             other.head_bias,
         )

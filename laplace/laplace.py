@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, FunctionalLaplace, KronLaplace
+from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseLaplace,
+    DiagLaplace,
+    FullLaplace,
+    FunctionalLaplace,
+    KronLaplace,
+    LLVaLLA,
+    VaLLA,
+)
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
@@ -25,7 +35,11 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = 
 
 FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLaplace]] = {
     (SubsetOfWeights.ALL, FunctionalApproximation.SOD): FunctionalLaplace,
+    (SubsetOfWeights.ALL, FunctionalApproximation.NYSTROM): ELLA,
+    (SubsetOfWeights.ALL, FunctionalApproximation.VARIATIONAL): VaLLA,
     (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.SOD): FunctionalLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.NYSTROM): LLELLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.VARIATIONAL): LLVaLLA,
 }
 """The same for ``hessian_structure="gp"``, by how the posterior over functions is made affordable."""
 
@@ -54,10 +68,11 @@ def Laplace(
         How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``; ``"gp"``: not at all, the posterior is one
         over functions.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
+        Further arguments of the estimator, see ``LLLaplace``, ``BaseLaplace``, ``ELLA`` and ``VaLLA``.
     functional_approximation
         With ``hessian_structure="gp"``: what the posterior is made of, a subset of the data (``"sod"``, which needs
-        ``n_subset=``). With other structures any but the default raises.
+        ``n_subset=``), Nyström features (``"nystrom"``: ``ELLA``) or inducing points (``"variational"``: ``VaLLA``).
+        With other structures any but the default raises.
 
     Returns
     -------

@@ -96,7 +96,9 @@ class WeightPosterior(RandomWeights):
         by_output = nll if nll.dim() else None
         numbers = counts["data"], counts["positions"], self._count_outputs()
         if self._sigma_noise.numel() not in (1, numbers[2]):
-            msg = f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
+            msg = (
+                f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
+            )
             raise ShapeError(msg)
         fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias)
         previous = None if override else self.__dict__.get("_fit")

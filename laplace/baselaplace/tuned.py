@@ -53,6 +53,7 @@ class TunedPosterior(CheckpointedPosterior):
         generator: torch.Generator | None = None,
         noise: Noise = "keep",
         bounds: tuple[float, float] = tuning.BOUNDS,
+        temperature: bool = False,
     ) -> None:
         """Choose the prior precision, by evidence or by validation over a grid, and assign it.
 
@@ -90,6 +91,8 @@ class TunedPosterior(CheckpointedPosterior):
             with a last layer. It starts at the residuals of the training data.
         bounds
             Least and largest prior precision (``"marglik"``).
+        temperature
+            Refused: no temperature is best by evidence.
 
         Raises
         ------
@@ -106,6 +109,12 @@ class TunedPosterior(CheckpointedPosterior):
         O(P) a step once eigenvalues are known; one precision a weight of a diagonal curvature has a closed form. Grid
         search runs the model over the validation data once; each point then costs matrix products.
         """
+        if temperature:
+            msg = (
+                "The evidence grows without end with the temperature of the likelihood, which is not normalized: no "
+                "value is best. Choose the output temperature on validation data instead: tune(val_loader)."
+            )
+            raise UnsupportedError(msg)
         how = choose(TuningMethod, method, "method")
         structure = choose(PriorStructure, prior_structure, "prior_structure")
         options = self._tuning_options(pred_type, link_approx, n_samples, generator)
@@ -227,8 +236,8 @@ class TunedPosterior(CheckpointedPosterior):
         measure = tuning.choose_score(score, problem.likelihood(), options.pred_type, keyword="score")
         if measure.name == "ece":
             msg = (
-                "tune needs a proper score; the calibration error is best for a network that predicts the share of every "
-                'class. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
+                "tune needs a proper score; the calibration error is best for a network that predicts shares of "
+                'classes. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
             )
             raise UnsupportedError(msg)
         allowed = dict(tuning.LIMITS)
@@ -243,8 +252,9 @@ class TunedPosterior(CheckpointedPosterior):
         if n_values > 1:
             n_values = problem.fit.n_outputs
         with torch.no_grad(), full_precision(self._device):
-            joint = tuning.Joint(problem, data, measure, self._repeated(options), self._dtype, second, allowed)
-            found = tuning.tune(joint, n_precisions, n_values, n_steps=n_steps, progress_bar=progress_bar)
+            fresh = self._repeated(options)
+            joint = tuning.Joint(problem, data, measure, fresh, self._dtype, second, n_values, allowed)
+            found = tuning.tune(joint, n_precisions, n_steps=n_steps, progress_bar=progress_bar)
         return self._take_over(found, verbose)
 
     # -- what both need -----------------------------------------------------------------------------------------------
@@ -326,7 +336,9 @@ class TunedPosterior(CheckpointedPosterior):
         self._second(noise, None)
         found = problem.residual_noise(per_output=noise == "per_output")
         if not bool((found > 0).all()):
-            msg = "The model fits every training target exactly: no observation noise is best. Keep a noise of your own."
+            msg = (
+                "The model fits every training target exactly: no observation noise is best. Keep a noise of your own."
+            )
             raise InputError(msg)
         return found
 
@@ -351,7 +363,7 @@ class TunedPosterior(CheckpointedPosterior):
 
     def _take_over(self, found: tuning.Tuning, verbose: bool) -> tuning.Tuning:
         """Assign what was found, all of it or nothing."""
-        before = {key: value for key, value in vars(self).items()}
+        before = dict(vars(self))
         try:
             for name, value in found.hyperparameters.items():
                 setattr(self, name, value.detach())

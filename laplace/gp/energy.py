@@ -5,7 +5,7 @@ the negative log predictive density. It falls from the one to the other as α gr
 
 References
 ----------
-Hernández-Lobato, Li, Rowland, Bui, Hernández-Lobato & Turner (2016), "Black-box alpha divergence minimization".
+Hernández-Lobato et al. (2016), "Black-box alpha divergence minimization".
 arXiv:1511.03243
 """
 
@@ -88,9 +88,7 @@ def expected_cross_entropy(
     return lse - _of_label(mean, y)
 
 
-def categorical(
-    mean: Outputs, cov: Float[Tensor, "rows outputs outputs"], y: Targets, scale: Scalar, alpha: float
-) -> Float[Tensor, " rows"]:
+def categorical(mean: Outputs, cov: Tensor, y: Targets, scale: Scalar, alpha: float) -> Float[Tensor, " rows"]:
     """Of a softmax, in closed form: between the tilted bound (α = 0) and the probit approximation (α = 1).
 
     With a = α/T it is ``(1/T) [(1 − a) · bound − a · log p̄(y)]``: linear in a, as it is where log p is Gaussian. Above
@@ -101,7 +99,7 @@ def categorical(
     mean
         Of the logits, ``[rows, C]``.
     cov
-        V, ``[rows, C, C]``.
+        V, ``[rows, C, C]``; where a is 1 its diagonal ``[rows, C]`` is enough.
     y
         Class indices ``[rows]`` or soft labels ``[rows, C]``.
     scale
@@ -118,9 +116,9 @@ def categorical(
     if power < 1:
         total = total + (1 - power) * expected_cross_entropy(mean, cov, y)
     if power > 0:
+        variance = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=1, dim2=2)
         # A variance that is zero to rounding may be just below it.
-        variance = cov.diagonal(dim1=1, dim2=2).clamp(min=0)
-        total = total - power * _of_label(probit(mean, variance), y)
+        total = total - power * _of_label(probit(mean, variance.clamp(min=0)), y)
     return scale * total
 
 

@@ -92,9 +92,16 @@ def feature_gram(
 
     Notes
     -----
-    Additive over data. O(rows · rank(Λ) · K (C + K)).
+    Additive over data. O(rows · C · K²), without a matrix ``[C, C]``.
     """
-    half = (likelihood.hessian_root(f).mT @ phi).flatten(0, 1)
+    hessian, parts = likelihood.hessian(f), []
+    if hessian.diagonal is not None:
+        # diag(p) − p pᵀ of a softmax is a variance: features less their mean, without a difference of large numbers.
+        means = hessian.root.mT @ phi if hessian.root is not None and hessian.sign < 0 else 0
+        parts.append((hessian.diagonal.sqrt().unsqueeze(-1) * (phi - means)).flatten(0, 1))
+    if hessian.root is not None and hessian.sign > 0:
+        parts.append((hessian.root.mT @ phi).flatten(0, 1))
+    half = torch.cat(parts)
     return half.T @ half
 
 

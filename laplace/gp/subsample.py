@@ -118,20 +118,28 @@ class Reservoir:
                 pieces.append((Piece(x, piece.y[index], piece.noise[rows]), key[rows]))
         self._pieces, self._keys = [p for p, _ in pieces], [k for _, k in pieces]
 
-    def pieces(self) -> list[Piece]:
-        """What was kept, in batches no larger than those that came.
+    def pieces(self, *, at_most: bool = False, at_once: int | None = None) -> list[Piece]:
+        """What was kept, in batches.
+
+        Parameters
+        ----------
+        at_most
+            Fewer data than were asked for are enough.
+        at_once
+            Largest batch; that of those that came when ``None``.
 
         Raises
         ------
         InputError
             If there were fewer data than are to be kept.
         """
-        if self.n_seen < self.size:
+        if self.n_seen < self.size and not at_most:
             msg = (
                 f"A subsample of {self.size} of {self.n_seen} training data was asked for; it can have between 1 and "
                 f"{self.n_seen}."
             )
             raise InputError(msg)
+        limit = self._largest_batch if at_once is None else at_once
         result: list[Piece] = []
         group: list[Piece] = []
 
@@ -146,7 +154,7 @@ class Reservoir:
         for piece in self._pieces:
             together = sum(p.n_rows for p in group) + piece.n_rows
             same = group and signature(piece.x, piece.n_rows) == signature(group[0].x, group[0].n_rows)
-            if group and (not same or together > self._largest_batch or piece.y.shape[1:] != group[0].y.shape[1:]):
+            if group and (not same or together > limit or piece.y.shape[1:] != group[0].y.shape[1:]):
                 flush()
             group.append(piece)
         flush()

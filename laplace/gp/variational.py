@@ -167,13 +167,13 @@ class Statistics:
     phi
         Features, ``[rows, C, M]``.
     left
-        What they leave of ``J Jᵀ``, ``[rows, C, C]``.
+        What they leave of ``J Jᵀ``, ``[rows, C, C]``; where variances are enough its diagonal ``[rows, C]``.
     """
 
     f: Outputs
     y: Targets
     phi: Float[Tensor, "rows outputs points"]
-    left: Float[Tensor, "rows outputs outputs"]
+    left: Tensor
 
     @property
     def size(self) -> int:
@@ -185,8 +185,8 @@ class Statistics:
         """A root of what is left, for samples."""
         return linalg.root(self.left)
 
-    def covariance(self, precision: FeaturePrecision) -> Float[Tensor, "rows outputs outputs"]:
-        """Of the outputs.
+    def covariance(self, precision: FeaturePrecision) -> Tensor:
+        """Of the outputs: covariances ``[rows, C, C]``, or variances ``[rows, C]`` where those of the rest are kept.
 
         Parameters
         ----------
@@ -194,7 +194,8 @@ class Statistics:
             A + δ I.
         """
         half = precision.whitened(self.phi)
-        return self.left / precision.delta + half @ half.mT
+        known = half.square().sum(-1) if self.left.dim() == half.dim() - 1 else half @ half.mT
+        return self.left / precision.delta + known
 
     def samples(
         self, precision: FeaturePrecision, n_samples: int, generator: torch.Generator
@@ -214,6 +215,20 @@ class Statistics:
         noise = torch.randn(n_samples, *self.f.shape, generator=generator, dtype=dtype, device=device)
         left = torch.einsum("nck,snk->snc", self.left_root, noise) / precision.delta.sqrt()
         return self.f + left + torch.einsum("nck,sk->snc", self.phi, precision.sample(n_samples, generator))
+
+
+def needs_covariance(likelihood: AbstractLikelihood, alpha: float, n_samples: int) -> bool:
+    """Whether the objective needs covariances between outputs: variances are enough for the probit of a softmax.
+
+    Parameters
+    ----------
+    likelihood
+        With its temperature.
+    alpha, n_samples
+        Of the objective.
+    """
+    softmax = likelihood.has_link or likelihood.n_items > 1
+    return bool(not softmax or n_samples or alpha * float(likelihood.scale) < 1)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.gp.tangents import Points, Tangents
-from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.network.parameters import split_sizes
 from laplace.predictive.linearization import Derivatives
-from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
-from laplace.structures.product import ProductBlock
+from laplace.structures.jacobian import JacobianBlock, sum_parts
 
 
 @dataclass(frozen=True)
@@ -161,9 +159,6 @@ class BlockTangents(Tangents):
         return sum_parts([b.variance(w) for b, w in zip(blocks, self._ones(blocks), strict=True)]).squeeze(0)
 
 
-# -- products of blocks ------------------------------------------------------------------------------------------------
-
-
 def product(first: Sequence[JacobianBlock], second: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch points"]:
     """``J₁ J₂ᵀ``, where the second has one column: ``[columns, batch₁, batch₂]``.
 
@@ -171,44 +166,5 @@ def product(first: Sequence[JacobianBlock], second: Sequence[JacobianBlock]) -> 
     ----------
     first, second
         One block for each parameter group.
-
-    Notes
-    -----
-    A weight that multiplies its inputs at T positions: O(T² (inputs + outputs)) a pair where that is less than writing
-    rows of the second out, which happens in chunks.
     """
-    return sum_parts([_block_product(a, b) for a, b in zip(first, second, strict=True)])
-
-
-def _block_product(first: JacobianBlock, second: JacobianBlock) -> Float[Tensor, "columns batch points"]:
-    """Of one parameter group."""
-    if isinstance(first, DenseBlock) and isinstance(second, DenseBlock):
-        return first.values @ second.values[0].T
-    if isinstance(first, ProductBlock) and isinstance(second, ProductBlock) and _factors_are_cheaper(first, second):
-        return _product_of_factors(first, second)
-    step = max(1, CHUNK_ELEMENTS // second.n_params)
-    parts = [first.apply(second.dense(slice(start, start + step))[0]) for start in range(0, second.n_rows, step)]
-    return torch.cat(parts).permute(1, 2, 0)
-
-
-def _factors_are_cheaper(first: ProductBlock, second: ProductBlock) -> bool:
-    """Whether ``(g₁·g₂)(a₁·a₂)`` over pairs of positions is defined and less work than ``g₁ᵀ (a₁ · J₂)``."""
-    plain = all(b.left.shape[2] == 1 and b.basis == (None, None) for b in (first, second))
-    outputs, inputs = first.left.shape[-1], first.right.shape[-1]
-    same = first.shape == second.shape and first.transposed == second.transposed
-    return plain and same and second.right.shape[2] * (inputs + outputs) <= inputs * outputs
-
-
-def _product_of_factors(first: ProductBlock, second: ProductBlock) -> Float[Tensor, "columns batch points"]:
-    """Σ over positions t, u of ``(g₁t · g₂u)(a₁t · a₂u)``."""
-    a, b = first.right.squeeze(1), second.right.squeeze(1)  # [batch, positions, inputs]
-    g, h = first.left.squeeze(2), second.left[0].squeeze(1)  # [columns, batch, positions, outputs]
-    per_point = max(1, g.shape[0] * a.shape[0] * a.shape[1] * b.shape[1])
-    step = max(1, piece_elements(a.device) // per_point)
-    parts = []
-    for start in range(0, len(b), step):
-        some = slice(start, start + step)
-        inputs = torch.einsum("bti,zui->btzu", a, b[some])
-        outputs = torch.einsum("qbto,zuo->qbtzu", g, h[some])
-        parts.append((inputs * outputs).sum((2, 4)))
-    return torch.cat(parts, 2)
+    return sum_parts([a.cross(b)[:, :, 0] for a, b in zip(first, second, strict=True)])

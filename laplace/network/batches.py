@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +110,17 @@ def iterate(
     if not isinstance(loader, Iterable):
         msg = f"Expected a DataLoader or another iterable of (x, y) batches; got {type(loader).__name__}."
         raise InputError(msg)
-    for batch in tqdm(loader, desc=description, disable=not progress_bar):
+    # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
+    for batch in tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar):
         yield split(batch, dict_key_y, device)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Number of batches, where it is known: a loader of a stream has ``__len__``, which raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
 
 
 def arguments(

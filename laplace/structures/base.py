@@ -82,8 +82,8 @@ class AbstractCurvature(ABC):
                 raise type(error)(msg) from error
             if not bool(torch.isfinite(nll).all()):
                 msg = (
-                    f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll.sum())}. Its inputs or "
-                    "targets, or the outputs of the model for them, are NaN or infinite (or overflow when squared): "
+                    f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll.sum())}. Its inputs "
+                    "or targets, or the outputs of the model for them, are NaN or infinite (or overflow when squared): "
                     "look for them in the data."
                 )
                 raise InputError(msg)
@@ -215,7 +215,7 @@ class AbstractCurvature(ABC):
         raise UnsupportedError(msg)
 
     def basis(self, prior: GaussianPrior, *, features: bool) -> Any:  # noqa: ARG002
-        """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives; ``None``: none."""
+        """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives, if any."""
         return None
 
     def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from laplace.enums import CurvatureKind
@@ -57,7 +56,9 @@ class Problem:
     def likelihood(self, sigma_noise: Tensor | None = None, output_temperature: Any = None) -> AbstractLikelihood:
         """The likelihood; what is not given is as it is at present."""
         sigma = self.sigma_noise if sigma_noise is None else sigma_noise
-        return self.make_likelihood(sigma, self.output_temperature if output_temperature is None else output_temperature)
+        return self.make_likelihood(
+            sigma, self.output_temperature if output_temperature is None else output_temperature
+        )
 
     def curvature(self, likelihood: AbstractLikelihood) -> AbstractCurvature:
         """The curvature at the noise and temperature of a likelihood."""
