@@ -8,6 +8,7 @@ from torch import nn
 
 from laplace.baselaplace import checkpoint
 from laplace.curvature import AutogradEF
+from laplace.tuning import problem
 from laplace.utils import RunningNLLMetric, validate
 from tests.cases import BASIC, named
 from tests.contracts import model_untouched

@@ -336,6 +336,8 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
             "n_data": fit.n_data,
             "n_positions": fit.n_positions,
             "n_outputs": fit.n_outputs,
+            "output_loss": fit.output_nll,
+            "noise_shape": fit.noise_shape,
             "H": fit.curvature.state(),
         }
 
@@ -359,7 +361,12 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
             raise StateError(msg)
         self._prior_mean, self._prior_precision = prior.mean, prior.precision
         counts = state["n_data"], state["n_positions"], state["n_outputs"]
-        self._fit = Fit(state["mean"].to(self._dtype), curvature, state["loss"].to(self._dtype), *counts)
+        others = (
+            None if value is None else value.to(self._dtype) for value in (state["output_loss"], state["noise_shape"])
+        )
+        by_output, shape = others
+        mean, loss = state["mean"].to(self._dtype), state["loss"].to(self._dtype)
+        self._fit = Fit(mean, curvature, loss, *counts, by_output, self._head_bias, shape)
         self._hyperparameters_changed()
 
     def _move_fit(self) -> None:
@@ -370,5 +377,7 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
                 fit,
                 mean=fit.mean.to(self._device),
                 nll=fit.nll.to(self._device),
+                output_nll=None if fit.output_nll is None else fit.output_nll.to(self._device),
+                noise_shape=None if fit.noise_shape is None else fit.noise_shape.to(self._device),
                 curvature=self._curvature_from(state),
             )

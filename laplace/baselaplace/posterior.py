@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from laplace import linalg, tuning
 from laplace.baselaplace.weights import RandomWeights
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
-from laplace.errors import InputError, ShapeError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
+from laplace.likelihoods import GaussianLikelihood
 from laplace.network import Batch, evaluating, full_precision, iterate
 from laplace.structures import AbstractCurvature, AbstractPrecision
 from laplace.types import Scalar
@@ -77,11 +79,8 @@ class WeightPosterior(RandomWeights):
                 description="[Fitting]",
             )
             batches = self._counted(batches, counts)
-            self.backend.loss_by_output = self._last_layer and self.likelihood is Likelihood.REGRESSION
-            try:
+            with self._with_noise_by_output() as shape:
                 learned = self._accumulate(train_loader, batches)
-            finally:
-                self.backend.loss_by_output = False
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
             raise InputError(msg)
@@ -100,7 +99,7 @@ class WeightPosterior(RandomWeights):
                 f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
             )
             raise ShapeError(msg)
-        fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias)
+        fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias, shape)
         previous = None if override else self.__dict__.get("_fit")
         self._fit = fit if previous is None else previous.merge(fit)
         self._hyperparameters_changed()
@@ -112,6 +111,35 @@ class WeightPosterior(RandomWeights):
     ) -> tuple[Tensor, AbstractCurvature] | None:
         """Negative log-likelihood and curvature of the training data; ``None`` when there are none."""
         return self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+
+    @contextmanager
+    def _with_noise_by_output(self) -> Iterator[Tensor | None]:
+        """What fitting a regression of several outputs needs to know of their noise; yields what became part of sums.
+
+        A last layer scales afterwards, and keeps the loss of each output for that; shared weights are summed with the
+        noise that outputs have relative to the first.
+
+        Raises
+        ------
+        UnsupportedError
+            If the back end computes with one noise for all outputs.
+        """
+        backend, regression = self.backend, self.likelihood is Likelihood.REGRESSION
+        before, shape = backend.output_likelihood, None
+        if regression and not self._last_layer and self._sigma_noise.dim():
+            if not backend.weighs_outputs:
+                msg = (
+                    f"{type(backend).__name__} computes with one noise for all outputs; sigma_noise has one for each. "
+                    "Use a built-in back end (backend=None)."
+                )
+                raise UnsupportedError(msg)
+            shape = (self._sigma_noise / self._sigma_noise[0]).detach()
+            backend.output_likelihood = GaussianLikelihood(weights=shape**-2)
+        backend.loss_by_output = regression and self._last_layer
+        try:
+            yield shape
+        finally:
+            backend.output_likelihood, backend.loss_by_output = before, False
 
     def _counted(self, batches: Iterator[Batch], counts: dict[str, int]) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from laplace import tuning
 from laplace.baselaplace.functional import BaseFunctionalLaplace
-from laplace.baselaplace.tuned import Noise, TunedPosterior
+from laplace.baselaplace.tuned import TunedPosterior
 from laplace.curvature import CurvatureInterface
-from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
 from laplace.gp.network_kernel import NetworkKernel
 from laplace.gp.process import ProcessLinearization
@@ -150,10 +150,7 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
-        *,
-        generator: torch.Generator | None = None,
-        noise: Noise = "keep",
-        bounds: tuple[float, float] = tuning.BOUNDS,
+        **further: Any,
     ) -> None:
         """Choose the prior precision, by evidence or by validation over a grid, and assign it.
 
@@ -165,15 +162,17 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
             ``"scalar"``; others raise.
         method, n_steps, lr, init_prior_prec, val_loader, loss, log_prior_prec_min, log_prior_prec_max, grid_size
             As in ``ParametricLaplace.optimize_prior_precision``.
-        link_approx, n_samples, verbose, progress_bar, log_prior_prec_base, generator, noise, bounds
+        link_approx, n_samples, verbose, progress_bar, log_prior_prec_base
             As there.
+        **further
+            The keyword arguments that follow there: ``generator``, ``noise``, ``bounds``.
 
         Raises
         ------
         NotFittedError
             Before ``fit``.
         UnsupportedError
-            If names are unknown, or the prior structure is not ``"scalar"``.
+            If names are unknown, the prior structure is not ``"scalar"``, or the method leaves out training data.
         InputError
             If validation data are missing or empty, the grid is no grid, or the objective is finite nowhere.
 
@@ -182,6 +181,13 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         One eigendecomposition of the Gram matrix of the subset serves all precisions. Evidence then takes O(M C) a
         step, a grid one pass over the validation data and products with their kernels.
         """
+        how = choose(TuningMethod, method, "method")
+        if how not in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH):
+            msg = (
+                f"method={how.value!r} leaves out training data, of which this posterior knows a subset. Use "
+                "method='marglik', or validation data (method='gridsearch')."
+            )
+            raise UnsupportedError(msg)
         super().optimize_prior_precision(
             pred_type,
             method,
@@ -199,9 +205,7 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
             verbose,
             progress_bar,
             log_prior_prec_base,
-            generator=generator,
-            noise=noise,
-            bounds=bounds,
+            **further,
         )
 
     # -- saving -------------------------------------------------------------------------------------------------------

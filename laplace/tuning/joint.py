@@ -221,11 +221,10 @@ def _grid(joint: Joint, scale: float) -> tuple[Tensor, Tensor | None, Tensor]:
     while True:
         precisions = _log_space(low, high, POINTS_PER_DECADE, like)
         values = None if edges is None else _log_space(*edges, VALUES_PER_DECADE, like) * scale
-        rows = [
-            joint.each([precision] * (1 if values is None else len(values)), [None] if values is None else list(values))
-            for precision in precisions.split(1)
-        ]
-        scores = torch.stack(rows).detach()
+        seconds: list[Tensor | None] = [None] if values is None else list(values)
+        points = [(precision, value) for precision in precisions.split(1) for value in seconds]
+        found = joint.each([precision for precision, _ in points], [value for _, value in points])
+        scores = found.detach().reshape(len(precisions), len(seconds))
         best = divmod(int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin()), scores.shape[1])
         moved = _extended(best[0], len(precisions), (low, high), joint.limits["prior_precision"], 1e4)
         wider = edges

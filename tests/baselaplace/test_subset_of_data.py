@@ -14,7 +14,6 @@ from tests.cases import BASIC, CASES, Case, named
 from tests.contracts import generator, model_untouched
 from tests.estimators import PREDICTIONS
 from tests.networks import NETWORKS
-from tests.networks import named as network_named
 from tests.tools import assert_close, assert_covariance_of, assert_mean_is
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -96,9 +95,10 @@ def test_joint_probabilities_average_over_functions():
     assert float((one - reference.expected_softmax(mean, cov)).abs().max()) < 5 / 40_000**0.5
 
 
-def test_a_noise_by_output_is_that_of_the_full_last_layer():
+@both
+def test_a_noise_by_output_is_that_of_the_full_posterior(weights):
     case = named("regression")
-    full, gp = (fitted(case, "last_layer", s, sigma_noise=torch.tensor([0.4, 1.7])) for s in ("full", "gp"))
+    full, gp = (fitted(case, weights, s, sigma_noise=torch.tensor([0.4, 1.7])) for s in ("full", "gp"))
     assert_close(gp.log_marginal_likelihood(), full.log_marginal_likelihood())
     for first, second in zip(gp(case.test_inputs()), full(case.test_inputs()), strict=True):
         assert_close(first, second)
@@ -379,6 +379,9 @@ def test_what_has_no_meaning_is_refused():
             call(x, pred_type="nn")
     with pytest.raises(UnsupportedError, match="nn"):
         la.optimize_prior_precision(pred_type="nn", method="gridsearch", val_loader=case.batches(4))
+    for method in ("loo", "cv"):
+        with pytest.raises(UnsupportedError, match="leaves out training data"):
+            la.optimize_prior_precision(method=method, train_loader=case.batches(4))
     with pytest.raises(UnsupportedError, match="pass one of them"):
         la.functional_samples(x, joint=True, diagonal_output=True)
     with pytest.raises(ShapeError):
@@ -387,14 +390,7 @@ def test_what_has_no_meaning_is_refused():
         estimator(named("preferences"), "last_layer", diagonal_hessian=True)
     with pytest.raises(UnsupportedError, match="over no weights"):
         fitted(case, "all", independent_outputs=True).sample(2)
-    with pytest.raises(UnsupportedError, match="shared by outputs"):
-        fitted(network_case(), "all", sigma_noise=torch.ones(2))
     with pytest.raises(UnsupportedError, match="functional_approximation: "):
         Laplace(case.model(), "classification", "subnetwork", "gp", n_subset=3)
     with pytest.raises(TypeError, match="n_subset"):
         Laplace(case.model(), "classification", "all", "gp", n_subsets=3)
-
-
-def network_case() -> Case:
-    assert network_named("mlp").likelihood == "classification"
-    return named("regression")
