@@ -4,7 +4,19 @@ Fit a Laplace approximation at the weights the network has, of its last layer or
 probabilities, error bars, samples and the evidence.
 """
 
-from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseFunctionalLaplace,
+    BaseLaplace,
+    DiagLaplace,
+    FullLaplace,
+    FunctionalLaplace,
+    KronLaplace,
+    LLVaLLA,
+    ParametricLaplace,
+    VaLLA,
+)
 from laplace.enums import (
     FunctionalApproximation,
     HessianStructure,
@@ -15,7 +27,7 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 
 # Last: each shares its name with the module it lives in, which it stands before from here on.
 from laplace.laplace import Laplace  # isort: skip
@@ -24,16 +36,22 @@ from laplace.marglik_training import marglik_training  # isort: skip
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELLA",
+    "LLELLA",
+    "BaseFunctionalLaplace",
     "BaseLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
     "FullLLLaplace",
     "FullLaplace",
     "FunctionalApproximation",
+    "FunctionalLLLaplace",
+    "FunctionalLaplace",
     "HessianStructure",
     "KronLLLaplace",
     "KronLaplace",
     "LLLaplace",
+    "LLVaLLA",
     "Laplace",
     "Likelihood",
     "LinkApprox",
@@ -42,5 +60,6 @@ __all__ = [
     "PriorStructure",
     "SubsetOfWeights",
     "TuningMethod",
+    "VaLLA",
     "marglik_training",
 ]

@@ -154,3 +154,13 @@ class GatherBlock(JacobianBlock):
         named = v.view(-1, *self.shape)[:, self.token]
         pairs = torch.einsum("qnd,snd->sqn", self.values, named)
         return pairs.new_zeros(len(v), self.n_columns, self.n_rows).index_add(2, self.datum, pairs)
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """Over the tokens that both name; other rows of the table have no derivative."""
+        if not isinstance(other, GatherBlock):
+            return super().cross(other)
+        named = torch.unique(torch.cat([self.token, other.token]))
+        first, second = (
+            replace(block, token=torch.searchsorted(named, block.token), n_tokens=len(named)) for block in (self, other)
+        )
+        return super(GatherBlock, first).cross(second)

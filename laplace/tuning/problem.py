@@ -179,7 +179,7 @@ def log_marginal_likelihood(
     (2021), "Scalable marginal likelihood estimation for model selection in deep learning". arXiv:2104.04975
     """
     curvature = fit.scaled(likelihood.curvature_scale(kind))
-    log_det_ratio = curvature.posterior_logdet(prior, **options) - prior.logdet()
+    log_det_ratio = curvature.log_det_ratio(prior, **options)
     return log_likelihood(fit, likelihood) - 0.5 * (log_det_ratio + prior.scatter(fit.mean))
 
 
