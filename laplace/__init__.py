@@ -1,7 +1,7 @@
 """Bayesian predictions from a network that is already trained.
 
-Fit a Laplace approximation at the weights the network has, of its last layer or of all its weights, and get calibrated
-probabilities, error bars, samples and the evidence.
+Fit a Laplace approximation at the weights the network has, of its last layer, of all its weights or of chosen ones,
+and get calibrated probabilities, error bars, samples and the evidence.
 """
 
 from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
@@ -16,6 +16,7 @@ from laplace.enums import (
     TuningMethod,
 )
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
 
@@ -25,8 +26,10 @@ __all__ = [
     "BaseLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
+    "DiagSubnetLaplace",
     "FullLLLaplace",
     "FullLaplace",
+    "FullSubnetLaplace",
     "FunctionalApproximation",
     "HessianStructure",
     "KronLLLaplace",
@@ -38,6 +41,7 @@ __all__ = [
     "ParametricLaplace",
     "PredType",
     "PriorStructure",
+    "SubnetLaplace",
     "SubsetOfWeights",
     "TuningMethod",
 ]

@@ -12,6 +12,7 @@ from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, Parametri
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
@@ -20,6 +21,8 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplac
     (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
+    (SubsetOfWeights.SUBNETWORK, HessianStructure.FULL): FullSubnetLaplace,
+    (SubsetOfWeights.SUBNETWORK, HessianStructure.DIAG): DiagSubnetLaplace,
 }
 """Which class implements which combination."""
 
@@ -42,12 +45,12 @@ def Laplace(
     likelihood
         ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     subset_of_weights
-        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
-        gradient (and a backward pass for each output of a datum).
+        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), ``"all"`` that require a
+        gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).
     hessian_structure
-        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
+        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``; a subnetwork has no ``"kron"``.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
+        Further arguments of the estimator, see ``LLLaplace``, ``SubnetLaplace`` and ``BaseLaplace``.
     functional_approximation
         Of function-space estimators; any but the default raises with other structures.
 

@@ -248,7 +248,7 @@ class WeightPosterior(BaseLaplace):
         quadratic = -0.5 * self.square_norm(value)
         if not normalized:
             return quadratic
-        return quadratic + 0.5 * (self.log_det_posterior_precision - self.n_params * math.log(2 * math.pi))
+        return quadratic + 0.5 * (self.log_det_posterior_precision - len(self._fitted.mean) * math.log(2 * math.pi))
 
     def square_norm(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
         """(θ − θ*)ᵀ A (θ − θ*) with A the posterior precision.
@@ -267,7 +267,7 @@ class WeightPosterior(BaseLaplace):
         ShapeError
             If P differs from the number of random weights.
         """
-        mean = self.mean
+        mean = self._fitted.mean
         if value.shape[-1:] != mean.shape:
             msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
             raise ShapeError(msg)
@@ -283,7 +283,7 @@ class WeightPosterior(BaseLaplace):
     @property
     def scatter(self) -> Scalar:
         """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
-        return self._prior.scatter(self.mean)
+        return self._prior.scatter(self._fitted.mean)
 
     @property
     def log_det_prior_precision(self) -> Scalar:

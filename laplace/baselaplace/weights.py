@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from laplace.baselaplace.posterior import WeightPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
+from laplace.errors import UnsupportedError
 from laplace.network import Batch, ParameterSubset, WholeNetwork
-from laplace.network.parameters import split_sizes
 from laplace.predictive import JacobianLinearization, Linearization
 from laplace.types import Inputs
 
@@ -52,10 +52,21 @@ class NetworkPosterior(WeightPosterior):
         """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
         subset = self._select_parameters()
         if subset is not None:
-            self.curvature_type.check_memory(subset.parameters, self._dtype)
+            tensors = subset.parameters if subset.choice is None else [subset.vector()]
+            self.curvature_type.check_memory(tensors, self._dtype)
+
+    def _chosen_indices(self) -> dict[str, Tensor]:
+        """What a back end is told about single weights."""
+        return {}
 
     def _make_backend(self) -> CurvatureInterface:
         options = dict(self._backend_kwargs)
+        if "subnetwork_indices" in options:
+            msg = (
+                "backend_kwargs cannot hold subnetwork_indices: pass them to the estimator, "
+                'Laplace(..., subset_of_weights="subnetwork", subnetwork_indices=...).'
+            )
+            raise UnsupportedError(msg)
         if self._curvature_dtype is not None:
             options.setdefault("curvature_dtype", self._curvature_dtype)
         if not self._last_layer:
@@ -66,6 +77,7 @@ class NetworkPosterior(WeightPosterior):
             last_layer=self._last_layer,
             dict_key_x=self.dict_key_x,
             dict_key_y=self.dict_key_y,
+            **self._chosen_indices(),
             **options,
         )
         if not backend.provides(self.curvature_type.name):
@@ -78,22 +90,20 @@ class NetworkPosterior(WeightPosterior):
 
         self._warn_if_moved()
         if pred_type is PredType.NN:
-            return JacobianLinearization(self._whole(x, **model_kwargs), None, evaluate, self.mean)
+            return JacobianLinearization(self._whole(x, **model_kwargs), None, evaluate, self._fitted.mean)
         differentiable = self.enable_backprop and torch.is_grad_enabled()
         derivatives = self.backend.derivatives(x, differentiable, **model_kwargs)
-        return JacobianLinearization(derivatives.f, derivatives, evaluate, self.mean)
+        return JacobianLinearization(derivatives.f, derivatives, evaluate, self._fitted.mean)
 
     def _warn_if_moved(self) -> None:
         """Warn when weights are not what they were in ``fit``: outputs and posterior then belong to different ones."""
         fit = self.__dict__.get("_fit")
         if fit is None:
             return
-        for parameter, fitted in zip(self.params, split_sizes(fit.mean, self._prior.sizes), strict=True):
-            if not torch.equal(parameter.detach().reshape(-1).to(fitted), fitted):
-                which = "weights of the last layer" if self._last_layer else "random weights"
-                msg = (
-                    f"The {which} have changed since fit: predictions are centered at the new ones, their uncertainty "
-                    "belongs to the old ones. Fit again."
-                )
-                warnings.warn(msg, UserWarning, stacklevel=4)
-                return
+        if not self._known_parameters("fit").equals(fit.mean):
+            which = "weights of the last layer" if self._last_layer else "random weights"
+            msg = (
+                f"The {which} have changed since fit: predictions are centered at the new ones, their uncertainty "
+                "belongs to the old ones. Fit again."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=4)
