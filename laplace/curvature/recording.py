@@ -32,8 +32,8 @@ from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
 
 NO_DEPENDENCE = (
-    "The outputs of the model do not depend on any weight that requires a gradient. Unfreeze the weights that should "
-    "be random with requires_grad_(True); is part of forward under torch.no_grad()?"
+    "The outputs of the model do not depend on any weight that is random. Unfreeze the weights that should be with "
+    "requires_grad_(True), or choose others for a subnetwork; is part of forward under torch.no_grad()?"
 )
 
 
