@@ -60,8 +60,8 @@ class Choice:
     """
 
     index: Int[Tensor, " params"]
-    within: tuple[Int[Tensor, " part"] | None, ...]
-    places: tuple[Int[Tensor, " part"], ...]
+    within: tuple[Tensor | None, ...]
+    places: tuple[Tensor, ...]
     order: Int[Tensor, " params"] | None
     sizes: tuple[int, ...]
 
@@ -108,7 +108,7 @@ class Choice:
             tuple(map(len, places)) if ascending else by_appearance(part, device),
         )
 
-    def gather(self, flat: Sequence[Float[Tensor, "*batch all"]]) -> Float[Tensor, "*batch params"]:
+    def gather(self, flat: Sequence[Tensor]) -> Float[Tensor, "*batch params"]:
         """The subnetwork's values.
 
         Parameters
@@ -119,7 +119,7 @@ class Choice:
         parts = [values if w is None else values[..., w] for values, w in zip(flat, self.within, strict=True)]
         return self.join(parts)
 
-    def join(self, parts: Sequence[Float[Tensor, "*batch part"]]) -> Float[Tensor, "*batch params"]:
+    def join(self, parts: Sequence[Tensor]) -> Float[Tensor, "*batch params"]:
         """The same from the values of the chosen weights, tensor by tensor."""
         joined = torch.cat(list(parts), -1)
         return joined if self.order is None else joined[..., self.order]

@@ -60,13 +60,13 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def training(model: nn.Module) -> Generator[None, None, None]:
-    """Run the body with ``model`` in training mode and with autograd on, whatever the caller has set.
+    """Run the body with ``model`` in training mode and with autograd on.
 
     Parameters
     ----------
     model
         Any module. The ``training`` flag of each of its submodules is restored on every exit.
     """
-    with _flags_restored(model), torch.inference_mode(False), torch.enable_grad():
+    with _flags_restored(model), torch.enable_grad():
         model.train()
         yield

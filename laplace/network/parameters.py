@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ class ParameterSubset:
         return cls((layer.weight,) if layer.bias is None else (layer.weight, layer.bias))
 
     @classmethod
-    def indices(cls, model: nn.Module, index: Tensor) -> ParameterSubset:
+    def indices(cls, model: nn.Module, index: Any) -> ParameterSubset:
         """Single weights; of the parameter tensors only those that hold one of them are part of the subset.
 
         Parameters

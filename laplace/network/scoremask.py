@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class ScoreBasedSubnetMask(SubnetMask):
         If this is no number between 1 and that of the weights that require a gradient.
     """
 
-    def __init__(self, model: nn.Module, n_params_subnet: int) -> None:
+    def __init__(self, model: nn.Module, n_params_subnet: Any) -> None:
         super().__init__(model)
         n_trainable = int(self.trainable.sum())
         if isinstance(n_params_subnet, bool) or not isinstance(n_params_subnet, int):
@@ -49,7 +49,7 @@ class ScoreBasedSubnetMask(SubnetMask):
                 f"got {n_params_subnet}."
             )
             raise InputError(msg)
-        self._n_params_subnet = n_params_subnet
+        self._n_params_subnet: int = n_params_subnet
 
     @property
     def n_params_subnet(self) -> int:
@@ -107,7 +107,7 @@ class RandomSubnetMask(ScoreBasedSubnetMask):
         Source of randomness, on the model's device; PyTorch's global one when ``None``.
     """
 
-    def __init__(self, model: nn.Module, n_params_subnet: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, model: nn.Module, n_params_subnet: Any, *, generator: torch.Generator | None = None) -> None:
         super().__init__(model, n_params_subnet)
         self._generator = generator
 
@@ -132,24 +132,6 @@ class LargestMagnitudeSubnetMask(ScoreBasedSubnetMask):
         return self.parameter_vector.abs()
 
 
-class SupportsVariance(Protocol):
-    """A diagonal posterior over all weights that require a gradient, such as ``DiagLaplace``."""
-
-    def fit(self, train_loader: Iterable[Any]) -> Any:
-        """Learn from training batches.
-
-        Parameters
-        ----------
-        train_loader
-            Yields them.
-        """
-
-    @property
-    def posterior_variance(self) -> Float[Tensor, " params"]:
-        """Variance of each weight."""
-        ...
-
-
 class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
     """The weights with the largest variance under a diagonal Laplace approximation.
 
@@ -158,7 +140,8 @@ class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
     model, n_params_subnet
         As in ``ScoreBasedSubnetMask``.
     diag_laplace_model
-        A ``DiagLaplace`` of the same model; ``select`` fits it to the training data.
+        A ``DiagLaplace`` of the same model, or another object with ``fit(train_loader)`` and then a
+        ``posterior_variance`` for each weight that requires a gradient; ``select`` fits it.
 
     Raises
     ------
@@ -171,7 +154,7 @@ class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
     inference", section 5. arXiv:2010.14689
     """
 
-    def __init__(self, model: nn.Module, n_params_subnet: int, diag_laplace_model: SupportsVariance) -> None:
+    def __init__(self, model: nn.Module, n_params_subnet: Any, diag_laplace_model: Any) -> None:
         super().__init__(model, n_params_subnet)
         for name in ("fit", "posterior_variance"):
             if inspect.getattr_static(diag_laplace_model, name, None) is None:
@@ -235,7 +218,7 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
     def __init__(
         self,
         model: nn.Module,
-        n_params_subnet: int,
+        n_params_subnet: Any,
         likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
         swag_n_snapshots: int = 40,
         swag_snapshot_freq: int = 1,

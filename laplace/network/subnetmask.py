@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class SubnetMask(ABC):
         """Number of selected weights; after ``select``, before it ``NotFittedError`` unless it is given."""
         return len(self.indices)
 
-    def convert_subnet_mask_to_indices(self, subnet_mask: Tensor) -> Int[Tensor, " chosen"]:
+    def convert_subnet_mask_to_indices(self, subnet_mask: Any) -> Int[Tensor, " chosen"]:
         """Where a mask is true, ascending.
 
         Parameters
@@ -162,7 +162,7 @@ class ParamNameSubnetMask(SubnetMask):
     model
         The trained network.
     parameter_names
-        As in ``model.named_parameters()``.
+        A list of names as in ``model.named_parameters()``.
 
     Raises
     ------
@@ -172,7 +172,7 @@ class ParamNameSubnetMask(SubnetMask):
         If these are no names, or none.
     """
 
-    def __init__(self, model: nn.Module, parameter_names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, parameter_names: Any) -> None:
         super().__init__(model)
         self._parameter_names = known_names(parameter_names, "parameter", self._named)
         frozen = [name for name in self._parameter_names if not self._named[name].requires_grad]
@@ -193,7 +193,7 @@ class ModuleNameSubnetMask(SubnetMask):
     model
         The trained network.
     module_names
-        As in ``model.named_modules()``.
+        A list of names as in ``model.named_modules()``.
 
     Raises
     ------
@@ -203,11 +203,11 @@ class ModuleNameSubnetMask(SubnetMask):
         If these are no names, or none.
     """
 
-    def __init__(self, model: nn.Module, module_names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, module_names: Any) -> None:
         super().__init__(model)
         self._module_names = self._with_weights(module_names)
 
-    def _with_weights(self, module_names: Sequence[str]) -> list[str]:
+    def _with_weights(self, module_names: Any) -> list[str]:
         """Names of modules with weights that can be selected."""
         modules = dict(unwrap(self.model).named_modules(remove_duplicate=False))
         names = known_names(module_names, "module", modules)
@@ -288,7 +288,7 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
         raise InputError(msg)
 
 
-def known_names(names: Sequence[str], what: str, known: Mapping[str, Any]) -> list[str]:
+def known_names(names: Any, what: str, known: Mapping[str, Any]) -> list[str]:
     """Names of parts of a model, checked.
 
     Parameters
@@ -307,7 +307,7 @@ def known_names(names: Sequence[str], what: str, known: Mapping[str, Any]) -> li
     UnsupportedError
         If one is unknown; the message lists the nearest.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         msg = f"{what}_names must be a list of names; got {names!r}."
         raise InputError(msg)
     if not names:

@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace.errors import InputError, UnsupportedError
-from laplace.network.batches import Batch, arguments, iterate, output_tensor
+from laplace.linalg import lasting
+from laplace.network.batches import Batch, arguments, differentiable, iterate, output_tensor
 from laplace.network.modes import training
 from laplace.network.whole_network import unwrap
 
 
+@lasting
 def fit_diagonal_swag_var(
     model: nn.Module,
     train_loader: Iterable[Any],
@@ -87,10 +89,12 @@ def fit_diagonal_swag_var(
     path = Path(weights)
 
     def step(batch: Batch) -> None:
-        args, kwargs = arguments(module, batch.x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        loss = criterion(output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs)), batch.y)
+        args, kwargs = arguments(module, differentiable(batch.x), dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        f = output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
+        loss = criterion(f, differentiable(batch.y))
         if not bool(torch.isfinite(loss)):
-            msg = f"The loss along the path is {float(loss)}: look for NaN in the data, or take a smaller lr than {lr}."
+            value = float(loss.detach())
+            msg = f"The loss along the path is {value}: look for NaN in the data, or take a smaller lr than {lr}."
             raise InputError(msg)
         # Nothing but the copies gets a gradient, whatever the model holds on to.
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)

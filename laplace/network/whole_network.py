@@ -43,7 +43,7 @@ class WholeNetwork:
         *,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        indices: Tensor | None = None,
+        indices: Any = None,
     ) -> None:
         self.model = unwrap(model)
         self.dict_key_x = dict_key_x
