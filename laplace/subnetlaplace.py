@@ -71,7 +71,9 @@ class SubnetLaplace(ParametricLaplace):
     -----
     Vectors over the network have P entries (``mean``, the rows of ``sample``), those over the subnetwork S (``H``,
     ``mean_subnet``, ``prior_precision_diag``, Jacobians). Only parameter tensors that hold a chosen weight are
-    differentiated, and only the derivatives in chosen weights are formed.
+    differentiated, and only the derivatives in chosen weights are formed. Where an output depends on no chosen weight
+    its variance is 0; the Laplace bridge divides by variances and is no approximation then: use ``"probit"`` or
+    ``"mc"``.
 
     References
     ----------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from laplace.network.choice import Choice, Interleaved
@@ -106,7 +106,7 @@ class ParameterSubset:
         parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
         return all(torch.equal(parameter.detach().reshape(-1).to(part), part) for parameter, part in parts)
 
-    def restrict(self, values: Float[Tensor, "*batch all"]) -> Float[Tensor, "*batch params"]:
+    def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
         """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
         return values if self.choice is None else values[..., self.choice.index]
 
