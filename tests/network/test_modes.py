@@ -1,10 +1,10 @@
-"""Evaluation mode, and back."""
+"""Evaluation and training mode, and back."""
 
 import pytest
 import torch
 from torch import nn
 
-from laplace.network.modes import evaluating
+from laplace.network.modes import evaluating, training
 from tests.contracts import model_untouched
 
 
@@ -43,3 +43,13 @@ def test_results_made_under_inference_mode_can_take_part_in_autograd():
             f = model(torch.ones(3, 2))
         assert not f.is_inference()
         assert torch.is_inference_mode_enabled()
+
+
+def test_every_module_trains_inside_with_autograd_on_and_is_restored_after():
+    model = mixed_model()
+    with model_untouched(model), torch.no_grad(), training(model):
+        assert all(module.training for module in model.modules())
+        assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    with model_untouched(model), pytest.raises(RuntimeError, match="inside"), training(model):
+        raise RuntimeError("inside")
