@@ -1,7 +1,7 @@
 """Bayesian predictions from a network that is already trained.
 
-Fit a Laplace approximation at the weights the network has, of its last layer or of all its weights, and get calibrated
-probabilities, error bars, samples and the evidence.
+Fit a Laplace approximation at the weights the network has, of its last layer, of all its weights or of chosen ones,
+and get calibrated probabilities, error bars, samples and the evidence.
 """
 
 from laplace.baselaplace import (
@@ -28,6 +28,7 @@ from laplace.enums import (
     TuningMethod,
 )
 from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
+from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 # Last: each shares its name with the module it lives in, which it stands before from here on.
 from laplace.laplace import Laplace  # isort: skip
@@ -42,8 +43,10 @@ __all__ = [
     "BaseLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
+    "DiagSubnetLaplace",
     "FullLLLaplace",
     "FullLaplace",
+    "FullSubnetLaplace",
     "FunctionalApproximation",
     "FunctionalLLLaplace",
     "FunctionalLaplace",
@@ -58,6 +61,7 @@ __all__ = [
     "ParametricLaplace",
     "PredType",
     "PriorStructure",
+    "SubnetLaplace",
     "SubsetOfWeights",
     "TuningMethod",
     "VaLLA",

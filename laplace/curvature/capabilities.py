@@ -23,7 +23,7 @@ class Capabilities:
     )
     """Structures this back end can provide."""
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
-    """Choices of random weights it can provide them for."""
+    """Choices of random weights it can provide them for; a subnetwork has no Kronecker factors in any case."""
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
     """Likelihoods it knows."""
     finds_last_layer: ClassVar[bool] = False
@@ -79,7 +79,8 @@ class Capabilities:
         structure, subset
             Which ones.
         """
-        return structure in cls.structures and subset in cls.subsets
+        factors_of_single_weights = (structure, subset) == (HessianStructure.KRON, SubsetOfWeights.SUBNETWORK)
+        return structure in cls.structures and subset in cls.subsets and not factors_of_single_weights
 
     def provides(self, structure: HessianStructure) -> bool:
         """Whether it provides a structure for the chosen weights.
