@@ -8,20 +8,43 @@ from typing import Any
 
 from torch import nn
 
-from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseLaplace,
+    DiagLaplace,
+    FullLaplace,
+    FunctionalLaplace,
+    KronLaplace,
+    LLVaLLA,
+    VaLLA,
+)
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
+from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 
-ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
+ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
     (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
+    (SubsetOfWeights.SUBNETWORK, HessianStructure.FULL): FullSubnetLaplace,
+    (SubsetOfWeights.SUBNETWORK, HessianStructure.DIAG): DiagSubnetLaplace,
 }
 """Which class implements which combination."""
+
+FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLaplace]] = {
+    (SubsetOfWeights.ALL, FunctionalApproximation.SOD): FunctionalLaplace,
+    (SubsetOfWeights.ALL, FunctionalApproximation.NYSTROM): ELLA,
+    (SubsetOfWeights.ALL, FunctionalApproximation.VARIATIONAL): VaLLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.SOD): FunctionalLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.NYSTROM): LLELLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.VARIATIONAL): LLVaLLA,
+}
+"""The same for ``hessian_structure="gp"``, by how the posterior over functions is made affordable."""
 
 
 def Laplace(
@@ -32,7 +55,7 @@ def Laplace(
     *args: Any,
     functional_approximation: FunctionalApproximation | str = FunctionalApproximation.SOD,
     **kwargs: Any,
-) -> ParametricLaplace:
+) -> Any:
     """Construct the estimator for a choice of weights and structure.
 
     Parameters
@@ -42,14 +65,17 @@ def Laplace(
     likelihood
         ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     subset_of_weights
-        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
-        gradient (and a backward pass for each output of a datum).
+        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), ``"all"`` that require a
+        gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).
     hessian_structure
-        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
+        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"`` (a subnetwork has no ``"kron"``); ``"gp"``:
+        not at all, the posterior is one over functions.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
+        Further arguments of the estimator, see ``LLLaplace``, ``SubnetLaplace``, ``BaseLaplace``, ``ELLA``, ``VaLLA``.
     functional_approximation
-        Of function-space estimators; any but the default raises with other structures.
+        With ``hessian_structure="gp"``: what the posterior is made of, a subset of the data (``"sod"``, which needs
+        ``n_subset=``), Nyström features (``"nystrom"``: ``ELLA``) or inducing points (``"variational"``: ``VaLLA``).
+        With other structures any but the default raises.
 
     Returns
     -------
@@ -65,17 +91,21 @@ def Laplace(
     subset = choose(SubsetOfWeights, subset_of_weights, "subset_of_weights")
     structure = choose(HessianStructure, hessian_structure, "hessian_structure")
     approximation = choose(FunctionalApproximation, functional_approximation, "functional_approximation")
-    if approximation is not FunctionalApproximation.SOD and structure is not HessianStructure.GP:
+    functional = structure is HessianStructure.GP
+    if approximation is not FunctionalApproximation.SOD and not functional:
         msg = f'functional_approximation={approximation.value!r} needs hessian_structure="gp".'
         raise UnsupportedError(msg)
-    if (subset, structure) not in ESTIMATORS:
+    cls = FUNCTIONAL.get((subset, approximation)) if functional else ESTIMATORS.get((subset, structure))
+    if cls is None:
         known = ", ".join(f"({s.value!r}, {h.value!r})" for s, h in ESTIMATORS)
+        processes = ", ".join(f"({s.value!r}, {a.value!r})" for s, a in FUNCTIONAL)
         msg = (
-            f"There is no estimator for subset_of_weights={subset.value!r} with "
-            f"hessian_structure={structure.value!r}; available combinations: {known}."
+            f"There is no estimator for subset_of_weights={subset.value!r} with hessian_structure={structure.value!r}"
+            + (f" and functional_approximation={approximation.value!r}" if functional else "")
+            + f"; available combinations: {known}; with hessian_structure='gp', of subset_of_weights and "
+            f"functional_approximation: {processes}."
         )
         raise UnsupportedError(msg)
-    cls = ESTIMATORS[subset, structure]
     options = [name for name in inspect.signature(cls).parameters if name != "model"]
     for key in kwargs:
         if key not in options:

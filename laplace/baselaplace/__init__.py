@@ -2,8 +2,24 @@
 
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.diag import DiagLaplace
+from laplace.baselaplace.ella import ELLA, LLELLA
 from laplace.baselaplace.full import FullLaplace
+from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.kron import KronLaplace
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.baselaplace.subset_of_data import FunctionalLaplace
+from laplace.baselaplace.valla import LLVaLLA, VaLLA
 
-__all__ = ["BaseLaplace", "DiagLaplace", "FullLaplace", "KronLaplace", "ParametricLaplace"]
+__all__ = [
+    "ELLA",
+    "LLELLA",
+    "BaseFunctionalLaplace",
+    "BaseLaplace",
+    "DiagLaplace",
+    "FullLaplace",
+    "FunctionalLaplace",
+    "KronLaplace",
+    "LLVaLLA",
+    "ParametricLaplace",
+    "VaLLA",
+]

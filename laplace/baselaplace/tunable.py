@@ -111,17 +111,12 @@ class TunablePosterior(CheckpointedPosterior):
 
             return scores
         if method is TuningMethod.LOO and not self._last_layer:
-
-            def left_out(points: Tensor) -> Tensor:
-                posteriors = [problem.posterior(point, likelihood) for point in points.split(1)]
-                kind = problem.kind
-                found = [
-                    tuning.leave_one_out_score(data, score, posterior, likelihood, fresh, self._dtype, kind=kind)
-                    for posterior in posteriors
-                ]
-                return torch.stack(found)
-
-            return left_out
+            msg = (
+                'method="loo" compares priors each at its own best weights, which takes a last layer: where weights '
+                "stay as they are, the score tends to the training loss and favors the strongest prior, whatever the "
+                'data say. Use method="marglik", or validation data: tune(val_loader).'
+            )
+            raise UnsupportedError(msg)
         if problem.kind is not CurvatureKind.GGN:
             msg = (
                 f'method="{method.value}" takes the curvature of the head again at other weights, by the generalized '
@@ -130,14 +125,16 @@ class TunablePosterior(CheckpointedPosterior):
             raise UnsupportedError(msg)
         head = tuning.HeadData.collect(data, self._dtype)
         common = {"initial": problem.fit.mean}
+        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
         def refitted(points: Tensor) -> Tensor:
             priors = [problem.prior(point) for point in points.split(1)]
             arguments = head, score, priors, likelihood, self.curvature_type, fresh
             if method is TuningMethod.LOO:
                 return tuning.refitted_leave_one_out_scores(*arguments, **common)
+            dealt = torch.Generator().manual_seed(seed)  # the same folds for all of the grid
             return tuning.cross_validation_scores(
-                *arguments, n_folds=n_folds, generator=generator, **common, **problem.options
+                *arguments, n_folds=n_folds, generator=dealt, **common, **problem.options
             )
 
         return refitted
@@ -168,7 +165,10 @@ class TunablePosterior(CheckpointedPosterior):
             msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
             raise UnsupportedError(msg)
         if noise == "per_output" and not self._last_layer:
-            msg = "noise='per_output' needs a last layer, whose weights belong to outputs; use noise='scalar'."
+            msg = (
+                "noise='per_output' is chosen for a last layer, whose weights belong to outputs. For weights that "
+                "outputs share use noise='scalar', or assign a sigma_noise for each output and call fit again."
+            )
             raise UnsupportedError(msg)
         if has_noise:
             return (None, 0) if noise == "keep" else ("sigma_noise", 2 if noise == "per_output" else 1)

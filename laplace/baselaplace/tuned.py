@@ -54,9 +54,9 @@ class TunedPosterior(TunablePosterior):
             How the predictions that are scored are made.
         method
             ``"marglik"``: the log marginal likelihood. ``"gridsearch"``: the loss on validation data. ``"loo"``: the
-            leave-one-out loss of the training data, in closed form (``full`` and ``diag``). ``"cv"``: that of k folds
-            (last layer). With the last two the head has, at each point and in each fold, the weights that are best
-            under that prior, from features that have seen all the data: optimistic, and never the default.
+            leave-one-out loss of the training data, in closed form (``full`` and ``diag``). ``"cv"``: that of k folds.
+            The last two need a last layer, whose weights are then those that are best under each prior (and for each
+            fold), with features that have seen all the data: optimistic, and never the default.
         n_steps, lr
             The most iterations of L-BFGS on log precisions, which ends before where it converges, and the first trial
             step of its line searches (``"marglik"``). 0 steps assign the start.

@@ -1,7 +1,7 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
 Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass a batch),
-backward passes to the outputs of layers for all weights (``curvature/all_weights.py``).
+backward passes to the outputs of layers for all or for chosen weights (``curvature/all_weights.py``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class AutogradInterface(CurvatureInterface):
     """Our own engines, given the output Hessian of the kind of curvature."""
 
     finds_last_layer: ClassVar[bool] = True
+    subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
     _reduce = False
 
     @cached_property
@@ -132,7 +133,8 @@ class AutogradHessian(AutogradInterface):
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
         """Kronecker factors are there for the last layer only."""
-        return super().can(structure, subset) and (structure, subset) != (HessianStructure.KRON, SubsetOfWeights.ALL)
+        last_layer = subset is SubsetOfWeights.LAST_LAYER
+        return super().can(structure, subset) and (last_layer or structure is not HessianStructure.KRON)
 
     def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Any]:
         """The loss and the rows of its Hessian."""
@@ -140,7 +142,8 @@ class AutogradHessian(AutogradInterface):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             positions = self.positions(self.outputs(differentiable(x)), y)
             loss = self.output_likelihood.nll(positions.f, positions.y)
-        return loss, hessian_rows(loss, self.params)
+        assert self.network is not None, "all or chosen weights are random"
+        return loss, hessian_rows(loss, self.network.subset)
 
 
 class AutogradEF(AutogradInterface, EFInterface):

@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils._pytree import tree_map
 
 from laplace.errors import ShapeError
+from laplace.network.parameters import ParameterSubset
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 from laplace.types import Inputs, Jacobians
 
@@ -85,20 +86,21 @@ def select_outputs(
     return J.gather(1, chosen.unsqueeze(-1).expand(-1, -1, J.shape[-1])), f
 
 
-def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[Tensor, " params"]]:
+def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor, " params"]]:
     """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
 
     Parameters
     ----------
     loss
         A number with its graph.
-    parameters
-        In which to differentiate.
+    subset
+        The weights in which to differentiate.
 
     Yields
     ------
     ``[P]``, P of them.
     """
+    parameters = subset.parameters
     assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
@@ -112,14 +114,14 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
         return torch.cat([zero if g is None else g.reshape(n, -1) for g, zero in zip(found, empty, strict=True)], 1)
 
     if not flat.requires_grad:  # a loss that is linear in the weights
-        yield from flat.new_zeros(len(flat), 1).expand(-1, len(flat))
+        yield from flat.new_zeros(subset.n_params, 1).expand(-1, subset.n_params)
         return
     together = can_batch(rows, flat)
-    for start in range(0, len(flat), ROWS_AT_ONCE):
-        n = min(ROWS_AT_ONCE, len(flat) - start)
-        directions = flat.new_zeros(n, len(flat))
-        directions.diagonal(start).fill_(1)
-        yield from rows(directions, together=True) if together else (rows(one, together=False)[0] for one in directions)
+    for some in subset.restrict(torch.arange(len(flat), device=flat.device)).split(ROWS_AT_ONCE):
+        directions = flat.new_zeros(len(some), len(flat))
+        directions.scatter_(1, some.unsqueeze(1), 1)
+        found = rows(directions, together=True) if together else (rows(one, together=False)[0] for one in directions)
+        yield from map(subset.restrict, found)
 
 
 def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:
@@ -170,3 +172,8 @@ class WrittenOut:
     def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
         """Mixtures of the columns, group by group."""
         return [DenseBlock(part) for part in torch.einsum("mq,bqp->mbp", mix, self.J).split(self.sizes, -1)]
+
+    def blocks(self, directions: Sequence[Tensor]) -> list[JacobianBlock]:
+        """Of directions in the outputs of each datum, ``[batch, *positions, C]`` each, group by group."""
+        mix = torch.stack([direction.flatten(1) for direction in directions]).to(self.J.dtype)
+        return [DenseBlock(part) for part in torch.einsum("mbq,bqp->mbp", mix, self.J).split(self.sizes, -1)]

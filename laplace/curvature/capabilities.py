@@ -23,7 +23,7 @@ class Capabilities:
     )
     """Structures this back end can provide."""
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
-    """Choices of random weights it can provide them for."""
+    """Choices of random weights it can provide them for; a subnetwork has no Kronecker factors in any case."""
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
     """Likelihoods it knows."""
     finds_last_layer: ClassVar[bool] = False
@@ -35,6 +35,8 @@ class Capabilities:
     differentiable_in_x: ClassVar[bool] = True
     """Whether Jacobians are on request: ``enable_backprop=True``."""
 
+    weighs_outputs: ClassVar[bool] = True
+    """Whether outputs can have different weights in the loss, as a noise for each of them gives."""
     adds_over_positions: ClassVar[bool] = False
     """Whether gradients of the positions of a datum add up before they are squared."""
     is_sampled = False
@@ -77,7 +79,8 @@ class Capabilities:
         structure, subset
             Which ones.
         """
-        return structure in cls.structures and subset in cls.subsets
+        factors_of_single_weights = (structure, subset) == (HessianStructure.KRON, SubsetOfWeights.SUBNETWORK)
+        return structure in cls.structures and subset in cls.subsets and not factors_of_single_weights
 
     def provides(self, structure: HessianStructure) -> bool:
         """Whether it provides a structure for the chosen weights.

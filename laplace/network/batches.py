@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +175,53 @@ def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
         return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (n_rows,) else value
 
     return _map(x, take)
+
+
+def signature(x: Inputs, n_rows: int) -> tuple[Any, ...]:
+    """What inputs must share to be joined: the kind of every entry, and its shape but for the rows.
+
+    Parameters
+    ----------
+    x
+        A batch of inputs.
+    n_rows
+        Number of rows of the batch.
+    """
+    found: list[Any] = []
+
+    def note(value: Any) -> None:
+        if isinstance(value, Tensor) and value.shape[:1] == (n_rows,):
+            found.append((value.dtype, tuple(value.shape[1:])))
+        else:
+            # Shared by all rows: equal only to itself.
+            found.append(id(value) if isinstance(value, Tensor) else repr(value))
+
+    _map(x, note)
+    return tuple(found)
+
+
+def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
+    """One batch of the rows of several with the same ``signature``.
+
+    Parameters
+    ----------
+    parts
+        Batches of inputs.
+    sizes
+        Their numbers of rows.
+    """
+    columns: list[list[Any]] = []
+    for part in parts:
+        values: list[Any] = []
+        _map(part, values.append)
+        columns.append(values)
+    entries = iter(zip(*columns, strict=True))
+
+    def join(value: Any) -> Any:
+        together = next(entries)
+        return torch.cat(together) if isinstance(value, Tensor) and value.shape[:1] == (sizes[0],) else value
+
+    return _map(parts[0], join)
 
 
 def count_rows(x: Inputs) -> int:

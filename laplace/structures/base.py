@@ -218,6 +218,16 @@ class AbstractCurvature(ABC):
         """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives, if any."""
         return None
 
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """``log |H + diag(prior)| − log |diag(prior)|``; overridden where the two need not be subtracted.
+
+        Parameters
+        ----------
+        prior, **options
+            As in ``posterior``.
+        """
+        return self.posterior_logdet(prior, **options) - prior.logdet()
+
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The matrix, ``[P, P]``: for small problems and tests."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from laplace.linalg import piece_elements
 from laplace.structures.jacobian import JacobianBlock
 
 
@@ -112,6 +113,19 @@ class ProductBlock(JacobianBlock):
             return (half if outer is None else outer.T @ half).flatten(2)
         return J.flatten(2)
 
+    def entries(self, rows: slice, index: Int[Tensor, " part"]) -> Float[Tensor, "columns batch part"]:
+        """The pairs of an output and an input that belong to these weights, a bounded number at a time."""
+        if self._rotated:
+            return super().entries(rows, index)
+        left = self.left[:, rows].transpose(2, 3).flatten(3)
+        right = self.right[rows].transpose(1, 2).flatten(2)
+        i, o = self.right.shape[3], self.left.shape[4]
+        row, column = index // self.shape[1], index % self.shape[1]
+        outputs, inputs = (row // i * o + column, row) if self.transposed else (row, row // o * i + column)
+        step = max(1, piece_elements(left.device) // max(1, left.shape[:3].numel()))
+        pairs = zip(outputs.split(step), inputs.split(step), strict=True)
+        return torch.cat([(left[..., first] * right[..., second]).sum(2) for first, second in pairs], -1)
+
     def mix(self, weights: Float[Tensor, "mixtures columns"]) -> ProductBlock:
         """Of the gradients."""
         return replace(self, left=torch.einsum("mq,q...->m...", weights, self.left))
@@ -188,3 +202,31 @@ class ProductBlock(JacobianBlock):
         matrix = v.view(-1, *self.shape)
         hidden = torch.einsum("bti,soi->sbto", self.right.squeeze(1), matrix.mT if self.transposed else matrix)
         return torch.einsum("sbto,qbto->sqb", hidden, self.left.squeeze(2))
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """``Σ (g·g')(a·a')`` over pairs of positions, where that is less work than writing the other block out."""
+        if not (isinstance(other, ProductBlock) and self._factors_are_cheaper(other)):
+            return super().cross(other)
+        a, b = self.right.squeeze(1), other.right.squeeze(1)  # [batch, positions, inputs]
+        g, h = self.left.squeeze(2), other.left.squeeze(2)  # [columns, batch, positions, outputs]
+        if self._single and other._single:
+            inputs = a.squeeze(1) @ b.squeeze(1).T
+            outputs = (g.flatten(0, 2) @ h.flatten(0, 2).T).view(len(g), len(a), len(h), len(b))
+            return outputs * inputs.unsqueeze(1)
+        per_point = len(g) * len(h) * a.shape[0] * a.shape[1] * b.shape[1]
+        step = max(1, piece_elements(a.device) // per_point)
+        parts: list[Tensor] = []
+        for start in range(0, len(b), step):
+            rows = slice(start, start + step)
+            inputs = torch.einsum("bti,zui->btzu", a, b[rows])
+            outputs = torch.einsum("qbto,pzuo->qbtpzu", g, h[:, rows])
+            parts.append((outputs * inputs.unsqueeze(2)).sum((2, 5)))
+        return torch.cat(parts, 3)
+
+    def _factors_are_cheaper(self, other: ProductBlock) -> bool:
+        """Whether both are plain products in the same basis, and pairs of positions fewer than weights to write out."""
+        if self.left.shape[2] > 1 or self._rotated or other._rotated or self.transposed != other.transposed:
+            return False
+        outputs, inputs, positions = self.left.shape[-1], self.right.shape[-1], other.right.shape[2]
+        together = positions * (inputs + self.n_columns * other.n_columns * (outputs + 1))
+        return self.shape == other.shape and together <= other.n_columns * outputs * (inputs + self.n_columns)

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from laplace import Laplace
-from laplace.curvature import AutogradEF
+from laplace.curvature import AutogradEF, BackPackGGN
 from laplace.errors import InputError, ShapeError, UnsupportedError
+from tests import networks
 from tests.cases import BASIC
 from tests.contracts import generator
 from tests.estimators import every_structure, fitted
@@ -108,7 +109,72 @@ def test_noise_of_each_output_is_refused_where_it_has_no_meaning():
         la.sigma_noise = torch.ones(3)
     with pytest.raises(ShapeError, match="the model has 2"):
         fitted(BASIC[1], "diag", sigma_noise=torch.ones(3))
-    with pytest.raises(UnsupportedError, match="last_layer"):
-        Laplace(BASIC[1].model(), "regression", "all", "diag", sigma_noise=torch.ones(2))
     with pytest.raises(UnsupportedError, match="leave it at 1"):
         fitted(BASIC[0], "diag").sigma_noise = torch.full((4,), 2.0)
+
+
+def whole(structure, **options):
+    network = networks.named("mlp_regression")
+    la = Laplace(network.model(), "regression", "all", structure, **options)
+    la.fit([network.data()])
+    return la, network
+
+
+@pytest.mark.parametrize("fisher", [False, True], ids=["GGN", "EF"])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_a_whole_network_is_fitted_with_the_noise_of_each_output(structure, fisher):
+    la, network = whole(structure, sigma_noise=SIGMAS, **({"backend": AutogradEF} if fisher else {}))
+    x, y = network.data()
+    residual = (network.model()(x) - y).detach()
+    J = network.problem().jacobian(x).flatten(0, 1)
+    J = J.reshape(len(x), 2, -1)
+    H = torch.zeros(J.shape[-1], J.shape[-1], dtype=F64)
+    for Jn, rn in zip(J, residual, strict=True):
+        root = (Jn.T @ (rn / SIGMAS**2))[:, None] if fisher else Jn.T / SIGMAS
+        H += root @ root.T
+    H = H.diagonal().diag() if structure == "diag" else H
+    precision = H + torch.eye(len(H), dtype=F64)
+    shown = la.posterior_precision
+    assert_close(shown if shown.dim() == 2 else shown.diag(), precision)
+    density = torch.distributions.Normal(torch.zeros_like(residual), SIGMAS).log_prob(residual).sum()
+    assert_close(la.log_likelihood, density)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_the_common_size_of_its_noise_may_change_and_the_relative_one_needs_a_new_fit(structure):
+    la, network = whole(structure, sigma_noise=SIGMAS)
+    la.sigma_noise = 3 * SIGMAS
+    other, _ = whole(structure, sigma_noise=3 * SIGMAS)
+    assert_close(la.log_marginal_likelihood(), other.log_marginal_likelihood())
+    x = network.data(2)[0]
+    for ours, theirs in zip(la(x), other(x), strict=True):
+        assert_close(ours, theirs)
+    for sigma in (SIGMAS.flip(0), torch.tensor(1.0)):
+        la.sigma_noise = sigma
+        with pytest.raises(UnsupportedError, match="call fit again"):
+            la.log_marginal_likelihood()
+        with pytest.raises(UnsupportedError, match="call fit again"):
+            la(x)
+    la.fit([network.data()])
+    assert_close(la.log_marginal_likelihood(), whole(structure)[0].log_marginal_likelihood())
+    other.sigma_noise = torch.tensor(1.0)
+    with pytest.raises(InputError, match="fit again"):
+        other.fit([network.data()], override=False)
+
+
+def test_it_is_saved_with_the_fit():
+    for build in (lambda: whole("kron", sigma_noise=SIGMAS)[0], lambda: fitted(BASIC[1], "kron", sigma_noise=SIGMAS)):
+        la, other = build(), build()
+        other.prior_precision = 7.0
+        other.load_state_dict(la.state_dict())
+        assert_close(other.log_marginal_likelihood(), la.log_marginal_likelihood())
+        assert_close(other.to("cpu").log_marginal_likelihood(), la.log_marginal_likelihood())
+
+
+def test_packages_that_know_one_noise_are_refused():
+    network = networks.named("mlp_regression")
+    la = Laplace(network.model(), "regression", "all", "diag", sigma_noise=SIGMAS, backend=BackPackGGN)
+    with pytest.raises(UnsupportedError, match="one noise for all outputs"):
+        la.fit([network.data()])
+    with pytest.raises(UnsupportedError, match="call fit again"):
+        whole("diag")[0].optimize_prior_precision(noise="per_output")
