@@ -72,10 +72,22 @@ def by_evidence(la: Any, data: Split) -> None:
     la.optimize_prior_precision(method="marglik", noise="scalar" if data.likelihood == "regression" else "keep")
 
 
+def by_leaving_out(la: Any, data: Split) -> None:
+    """The prior precision, by each training row without itself."""
+    la.optimize_prior_precision(method="loo", train_loader=data.train, **CONFIG["training_grid"])
+
+
+def by_folds(la: Any, data: Split) -> None:
+    """The prior precision, by five folds of the training rows."""
+    la.optimize_prior_precision(method="cv", train_loader=data.train, **CONFIG["training_grid"])
+
+
 METHODS: list[tuple[str, Callable[[Any, Split], None], set[str]]] = [
     ("tune", by_tune, set(STRUCTURES)),
     ("gridsearch", by_grid, set(STRUCTURES)),
     ("marglik", by_evidence, set(STRUCTURES)),
+    ("loo", by_leaving_out, {"last layer, full", "last layer, diag"}),
+    ("cv", by_folds, {"last layer, full", "last layer, kron", "last layer, diag"}),
 ]
 """Name, call, and the structures that it is for."""
 
