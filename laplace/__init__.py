@@ -4,7 +4,15 @@ Fit a Laplace approximation at the weights the network has, of its last layer or
 probabilities, error bars, samples and the evidence.
 """
 
-from laplace.baselaplace import BaseLaplace, DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    BaseLaplace,
+    BlockDiagLaplace,
+    DiagLaplace,
+    EKFACLaplace,
+    FullLaplace,
+    KronLaplace,
+    ParametricLaplace,
+)
 from laplace.enums import (
     FunctionalApproximation,
     HessianStructure,
@@ -15,7 +23,14 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.lllaplace import (
+    BlockDiagLLLaplace,
+    DiagLLLaplace,
+    EKFACLLLaplace,
+    FullLLLaplace,
+    KronLLLaplace,
+    LLLaplace,
+)
 
 from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
 
@@ -23,8 +38,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BaseLaplace",
+    "BlockDiagLLLaplace",
+    "BlockDiagLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
+    "EKFACLLLaplace",
+    "EKFACLaplace",
     "FullLLLaplace",
     "FullLaplace",
     "FunctionalApproximation",

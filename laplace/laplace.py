@@ -8,18 +8,29 @@ from typing import Any
 
 from torch import nn
 
-from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    BlockDiagLaplace,
+    DiagLaplace,
+    EKFACLaplace,
+    FullLaplace,
+    KronLaplace,
+    ParametricLaplace,
+)
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+from laplace.lllaplace import BlockDiagLLLaplace, DiagLLLaplace, EKFACLLLaplace, FullLLLaplace, KronLLLaplace
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
     (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.BLOCKDIAG): BlockDiagLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.EKFAC): EKFACLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.BLOCKDIAG): BlockDiagLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.EKFAC): EKFACLLLaplace,
 }
 """Which class implements which combination."""
 
@@ -45,7 +56,7 @@ def Laplace(
         Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
         gradient (and a backward pass for each output of a datum).
     hessian_structure
-        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"``.
+        How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"`` or ``"ekfac"``.
     *args, **kwargs
         Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
     functional_approximation

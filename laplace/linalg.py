@@ -204,6 +204,17 @@ def eigh(
     return torch.where(values <= 8 * resolution * largest, 0.0, values), vectors
 
 
+def is_diagonal(matrix: Float[Tensor, "n n"]) -> bool:
+    """Whether all entries beside the diagonal are zero.
+
+    Parameters
+    ----------
+    matrix
+        ``[n, n]``.
+    """
+    return bool((matrix == torch.diag(matrix.diagonal())).all())
+
+
 def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """A square root ``R`` with ``R Rᵀ = matrix`` of a positive semi-definite, possibly singular, batch of matrices.
 

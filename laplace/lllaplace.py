@@ -12,7 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    BlockDiagLaplace,
+    DiagLaplace,
+    EKFACLaplace,
+    FullLaplace,
+    KronLaplace,
+    ParametricLaplace,
+)
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood, PredType
 from laplace.errors import StateError, UnsupportedError
@@ -234,6 +241,21 @@ class DiagLLLaplace(LLLaplace, DiagLaplace):
     """Last layer with diagonal curvature: O(C D) memory and time.
 
     Weights are independent, and so are the outputs. See ``LLLaplace`` for the parameters.
+    """
+
+
+class BlockDiagLLLaplace(LLLaplace, BlockDiagLaplace):
+    """Last layer with a dense block each for weight and bias: what correlates the two is dropped.
+
+    O((C D)²) memory, O((C D)³) time to factorize, once. See ``LLLaplace`` for the parameters.
+    """
+
+
+class EKFACLLLaplace(LLLaplace, EKFACLaplace):
+    """Last layer in the eigenbasis of its Kronecker factors, with the exact diagonal there: O(C² + D² + C D) memory.
+
+    The model runs once over the data, whose features are kept between the two passes. See ``LLLaplace`` for the
+    parameters; the prior precision is a scalar or one value each for weight and bias.
     """
 
 

@@ -249,7 +249,7 @@ CASES = (
 )  # fmt: skip
 BASIC = CASES[:2]
 """One classification and one regression problem, for claims that do not depend on the kind of network."""
-STRUCTURES = ("full", "kron", "diag")
+STRUCTURES = ("full", "kron", "diag", "blockdiag", "ekfac")
 
 
 def named(name: str) -> Case:

@@ -47,6 +47,8 @@ def everything(la: Any, case: Case) -> list[Tensor]:
 
 def dense(matrix: Any) -> Tensor:
     """Whatever a structure calls H or the posterior precision, as a matrix."""
+    if isinstance(matrix, list):
+        return torch.block_diag(*matrix)
     if hasattr(matrix, "to_matrix"):
         return matrix.to_matrix()
     return matrix.diag() if matrix.dim() == 1 else matrix

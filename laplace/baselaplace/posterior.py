@@ -21,7 +21,7 @@ from laplace.baselaplace.base import BaseLaplace
 from laplace.enums import Likelihood, PredType
 from laplace.errors import InputError, ShapeError
 from laplace.fit import Fit
-from laplace.network import Batch, ParameterSubset, evaluating, full_precision, iterate
+from laplace.network import Batch, ParameterSubset, Passes, evaluating, full_precision, iterate
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision
@@ -45,6 +45,10 @@ class WeightPosterior(BaseLaplace):
     def _posterior_options(self) -> dict[str, Any]:
         """Options of the structure's ``posterior``."""
         return {}
+
+    def _fit_options(self) -> dict[str, Any]:
+        """Options of the structure's ``accumulate``."""
+        return dict(self._asdl_fisher_kwargs)
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -77,19 +81,21 @@ class WeightPosterior(BaseLaplace):
         Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
         each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
         """
-        counts = {"data": 0, "positions": 0}
+        counts: dict[str, int] = {}
+        keys: dict[str, Any] = {"dict_key_y": self.dict_key_y, "device": self._device}
+        previous = None if override else self.__dict__.get("_fit")
+        if previous is not None:
+            self.curvature_type.check_merge()
+
+        def read() -> Iterator[Batch]:
+            counts.update(data=0, positions=0)
+            batches = iterate(train_loader, **keys, progress_bar=progress_bar, description="[Fitting]")
+            return self._counted(batches, counts)
+
         with evaluating(self.model):
-            batches = iterate(
-                train_loader,
-                dict_key_y=self.dict_key_y,
-                device=self._device,
-                progress_bar=progress_bar,
-                description="[Fitting]",
-            )
-            batches = self._counted(batches, counts)
             self.backend.loss_by_output = self._last_layer and self.likelihood is Likelihood.REGRESSION
             try:
-                learned = self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+                learned = self.curvature_type.accumulate(self.backend, Passes(train_loader, read), **self._fit_options())
             finally:
                 self.backend.loss_by_output = False
         if learned is None:
@@ -109,7 +115,6 @@ class WeightPosterior(BaseLaplace):
             msg = f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
             raise ShapeError(msg)
         fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias)
-        previous = None if override else self.__dict__.get("_fit")
         self._fit = fit if previous is None else previous.merge(fit)
         self._hyperparameters_changed()
 

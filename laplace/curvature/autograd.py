@@ -6,6 +6,7 @@ backward passes to the outputs of layers for all weights (``curvature/all_weight
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,8 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.by_autograd import WrittenOut, hessian_rows
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature.interface import Basis
 from laplace.curvature.last_layer_engine import LastLayerEngine
 from laplace.curvature.recording import Recording
+from laplace.curvature.replay import Replay
 from laplace.enums import HessianStructure, KfacApprox, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
 from laplace.structures import Kron
@@ -60,6 +63,31 @@ class AutogradInterface(CurvatureInterface):
         n_data = max(self.count(y), 1)
         counts = [n_data] * len(sums) if sums.counts is None else sums.counts
         return loss, sums.divide_inputs([count * N / n_data for count in counts])
+
+    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of each parameter group: O(rows · Σ p²), for all weights times columns."""
+        self._refuse(kwargs)
+        return self._engine.blockdiag(x, y)
+
+    def ekfac(
+        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass a column."""
+        self._refuse(kwargs)
+        return self._engine.ekfac(x, y, basis, shapes)
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace; O(P k) memory."""
+        self._refuse(kwargs)
+        return self._engine.lowrank(x, y, directions)
+
+    def repeatable(
+        self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
+    ) -> Iterable[tuple[Inputs, Tensor]]:
+        """Of a last layer the features, made in the first pass; else the batches, if they can be read again."""
+        if isinstance(self._engine, LastLayerEngine):
+            return Replay(batches, self._engine.features)
+        return super().repeatable(batches, structure)
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""

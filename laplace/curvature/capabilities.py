@@ -19,7 +19,14 @@ class Capabilities:
     matrix: ClassVar[str] = "Hessian"
     """Which matrix it computes: back ends of the same one can take each other's place."""
     structures: ClassVar[frozenset[HessianStructure]] = frozenset(
-        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
+        {
+            HessianStructure.FULL,
+            HessianStructure.DIAG,
+            HessianStructure.KRON,
+            HessianStructure.BLOCKDIAG,
+            HessianStructure.EKFAC,
+            HessianStructure.LOWRANK,
+        }
     )
     """Structures this back end can provide."""
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})

@@ -46,6 +46,9 @@ class PackageInterface(CurvatureInterface):
     """The name it is imported by."""
     extra: ClassVar[str]
     """The extra of this library that installs it."""
+    structures: ClassVar[frozenset[HessianStructure]] = frozenset(
+        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
+    )
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset({Likelihood.CLASSIFICATION, Likelihood.REGRESSION})
     takes_positions: ClassVar[bool] = False
     differentiable_in_x: ClassVar[bool] = False

@@ -4,10 +4,19 @@
 room knows about curvature, priors or likelihoods.
 """
 
-from laplace.network.batches import Batch, iterate
+from laplace.network.batches import Batch, Passes, iterate
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.modes import evaluating, full_precision
 from laplace.network.parameters import ParameterSubset
 from laplace.network.whole_network import WholeNetwork
 
-__all__ = ["Batch", "FeatureExtractor", "ParameterSubset", "WholeNetwork", "evaluating", "full_precision", "iterate"]
+__all__ = [
+    "Batch",
+    "FeatureExtractor",
+    "ParameterSubset",
+    "Passes",
+    "WholeNetwork",
+    "evaluating",
+    "full_precision",
+    "iterate",
+]

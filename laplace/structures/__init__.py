@@ -5,7 +5,9 @@ Each structure is a pair: a curvature that adds up over data, and the factorized
 
 from laplace.enums import HessianStructure
 from laplace.structures.base import AbstractCurvature, AbstractPrecision
+from laplace.structures.blockdiag import BlockDiagCurvature, BlockDiagPrecision
 from laplace.structures.diag import DiagCurvature, DiagPrecision
+from laplace.structures.ekfac import EKFACCurvature, EKFACPrecision
 from laplace.structures.full import FullCurvature, FullPrecision
 from laplace.structures.kron import Kron, KronCurvature
 from laplace.structures.kron_decomposed import KronDecomposed
@@ -14,6 +16,8 @@ STRUCTURES: dict[HessianStructure, type[AbstractCurvature]] = {
     HessianStructure.FULL: FullCurvature,
     HessianStructure.KRON: KronCurvature,
     HessianStructure.DIAG: DiagCurvature,
+    HessianStructure.BLOCKDIAG: BlockDiagCurvature,
+    HessianStructure.EKFAC: EKFACCurvature,
 }
 """Which class implements which name."""
 
@@ -21,8 +25,12 @@ __all__ = [
     "STRUCTURES",
     "AbstractCurvature",
     "AbstractPrecision",
+    "BlockDiagCurvature",
+    "BlockDiagPrecision",
     "DiagCurvature",
     "DiagPrecision",
+    "EKFACCurvature",
+    "EKFACPrecision",
     "FullCurvature",
     "FullPrecision",
     "Kron",

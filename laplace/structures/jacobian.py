@@ -194,6 +194,19 @@ class JacobianBlock(ABC):
         parts = [(rows, torch.einsum("qbp,sp->sqb", J, v[:, weights])) for rows, weights, J in self.pieces()]
         return self._assemble(parts, 2)
 
+    def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
+        """Σ_qb w_qb J_qb for several weighings of columns and rows.
+
+        Parameters
+        ----------
+        w
+            ``[samples, columns, batch]``.
+        """
+        total = w.new_zeros(len(w), self.n_params)
+        for rows, weights, J in self.pieces():
+            total[:, weights] += torch.einsum("sqb,qbp->sp", w[:, :, rows], J)
+        return total
+
     def _assemble(self, parts: list[tuple[slice, Tensor]], dim: int) -> Tensor:
         """Add pieces of the same rows, join pieces of different rows."""
         joined: dict[int, Tensor] = {}
