@@ -11,6 +11,7 @@ from laplace.baselaplace import (
     EKFACLaplace,
     FullLaplace,
     KronLaplace,
+    LowRankLaplace,
     ParametricLaplace,
 )
 from laplace.enums import (
@@ -30,6 +31,7 @@ from laplace.lllaplace import (
     FullLLLaplace,
     KronLLLaplace,
     LLLaplace,
+    LowRankLLLaplace,
 )
 
 from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
@@ -54,6 +56,8 @@ __all__ = [
     "Laplace",
     "Likelihood",
     "LinkApprox",
+    "LowRankLLLaplace",
+    "LowRankLaplace",
     "ParametricLaplace",
     "PredType",
     "PriorStructure",

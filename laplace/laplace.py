@@ -14,11 +14,19 @@ from laplace.baselaplace import (
     EKFACLaplace,
     FullLaplace,
     KronLaplace,
+    LowRankLaplace,
     ParametricLaplace,
 )
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.lllaplace import BlockDiagLLLaplace, DiagLLLaplace, EKFACLLLaplace, FullLLLaplace, KronLLLaplace
+from laplace.lllaplace import (
+    BlockDiagLLLaplace,
+    DiagLLLaplace,
+    EKFACLLLaplace,
+    FullLLLaplace,
+    KronLLLaplace,
+    LowRankLLLaplace,
+)
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
@@ -26,11 +34,13 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplac
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
     (SubsetOfWeights.ALL, HessianStructure.BLOCKDIAG): BlockDiagLaplace,
     (SubsetOfWeights.ALL, HessianStructure.EKFAC): EKFACLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.LOWRANK): LowRankLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.BLOCKDIAG): BlockDiagLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.EKFAC): EKFACLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.LOWRANK): LowRankLLLaplace,
 }
 """Which class implements which combination."""
 
@@ -56,7 +66,8 @@ def Laplace(
         Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
         gradient (and a backward pass for each output of a datum).
     hessian_structure
-        How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"`` or ``"ekfac"``.
+        How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"``, ``"ekfac"`` or
+        ``"lowrank"``.
     *args, **kwargs
         Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
     functional_approximation

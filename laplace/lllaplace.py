@@ -18,6 +18,7 @@ from laplace.baselaplace import (
     EKFACLaplace,
     FullLaplace,
     KronLaplace,
+    LowRankLaplace,
     ParametricLaplace,
 )
 from laplace.curvature import CurvatureInterface
@@ -25,6 +26,7 @@ from laplace.enums import FeatureReduction, Likelihood, PredType
 from laplace.errors import StateError, UnsupportedError
 from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating, full_precision
 from laplace.predictive import FeatureLinearization, Linearization
+from laplace.structures import Truncation
 from laplace.types import Inputs
 
 
@@ -310,3 +312,59 @@ class KronLLLaplace(LLLaplace, KronLaplace):
             curvature_dtype=curvature_dtype,
         )
         self.damping = damping
+
+
+class LowRankLLLaplace(LLLaplace, LowRankLaplace):
+    """Last layer with the leading eigenpairs of its curvature: O(C D r) memory.
+
+    The model runs once over the data, whose features are kept between passes.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, feature_reduction
+        As in ``LLLaplace``.
+    dict_key_x, dict_key_y, backend, last_layer_name, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
+        As in ``LLLaplace``.
+    rank, captured_trace
+        As in ``LowRankLaplace``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+        rank: int | None = None,
+        captured_trace: float | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            last_layer_name,
+            backend_kwargs,
+            asdl_fisher_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+        self._truncation = Truncation(rank, captured_trace)

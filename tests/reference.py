@@ -195,7 +195,7 @@ class Problem:
             return torch.block_diag(*self.groups(H))
         if structure == "ekfac":
             return self.ekfac(H, fisher=fisher)
-        return H if structure == "full" else H.diagonal().diag()
+        return H if structure in ("full", "lowrank") else H.diagonal().diag()
 
     def groups(self, H: Tensor) -> list[Tensor]:
         """The diagonal blocks of a matrix, one a parameter."""

@@ -6,6 +6,7 @@ from laplace.baselaplace.diag import DiagLaplace
 from laplace.baselaplace.ekfac import EKFACLaplace
 from laplace.baselaplace.full import FullLaplace
 from laplace.baselaplace.kron import KronLaplace
+from laplace.baselaplace.lowrank import LowRankLaplace
 from laplace.baselaplace.parametric import ParametricLaplace
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "EKFACLaplace",
     "FullLaplace",
     "KronLaplace",
+    "LowRankLaplace",
     "ParametricLaplace",
 ]

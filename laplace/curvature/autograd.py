@@ -6,7 +6,8 @@ backward passes to the outputs of layers for all weights (``curvature/all_weight
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.curvature.all_weights import AllWeightsEngine
-from laplace.curvature.by_autograd import WrittenOut, hessian_rows
+from laplace.curvature.by_autograd import WrittenOut, hessian_products, hessian_rows
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.curvature.interface import Basis
 from laplace.curvature.last_layer_engine import LastLayerEngine
@@ -157,17 +158,48 @@ class AutogradHessian(AutogradInterface):
             return super().kron(x, y, N, **kwargs)
         raise self.cannot(HessianStructure.KRON)
 
+    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of the Hessian of each parameter group, ``[p, p]``."""
+        if self.last_layer:
+            return super().blockdiag(x, y, **kwargs)
+        self._refuse(kwargs)
+        with torch.inference_mode(False):
+            loss, rows = self._rows(x, y)
+            blocks, start = [], 0
+            for size in (parameter.numel() for parameter in self.params):
+                part = slice(start, start + size)
+                blocks.append(torch.stack([self._widen(row[part]) for row in itertools.islice(rows, size)]))
+                start += size
+            return self._widen(loss.detach()), blocks
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]`` and products of the Hessian with directions ``[P, k]``, a backward pass each.
+
+        For all weights the Hessian may be indefinite, and its trace says nothing about its positive part: ``None``.
+        """
+        if self.last_layer:
+            return super().lowrank(x, y, directions, **kwargs)
+        self._refuse(kwargs)
+        with torch.inference_mode(False):
+            loss = self._loss(x, y)
+            products = hessian_products(loss, self.params)(directions.T)
+            return self._widen(loss.detach()), self._widen(products.detach()).T, None
+
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
         """Kronecker factors are there for the last layer only."""
         return super().can(structure, subset) and (structure, subset) != (HessianStructure.KRON, SubsetOfWeights.ALL)
 
-    def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Any]:
-        """The loss and the rows of its Hessian."""
+    def _loss(self, x: Inputs, y: Tensor) -> Tensor:
+        """The loss with its graph."""
         # Attention in a form that has second derivatives.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             positions = self.positions(self.outputs(differentiable(x)), y)
-            loss = self.output_likelihood.nll(positions.f, positions.y)
+            return self.output_likelihood.nll(positions.f, positions.y)
+
+    def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """The loss and the rows of its Hessian."""
+        loss = self._loss(x, y)
         return loss, hessian_rows(loss, self.params)
 
 

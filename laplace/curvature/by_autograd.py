@@ -85,8 +85,8 @@ def select_outputs(
     return J.gather(1, chosen.unsqueeze(-1).expand(-1, -1, J.shape[-1])), f
 
 
-def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[Tensor, " params"]]:
-    """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
+def hessian_products(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Products with the second derivative of a loss, a backward pass each: many at once where PyTorch can.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
     parameters
         In which to differentiate.
 
-    Yields
-    ------
-    ``[P]``, P of them.
+    Returns
+    -------
+    A function from directions ``[k, P]`` to products ``[k, P]``.
     """
     assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
     with torch.enable_grad():
@@ -112,14 +112,37 @@ def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[T
         return torch.cat([zero if g is None else g.reshape(n, -1) for g, zero in zip(found, empty, strict=True)], 1)
 
     if not flat.requires_grad:  # a loss that is linear in the weights
-        yield from flat.new_zeros(len(flat), 1).expand(-1, len(flat))
-        return
+        return lambda directions: torch.zeros_like(directions, dtype=flat.dtype)
     together = can_batch(rows, flat)
-    for start in range(0, len(flat), ROWS_AT_ONCE):
-        n = min(ROWS_AT_ONCE, len(flat) - start)
-        directions = flat.new_zeros(n, len(flat))
+
+    def products(directions: Tensor) -> Tensor:
+        directions = directions.to(flat.dtype)
+        if together:
+            return torch.cat([rows(some, together=True) for some in directions.split(ROWS_AT_ONCE)])
+        return torch.cat([rows(one, together=False) for one in directions])
+
+    return products
+
+
+def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[Tensor, " params"]]:
+    """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
+
+    Parameters
+    ----------
+    loss
+        A number with its graph.
+    parameters
+        In which to differentiate.
+
+    Yields
+    ------
+    ``[P]``, P of them.
+    """
+    products, n_params = hessian_products(loss, parameters), sum(parameter.numel() for parameter in parameters)
+    for start in range(0, n_params, ROWS_AT_ONCE):
+        directions = parameters[0].new_zeros(min(ROWS_AT_ONCE, n_params - start), n_params)
         directions.diagonal(start).fill_(1)
-        yield from rows(directions, together=True) if together else (rows(one, together=False)[0] for one in directions)
+        yield from products(directions)
 
 
 def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:

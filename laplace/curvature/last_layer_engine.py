@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from laplace import linalg
 from laplace.curvature import columns as by_columns
 from laplace.curvature import last_layer, pairs
 from laplace.curvature.curvature import CurvatureInterface
@@ -71,7 +72,7 @@ class LastLayerEngine:
         with self._rows(x, y) as (loss, phi, positions):
             if self.backend.adds_over_positions and positions.datum is not None:
                 return loss, by_columns.ekfac(self._datum_columns(phi, positions), basis, shapes, phi)
-            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # which that device does not have
+            wide = linalg.wide_dtype(phi)
             sides = [[None if side is None else side.to(wide) for side in group] for group in basis]
             hessian = self.backend.output_hessian(positions.to(wide))
             diagonals = self._closed_forms.ekfac(phi.to(wide), hessian, self._has_bias, sides)

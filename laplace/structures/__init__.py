@@ -11,6 +11,8 @@ from laplace.structures.ekfac import EKFACCurvature, EKFACPrecision
 from laplace.structures.full import FullCurvature, FullPrecision
 from laplace.structures.kron import Kron, KronCurvature
 from laplace.structures.kron_decomposed import KronDecomposed
+from laplace.structures.lowrank import LowRankCurvature, Truncation
+from laplace.structures.lowrank_precision import LowRankPrecision
 
 STRUCTURES: dict[HessianStructure, type[AbstractCurvature]] = {
     HessianStructure.FULL: FullCurvature,
@@ -18,6 +20,7 @@ STRUCTURES: dict[HessianStructure, type[AbstractCurvature]] = {
     HessianStructure.DIAG: DiagCurvature,
     HessianStructure.BLOCKDIAG: BlockDiagCurvature,
     HessianStructure.EKFAC: EKFACCurvature,
+    HessianStructure.LOWRANK: LowRankCurvature,
 }
 """Which class implements which name."""
 
@@ -36,4 +39,7 @@ __all__ = [
     "Kron",
     "KronCurvature",
     "KronDecomposed",
+    "LowRankCurvature",
+    "LowRankPrecision",
+    "Truncation",
 ]
