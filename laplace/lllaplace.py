@@ -21,12 +21,12 @@ from laplace.baselaplace import (
     LowRankLaplace,
     ParametricLaplace,
 )
+from laplace.baselaplace.lowrank import checked_truncation
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood, PredType
 from laplace.errors import StateError, UnsupportedError
 from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating, full_precision
 from laplace.predictive import FeatureLinearization, Linearization
-from laplace.structures import Truncation
 from laplace.types import Inputs
 
 
@@ -367,4 +367,4 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
             asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
         )
-        self._truncation = Truncation(rank, captured_trace)
+        self._truncation = checked_truncation(rank, captured_trace)

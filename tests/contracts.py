@@ -65,19 +65,24 @@ def check_curvature(first: Any, second: Any, union: Tensor, dense: tuple[Tensor,
     assert_close(second.merge(first).to_dense(), union, "merge in the other order")
     assert_close(first.to_dense(), dense[0], "dense after merge: curvatures are immutable")
     assert_close(second.to_dense(), dense[1], "dense after merge: curvatures are immutable")
+    check_scaling(first, dense[0], prior)
 
-    matrix = first.to_dense()
+
+def check_scaling(curvature: Any, dense: Tensor, prior: Any) -> None:
+    """A curvature is `dense`; its multiples and posteriors are those of `dense`."""
+    assert_close(curvature.to_dense(), dense, "dense")
+    matrix = curvature.to_dense()
     assert_close(matrix, matrix.T, "symmetry")
     assert torch.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.abs().max(), "a sum of outer products"
 
     factor = torch.tensor(1.7, requires_grad=True)
-    assert_close((first * factor).to_dense(), 1.7 * dense[0], "multiple")
-    precision = (first * factor).posterior(prior)
+    assert_close((curvature * factor).to_dense(), 1.7 * dense, "multiple")
+    precision = (curvature * factor).posterior(prior)
     P0 = prior.diagonal().diag()
-    assert_close(precision.to_dense(), 1.7 * dense[0] + P0, "posterior precision")
+    assert_close(precision.to_dense(), 1.7 * dense + P0, "posterior precision")
     (slope,) = torch.autograd.grad(precision.logdet(), factor)
-    assert_close(slope, ((1.7 * dense[0] + P0).inverse() @ dense[0]).trace(), "derivative of the log-determinant")
-    check_precision(precision, 1.7 * dense[0] + P0)
+    assert_close(slope, ((1.7 * dense + P0).inverse() @ dense).trace(), "derivative of the log-determinant")
+    check_precision(precision, 1.7 * dense + P0)
 
 
 def check_precision(precision: Any, dense: Tensor, *, n_outputs: int | None = None, bias: bool = True) -> None:

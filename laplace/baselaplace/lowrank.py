@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
+from laplace.errors import InputError
 from laplace.structures import AbstractCurvature, LowRankCurvature, Truncation
 
 
@@ -89,7 +90,7 @@ class LowRankLaplace(ParametricLaplace):
             asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
         )
-        self._truncation = Truncation(rank, captured_trace)
+        self._truncation = checked_truncation(rank, captured_trace)
 
     def _fit_options(self) -> dict[str, Any]:
         return {**super()._fit_options(), "truncation": self._truncation}
@@ -138,3 +139,28 @@ class LowRankLaplace(ParametricLaplace):
         eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
         # With √λ on both sides nothing is divided by an eigenvalue.
         return root.unsqueeze(1) * torch.linalg.inv(eye + inner) * root
+
+
+def checked_truncation(rank: Any, captured_trace: Any) -> Truncation:
+    """How many eigenpairs are kept, from what a user passed.
+
+    Parameters
+    ----------
+    rank, captured_trace
+        As in ``LowRankLaplace``.
+
+    Raises
+    ------
+    InputError
+        If a value makes no sense, or both are given.
+    """
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        msg = f"rank must be a positive integer, or None to go by captured_trace; got {rank!r}."
+        raise InputError(msg)
+    if captured_trace is not None and not (isinstance(captured_trace, (int, float)) and 0 < captured_trace <= 1):
+        msg = f"captured_trace is a share of the trace, above 0 and at most 1; got {captured_trace!r}."
+        raise InputError(msg)
+    if rank is not None and captured_trace is not None:
+        msg = "rank and captured_trace both say how many eigenpairs are kept: pass one of them."
+        raise InputError(msg)
+    return Truncation(rank, captured_trace)

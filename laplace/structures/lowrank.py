@@ -25,7 +25,7 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.enums import HessianStructure
-from laplace.errors import InputError, NumericalWarning, UnsupportedError
+from laplace.errors import NumericalWarning, UnsupportedError
 from laplace.prior import GaussianPrior
 from laplace.structures.accumulate import add_up, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
@@ -53,27 +53,10 @@ class Truncation:
         So many (fewer where the curvature has no more); ``None`` to go by the trace.
     captured_trace
         As many as hold this share of the trace of the curvature; ``DEFAULT_SHARE`` when both are ``None``.
-
-    Raises
-    ------
-    InputError
-        If a value makes no sense, or both are given.
     """
 
     rank: int | None = None
     captured_trace: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            msg = f"rank must be a positive integer, or None to go by captured_trace; got {self.rank!r}."
-            raise InputError(msg)
-        if self.rank is not None and self.captured_trace is not None:
-            msg = "rank and captured_trace both say how many eigenpairs are kept: pass one of them."
-            raise InputError(msg)
-        if not 0 < self.share <= 1:
-            msg = f"captured_trace is a share of the trace, above 0 and at most 1; got {self.captured_trace!r}."
-            raise InputError(msg)
 
     @property
     def share(self) -> float:
