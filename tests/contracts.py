@@ -191,6 +191,31 @@ def check_backend(backend: Any, case: Case, *, fisher: bool) -> None:
     assert_close(loss, problem.nll(), "loss")
 
 
+def check_columns(backend: Any, case: Case, *, fisher: bool) -> None:
+    """What is made of columns: diagonal blocks, the diagonal in a basis, products and the trace."""
+    problem = case.problem()
+    (x, y), H = case.data(), problem.empirical_fisher() if fisher else problem.ggn()
+    blocks = problem.groups(H)
+    loss, found = backend.blockdiag(x, y)
+    assert_close(loss, problem.nll(), "loss")
+    for ours, exact in zip(found, blocks, strict=True):
+        assert_close(ours, exact, "diagonal block")
+
+    shapes = [tuple(problem.model.get_parameter(name).shape) for name in case.names]
+    bases = [[torch.linalg.qr(torch.randn(n, n, generator=generator(9)))[0] for n in shape] for shape in shapes]
+    loss, found = backend.ekfac(x, y, bases, shapes)
+    assert_close(loss, problem.nll(), "loss")
+    for ours, exact, sides in zip(found, blocks, bases, strict=True):
+        Q = torch.kron(*sides) if len(sides) == 2 else sides[0]
+        assert_close(ours.flatten(), (Q.T @ exact @ Q).diagonal(), "diagonal in a basis")
+
+    V = torch.randn(len(H), 3, generator=generator(10))
+    loss, products, trace = backend.lowrank(x, y, V)
+    assert_close(loss, problem.nll(), "loss")
+    assert_close(products, H @ V, "products")
+    assert_close(trace, H.trace(), "trace")
+
+
 @contextmanager
 def model_untouched(model: nn.Module) -> Iterator[None]:
     """The body leaves parameters, gradients, buffers, modes, hooks and attributes of `model` exactly as they were."""

@@ -9,14 +9,14 @@ import torch
 from laplace.curvature import AutogradEF
 from laplace.errors import InputError, UnsupportedError
 from tests import reference
-from tests.cases import BASIC, named
+from tests.cases import BASIC, BY_GROUP, STRUCTURES, named
 from tests.contracts import model_untouched
 from tests.estimators import basic_cases, estimator, every_structure, fitted, posterior
 from tests.tools import assert_close
 
 STRUCTURES_AND_PRIORS = pytest.mark.parametrize(
     ("structure", "prior_structure"),
-    [(s, p) for s in ("full", "kron", "diag") for p in ("scalar", "layerwise", "diag") if (s, p) != ("kron", "diag")],
+    [(s, p) for s in STRUCTURES for p in ("scalar", "layerwise", "diag") if p != "diag" or s not in BY_GROUP],
 )
 N_VALUES = {"scalar": 1, "layerwise": 2}
 
@@ -52,7 +52,7 @@ def test_tuning_never_lowers_the_evidence(case, structure, prior_structure):
 @basic_cases
 def test_more_precisions_reach_more_evidence(case, structure):
     values = []
-    for prior_structure in ("scalar", "layerwise", "diag")[: 2 if structure == "kron" else 3]:
+    for prior_structure in ("scalar", "layerwise", "diag")[: 2 if structure in BY_GROUP else 3]:
         la = fitted(case, structure)
         la.optimize_prior_precision(prior_structure=prior_structure, n_steps=300)
         values.append(float(la.log_marginal_likelihood()))
@@ -133,7 +133,7 @@ def test_grid_search_takes_the_best_point_of_exactly_the_grid_asked_for(case, st
 @every_structure
 @pytest.mark.parametrize("options", [{}, {"backend": AutogradEF}, {"damping": True}], ids=["GGN", "EF", "damped"])
 def test_grid_search_scores_the_posterior_at_each_point(structure, options):
-    if structure != "kron":
+    if structure not in BY_GROUP:
         options = {key: value for key, value in options.items() if key != "damping"}
     case, seen, scores = BASIC[1], [], iter([3.0, 2.0, 1.0, 2.0, 3.0, 4.0])
     la = fitted(case, structure, temperature=1.4, **options)

@@ -104,7 +104,7 @@ def test_the_positive_part_of_an_indefinite_matrix_is_kept():
 
 
 def test_a_share_of_an_unknown_trace_is_refused():
-    with pytest.raises(UnsupportedError, match="indefinite.*pass rank="):
+    with pytest.raises(UnsupportedError, match=r"indefinite.*pass rank="):
         fit([psd(5, 1)], Truncation(), trace=False)
 
 

@@ -7,13 +7,13 @@ from laplace.structures.jacobian import DenseBlock
 from laplace.structures.lowrank_precision import LowRankPrecision
 from laplace.structures.product import ProductBlock
 from tests.contracts import check_precision, generator
-from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, SIZES, C, D, prior, uniform
+from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, SIZES, C, D, P, prior, uniform
 from tests.tools import assert_close
 
 RANK = 5
 
 
-def sample(precision, *, n_params=sum(SIZES), sizes=SIZES, scale=1.7):
+def sample(precision, *, n_params=P, sizes=SIZES, scale=1.7):
     """A precision and its dense meaning; orthonormal directions, so that a scalar prior takes the short way."""
     U = torch.linalg.qr(torch.randn(n_params, RANK, dtype=torch.float64, generator=generator(1))).Q
     values, delta = 3 * uniform(RANK), prior(precision, sizes).diagonal()
