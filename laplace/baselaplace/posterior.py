@@ -69,9 +69,11 @@ class WeightPosterior(BaseLaplace):
         Raises
         ------
         InputError
-            If the loader is empty, or yields something else than batches or valid targets.
+            If the loader is empty, yields something else than batches or valid targets, or cannot be read as often as
+            the structure needs.
         UnsupportedError
-            If model, likelihood and structure do not fit together.
+            If model, likelihood and structure do not fit together, or ``override=False`` has no meaning for the
+            structure.
         ShapeError
             If outputs, targets or the prior have shapes that do not fit.
 
@@ -80,6 +82,8 @@ class WeightPosterior(BaseLaplace):
         The model is left as it was found. When something is raised, so is this object.
         Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
         each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
+        Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a
+        loader that can be read again, with the same data each time.
         """
         counts: dict[str, int] = {}
         keys: dict[str, Any] = {"dict_key_y": self.dict_key_y, "device": self._device}

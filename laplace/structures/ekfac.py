@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -82,6 +81,7 @@ class EKFACCurvature(AbstractCurvature):
         if found is None:
             return None
         nll, factors = found
+        assert isinstance(factors, KronCurvature), "made by itself"
         vectors, shapes = basis_of(factors), factors.decomposed.shapes
         second = add_up(
             batches,
@@ -200,7 +200,7 @@ class EKFACPrecision(RotatedPrecision):
         """Number of groups."""
         return len(self.eigenvalues)
 
-    @cached_property
+    @property
     def spectrum(self) -> list[Tensor]:
         """The eigenvalues."""
         return list(self.eigenvalues)

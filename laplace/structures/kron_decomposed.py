@@ -89,9 +89,13 @@ class KronDecomposed(RotatedPrecision):
         assert self.deltas is not None, "filled in on construction"
         return KronDecomposed(vectors, values, self.deltas.detach(), self.damping)
 
-    @cached_property
+    @property
     def spectrum(self) -> list[Tensor]:
         """Eigenvalues of each block with the prior added: ``[rows, columns]``, or ``[rows]`` with one factor."""
+        return self._spectrum
+
+    @cached_property
+    def _spectrum(self) -> list[Tensor]:
         assert self.deltas is not None, "filled in on construction"
         spectrum = []
         for block, delta in zip(self.eigenvalues, self.deltas, strict=True):
