@@ -11,8 +11,8 @@ from laplace.structures import AbstractCurvature, BlockDiagCurvature
 class BlockDiagLaplace(ParametricLaplace):
     """A posterior in which parameter groups are independent, each with a dense precision ``s H_gg + diag(δ_g)``.
 
-    All weights that require a gradient are random. Approximate: correlations between groups (the weight and the bias of
-    a layer are two) are dropped, all others are kept. For groups of p weights memory O(Σ p²), time O(Σ p³) to factorize,
+    All weights that require a gradient are random. Approximate: correlations between groups (weight and bias of a
+    layer are two) are dropped, all others are kept. For groups of p weights memory O(Σ p²), time O(Σ p³) to factorize,
     once; any prior fits. Fitting takes a backward pass for each output of a datum, and time O(Σ p²) each. See
     ``BaseLaplace`` for the parameters.
     """

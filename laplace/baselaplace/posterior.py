@@ -99,7 +99,9 @@ class WeightPosterior(BaseLaplace):
         with evaluating(self.model):
             self.backend.loss_by_output = self._last_layer and self.likelihood is Likelihood.REGRESSION
             try:
-                learned = self.curvature_type.accumulate(self.backend, Passes(train_loader, read), **self._fit_options())
+                learned = self.curvature_type.accumulate(
+                    self.backend, Passes(train_loader, read), **self._fit_options()
+                )
             finally:
                 self.backend.loss_by_output = False
         if learned is None:
@@ -116,7 +118,9 @@ class WeightPosterior(BaseLaplace):
         by_output = nll if nll.dim() else None
         numbers = counts["data"], counts["positions"], self._count_outputs()
         if self._sigma_noise.numel() not in (1, numbers[2]):
-            msg = f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
+            msg = (
+                f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
+            )
             raise ShapeError(msg)
         fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias)
         self._fit = fit if previous is None else previous.merge(fit)

@@ -201,7 +201,8 @@ class LowRankCurvature(AbstractCurvature):
             basis = extended(products, wanted, products[:, 0], noise)
         kept = slice(0, truncation_or_all(n_kept, values))
         # The largest may be zero where the data say nothing; none is negative.
-        return first_nll, cls(vectors[:, kept], values[kept].clamp(min=0), trace, truncation, n_passes)
+        found = cls(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, truncation, n_passes)
+        return first_nll, found
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -264,7 +265,7 @@ class LowRankCurvature(AbstractCurvature):
         trace = None if self.trace is None or other.trace is None else self.trace + other.trace
         kept = slice(0, truncation_or_all(other.truncation.n_kept(values, trace), values))
         merged = LowRankCurvature(
-            vectors[:, kept], values[kept], trace, other.truncation, self.n_passes + other.n_passes
+            vectors[:, kept].contiguous(), values[kept], trace, other.truncation, self.n_passes + other.n_passes
         )
         if merged.captured is None or merged.captured < 1 - 1e3 * torch.finfo(values.dtype).eps:
             share = "an unknown share" if merged.captured is None else f"{merged.captured:.1%}"
@@ -288,7 +289,8 @@ class LowRankCurvature(AbstractCurvature):
         """Add the prior; any prior fits, at O(P r²) for all but a scalar one."""
         assert not options, "the low-rank structure has no options"
         isotropic = self.orthonormal and prior.precision.numel() == 1
-        return LowRankPrecision(self.vectors, self.values, self.scale, prior.diagonal(), isotropic)
+        # A copy: a view would bring the graph of the prior along even where none is built.
+        return LowRankPrecision(self.vectors, self.values, self.scale, prior.diagonal().clone(), isotropic)
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """U diag(s λ) Uᵀ."""
