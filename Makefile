@@ -70,6 +70,7 @@ $(VENV)-peer/.ready:
 bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memory of last layers and of all weights, beside laplace-torch
 	$(BIN)/python benchmarks/last_layer.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/whole_network.py --peer $(abspath $(VENV)-peer/bin/python)
+	$(BIN)/python benchmarks/function_space.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/backends.py
 
 check: lint types docs demo test-slow test-oldest test ## what CI runs, in this order

@@ -5,14 +5,20 @@ probabilities, error bars, samples and the evidence.
 """
 
 from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseFunctionalLaplace,
     BaseLaplace,
     BlockDiagLaplace,
     DiagLaplace,
     EKFACLaplace,
     FullLaplace,
+    FunctionalLaplace,
     KronLaplace,
+    LLVaLLA,
     LowRankLaplace,
     ParametricLaplace,
+    VaLLA,
 )
 from laplace.enums import (
     FunctionalApproximation,
@@ -29,16 +35,22 @@ from laplace.lllaplace import (
     DiagLLLaplace,
     EKFACLLLaplace,
     FullLLLaplace,
+    FunctionalLLLaplace,
     KronLLLaplace,
     LLLaplace,
     LowRankLLLaplace,
 )
 
-from laplace.laplace import Laplace  # isort: skip - last: the function's module shares the package's name
+# Last: each shares its name with the module it lives in, which it stands before from here on.
+from laplace.laplace import Laplace  # isort: skip
+from laplace.marglik_training import marglik_training  # isort: skip
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELLA",
+    "LLELLA",
+    "BaseFunctionalLaplace",
     "BaseLaplace",
     "BlockDiagLLLaplace",
     "BlockDiagLaplace",
@@ -49,10 +61,13 @@ __all__ = [
     "FullLLLaplace",
     "FullLaplace",
     "FunctionalApproximation",
+    "FunctionalLLLaplace",
+    "FunctionalLaplace",
     "HessianStructure",
     "KronLLLaplace",
     "KronLaplace",
     "LLLaplace",
+    "LLVaLLA",
     "Laplace",
     "Likelihood",
     "LinkApprox",
@@ -63,4 +78,6 @@ __all__ = [
     "PriorStructure",
     "SubsetOfWeights",
     "TuningMethod",
+    "VaLLA",
+    "marglik_training",
 ]

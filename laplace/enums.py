@@ -108,7 +108,7 @@ class TuningMethod(str, Enum):
     GRIDSEARCH = "gridsearch"
     """By the loss on validation data over a logarithmic grid."""
     LOO = "loo"
-    """By the leave-one-out score of the training data over the grid, in closed form (``full`` and ``diag``)."""
+    """By the leave-one-out score of the training data over the grid, in closed form (last layer, full or diag)."""
     CV = "cv"
     """By the score of k folds of training features, the head estimated again for each (last layer)."""
 

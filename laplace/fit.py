@@ -35,6 +35,8 @@ class Fit:
         The same negative log-likelihood for each output of a regression; ``None`` where it is not known.
     head_bias
         Whether the random weights are those of a linear head with a bias; ``None`` if they are not of a head.
+    noise_shape
+        Noise of each output relative to the first, where it is part of curvature and loss already.
     """
 
     mean: Float[Tensor, " params"]
@@ -45,6 +47,7 @@ class Fit:
     n_outputs: int
     output_nll: Float[Tensor, " outputs"] | None = None
     head_bias: bool | None = None
+    noise_shape: Float[Tensor, " outputs"] | None = None
 
     @property
     def nll_of_outputs(self) -> Float[Tensor, " outputs"]:
@@ -77,17 +80,40 @@ class Fit:
         UnsupportedError
             If outputs have different noise and share weights.
         """
+        if self.head_bias is None:
+            return self.curvature * self.common(scale)
         if scale.dim() == 0:
             return self.curvature * scale
-        if self.head_bias is None:
-            msg = (
-                "A noise for each output scales the weights of a linear head output by output; weights below it are "
-                "shared by outputs, and fit has summed their curvature. Pass one sigma_noise, or use the last layer."
-            )
-            raise UnsupportedError(msg)
         n_features = len(self.mean) // self.n_outputs - int(self.head_bias)
         weight = scale.repeat_interleave(n_features)
         return self.curvature.scale_weights(torch.cat([weight, scale]) if self.head_bias else weight)
+
+    def common(self, scale: Tensor) -> Tensor:
+        """The one factor that scales of outputs, ``[C]``, have beyond the noise that ``fit`` had.
+
+        Parameters
+        ----------
+        scale
+            Of negative log-likelihood or curvature, ``[]`` or ``[C]``.
+
+        Raises
+        ------
+        UnsupportedError
+            If outputs have another noise relative to each other than in ``fit``, or a gradient is asked for.
+        """
+        if scale.dim() == 0 and self.noise_shape is None:
+            return scale
+        shape = scale.new_ones(self.n_outputs) if self.noise_shape is None else self.noise_shape.to(scale)
+        scale = scale.expand(self.n_outputs)
+        relative = scale / scale[0]
+        if scale.requires_grad or not any(torch.allclose(relative, shape**-power, rtol=1e-4) for power in (2, 4)):
+            msg = (
+                "Weights below the last layer are shared by outputs, so that fit sums their curvature with the noise "
+                "that outputs have then: relative to each other it cannot change afterwards. Assign sigma_noise and "
+                'call fit again, pass one number, or use subset_of_weights="last_layer", which needs no new fit.'
+            )
+            raise UnsupportedError(msg)
+        return scale[0]
 
     def merge(self, other: Fit) -> Fit:
         """The fit to the union of two data sets (``override=False``).
@@ -112,7 +138,14 @@ class Fit:
                 f"has {len(other.mean)} and {other.n_outputs}. Pass override=True to start again."
             )
             raise InputError(msg)
-        both = self.output_nll is not None and other.output_nll is not None
+        ones = self.mean.new_ones(self.n_outputs)
+        first, second = (ones if fit.noise_shape is None else fit.noise_shape for fit in (self, other))
+        if not torch.allclose(first, second):
+            msg = "override=False adds to a fit in which outputs had another noise relative to each other; fit again."
+            raise InputError(msg)
+        by_output = None
+        if self.output_nll is not None and other.output_nll is not None:
+            by_output = self.output_nll + other.output_nll
         return Fit(
             other.mean,
             self.curvature.merge(other.curvature),
@@ -120,6 +153,7 @@ class Fit:
             self.n_data + other.n_data,
             self.n_positions + other.n_positions,
             self.n_outputs,
-            self.output_nll + other.output_nll if both else None,  # pyright: ignore[reportOptionalOperand]
+            by_output,
             other.head_bias,
+            other.noise_shape,
         )

@@ -9,13 +9,18 @@ from typing import Any
 from torch import nn
 
 from laplace.baselaplace import (
+    ELLA,
+    LLELLA,
+    BaseLaplace,
     BlockDiagLaplace,
     DiagLaplace,
     EKFACLaplace,
     FullLaplace,
+    FunctionalLaplace,
     KronLaplace,
+    LLVaLLA,
     LowRankLaplace,
-    ParametricLaplace,
+    VaLLA,
 )
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
@@ -24,11 +29,12 @@ from laplace.lllaplace import (
     DiagLLLaplace,
     EKFACLLLaplace,
     FullLLLaplace,
+    FunctionalLLLaplace,
     KronLLLaplace,
     LowRankLLLaplace,
 )
 
-ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplace]] = {
+ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
     (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
@@ -44,6 +50,16 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[ParametricLaplac
 }
 """Which class implements which combination."""
 
+FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLaplace]] = {
+    (SubsetOfWeights.ALL, FunctionalApproximation.SOD): FunctionalLaplace,
+    (SubsetOfWeights.ALL, FunctionalApproximation.NYSTROM): ELLA,
+    (SubsetOfWeights.ALL, FunctionalApproximation.VARIATIONAL): VaLLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.SOD): FunctionalLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.NYSTROM): LLELLA,
+    (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.VARIATIONAL): LLVaLLA,
+}
+"""The same for ``hessian_structure="gp"``, by how the posterior over functions is made affordable."""
+
 
 def Laplace(
     model: nn.Module,
@@ -53,7 +69,7 @@ def Laplace(
     *args: Any,
     functional_approximation: FunctionalApproximation | str = FunctionalApproximation.SOD,
     **kwargs: Any,
-) -> ParametricLaplace:
+) -> Any:
     """Construct the estimator for a choice of weights and structure.
 
     Parameters
@@ -67,11 +83,13 @@ def Laplace(
         gradient (and a backward pass for each output of a datum).
     hessian_structure
         How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"``, ``"ekfac"`` or
-        ``"lowrank"``.
+        ``"lowrank"``; ``"gp"``: not at all, the posterior is one over functions.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace`` and ``BaseLaplace``.
+        Further arguments of the estimator, see ``LLLaplace``, ``BaseLaplace``, ``ELLA`` and ``VaLLA``.
     functional_approximation
-        Of function-space estimators; any but the default raises with other structures.
+        With ``hessian_structure="gp"``: what the posterior is made of, a subset of the data (``"sod"``, which needs
+        ``n_subset=``), Nyström features (``"nystrom"``: ``ELLA``) or inducing points (``"variational"``: ``VaLLA``).
+        With other structures any but the default raises.
 
     Returns
     -------
@@ -87,17 +105,21 @@ def Laplace(
     subset = choose(SubsetOfWeights, subset_of_weights, "subset_of_weights")
     structure = choose(HessianStructure, hessian_structure, "hessian_structure")
     approximation = choose(FunctionalApproximation, functional_approximation, "functional_approximation")
-    if approximation is not FunctionalApproximation.SOD and structure is not HessianStructure.GP:
+    functional = structure is HessianStructure.GP
+    if approximation is not FunctionalApproximation.SOD and not functional:
         msg = f'functional_approximation={approximation.value!r} needs hessian_structure="gp".'
         raise UnsupportedError(msg)
-    if (subset, structure) not in ESTIMATORS:
+    cls = FUNCTIONAL.get((subset, approximation)) if functional else ESTIMATORS.get((subset, structure))
+    if cls is None:
         known = ", ".join(f"({s.value!r}, {h.value!r})" for s, h in ESTIMATORS)
+        processes = ", ".join(f"({s.value!r}, {a.value!r})" for s, a in FUNCTIONAL)
         msg = (
-            f"There is no estimator for subset_of_weights={subset.value!r} with "
-            f"hessian_structure={structure.value!r}; available combinations: {known}."
+            f"There is no estimator for subset_of_weights={subset.value!r} with hessian_structure={structure.value!r}"
+            + (f" and functional_approximation={approximation.value!r}" if functional else "")
+            + f"; available combinations: {known}; with hessian_structure='gp', of subset_of_weights and "
+            f"functional_approximation: {processes}."
         )
         raise UnsupportedError(msg)
-    cls = ESTIMATORS[subset, structure]
     options = [name for name in inspect.signature(cls).parameters if name != "model"]
     for key in kwargs:
         if key not in options:

@@ -5,8 +5,7 @@ Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/*.featu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,20 +16,20 @@ from laplace.baselaplace import (
     DiagLaplace,
     EKFACLaplace,
     FullLaplace,
+    FunctionalLaplace,
     KronLaplace,
     LowRankLaplace,
     ParametricLaplace,
 )
+from laplace.baselaplace.last_layer import LastLayer, as_extractor
 from laplace.baselaplace.lowrank import checked_truncation
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood, PredType
-from laplace.errors import StateError, UnsupportedError
-from laplace.network import Batch, FeatureExtractor, ParameterSubset, evaluating, full_precision
-from laplace.predictive import FeatureLinearization, Linearization
+from laplace.enums import FeatureReduction, Likelihood
+from laplace.network import Batch, evaluating, full_precision
 from laplace.types import Inputs
 
 
-class LLLaplace(ParametricLaplace):
+class LLLaplace(LastLayer, ParametricLaplace):
     """Laplace approximation of the last layer; the rest of the network is a fixed feature map.
 
     Parameters
@@ -78,8 +77,6 @@ class LLLaplace(ParametricLaplace):
     arXiv:2002.10118; Daxberger et al. (2021), "Laplace redux". arXiv:2106.14806
     """
 
-    model: FeatureExtractor
-
     def __init__(
         self,
         model: nn.Module,
@@ -99,25 +96,7 @@ class LLLaplace(ParametricLaplace):
         *,
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(model, FeatureExtractor):
-            # What the extractor was told holds, unless the call says otherwise.
-            last_layer_name = last_layer_name or model.last_layer_name
-            feature_reduction = feature_reduction or model.feature_reduction
-            enable_backprop = enable_backprop or model.enable_backprop
-            dict_key_x = model.dict_key_x if dict_key_x == "input_ids" else dict_key_x
-            dict_key_y = model.dict_key_y if dict_key_y == "labels" else dict_key_y
-            model = model.model
-        if not isinstance(model, nn.Module):
-            msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
-            raise UnsupportedError(msg)
-        extractor = FeatureExtractor(
-            model,
-            last_layer_name,
-            bool(enable_backprop),
-            feature_reduction,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
-        )
+        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
         super().__init__(
             extractor,
             likelihood,
@@ -125,82 +104,19 @@ class LLLaplace(ParametricLaplace):
             prior_precision=prior_precision,
             prior_mean=prior_mean,
             temperature=temperature,
-            enable_backprop=enable_backprop,
-            dict_key_x=dict_key_x,
-            dict_key_y=dict_key_y,
+            enable_backprop=extractor.enable_backprop,
+            dict_key_x=extractor.dict_key_x,
+            dict_key_y=extractor.dict_key_y,
             backend=backend,
             backend_kwargs=backend_kwargs,
             asdl_fisher_kwargs=asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
         )
 
-    _last_layer: ClassVar[bool] = True
-
-    @property
-    def enable_backprop(self) -> bool:
-        """Whether predictions are differentiable with respect to the inputs; assign to change it."""
-        return self.model.enable_backprop
-
-    @enable_backprop.setter
-    def enable_backprop(self, value: bool) -> None:
-        self.model.enable_backprop = bool(value)
-
-    @property
-    def _first_parameter(self) -> Tensor:
-        """The head decides device and precision, once it is known: the backbone may have others."""
-        layer = self.model.last_layer
-        return super()._first_parameter if layer is None else layer.weight
-
-    def _select_parameters(self) -> ParameterSubset | None:
-        layer = self.model.last_layer
-        return None if layer is None else ParameterSubset.last_layer(layer)
-
-    @property
-    def _network(self) -> nn.Module:
-        return self.model.model
-
-    def _identity(self) -> dict[str, Any]:
-        reduction = self.model.feature_reduction
-        return {**super()._identity(), "feature_reduction": None if reduction is None else reduction.value}
-
-    def _choices(self) -> dict[str, Any]:
-        return {**super()._choices(), "last_layer_name": self.model.last_layer_name}
-
-    @property
-    def _changed_by_loading(self) -> tuple[object, ...]:
-        return (self, self.model)
-
-    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
-        layer = dict(self._network.named_modules())[state["last_layer_name"]]
-        assert isinstance(layer, nn.Linear), "_restore checks this"
-        return ParameterSubset.last_layer(layer).sizes
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        super()._restore(state)
-        name, known = state["last_layer_name"], self.model.last_layer_name
-        if known not in (None, name):
-            msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
-            raise StateError(msg)
-        if not isinstance(dict(self._network.named_modules()).get(name), nn.Linear):
-            msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
-            raise StateError(msg)
-        if known is None:
-            self.model.set_last_layer(name)
-
-    def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:  # noqa: ARG002
-        f, phi = self.model.forward_with_features(x, **model_kwargs)
-        assert self.model.last_layer is not None, "the forward pass finds it"
-        self._warn_if_moved()
-        return FeatureLinearization(f, phi, bias=self.model.last_layer.bias is not None)
-
     def _before_first(self, batch: Batch) -> None:
         if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
             self.model.find_last_layer(batch.x)
         self._check_memory()
-
-    def _count_outputs(self) -> int:
-        assert self.model.last_layer is not None, "fit has run the model"
-        return self.model.last_layer.out_features
 
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
         """Outputs and their variances, without covariances and without a Jacobian.
@@ -368,3 +284,69 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
             curvature_dtype=curvature_dtype,
         )
         self._truncation = checked_truncation(rank, captured_trace)
+
+
+class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
+    """Last layer as a Gaussian process: its kernel is a product of features that all outputs share.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x, dict_key_y
+        As in ``LLLaplace``.
+    prior_precision, n_subset, independent_outputs, seed, diagonal_hessian
+        As in ``FunctionalLaplace``. The kernel is zero between different outputs: ``independent_outputs`` leaves out
+        what they have in common in the likelihood, as ``diagonal_hessian`` does.
+    last_layer_name, backend, backend_kwargs, curvature_dtype
+        As in ``LLLaplace``.
+
+    Notes
+    -----
+    Features of the subset are all that is kept; fit costs one forward pass over the data. A Gaussian likelihood needs
+    one matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        n_subset: int,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        last_layer_name: str | None = None,
+        backend: type[CurvatureInterface] | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        independent_outputs: bool = False,
+        seed: int = 0,
+        *,
+        diagonal_hessian: bool = False,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
+        super().__init__(
+            extractor,
+            likelihood,
+            n_subset,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            extractor.enable_backprop,
+            extractor.dict_key_x,
+            extractor.dict_key_y,
+            backend,
+            backend_kwargs,
+            independent_outputs,
+            seed,
+            diagonal_hessian=diagonal_hessian,
+            curvature_dtype=curvature_dtype,
+        )
+
+    def _before_first(self, batch: Batch) -> None:
+        if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
+            self.model.find_last_layer(batch.x)

@@ -189,8 +189,8 @@ def fix_prior_prec_structure(
     values = torch.as_tensor(prior_prec_init, dtype=dtype, device=device).reshape(-1)
     if values.numel() not in (1, n_values):
         msg = (
-            f"init_prior_prec with prior_structure={structure.value!r} takes one value or {n_values} of them; "
-            f"got {values.numel()}."
+            f"The initial prior precision (init_prior_prec) with prior_structure={structure.value!r} takes one "
+            f"value or {n_values} of them; got {values.numel()}."
         )
         raise InputError(msg)
     return values.expand(n_values).clone()

@@ -51,6 +51,7 @@ HEAVY = {
 
 TABLES = [
     ("laplace.laplace", "ESTIMATORS", (enums.SubsetOfWeights, enums.HessianStructure)),
+    ("laplace.laplace", "FUNCTIONAL", (enums.SubsetOfWeights, enums.FunctionalApproximation)),
     ("laplace.likelihoods", "LIKELIHOODS", (enums.Likelihood,)),
     ("laplace.structures", "STRUCTURES", (enums.HessianStructure,)),
     ("laplace.predictive.links", "LINKS", (enums.LinkApprox,)),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from laplace import tuning
 from laplace.baselaplace import checkpoint
 from laplace.curvature import AutogradEF
+from laplace.tuning import problem
 from laplace.utils import RunningNLLMetric, validate
 from tests.cases import BASIC, named
 from tests.contracts import model_untouched
@@ -181,7 +181,7 @@ def test_a_back_end_may_break():
 def test_tuning_and_evidence_may_break_at_any_step(structure, step, monkeypatch):
     case, model = BASIC[0], BASIC[0].model().train()
     la = fitted(case, structure, model)
-    before, counts, true = everything(la, case), itertools.count(1), tuning.log_marginal_likelihood
+    before, counts, true = everything(la, case), itertools.count(1), problem.log_marginal_likelihood
 
     def evidence(*args, **options):
         if next(counts) == step:
@@ -189,7 +189,7 @@ def test_tuning_and_evidence_may_break_at_any_step(structure, step, monkeypatch)
         return true(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "log_marginal_likelihood", evidence)
+        patch.setattr(problem, "log_marginal_likelihood", evidence)
         with model_untouched(model), pytest.raises(InterruptedMidwayError):
             la.optimize_prior_precision(n_steps=5)
     assert_same(everything(la, case), before)

@@ -1,8 +1,12 @@
 """From option names to an estimator."""
 
 import pytest
+import torch
 
 from laplace import (
+    ELLA,
+    LLELLA,
+    BaseFunctionalLaplace,
     BlockDiagLLLaplace,
     DiagLLLaplace,
     EKFACLLLaplace,
@@ -12,8 +16,10 @@ from laplace import (
     KronLLLaplace,
     Laplace,
     Likelihood,
+    LLVaLLA,
     LowRankLLLaplace,
     SubsetOfWeights,
+    VaLLA,
 )
 from laplace.errors import UnsupportedError
 from laplace.laplace import ESTIMATORS
@@ -38,6 +44,20 @@ def test_names_and_members_choose_the_same_class(structure, cls):
     )
     assert type(by_name) is type(by_member) is cls
     assert ESTIMATORS[SubsetOfWeights.LAST_LAYER, HessianStructure(structure)] is cls
+
+
+@pytest.mark.parametrize(
+    ("subset", "approximation", "cls"),
+    [("all", "nystrom", ELLA), ("all", "variational", VaLLA), ("last_layer", "nystrom", LLELLA), ("last_layer", "variational", LLVaLLA)],
+)  # fmt: skip
+def test_function_space_approximations_are_chosen_by_name(subset, approximation, cls):
+    own = {"subsample_size": 3, "n_eigenvalues": 2} if approximation == "nystrom" else {"inducing_locations": torch.zeros(2, 3)}  # fmt: skip
+    for name in (approximation, FunctionalApproximation(approximation)):
+        la = Laplace(BASIC[0].model(), "classification", subset, "gp", functional_approximation=name, **own)
+        assert type(la) is cls
+        assert isinstance(la, BaseFunctionalLaplace)
+    with pytest.raises(TypeError, match="no option 'n_subset'"):
+        Laplace(BASIC[0].model(), "classification", subset, "gp", functional_approximation=approximation, n_subset=3)
 
 
 def test_the_default_is_kron_on_the_last_layer():

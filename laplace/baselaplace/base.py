@@ -33,8 +33,7 @@ class BaseLaplace(ABC):
     likelihood
         ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     sigma_noise
-        Standard deviation of the observation noise, in target units; regression only. With a last layer it may have one
-        value for each output.
+        Standard deviation of the observation noise, in target units, of all outputs or of each; regression only.
     prior_precision
         Of the Gaussian prior, in 1/weight²: a scalar, one value a parameter group, or one a weight.
     prior_mean
@@ -175,8 +174,9 @@ class BaseLaplace(ABC):
     def sigma_noise(self) -> Tensor:
         """Standard deviation of the observation noise, ``[]`` or ``[C]``, in target units; assign a float or a tensor.
 
-        One number for all outputs, or, with a last layer, one for each; nothing is fitted again. Assigned values must
-        be positive and finite (``InputError``), and 1 for classification (``UnsupportedError``).
+        One number for all outputs, or one for each. A last layer is not fitted again; other weights are shared by
+        outputs, so that changes relative to each other need a new ``fit`` (an error says so). Assigned values must be
+        positive and finite (``InputError``), and 1 for classification (``UnsupportedError``).
         """
         return self._handed_out(self._sigma_noise)
 
@@ -198,12 +198,6 @@ class BaseLaplace(ABC):
             outputs = "each output" if fit is None else f"each of the {fit.n_outputs} outputs"
             msg = f"sigma_noise must be one number, or one for {outputs}; got the shape {list(sigma.shape)}."
             raise InputError(msg)
-        if not self._last_layer:
-            msg = (
-                "A noise for each output scales the weights of a linear head output by output; weights below it are "
-                'shared by outputs. Pass one sigma_noise, or use subset_of_weights="last_layer".'
-            )
-            raise UnsupportedError(msg)
         return sigma
 
     @property

@@ -10,19 +10,24 @@ import hashlib
 import os
 import pickle
 import secrets
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from laplace import linalg
-from laplace.baselaplace.weights import NetworkPosterior
+from laplace.baselaplace.posterior import WeightPosterior
+from laplace.baselaplace.weights import RandomWeights
 from laplace.errors import StateError
 from laplace.fit import Fit
 from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature
+
+Own = TypeVar("Own", bound="Checkpointed")
 
 SCHEMA_VERSION = 3
 """Version of the layout of a state; raised when it changes."""
@@ -128,8 +133,8 @@ def move(value: Any, device: torch.device, known: dict[int, Tensor] | None = Non
     return value
 
 
-class CheckpointedPosterior(NetworkPosterior):
-    """A posterior that can be saved, loaded, moved and pickled."""
+class Checkpointed(RandomWeights):
+    """What a fit learned can be saved, loaded, moved and pickled."""
 
     def _identity(self) -> dict[str, Any]:
         """What a state and the object that loads it must agree on."""
@@ -158,6 +163,18 @@ class CheckpointedPosterior(NetworkPosterior):
         self.output_temperature = state["output_temperature"]
         self.enable_backprop = state["enable_backprop"]
 
+    def _header(self) -> dict[str, Any]:
+        """What every state holds: what it belongs to, settings and hyperparameters."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **self._identity(),
+            **self._choices(),
+            "prior_precision": self.prior_precision.detach(),
+            "prior_mean": self.prior_mean.detach(),
+            "sigma_noise": self.sigma_noise.detach(),
+        }
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``fit`` learned and the hyperparameters: tensors and plain values, no data.
 
@@ -171,21 +188,6 @@ class CheckpointedPosterior(NetworkPosterior):
         NotFittedError
             Before ``fit``.
         """
-        fit = self._fitted
-        return {
-            "schema_version": SCHEMA_VERSION,
-            **self._identity(),
-            **self._choices(),
-            "prior_precision": self.prior_precision.detach(),
-            "prior_mean": self.prior_mean.detach(),
-            "sigma_noise": self.sigma_noise.detach(),
-            "mean": fit.mean,
-            "loss": fit.nll,
-            "n_data": fit.n_data,
-            "n_positions": fit.n_positions,
-            "n_outputs": fit.n_outputs,
-            "H": fit.curvature.state(),
-        }
 
     @linalg.lasting
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -225,30 +227,19 @@ class CheckpointedPosterior(NetworkPosterior):
         """The objects whose attributes loading assigns."""
         return (self,)
 
+    @abstractmethod
     def _take(self, state: Mapping[str, Any]) -> None:
         """Assign everything in a state, on the right device."""
-        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
-        for key, kind in kinds.items():
-            if not isinstance(state[key], kind):
-                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
-                raise StateError(msg)
-        curvature = self.curvature_type.from_state(state["H"], self._dtype)
+
+    def _take_hyperparameters(self, state: Mapping[str, Any]) -> GaussianPrior:
+        """Assign settings and noise; return the prior, which is assigned when it has been checked."""
         self._restore(state)
         self.sigma_noise = state["sigma_noise"]
         mean = self._checked("prior_mean", state["prior_mean"])
         precision = self._checked("prior_precision", state["prior_precision"], positive=True)
         prior = GaussianPrior(mean, precision, self._sizes_in(state))
         self._fits_structure(prior)
-        if {len(state["mean"]), curvature.n_params} != {prior.n_params}:
-            msg = (
-                f"The state holds {len(state['mean'])} weights and a curvature of {curvature.n_params}; the model has "
-                f"{prior.n_params} random weights."
-            )
-            raise StateError(msg)
-        self._prior_mean, self._prior_precision = prior.mean, prior.precision
-        counts = state["n_data"], state["n_positions"], state["n_outputs"]
-        self._fit = Fit(state["mean"].to(self._dtype), curvature, state["loss"].to(self._dtype), *counts)
-        self._hyperparameters_changed()
+        return prior
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``state_dict()`` to a file, atomically.
@@ -292,7 +283,7 @@ class CheckpointedPosterior(NetworkPosterior):
         self.load_state_dict(state)
 
     @linalg.lasting
-    def to(self, device: torch.device | str) -> CheckpointedPosterior:
+    def to(self: Own, device: torch.device | str) -> Own:
         """Move the model, what was learned and the hyperparameters to a device.
 
         Parameters
@@ -308,6 +299,77 @@ class CheckpointedPosterior(NetworkPosterior):
         self._backend = None
         self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
         self.prior_precision = self._prior_precision
+        self._move_fit()
+        return self
+
+    @abstractmethod
+    def _move_fit(self) -> None:
+        """What was learned, on the device of the model."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying take along: not the back end, the cache, or the graph of a hyperparameter."""
+        state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
+        return {**state, "_backend": None, "_posterior_cache": None}
+
+
+class CheckpointedPosterior(WeightPosterior, Checkpointed):
+    """A posterior over weights that can be saved, loaded, moved and pickled."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``fit`` learned and the hyperparameters: tensors and plain values, no data.
+
+        Returns
+        -------
+        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads; its tensors are those
+        of this object, not copies.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        """
+        fit = self._fitted
+        return {
+            **self._header(),
+            "mean": fit.mean,
+            "loss": fit.nll,
+            "n_data": fit.n_data,
+            "n_positions": fit.n_positions,
+            "n_outputs": fit.n_outputs,
+            "output_loss": fit.output_nll,
+            "noise_shape": fit.noise_shape,
+            "H": fit.curvature.state(),
+        }
+
+    def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
+        """The curvature that a state describes."""
+        return self.curvature_type.from_state(state, self._dtype)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
+        for key, kind in kinds.items():
+            if not isinstance(state[key], kind):
+                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
+                raise StateError(msg)
+        curvature = self._curvature_from(state["H"])
+        prior = self._take_hyperparameters(state)
+        if {len(state["mean"]), curvature.n_params} != {prior.n_params}:
+            msg = (
+                f"The state holds {len(state['mean'])} weights and a curvature of {curvature.n_params}; the model has "
+                f"{prior.n_params} random weights."
+            )
+            raise StateError(msg)
+        self._prior_mean, self._prior_precision = prior.mean, prior.precision
+        counts = state["n_data"], state["n_positions"], state["n_outputs"]
+        others = (
+            None if value is None else value.to(self._dtype) for value in (state["output_loss"], state["noise_shape"])
+        )
+        by_output, shape = others
+        mean, loss = state["mean"].to(self._dtype), state["loss"].to(self._dtype)
+        self._fit = Fit(mean, curvature, loss, *counts, by_output, self._head_bias, shape)
+        self._hyperparameters_changed()
+
+    def _move_fit(self) -> None:
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is not None:
             state = move(fit.curvature.state(), self._device)
@@ -315,11 +377,7 @@ class CheckpointedPosterior(NetworkPosterior):
                 fit,
                 mean=fit.mean.to(self._device),
                 nll=fit.nll.to(self._device),
-                curvature=type(fit.curvature).from_state(state, self._dtype),
+                output_nll=None if fit.output_nll is None else fit.output_nll.to(self._device),
+                noise_shape=None if fit.noise_shape is None else fit.noise_shape.to(self._device),
+                curvature=self._curvature_from(state),
             )
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickling and copying take along: not the back end, the cache, or the graph of a hyperparameter."""
-        state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
-        return {**state, "_backend": None, "_posterior_cache": None}

@@ -1,15 +1,15 @@
 """``WeightPosterior``: the fit loop, the posterior over weights and its evidence.
 
 Subclasses declare two independent things: a structure (``curvature_type``) and which weights are random
-(``_select_parameters`` and ``_linearize``). The curvature comes from the back end, formulas from the structure and from
-``tuning/``; this class wires them.
+(``baselaplace/weights.py``). The curvature comes from the back end, formulas from the structure and from ``tuning/``;
+this class wires them.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,30 +17,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg, tuning
-from laplace.baselaplace.base import BaseLaplace
-from laplace.enums import Likelihood, PredType
-from laplace.errors import InputError, ShapeError
+from laplace.baselaplace.weights import RandomWeights
+from laplace.curvature import CurvatureInterface
+from laplace.enums import Likelihood
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
-from laplace.network import Batch, ParameterSubset, Passes, evaluating, full_precision, iterate
-from laplace.predictive import Linearization
-from laplace.prior import GaussianPrior
+from laplace.likelihoods import GaussianLikelihood
+from laplace.network import Batch, Passes, evaluating, full_precision, iterate
 from laplace.structures import AbstractCurvature, AbstractPrecision
-from laplace.types import Inputs, Scalar
+from laplace.types import Scalar
 
 
-class WeightPosterior(BaseLaplace):
+class WeightPosterior(RandomWeights):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹): what ``fit`` learns, and its evidence."""
 
     curvature_type: ClassVar[type[AbstractCurvature]]
     """Declared by a structure class."""
-
-    @abstractmethod
-    def _select_parameters(self) -> ParameterSubset | None:
-        """The random weights; ``None`` while they are not known. Declared by a subset class."""
-
-    @abstractmethod
-    def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:
-        """Outputs at ``x`` and how they depend on the random weights. Declared by a subset class."""
 
     def _posterior_options(self) -> dict[str, Any]:
         """Options of the structure's ``posterior``."""
@@ -96,14 +88,8 @@ class WeightPosterior(BaseLaplace):
             batches = iterate(train_loader, **keys, progress_bar=progress_bar, description="[Fitting]")
             return self._counted(batches, counts)
 
-        with evaluating(self.model):
-            self.backend.loss_by_output = self._last_layer and self.likelihood is Likelihood.REGRESSION
-            try:
-                learned = self.curvature_type.accumulate(
-                    self.backend, Passes(train_loader, read), **self._fit_options()
-                )
-            finally:
-                self.backend.loss_by_output = False
+        with evaluating(self.model), self._with_noise_by_output() as shape:
+            learned = self._accumulate(train_loader, Passes(train_loader, read))
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
             raise InputError(msg)
@@ -122,9 +108,46 @@ class WeightPosterior(BaseLaplace):
                 f"sigma_noise has {self._sigma_noise.numel()} values, one for each output; the model has {numbers[2]}."
             )
             raise ShapeError(msg)
-        fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias)
+        fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias, shape)
         self._fit = fit if previous is None else previous.merge(fit)
         self._hyperparameters_changed()
+
+    def _accumulate(
+        self,
+        train_loader: Iterable[Any],  # noqa: ARG002 - structures that choose data look at its length
+        batches: Iterable[Batch],
+    ) -> tuple[Tensor, AbstractCurvature] | None:
+        """Negative log-likelihood and curvature of the training data; ``None`` when there are none."""
+        return self.curvature_type.accumulate(self.backend, batches, **self._fit_options())
+
+    @contextmanager
+    def _with_noise_by_output(self) -> Generator[Tensor | None]:
+        """What fitting a regression of several outputs needs to know of their noise; yields what became part of sums.
+
+        A last layer scales afterwards, and keeps the loss of each output for that; shared weights are summed with the
+        noise that outputs have relative to the first.
+
+        Raises
+        ------
+        UnsupportedError
+            If the back end computes with one noise for all outputs.
+        """
+        backend, regression = self.backend, self.likelihood is Likelihood.REGRESSION
+        before, shape = backend.output_likelihood, None
+        if regression and not self._last_layer and self._sigma_noise.dim():
+            if not backend.weighs_outputs:
+                msg = (
+                    f"{type(backend).__name__} computes with one noise for all outputs; sigma_noise has one for each. "
+                    "Use a built-in back end (backend=None)."
+                )
+                raise UnsupportedError(msg)
+            shape = (self._sigma_noise / self._sigma_noise[0]).detach()
+            backend.output_likelihood = GaussianLikelihood(weights=shape**-2)
+        backend.loss_by_output = regression and self._last_layer
+        try:
+            yield shape
+        finally:
+            backend.output_likelihood, backend.loss_by_output = before, False
 
     def _counted(self, batches: Iterator[Batch], counts: dict[str, int]) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
@@ -138,22 +161,26 @@ class WeightPosterior(BaseLaplace):
             counts["positions"] += self.backend.count(batch.y)
 
     def _before_first(self, batch: Batch) -> None:
-        """Prepare for the first batch of a fit; subset classes use it."""
+        """Prepare for the first batch of a fit."""
+        self._check_memory()
+        if not self._backend_cls.finds_last_layer:
+            # A back end that computes outputs in its own way may not tell how many there are.
+            self.backend.outputs(batch.x)
+
+    def _check_memory(self) -> None:
+        """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
+        subset = self._select_parameters()
+        if subset is not None:
+            self.curvature_type.check_memory(subset.parameters, self._dtype)
 
     @property
     def _head_bias(self) -> bool | None:
         """Whether the random weights are those of a linear head with a bias; ``None`` if they are not of a head."""
         return len(self._known_parameters("fit").parameters) == 2 if self._last_layer else None
 
-    @abstractmethod
-    def _count_outputs(self) -> int:
-        """C, once the model has run."""
-
-    def _known_parameters(self, what: str) -> ParameterSubset:
-        subset = self._select_parameters()
-        if subset is None:
-            raise self._not_fitted(what)
-        return subset
+    def _check_backend(self, backend: CurvatureInterface) -> None:
+        if not backend.provides(self.curvature_type.name):
+            raise backend.cannot(self.curvature_type.name)
 
     @property
     def _fitted(self) -> Fit:
@@ -164,21 +191,6 @@ class WeightPosterior(BaseLaplace):
         return fit
 
     # -- what was learned ---------------------------------------------------------------------------------------------
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The random parameters."""
-        return list(self._known_parameters("params").parameters)
-
-    @property
-    def n_params(self) -> int:
-        """P, the number of random weights."""
-        return self._known_parameters("n_params").n_params
-
-    @property
-    def n_layers(self) -> int:
-        """Number of parameter groups."""
-        return self._known_parameters("n_layers").n_layers
 
     @property
     def mean(self) -> Float[Tensor, " params"]:
@@ -207,26 +219,8 @@ class WeightPosterior(BaseLaplace):
 
     # -- posterior ----------------------------------------------------------------------------------------------------
 
-    def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
-        subset = self._select_parameters()
-        if subset is not None:
-            self._fits_structure(GaussianPrior(mean, precision, subset.sizes))
-
-    def _fits_structure(self, prior: GaussianPrior) -> None:
-        """Raise if the structure cannot take a prior; structure classes use it."""
-
     def _hyperparameters_changed(self) -> None:
         self._posterior_cache: AbstractPrecision | None = None
-
-    @property
-    def _prior(self) -> GaussianPrior:
-        sizes = self._known_parameters("The prior").sizes
-        return GaussianPrior(self._prior_mean.to(self._dtype), self._prior_precision.to(self._dtype), sizes)
-
-    @property
-    def prior_precision_diag(self) -> Float[Tensor, " params"]:
-        """Prior precision of each weight, ``[P]``."""
-        return self._prior.diagonal()
 
     @property
     @linalg.lasting
@@ -326,7 +320,8 @@ class WeightPosterior(BaseLaplace):
     @property
     def log_det_ratio(self) -> Scalar:
         """Log |s·H + P₀| − log |P₀|."""
-        return self.log_det_posterior_precision - self.log_det_prior_precision
+        curvature = self._fitted.scaled(self._output_likelihood.curvature_scale(self.backend.kind))
+        return curvature.log_det_ratio(self._prior, **self._posterior_options())
 
     def log_marginal_likelihood(
         self, prior_precision: float | Tensor | None = None, sigma_noise: float | Tensor | None = None

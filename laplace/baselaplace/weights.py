@@ -1,6 +1,6 @@
-"""``NetworkPosterior``: which weights are random and how outputs depend on them: by default all weights.
+"""``RandomWeights``: which weights are random and how outputs depend on them: by default all weights.
 
-Last-layer estimators override what is said here about the whole network.
+``LastLayer`` (``baselaplace/last_layer.py``) overrides what is said here about the whole network.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.baselaplace.posterior import WeightPosterior
+from laplace.baselaplace.base import BaseLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
-from laplace.network import Batch, ParameterSubset, WholeNetwork
+from laplace.network import ParameterSubset, WholeNetwork
 from laplace.network.parameters import split_sizes
 from laplace.predictive import JacobianLinearization, Linearization
+from laplace.prior import GaussianPrior
 from laplace.types import Inputs
 
 
-class NetworkPosterior(WeightPosterior):
-    """A posterior over all weights of a network that require a gradient."""
+class RandomWeights(BaseLaplace):
+    """The random weights of a network, their prior, and the outputs linearized in them."""
 
     @cached_property
     def _whole(self) -> WholeNetwork:
@@ -34,23 +36,56 @@ class NetworkPosterior(WeightPosterior):
         return self.model
 
     def _select_parameters(self) -> ParameterSubset | None:
+        """The random weights; ``None`` while they are not known."""
         return self._whole.subset
 
+    def _known_parameters(self, what: str) -> ParameterSubset:
+        subset = self._select_parameters()
+        if subset is None:
+            raise self._not_fitted(what)
+        return subset
+
     def _count_outputs(self) -> int:
+        """C, once the model has run."""
         assert self.backend.n_outputs is not None, "fit has run the model"
         return self.backend.n_outputs
 
-    def _before_first(self, batch: Batch) -> None:
-        self._check_memory()
-        if not self._backend_cls.finds_last_layer:
-            # A back end that computes outputs in its own way may not tell how many there are.
-            self.backend.outputs(batch.x)
+    @property
+    def params(self) -> list[Tensor]:
+        """The random parameters."""
+        return list(self._known_parameters("params").parameters)
 
-    def _check_memory(self) -> None:
-        """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
+    @property
+    def n_params(self) -> int:
+        """P, the number of random weights."""
+        return self._known_parameters("n_params").n_params
+
+    @property
+    def n_layers(self) -> int:
+        """Number of parameter groups."""
+        return self._known_parameters("n_layers").n_layers
+
+    # -- prior --------------------------------------------------------------------------------------------------------
+
+    def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._select_parameters()
         if subset is not None:
-            self.curvature_type.check_memory(subset.parameters, self._dtype)
+            self._fits_structure(GaussianPrior(mean, precision, subset.sizes))
+
+    def _fits_structure(self, prior: GaussianPrior) -> None:
+        """Raise if the structure cannot take a prior; structure classes use it."""
+
+    @property
+    def _prior(self) -> GaussianPrior:
+        sizes = self._known_parameters("The prior").sizes
+        return GaussianPrior(self._prior_mean.to(self._dtype), self._prior_precision.to(self._dtype), sizes)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " params"]:
+        """Prior precision of each weight, ``[P]``."""
+        return self._prior.diagonal()
+
+    # -- back end and outputs -----------------------------------------------------------------------------------------
 
     def _make_backend(self) -> CurvatureInterface:
         options = dict(self._backend_kwargs)
@@ -66,20 +101,30 @@ class NetworkPosterior(WeightPosterior):
             dict_key_y=self.dict_key_y,
             **options,
         )
-        if not backend.provides(self.curvature_type.name):
-            raise backend.cannot(self.curvature_type.name)
+        self._check_backend(backend)
         return backend
 
+    def _check_backend(self, backend: CurvatureInterface) -> None:
+        """Raise if the back end does not provide what is needed."""
+
+    @property
+    def _center(self) -> Float[Tensor, " params"]:
+        """The weights that outputs are linearized at: those of the fit, if there is one."""
+        fit = self.__dict__.get("_fit")
+        return self._known_parameters("Linearized outputs").vector() if fit is None else fit.mean
+
     def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:
+        """Outputs at ``x`` and how they depend on the random weights."""
+
         def evaluate(theta: Tensor) -> Tensor:
             return self._whole.at(theta, x, **model_kwargs)
 
         self._warn_if_moved()
         if pred_type is PredType.NN:
-            return JacobianLinearization(self._whole(x, **model_kwargs), None, evaluate, self.mean)
+            return JacobianLinearization(self._whole(x, **model_kwargs), None, evaluate, self._center)
         differentiable = self.enable_backprop and torch.is_grad_enabled()
         derivatives = self.backend.derivatives(x, differentiable, **model_kwargs)
-        return JacobianLinearization(derivatives.f, derivatives, evaluate, self.mean)
+        return JacobianLinearization(derivatives.f, derivatives, evaluate, self._center)
 
     def _warn_if_moved(self) -> None:
         """Warn when weights are not what they were in ``fit``: outputs and posterior then belong to different ones."""

@@ -193,3 +193,8 @@ class WrittenOut:
     def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
         """Mixtures of the columns, group by group."""
         return [DenseBlock(part) for part in torch.einsum("mq,bqp->mbp", mix, self.J).split(self.sizes, -1)]
+
+    def blocks(self, directions: Sequence[Tensor]) -> list[JacobianBlock]:
+        """Of directions in the outputs of each datum, ``[batch, *positions, C]`` each, group by group."""
+        mix = torch.stack([direction.flatten(1) for direction in directions]).to(self.J.dtype)
+        return [DenseBlock(part) for part in torch.einsum("mbq,bqp->mbp", mix, self.J).split(self.sizes, -1)]

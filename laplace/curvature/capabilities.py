@@ -42,6 +42,8 @@ class Capabilities:
     differentiable_in_x: ClassVar[bool] = True
     """Whether Jacobians are on request: ``enable_backprop=True``."""
 
+    weighs_outputs: ClassVar[bool] = True
+    """Whether outputs can have different weights in the loss, as a noise for each of them gives."""
     adds_over_positions: ClassVar[bool] = False
     """Whether gradients of the positions of a datum add up before they are squared."""
     is_sampled = False

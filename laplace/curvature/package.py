@@ -42,6 +42,8 @@ class PackageInterface(CurvatureInterface):
         If the package is not installed.
     """
 
+    weighs_outputs: ClassVar[bool] = False
+
     package: ClassVar[str]
     """The name it is imported by."""
     extra: ClassVar[str]

@@ -141,7 +141,7 @@ class AbstractLikelihood(ABC):
     @property
     @abstractmethod
     def scale(self) -> Tensor:
-        """Factor of the negative log-likelihood, ``1/(σ² T)``, ``[]`` or ``[C]`` by output; σ = 1 where noise has no meaning."""
+        """Factor of the negative log-likelihood, ``1/(σ² T)``, ``[]`` or ``[C]`` by output; σ = 1 without noise."""
 
     @abstractmethod
     def curvature_scale(self, kind: CurvatureKind) -> Tensor:

@@ -35,10 +35,14 @@ class GaussianLikelihood(AbstractLikelihood):
         σ, the standard deviation of the observation noise in target units: ``[]``, or ``[C]``, one for each output.
     temperature
         T.
+    weights
+        Relative precisions of the outputs, ``[C]``, where they are part of what is summed at unit noise; ``None`` for
+        equal ones.
     """
 
     sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
     temperature: float | Tensor = 1.0
+    weights: Tensor | None = None
 
     name: ClassVar[Likelihood] = Likelihood.REGRESSION
     has_noise: ClassVar[bool] = True
@@ -57,28 +61,31 @@ class GaussianLikelihood(AbstractLikelihood):
         return n_positions * n_outputs * (self.sigma_noise.log().mean() + 0.5 * math.log(2 * math.pi))
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
-        """½ Σ ‖y − f‖²."""
-        return 0.5 * (f - y).square().sum()
+        """½ Σ w (y − f)²."""
+        return 0.5 * ((f - y) * self.gradient(f, y)).sum()
 
     def nll_of_outputs(self, f: Outputs, y: Targets) -> Float[Tensor, " outputs"]:
         """½ Σ (y − f)² for each output, ``[C]``."""
         return 0.5 * (f - y).square().sum(0)
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
-        """f − y, ``[rows, C]``."""
-        return f - y
+        """w (f − y), ``[rows, C]``."""
+        return f - y if self.weights is None else self.weights.to(f) * (f - y)
 
     def hessian(self, f: Outputs) -> OutputHessian:
-        """The identity: one number for all outputs of a row."""
-        return OutputHessian(f.shape[-1], diagonal=torch.ones_like(f[:, :1]))
+        """The identity, one number for all outputs of a row; or diag(w)."""
+        diagonal = torch.ones_like(f[:, :1]) if self.weights is None else self.weights.to(f).expand_as(f)
+        return OutputHessian(f.shape[-1], diagonal=diagonal)
 
     def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
-        """The identity, ``[rows, C, C]``."""
-        return torch.eye(f.shape[-1], dtype=f.dtype, device=f.device).expand(len(f), -1, -1)
+        """The identity, or diag(√w), ``[rows, C, C]``."""
+        eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+        return (eye if self.weights is None else eye * self.weights.to(f).sqrt()).expand(len(f), -1, -1)
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal numbers, ``[samples, rows, C]``."""
-        return torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+        """Standard normal numbers (times √w), ``[samples, rows, C]``."""
+        noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+        return noise if self.weights is None else self.weights.to(f).sqrt() * noise
 
     def expectation(self, f: Tensor) -> Tensor:
         """The outputs themselves."""

@@ -6,7 +6,7 @@ room knows about curvature, priors or likelihoods.
 
 from laplace.network.batches import Batch, Passes, iterate
 from laplace.network.feature_extractor import FeatureExtractor
-from laplace.network.modes import evaluating, full_precision
+from laplace.network.modes import evaluating, full_precision, training
 from laplace.network.parameters import ParameterSubset
 from laplace.network.whole_network import WholeNetwork
 
@@ -19,4 +19,5 @@ __all__ = [
     "evaluating",
     "full_precision",
     "iterate",
+    "training",
 ]

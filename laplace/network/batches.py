@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,8 @@ def iterate(
     if not isinstance(loader, Iterable):
         msg = f"Expected a DataLoader or another iterable of (x, y) batches; got {type(loader).__name__}."
         raise InputError(msg)
-    for batch in tqdm(loader, desc=description, disable=not progress_bar):
+    # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
+    for batch in tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar):
         yield split(batch, dict_key_y, device)
 
 
@@ -149,6 +150,14 @@ class Passes:
                 "structure needs the same data in each. Pass a DataLoader or a list of batches that can be read again."
             )
             raise InputError(msg)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Number of batches, where it is known: a loader of a stream has ``__len__``, which raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
 
 
 def arguments(
@@ -203,6 +212,53 @@ def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
         return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (n_rows,) else value
 
     return _map(x, take)
+
+
+def signature(x: Inputs, n_rows: int) -> tuple[Any, ...]:
+    """What inputs must share to be joined: the kind of every entry, and its shape but for the rows.
+
+    Parameters
+    ----------
+    x
+        A batch of inputs.
+    n_rows
+        Number of rows of the batch.
+    """
+    found: list[Any] = []
+
+    def note(value: Any) -> None:
+        if isinstance(value, Tensor) and value.shape[:1] == (n_rows,):
+            found.append((value.dtype, tuple(value.shape[1:])))
+        else:
+            # Shared by all rows: equal only to itself.
+            found.append(id(value) if isinstance(value, Tensor) else repr(value))
+
+    _map(x, note)
+    return tuple(found)
+
+
+def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
+    """One batch of the rows of several with the same ``signature``.
+
+    Parameters
+    ----------
+    parts
+        Batches of inputs.
+    sizes
+        Their numbers of rows.
+    """
+    columns: list[list[Any]] = []
+    for part in parts:
+        values: list[Any] = []
+        _map(part, values.append)
+        columns.append(values)
+    entries = iter(zip(*columns, strict=True))
+
+    def join(value: Any) -> Any:
+        together = next(entries)
+        return torch.cat(together) if isinstance(value, Tensor) and value.shape[:1] == (sizes[0],) else value
+
+    return _map(parts[0], join)
 
 
 def count_rows(x: Inputs) -> int:

@@ -1,4 +1,4 @@
-"""Context managers that put a model into evaluation mode and leave it exactly as it was."""
+"""Context managers that put a model into evaluation or training mode and leave it exactly as it was."""
 
 from __future__ import annotations
 
@@ -24,12 +24,41 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
     -----
     Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
     """
-    flags = [(module, module.training) for module in model.modules()]
     build_graph = enable_backprop and torch.is_grad_enabled()
-    try:
+    with _modes_restored(model):
         model.eval()
         with torch.inference_mode(False), torch.set_grad_enabled(build_graph):
             yield
+
+
+@contextmanager
+def training(model: nn.Module) -> Generator[None, None, None]:
+    """Run the body with ``model`` in training mode and with gradients.
+
+    Parameters
+    ----------
+    model
+        Any module. The ``training`` flag of each of its submodules is restored on every exit. A model that is in
+        training mode already is taken as it is: submodules that are kept in evaluation mode (frozen statistics, say)
+        stay so.
+
+    Notes
+    -----
+    Leaves ``torch.no_grad`` and ``torch.inference_mode`` for the duration.
+    """
+    with _modes_restored(model):
+        if not model.training:
+            model.train()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Generator[None, None, None]:
+    """Bring each module of a model back into its mode on every exit."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
         # A module may do more in train() than set its flag (merge adapters, say): undo it the same way. The flags below
         # are then set one by one, since train() reaches the children, too.

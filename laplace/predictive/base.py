@@ -123,15 +123,18 @@ class Linearization(ABC):
     def variances(
         self, precisions: Sequence[AbstractPrecision], dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "rows outputs"]]:
-        """Variances under several posteriors, one after the other.
+        """Variances under several posteriors, one after the other; one that comes again is not computed again.
 
         Parameters
         ----------
         precisions, dtype
             As in ``variance``.
         """
+        last: tuple[AbstractPrecision, Tensor] | None = None
         for precision in precisions:
-            yield self.variance(precision, dtype)
+            if last is None or last[0] is not precision:
+                last = precision, self.variance(precision, dtype)
+            yield last[1]
 
     @abstractmethod
     def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:

@@ -23,7 +23,6 @@ from laplace.predictive.linearization import Linearization
 from laplace.predictive.links import LINKS, VARIANCE_LINKS, average_softmax, mc
 from laplace.structures import AbstractPrecision
 
-
 Moments = tuple[Tensor, Tensor, Link]
 """Mean and (co)variance of outputs, and the link to apply to them."""
 

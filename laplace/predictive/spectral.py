@@ -61,11 +61,12 @@ class SpectralLinearization(Linearization):
         self, precisions: Sequence[AbstractPrecision], dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "rows outputs"]]:
         """One product of the squares with all inverse spectra."""
-        spectra = [_diagonal(precision).vector for precision in precisions]
-        inverse = (1 / torch.stack(spectra, 1)).to(dtype)
+        different = {id(precision): _diagonal(precision).vector for precision in precisions}
+        inverse = (1 / torch.stack(list(different.values()), 1)).to(dtype)
         found = torch.cat([squares @ inverse for squares in self._squared(len(inverse))])
-        for variance in found.unbind(1):
-            yield variance.reshape(-1, self.n_outputs)
+        variances = dict(zip(different, found.unbind(1), strict=True))
+        for precision in precisions:
+            yield variances[id(precision)].reshape(-1, self.n_outputs)
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
         """J Q diag(1/spectrum) (J Q)ᵀ, datum by datum."""

@@ -210,8 +210,18 @@ class AbstractCurvature(ABC):
         raise UnsupportedError(msg)
 
     def basis(self, prior: GaussianPrior, *, features: bool) -> Any:  # noqa: ARG002
-        """The ``Basis`` that posteriors share under priors of one shape, for features or derivatives; or ``None``."""
+        """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives, if any."""
         return None
+
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """``log |H + diag(prior)| − log |diag(prior)|``; overridden where the two need not be subtracted.
+
+        Parameters
+        ----------
+        prior, **options
+            As in ``posterior``.
+        """
+        return self.posterior_logdet(prior, **options) - prior.logdet()
 
     @abstractmethod
     def to_dense(self) -> Float[Tensor, "params params"]:

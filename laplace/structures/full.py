@@ -100,7 +100,8 @@ class FullCurvature(AbstractCurvature):
 
     def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:
         """Σ log(s λ + δ) for a scalar prior: O(P) once the eigenvalues are known; else by Cholesky, O(P³)."""
-        if prior.precision.numel() == 1:
+        # Eigenvalues are kept for all calls, so that no gradient goes through the matrix itself.
+        if prior.precision.numel() == 1 and not self.matrix.requires_grad:
             shifted = self.eigenvalues * self.scale + prior.precision
             if bool((shifted > 0).all()):
                 return shifted.log().sum()
@@ -122,7 +123,8 @@ class FullCurvature(AbstractCurvature):
         if "eigenvectors" not in self._cache:
             with torch.no_grad():
                 values, self._cache["eigenvectors"] = torch.linalg.eigh(self.matrix)
-                self._cache["eigenvalues"] = _without_rounding(values)
+                # Eigenvalues that were computed alone differ in their last bits, and have been handed out.
+                self._cache.setdefault("eigenvalues", _without_rounding(values))
         return self._cache["eigenvectors"]
 
     def basis(self, prior: GaussianPrior, *, features: bool) -> DenseBasis | None:  # noqa: ARG002
@@ -151,8 +153,9 @@ def _spectral(curvature: FullCurvature, prior: GaussianPrior) -> DiagPrecision:
     spectrum = curvature.eigenvalues * curvature.scale + prior.precision
     if bool((spectrum <= 0).any()):
         msg = (
-            f"The posterior precision is not positive definite: its smallest eigenvalue is {float(spectrum.min()):.3e}. "
-            "A true Hessian away from a minimum is indefinite: use a GGN back end, or a larger prior precision."
+            f"The posterior precision is not positive definite: its smallest eigenvalue is "
+            f"{float(spectrum.min()):.3e}. A true Hessian away from a minimum is indefinite: use a GGN back end, or a "
+            "larger prior precision."
         )
         raise NotPositiveDefiniteError(msg)
     return DiagPrecision(spectrum)

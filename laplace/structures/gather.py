@@ -159,3 +159,13 @@ class GatherBlock(JacobianBlock):
         """Only the rows that are named."""
         rows = torch.einsum("sqn,qnd->snd", w[:, :, self.datum], self.values)
         return rows.new_zeros(len(w), *self.shape).index_add(1, self.token, rows).flatten(1)
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """Over the tokens that both name; other rows of the table have no derivative."""
+        if not isinstance(other, GatherBlock):
+            return super().cross(other)
+        named = torch.unique(torch.cat([self.token, other.token]))
+        first, second = (
+            replace(block, token=torch.searchsorted(named, block.token), n_tokens=len(named)) for block in (self, other)
+        )
+        return super(GatherBlock, first).cross(second)

@@ -207,6 +207,21 @@ class JacobianBlock(ABC):
             total[:, weights] += torch.einsum("sqb,qbp->sp", w[:, :, rows], J)
         return total
 
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """Products ``J J'ᵀ`` with derivatives in the same group at other inputs, ``[columns, batch, others, points]``.
+
+        Parameters
+        ----------
+        other
+            At the other inputs; it is written out, a bounded number of its rows at a time.
+        """
+        step = max(1, piece_elements(other.sample.device) // max(1, other.n_columns * other.n_params))
+        parts: list[Tensor] = []
+        for start in range(0, other.n_rows, step):
+            J = other.dense(slice(start, start + step))
+            parts.append(self.apply(J.flatten(0, 1)).unflatten(0, J.shape[:2]))
+        return torch.cat(parts, 1).permute(2, 3, 0, 1)
+
     def _assemble(self, parts: list[tuple[slice, Tensor]], dim: int) -> Tensor:
         """Add pieces of the same rows, join pieces of different rows."""
         joined: dict[int, Tensor] = {}
@@ -265,6 +280,13 @@ class DenseBlock(JacobianBlock):
     def size(self) -> int:
         """That of J."""
         return self.values.numel()
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """One product, where both are written out."""
+        if not isinstance(other, DenseBlock):
+            return super().cross(other)
+        product = self.values.flatten(0, 1) @ other.values.flatten(0, 1).T
+        return product.reshape(*self.values.shape[:2], *other.values.shape[:2])
 
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> DenseBlock:
         """J R, or Lᵀ J R."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from laplace.linalg import piece_elements
 from laplace.structures.jacobian import JacobianBlock
 
 
@@ -132,6 +133,8 @@ class ProductBlock(JacobianBlock):
 
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> ProductBlock:  # noqa: ARG002
         """Rotate the factors, or their product where that is less work."""
+        if all(side is None for side in sides):
+            return self  # in these coordinates already
         outer, inner = reversed(sides) if self.transposed else sides
         columns, _, groups, positions, o = self.left.shape
         i = self.right.shape[3]
@@ -194,3 +197,31 @@ class ProductBlock(JacobianBlock):
         weighed = torch.einsum("sqb,qbto->sobt", w, self.left.squeeze(2)).flatten(2)
         matrix = weighed @ self.right.squeeze(1).flatten(0, 1)
         return (matrix.mT if self.transposed else matrix).flatten(1)
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """``Σ (g·g')(a·a')`` over pairs of positions, where that is less work than writing the other block out."""
+        if not (isinstance(other, ProductBlock) and self._factors_are_cheaper(other)):
+            return super().cross(other)
+        a, b = self.right.squeeze(1), other.right.squeeze(1)  # [batch, positions, inputs]
+        g, h = self.left.squeeze(2), other.left.squeeze(2)  # [columns, batch, positions, outputs]
+        if self._single and other._single:
+            inputs = a.squeeze(1) @ b.squeeze(1).T
+            outputs = (g.flatten(0, 2) @ h.flatten(0, 2).T).view(len(g), len(a), len(h), len(b))
+            return outputs * inputs.unsqueeze(1)
+        per_point = len(g) * len(h) * a.shape[0] * a.shape[1] * b.shape[1]
+        step = max(1, piece_elements(a.device) // per_point)
+        parts: list[Tensor] = []
+        for start in range(0, len(b), step):
+            rows = slice(start, start + step)
+            inputs = torch.einsum("bti,zui->btzu", a, b[rows])
+            outputs = torch.einsum("qbto,pzuo->qbtpzu", g, h[:, rows])
+            parts.append((outputs * inputs.unsqueeze(2)).sum((2, 5)))
+        return torch.cat(parts, 3)
+
+    def _factors_are_cheaper(self, other: ProductBlock) -> bool:
+        """Whether both are plain products in the same basis, and pairs of positions fewer than weights to write out."""
+        if self.left.shape[2] > 1 or self._rotated or other._rotated or self.transposed != other.transposed:
+            return False
+        outputs, inputs, positions = self.left.shape[-1], self.right.shape[-1], other.right.shape[2]
+        together = positions * (inputs + self.n_columns * other.n_columns * (outputs + 1))
+        return self.shape == other.shape and together <= other.n_columns * outputs * (inputs + self.n_columns)

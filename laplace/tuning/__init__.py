@@ -2,7 +2,10 @@
 
 from laplace.tuning.cached import CachedData
 from laplace.tuning.gridsearch import log_grid, search
+from laplace.tuning.head import HeadData
 from laplace.tuning.joint import LIMITS, Joint, tune
+from laplace.tuning.kfold import cross_validation_scores
+from laplace.tuning.loo import leave_one_out_score, refitted_leave_one_out_scores
 from laplace.tuning.marglik import BOUNDS, maximize_evidence, optimize
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
@@ -13,6 +16,7 @@ __all__ = [
     "BOUNDS",
     "LIMITS",
     "CachedData",
+    "HeadData",
     "Joint",
     "Loss",
     "Problem",
@@ -21,12 +25,15 @@ __all__ = [
     "Score",
     "Tuning",
     "choose_score",
+    "cross_validation_scores",
     "get_nll",
+    "leave_one_out_score",
     "log_grid",
     "log_likelihood",
     "log_marginal_likelihood",
     "maximize_evidence",
     "optimize",
+    "refitted_leave_one_out_scores",
     "search",
     "tune",
     "validate",

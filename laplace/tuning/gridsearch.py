@@ -44,7 +44,7 @@ def log_grid(low: float, high: float, size: int, base: float) -> Tensor:
 
 
 def search(
-    score: Callable[[Tensor], Tensor], grid: Tensor, *, at_once: int = 16, progress_bar: bool = False
+    score: Callable[[Tensor], Tensor], grid: Tensor, *, at_once: int = 128, progress_bar: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Find the point of a grid with the lowest score.
 

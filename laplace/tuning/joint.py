@@ -53,6 +53,8 @@ class Joint:
         To compute in.
     second
         The hyperparameter chosen beside the prior precision: ``"sigma_noise"``, ``"output_temperature"`` or ``None``.
+    n_values
+        How many values it has.
     limits
         Least and largest values of each.
     """
@@ -63,11 +65,14 @@ class Joint:
     fresh_options: Callable[[], Options]
     dtype: torch.dtype
     second: str | None
+    n_values: int
     limits: Mapping[str, tuple[float, float]]
 
     @cached_property
     def rotated(self) -> tuple[Any, CachedData]:
         """Coordinates that posteriors with a scalar prior share, and the data in them."""
+        if self.second == "sigma_noise" and self.n_values > 1:
+            return None, self.data  # each output scales its weights in its own way
         basis = self.problem.basis(self.data, torch.ones(1, dtype=self.dtype, device=self.problem.fit.mean.device))
         return basis, self.data.rotated(basis, self.dtype)
 
@@ -109,7 +114,7 @@ class Joint:
         return data.scores(self.score, posteriors, likelihoods, self.fresh_options, self.dtype)
 
 
-def tune(joint: Joint, n_precisions: int, n_values: int, *, n_steps: int, progress_bar: bool = False) -> Tuning:
+def tune(joint: Joint, n_precisions: int, *, n_steps: int, progress_bar: bool = False) -> Tuning:
     """Choose hyperparameters by validation.
 
     Parameters
@@ -118,8 +123,6 @@ def tune(joint: Joint, n_precisions: int, n_values: int, *, n_steps: int, progre
         The score.
     n_precisions
         How many prior precisions there are.
-    n_values
-        How many values the second hyperparameter has.
     n_steps
         The most iterations of L-BFGS from each start.
     progress_bar
@@ -150,9 +153,13 @@ def tune(joint: Joint, n_precisions: int, n_values: int, *, n_steps: int, progre
         raise InputError(msg)
     scores = torch.where(finite, scores, torch.inf)
     best = divmod(int(scores.argmin()), scores.shape[1])
-    starts = [(precisions[best[0]], None if values is None else values[best[1]])]
     certain = torch.full_like(precisions[:1], joint.limits["prior_precision"][1])
-    found = [_refine(joint, *starts[0], n_precisions, n_values, scale, n_steps, progress_bar)]
+    start = precisions[best[0]].reshape(1), None if values is None else values[best[1]].reshape(1)
+    found = [_refine(joint, *start, scale, n_steps, progress_bar)]
+    if n_precisions > 1:
+        # From the best single precision, so that more of them are never worse.
+        start = found[0][1].expand(n_precisions), found[0][2]
+        found.append(_refine(joint, *start, scale, n_steps, progress_bar))
     # The network itself: no weight uncertainty, at the present and at its best temperature or noise.
     one = torch.ones_like(certain[0]) if joint.second == "output_temperature" else None
     plain = float(joint(certain, one).detach())
@@ -161,7 +168,8 @@ def tune(joint: Joint, n_precisions: int, n_values: int, *, n_steps: int, progre
     if values is not None:
         row = joint.each([certain] * len(values), list(values))
         name = f"MAP with its {(joint.second or '').replace('_', ' ')}"
-        tuned = _refine(joint, certain, values[int(row.argmin())], n_precisions, n_values, scale, n_steps, False, fixed=True)
+        start = certain.expand(n_precisions), values[row.argmin()].reshape(1)
+        tuned = _refine(joint, *start, scale, n_steps, False, fixed=True)
         candidates[name] = tuned[0]
         found.append(tuned)
     value, precision, second = min(found, key=lambda item: item[0])
@@ -179,10 +187,15 @@ def _unit(joint: Joint) -> float:
         return 1.0
     squares, count = 0.0, 0
     for _, positions in joint.data.batches:
-        squares, count = squares + float((positions.f - positions.y).double().square().sum()), count + positions.f.numel()
+        squares, count = (
+            squares + float((positions.f - positions.y).double().square().sum()),
+            count + positions.f.numel(),
+        )
     unit = (squares / count) ** 0.5
     if not unit:
-        msg = "The model predicts every validation target exactly, so that no observation noise is best. Use other data."
+        msg = (
+            "The model predicts every validation target exactly, so that no observation noise is best. Use other data."
+        )
         raise InputError(msg)
     return unit
 
@@ -197,7 +210,10 @@ def _log_space(low: float, high: float, per_decade: int, like: Tensor) -> Tensor
 def _grid(joint: Joint, scale: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """Points of both hyperparameters, and scores ``[precisions, values]``; extended while the best is at an end."""
     like = joint.problem.fit.mean
-    low, high = (float(min(max(edge, joint.limits["prior_precision"][0]), joint.limits["prior_precision"][1])) for edge in (1e-4, 1e4))
+    low, high = (
+        float(min(max(edge, joint.limits["prior_precision"][0]), joint.limits["prior_precision"][1]))
+        for edge in (1e-4, 1e4)
+    )
     edges = None
     if joint.second is not None:
         limits = joint.limits[joint.second]
@@ -205,11 +221,10 @@ def _grid(joint: Joint, scale: float) -> tuple[Tensor, Tensor | None, Tensor]:
     while True:
         precisions = _log_space(low, high, POINTS_PER_DECADE, like)
         values = None if edges is None else _log_space(*edges, VALUES_PER_DECADE, like) * scale
-        rows = [
-            joint.each([precision] * (1 if values is None else len(values)), [None] if values is None else list(values))
-            for precision in precisions.split(1)
-        ]
-        scores = torch.stack(rows).detach()
+        seconds: list[Tensor | None] = [None] if values is None else list(values)
+        points = [(precision, value) for precision in precisions.split(1) for value in seconds]
+        found = joint.each([precision for precision, _ in points], [value for _, value in points])
+        scores = found.detach().reshape(len(precisions), len(seconds))
         best = divmod(int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin()), scores.shape[1])
         moved = _extended(best[0], len(precisions), (low, high), joint.limits["prior_precision"], 1e4)
         wider = edges
@@ -234,10 +249,8 @@ def _extended(
 
 def _refine(
     joint: Joint,
-    precision: Tensor,
+    start: Tensor,
     value: Tensor | None,
-    n_precisions: int,
-    n_values: int,
     scale: float,
     n_steps: int,
     progress_bar: bool,
@@ -245,13 +258,14 @@ def _refine(
     fixed: bool = False,
 ) -> tuple[float, Tensor, Tensor | None]:
     """The optimum near a point of the grid; with ``fixed`` over the second hyperparameter alone."""
-    start = precision.reshape(-1).expand(n_precisions).clone()
-    second = start.new_zeros(0) if value is None else value.reshape(-1).expand(n_values)
-    n_free = 0 if fixed else n_precisions
+    second = start.new_zeros(0) if value is None else value.reshape(-1).expand(joint.n_values)
+    n_free = 0 if fixed else len(start)
 
     def split(v: Tensor) -> tuple[Tensor, Tensor | None]:
-        found = v[n_free:] if n_values > 1 else v[n_free:].reshape(())
-        return (start if fixed else v[:n_free]), None if value is None else found
+        free = start if fixed else v[:n_free]
+        if value is None:
+            return free, None
+        return free, v[n_free:] if joint.n_values > 1 else v[n_free:].reshape(())
 
     def objective(v: Tensor) -> Tensor:
         score = joint(*split(v))
@@ -270,7 +284,12 @@ def _refine(
         low = torch.cat([low, torch.full_like(second, edges[0] * scale)])
         high = torch.cat([high, torch.full_like(second, edges[1] * scale)])
     values, best = optimize(
-        objective, torch.cat([start[:n_free], second]), n_steps=n_steps, lr=0.3, bounds=(low, high), progress_bar=progress_bar
+        objective,
+        torch.cat([start[:n_free], second]),
+        n_steps=n_steps,
+        lr=0.3,
+        bounds=(low, high),
+        progress_bar=progress_bar,
     )
     return -best, *split(values)
 
@@ -286,8 +305,8 @@ def _warn_at_limits(joint: Joint, chosen: Mapping[str, Tensor], scale: float, ca
             )
         elif bool(((value <= low * 1.001) | (value >= high * 0.999)).any()):
             msg = (
-                f"The best {name.replace('_', ' ')} stays at its limits ({low:.3g} to {high:.3g}); the score may improve "
-                f"beyond them. Pass other limits={{{name!r}: (low, high)}}."
+                f"The best {name.replace('_', ' ')} stays at its limits ({low:.3g} to {high:.3g}); the score may "
+                f"improve beyond them. Pass other limits={{{name!r}: (low, high)}}."
             )
         else:
             continue

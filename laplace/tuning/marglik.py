@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ BOUNDS = (1e-6, 1e8)
 """Within which prior precisions are chosen by evidence, in 1/weight²: beyond them it no longer changes."""
 
 
-class _NotFinite(Exception):
+class _NotFiniteError(Exception):
     """The objective has no value here."""
 
 
@@ -77,7 +78,7 @@ def optimize(
                 value = objective(torch.minimum(torch.maximum(log_values, low), high).exp())
             current = float(value.detach())
             if not torch.isfinite(value.detach()):
-                raise _NotFinite(current)
+                raise _NotFiniteError(current)
             if current > seen[0][0]:
                 # Unmoved values are given back as they came: no rounding by logarithm and exponential.
                 moved = not torch.equal(log_values.detach(), start)
@@ -88,7 +89,7 @@ def optimize(
 
         try:
             evaluate()
-        except _NotFinite as error:
+        except _NotFiniteError as error:
             msg = (
                 f"The log marginal likelihood is {error} at the initial prior precision. Pass another "
                 "init_prior_prec, or check the training data for extreme values."
@@ -97,7 +98,7 @@ def optimize(
         try:
             if n_steps:
                 _quasi_newton(evaluate, log_values, n_steps, lr)
-        except _NotFinite:
+        except _NotFiniteError:
             with torch.no_grad():
                 log_values.copy_(seen[0][1].log())
             _adam(evaluate, log_values, n_steps, lr)
@@ -132,7 +133,7 @@ def _adam(evaluate: Callable[[], Tensor], log_values: Tensor, n_steps: int, lr: 
         optimizer.zero_grad()
         try:
             value = evaluate()
-        except _NotFinite as error:
+        except _NotFiniteError as error:
             msg = f"The log marginal likelihood became {error} in step {step}; the best value before it is kept."
             warnings.warn(msg, NumericalWarning, stacklevel=4)
             return
@@ -184,7 +185,7 @@ def maximize_evidence(
 
     low, high = torch.full_like(initial, bounds[0]), torch.full_like(initial, bounds[1])
     low, high = torch.cat([low, noise * 1e-4]), torch.cat([high, noise * 1e4])
-    options = {"n_steps": n_steps, "lr": lr, "progress_bar": progress_bar}
+    ascend = partial(optimize, n_steps=n_steps, lr=lr, progress_bar=progress_bar)
     if n_steps and isinstance(curvature, DiagCurvature) and n_values == curvature.n_params and n_values > 1:
 
         def optimum(sigma: Tensor | None) -> Tensor:
@@ -195,20 +196,17 @@ def maximize_evidence(
         best_noise = sigma_noise
         if sigma_noise is not None:
             # At the optimum the evidence does not change with the precisions: its slope is that in the noise alone.
-            values, _ = optimize(
+            values, _ = ascend(
                 lambda v: problem.evidence(optimum(v.reshape(sigma_noise.shape)), v.reshape(sigma_noise.shape)),
                 noise,
                 bounds=(low[n_values:], high[n_values:]),
-                **options,
             )
             best_noise = values.reshape(sigma_noise.shape)
         best = optimum(best_noise)
         value = float(problem.evidence(best, best_noise))
     else:
         start = inside if n_steps else initial
-        values, value = optimize(
-            lambda v: problem.evidence(*split(v)), torch.cat([start, noise]), bounds=(low, high), **options
-        )
+        values, value = ascend(lambda v: problem.evidence(*split(v)), torch.cat([start, noise]), bounds=(low, high))
         best, best_noise = split(values)
     n_clipped = int(((best <= bounds[0] * 1.0001) | (best >= bounds[1] * 0.9999)).sum())
     return best, best_noise, value, n_clipped

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from laplace.enums import CurvatureKind
@@ -57,7 +56,9 @@ class Problem:
     def likelihood(self, sigma_noise: Tensor | None = None, output_temperature: Any = None) -> AbstractLikelihood:
         """The likelihood; what is not given is as it is at present."""
         sigma = self.sigma_noise if sigma_noise is None else sigma_noise
-        return self.make_likelihood(sigma, self.output_temperature if output_temperature is None else output_temperature)
+        return self.make_likelihood(
+            sigma, self.output_temperature if output_temperature is None else output_temperature
+        )
 
     def curvature(self, likelihood: AbstractLikelihood) -> AbstractCurvature:
         """The curvature at the noise and temperature of a likelihood."""
@@ -136,7 +137,10 @@ def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:
     Exact at the trained weights; O(1), from what ``fit`` summed.
     """
     scale = likelihood.scale
-    nll = scale * fit.nll if scale.dim() == 0 else (scale * fit.nll_of_outputs).sum()
+    if scale.dim() and fit.head_bias is not None:
+        nll = (scale * fit.nll_of_outputs).sum()
+    else:
+        nll = fit.common(scale) * fit.nll if fit.head_bias is None else scale * fit.nll
     return -nll - likelihood.log_normalizer(fit.n_positions, fit.n_outputs)
 
 
@@ -175,7 +179,7 @@ def log_marginal_likelihood(
     (2021), "Scalable marginal likelihood estimation for model selection in deep learning". arXiv:2104.04975
     """
     curvature = fit.scaled(likelihood.curvature_scale(kind))
-    log_det_ratio = curvature.posterior_logdet(prior, **options) - prior.logdet()
+    log_det_ratio = curvature.log_det_ratio(prior, **options)
     return log_likelihood(fit, likelihood) - 0.5 * (log_det_ratio + prior.scatter(fit.mean))
 
 

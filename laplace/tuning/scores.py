@@ -98,9 +98,7 @@ ADDITIVE: dict[str, Additive] = {"nll": _nll, "brier": _brier, "crps": _crps}
 NEEDS_LINK, NEEDS_NOISE = {"brier", "ece"}, {"crps"}
 
 
-def choose_score(
-    loss: str | Loss | RunningMetric | None, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss"
-) -> Score:
+def choose_score(loss: Any, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss") -> Score:
     """Turn what the user passed into a score.
 
     Parameters
@@ -141,7 +139,9 @@ def choose_score(
 
 def _named(name: str, likelihood: AbstractLikelihood, keyword: str) -> Score:
     has_link = likelihood.has_link or likelihood.n_items > 1
-    known = [n for n in (*ADDITIVE, "ece") if (has_link or n not in NEEDS_LINK) and (not has_link or n not in NEEDS_NOISE)]
+    known = [
+        n for n in (*ADDITIVE, "ece") if (has_link or n not in NEEDS_LINK) and (not has_link or n not in NEEDS_NOISE)
+    ]
     if name == "mse" and not has_link:
         msg = (
             f"{keyword}='mse': the squared error of the mean does not depend on prior precision or noise, so there is "
@@ -149,7 +149,8 @@ def _named(name: str, likelihood: AbstractLikelihood, keyword: str) -> Score:
         )
         raise UnsupportedError(msg)
     if name not in known:
-        msg = f"{keyword} must be one of {', '.join(map(repr, known))} for {likelihood.name.value}, or a function; got {name!r}."
+        names = ", ".join(map(repr, known))
+        msg = f"{keyword} must be one of {names} for {likelihood.name.value}, or a function; got {name!r}."
         raise UnsupportedError(msg)
     if name == "ece":
         return Score(name, whole=_calibration_error)

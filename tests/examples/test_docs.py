@@ -36,7 +36,7 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return names
 
 
-@pytest.mark.parametrize("page", ["index.md", "saving.md"])
+@pytest.mark.parametrize("page", ["index.md", "saving.md", "function_space.md"])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(page, tmp_path, monkeypatch)["la"].n_data > 0
 

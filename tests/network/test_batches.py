@@ -35,6 +35,27 @@ def test_a_generator_is_read_once_and_lazily():
     assert len(pulled) == 1
 
 
+@pytest.mark.parametrize("progress_bar", [False, True])
+def test_a_loader_is_asked_once_for_a_pass(progress_bar):
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    loader = Counted([(torch.ones(2), torch.ones(2))] * 3)
+    assert len(list(iterate(loader, dict_key_y="labels", device=CPU, progress_bar=progress_bar))) == 3
+    assert loader.passes == 1
+
+
+def test_the_bar_knows_the_number_of_batches_where_there_is_one(capsys):
+    batches = [(torch.ones(2), torch.ones(2))] * 3
+    for loader, shown in ((batches, "3/3"), (stream(batches), "3it"), (iter(batches), "3it")):
+        assert len(list(iterate(loader, dict_key_y="labels", device=CPU, progress_bar=True))) == 3
+        assert shown in capsys.readouterr().err
+
+
 def test_several_inputs_come_before_the_target():
     x, y = split((X, X + 1, Y), "labels", CPU)
     assert isinstance(x, tuple)

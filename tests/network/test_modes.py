@@ -1,11 +1,12 @@
-"""Evaluation mode, and back."""
+"""Evaluation and training mode, and back."""
 
 import pytest
 import torch
 from torch import nn
 
-from laplace.network.modes import evaluating
+from laplace.network.modes import evaluating, training
 from tests.contracts import model_untouched
+from tests.tools import assert_close
 
 
 def mixed_model() -> nn.Module:
@@ -43,3 +44,35 @@ def test_results_made_under_inference_mode_can_take_part_in_autograd():
             f = model(torch.ones(3, 2))
         assert not f.is_inference()
         assert torch.is_inference_mode_enabled()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_evaluation_mode_trains_inside_and_is_restored_after():
+    model = mixed_model().eval()
+    with model_untouched(model), training(model):
+        assert all(module.training for module in model.modules())
+
+
+def test_a_model_in_training_mode_is_taken_as_it_is():
+    model = mixed_model()
+    with model_untouched(model), training(model):
+        assert model.training
+        assert not model[2][0].training
+
+
+def test_modes_are_restored_when_training_raises():
+    model = mixed_model().eval()
+    with model_untouched(model), pytest.raises(RuntimeError, match="inside"), training(model):
+        raise RuntimeError("inside")
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_training_has_gradients_wherever_it_is_called(context):
+    model = nn.Linear(2, 2)
+    with context():
+        with training(model):
+            model(torch.ones(3, 2)).sum().backward()
+        assert not torch.is_grad_enabled()
+    assert_close(model.bias.grad, torch.full((2,), 3.0))

@@ -1,0 +1,106 @@
+"""What a Gaussian process of the last layer costs, in units of bare inference of the same model in the same run.
+
+    python benchmarks/function_space.py [--peer PATH/TO/PYTHON] [--output DIR] [--config FILE]
+
+Writes ``results/function_space.json`` and ``results/function_space.md``. ``--peer`` names an interpreter in whose
+environment laplace-torch is installed; its rows are measured with the same models, data and settings. It has the
+diagonal of the softmax Hessian alone: compare its classification with the row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from measuring import markdown, number, run, shorten, write
+
+HERE = Path(__file__).resolve().parent
+
+COLUMNS = [
+    "library",
+    "likelihood",
+    "Hessian",
+    "M",
+    "C",
+    "D",
+    "fit / bare pass",
+    "first call",
+    "variances / bare forward",
+    "covariances / bare forward",
+    "grid / bare pass over validation data",
+    "fit adds",
+    "first call adds",
+    "within bounds",
+    "",
+]
+
+
+def ratio(part: dict[str, float] | None, name: str) -> str:
+    """Time over bare time, and the milliseconds added."""
+    if part is None:
+        return "–"
+    return f"{part[name] / part['bare']:.2f} ({part[name] - part['bare']:+.1f} ms)"
+
+
+def within(row: dict[str, Any]) -> str:
+    """Whether a row keeps the bounds of its case in the configuration."""
+    parts = {name: row["result"].get(name) for name in ("fit", "predict")}
+    measured = {name: part[name] / part["bare"] for name, part in parts.items() if part is not None}
+    exceeded = [f"{name} {value:.2f} > {row[name]}" for name, value in measured.items() if value > row.get(name, 1e9)]
+    return ", ".join(exceeded) or ("yes" if len(measured) == len(parts) else "not measured")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    lines = []
+    for row in rows:
+        r, peer = row["result"], row["library"] != "laplace"
+        lines.append(
+            [
+                row["library"],
+                row["likelihood"],
+                "diagonal" if row.get("diagonal") or (peer and row["likelihood"] == "classification") else "whole",
+                row["n_subset"],
+                row["n_outputs"],
+                row["n_features"],
+                ratio(r.get("fit"), "fit"),
+                number(r.get("first"), "ms"),
+                ratio(r.get("predict"), "predict"),
+                ratio(r.get("covariance"), "covariance"),
+                ratio(r.get("grid"), "grid"),
+                number(r.get("fit_mb"), "MB"),
+                number(r.get("first_mb"), "MB"),
+                "" if peer else within(row),
+                shorten(r["note"]),
+            ]
+        )
+    return markdown(COLUMNS, lines)
+
+
+def main() -> None:
+    """Measure every case and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--config", type=Path, default=HERE / "function_space.json")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text())
+    libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
+    rows = []
+    for index, case in enumerate(config["cases"]):
+        for library, python in libraries.items():
+            if library != "laplace" and case.get("diagonal"):
+                continue  # the row before is the same there
+            where = ["--config", str(arguments.config.resolve()), "--case", str(index)]
+            result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library != "laplace")
+            rows.append({"library": library, **case, "result": result})
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    write(arguments.output, "function_space", config, rows, table(rows))
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()

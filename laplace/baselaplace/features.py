@@ -1,0 +1,329 @@
+"""``FeatureLaplace``: what ELLA and VaLLA share, posteriors over functions in terms of features of the outputs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.baselaplace.checkpoint import move
+from laplace.baselaplace.functional import BaseFunctionalLaplace
+from laplace.enums import CurvatureKind
+from laplace.errors import InputError, StateError, UnsupportedError
+from laplace.gp.last_layer import FeaturePoints
+from laplace.gp.linearized import block_points, feature_points, tangents
+from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
+from laplace.gp.tangents import Points, Tangents, WrittenTangents
+from laplace.gp.whole_network import BlockPoints
+from laplace.likelihoods import Positions
+from laplace.network import full_precision
+from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
+from laplace.prior import GaussianPrior
+from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.jacobian import JacobianBlock
+from laplace.types import Inputs, Scalar
+
+KEPT_ELEMENTS = 2**29
+"""Numbers kept of derivatives of points and of training data: 2 GB in float32."""
+
+
+@dataclass(frozen=True)
+class FeatureFit:
+    """What a fit learned. Replaced as a whole, so that a failing fit changes nothing.
+
+    Attributes
+    ----------
+    mean
+        The weights at which the network was linearized, ``[P]``.
+    tensors
+        What the method learned, by name.
+    nll
+        Negative log-likelihood at unit noise and temperature, summed, in nats.
+    n_data, n_positions, n_outputs
+        Rows of the loader, unmasked positions in them, and C.
+    """
+
+    mean: Float[Tensor, " params"]
+    tensors: Mapping[str, Any]
+    nll: Scalar
+    n_data: int
+    n_positions: int
+    n_outputs: int
+
+
+class FeatureLaplace(BaseFunctionalLaplace):
+    """A posterior over the weights of features, ``N(0, (A + δ I)⁻¹)``, and perhaps what they leave of the prior."""
+
+    fit_history_: dict[str, list[Any]]
+    """What happened during ``fit``, by name."""
+
+    # -- the border ---------------------------------------------------------------------------------------------------
+
+    def _fits_structure(self, prior: GaussianPrior) -> None:
+        if prior.precision.numel() > 1:
+            msg = (
+                f"{type(self).__name__} has an isotropic prior over the weights: prior_precision must be one number; "
+                f"got {prior.precision.numel()}. Use hessian_structure='diag', 'kron' or 'full' for others."
+            )
+            raise UnsupportedError(msg)
+
+    def _checked_prior_precision(self, value: Any) -> Tensor:
+        precision = super()._checked_prior_precision(value)
+        self._fits_structure(GaussianPrior(precision.new_zeros(()), precision, (precision.numel(),)))
+        return precision
+
+    def _checked_sigma_noise(self, value: Any) -> Tensor:
+        sigma = super()._checked_sigma_noise(value)
+        if sigma.numel() > 1:
+            msg = f"{type(self).__name__} sums over outputs while it fits: pass one sigma_noise for all of them."
+            raise UnsupportedError(msg)
+        return sigma
+
+    def _check_kind(self) -> None:
+        """Raise if the back end stands for another curvature."""
+        if self._backend_cls.kind is not CurvatureKind.GGN:
+            msg = (
+                f"{type(self).__name__} weighs features by the Hessian of the likelihood in the outputs; "
+                f"{self._backend_cls.__name__} computes an empirical Fisher. Use a GGN back end (backend=None)."
+            )
+            raise UnsupportedError(msg)
+
+    @staticmethod
+    def _whole_number(name: str, value: Any) -> int:
+        """A positive whole number."""
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            msg = f"{name} must be a positive whole number; got {value!r}."
+            raise InputError(msg)
+        return value
+
+    # -- what was learned ---------------------------------------------------------------------------------------------
+
+    @property
+    def _fitted(self) -> FeatureFit:
+        fit: FeatureFit | None = self.__dict__.get("_fit")
+        if fit is None:
+            message = "This attribute or call"
+            raise self._not_fitted(message)
+        return fit
+
+    @property
+    def mean(self) -> Float[Tensor, " params"]:
+        """The weights at which the network was linearized, ``[P]``."""
+        return self._fitted.mean
+
+    @property
+    def loss(self) -> Scalar:
+        """Negative log-likelihood of the training data at σ = T = 1, without constants, in nats."""
+        return self._fitted.nll
+
+    @property
+    def n_data(self) -> int:
+        """Number of training data that were used."""
+        return self._fitted.n_data
+
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self._fitted.n_outputs
+
+    @property
+    def log_likelihood(self) -> Scalar:
+        """Log p(D | θ*) at the present noise and temperature, in nats."""
+        fit, likelihood = self._fitted, self._output_likelihood
+        return -likelihood.scale * fit.nll - likelihood.log_normalizer(fit.n_positions, fit.n_outputs)
+
+    @property
+    def scatter(self) -> Scalar:
+        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
+        return self._prior.scatter(self.mean)
+
+    # -- posterior ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _feature_map(self) -> FeatureMap:
+        """From tangents to features, as they were fitted."""
+
+    @abstractmethod
+    def _learned(self) -> Float[Tensor, "k k"]:
+        """A, at the present noise and temperature."""
+
+    def _hyperparameters_changed(self) -> None:
+        self._posterior_cache: FeaturePrecision | None = None
+
+    @property
+    def _posterior(self) -> FeaturePrecision:
+        """A + δ I, on the graph of hyperparameters that are being differentiated."""
+        return FeaturePrecision.of(self._learned(), self._prior_precision.to(self._dtype).squeeze(0))
+
+    @property
+    @linalg.lasting
+    def _frozen_posterior(self) -> FeaturePrecision:
+        if self._posterior_cache is None:
+            with torch.no_grad(), full_precision(self._device):
+                self._posterior_cache = self._posterior
+        return self._posterior_cache
+
+    def _functions_at(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        return FunctionLinearization.of(self._linearize(x, **model_kwargs), self._feature_map(), self._dtype)
+
+    def _point_blocks(self, x: Inputs, column: Tensor) -> list[JacobianBlock]:
+        """Derivatives of one output of each datum, in factors."""
+        inputs = self._linearize(x)
+        assert isinstance(inputs, JacobianLinearization), "a whole network"
+        return block_points(inputs, column, self._dtype)
+
+    def _points(self, parts: Sequence[tuple[Inputs, Tensor]]) -> Points:
+        """One output each of some data, kept in factors while memory allows; else derived again when asked for.
+
+        Parameters
+        ----------
+        parts
+            Inputs, and which of the ``positions · C`` outputs of each.
+        """
+        if self._last_layer:
+            found = [(self._linearize(x), column) for x, column in parts]
+            features = [feature_points(i, c, self._dtype) for i, c in found if isinstance(i, FeatureLinearization)]
+            phi, output = torch.cat([p.phi for p in features]), torch.cat([p.output for p in features])
+            return FeaturePoints(phi, output, features[0].n_outputs, features[0].bias)
+        pieces: list[Callable[[], list[JacobianBlock]]] = []
+        left = KEPT_ELEMENTS
+        for x, column in parts:
+            blocks = self._point_blocks(x, column)
+            left -= sum(block.size for block in blocks)
+            pieces.append(partial(self._point_blocks, x, column) if left < 0 else partial(list, blocks))
+        return BlockPoints(pieces, [len(column) for _, column in parts])
+
+    def _tangents_at(self, x: Inputs, y: Tensor) -> tuple[Tangents, Positions]:
+        """Tangents at training data, of the logits of pairs where targets compare items; and their targets."""
+        inputs, likelihood = self._linearize(x), self._frozen_likelihood
+        inputs = compare(inputs) if likelihood.n_items > 1 else inputs
+        return tangents(inputs, self._dtype), likelihood.flatten(inputs.f, y).to(self._dtype)
+
+    def _written(self, jacobians: Tensor) -> FunctionLinearization:
+        """Functions with Jacobians of a user."""
+        check_jacobians(jacobians, self.n_params)
+        at, features = WrittenTangents(jacobians.to(self._dtype)), self._feature_map()
+        phi = features.features(at)
+        return FunctionLinearization(jacobians[..., 0], phi, Rest(at, phi) if features.has_rest else None)
+
+    def functional_variance(self, jacobians: Tensor) -> Float[Tensor, "batch outputs outputs"]:
+        """Covariance of the outputs at each input, in output units squared, without observation noise.
+
+        Parameters
+        ----------
+        jacobians
+            ``[batch, outputs, P]``.
+
+        Returns
+        -------
+        ``[batch, outputs, outputs]``.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        ShapeError
+            If P differs from the number of random weights.
+
+        Notes
+        -----
+        The Jacobian dominates time and memory; calling the object never builds it.
+        """
+        posterior = self._frozen_posterior
+        return self._written(jacobians).covariance(posterior, self._dtype)
+
+    def functional_covariance(self, jacobians: Tensor) -> Float[Tensor, "joint joint"]:
+        """Covariance of the outputs across inputs, ``[batch·outputs, batch·outputs]``, input by input.
+
+        Parameters
+        ----------
+        jacobians
+            ``[batch, outputs, P]``.
+
+        Returns
+        -------
+        In output units squared, without observation noise.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        posterior = self._frozen_posterior
+        return self._written(jacobians).joint_covariance(posterior, self._dtype)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``fit`` learned and the hyperparameters: tensors and plain values.
+
+        Returns
+        -------
+        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads; its tensors are those
+        of this object, not copies.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        """
+        fit = self._fitted
+        return {
+            **self._header(),
+            "mean": fit.mean,
+            "loss": fit.nll,
+            "n_data": fit.n_data,
+            "n_positions": fit.n_positions,
+            "n_outputs": fit.n_outputs,
+            "learned": dict(fit.tensors),
+            "fit_history": {name: list(values) for name, values in self.fit_history_.items()},
+        }
+
+    @property
+    @abstractmethod
+    def _learned_names(self) -> tuple[str, ...]:
+        """Names of the tensors that a fit holds."""
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int}
+        for key, kind in {**kinds, "learned": Mapping, "fit_history": Mapping}.items():
+            if not isinstance(state[key], kind):
+                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
+                raise StateError(msg)
+        missing = [name for name in self._learned_names if name not in state["learned"]]
+        if missing:
+            msg = f"The state is incomplete: what was learned has no {', '.join(map(repr, missing))}."
+            raise StateError(msg)
+        prior = self._take_hyperparameters(state)
+        if len(state["mean"]) != prior.n_params:
+            msg = f"The state holds {len(state['mean'])} weights; the model has {prior.n_params} random weights."
+            raise StateError(msg)
+        self._prior_mean, self._prior_precision = prior.mean, prior.precision
+        counts = state["n_data"], state["n_positions"], state["n_outputs"]
+        mean, nll = (state[key].to(self._dtype) for key in ("mean", "loss"))
+        self._fit = FeatureFit(mean, dict(state["learned"]), nll, *counts)
+        self.fit_history_ = {name: list(values) for name, values in state["fit_history"].items()}
+        self._fit_changed()
+
+    def _fit_changed(self) -> None:
+        """Forget what depends on the fit."""
+        self._hyperparameters_changed()
+
+    def _move_fit(self) -> None:
+        fit: FeatureFit | None = self.__dict__.get("_fit")
+        if fit is not None:
+            mean, tensors, nll = move([fit.mean, dict(fit.tensors), fit.nll], self._device)
+            self._fit = replace(fit, mean=mean, tensors=tensors, nll=nll)
+        self._fit_changed()
+
+
+__all__ = ["FeatureFit", "FeatureLaplace"]

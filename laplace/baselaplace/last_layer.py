@@ -1,0 +1,121 @@
+"""``LastLayer``: the weights of the last linear layer are random, the rest of the network is a fixed feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from laplace.baselaplace.checkpoint import Checkpointed
+from laplace.enums import FeatureReduction, PredType
+from laplace.errors import StateError, UnsupportedError
+from laplace.network import FeatureExtractor, ParameterSubset
+from laplace.predictive import FeatureLinearization, Linearization
+from laplace.types import Inputs
+
+
+def as_extractor(
+    model: nn.Module,
+    last_layer_name: str | None,
+    enable_backprop: bool,
+    feature_reduction: FeatureReduction | str | None,
+    dict_key_x: str,
+    dict_key_y: str,
+) -> FeatureExtractor:
+    """A feature extractor around a model; what one was told before holds, unless the call says otherwise.
+
+    Parameters
+    ----------
+    model
+        The network, or an extractor around it.
+    last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y
+        As in ``LLLaplace``.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is no module.
+    """
+    if isinstance(model, FeatureExtractor):
+        last_layer_name = last_layer_name or model.last_layer_name
+        feature_reduction = feature_reduction or model.feature_reduction
+        enable_backprop = enable_backprop or model.enable_backprop
+        dict_key_x = model.dict_key_x if dict_key_x == "input_ids" else dict_key_x
+        dict_key_y = model.dict_key_y if dict_key_y == "labels" else dict_key_y
+        model = model.model
+    if not isinstance(model, nn.Module):
+        msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
+        raise UnsupportedError(msg)
+    return FeatureExtractor(
+        model, last_layer_name, bool(enable_backprop), feature_reduction, dict_key_x=dict_key_x, dict_key_y=dict_key_y
+    )
+
+
+class LastLayer(Checkpointed):
+    """Which weights are random: those of the last linear layer, whose inputs are features."""
+
+    model: FeatureExtractor
+
+    _last_layer: ClassVar[bool] = True
+
+    @property
+    def enable_backprop(self) -> bool:
+        """Whether predictions are differentiable with respect to the inputs; assign to change it."""
+        return self.model.enable_backprop
+
+    @enable_backprop.setter
+    def enable_backprop(self, value: bool) -> None:
+        self.model.enable_backprop = bool(value)
+
+    @property
+    def _first_parameter(self) -> Tensor:
+        """The head decides device and precision, once it is known: the backbone may have others."""
+        layer = self.model.last_layer
+        return super()._first_parameter if layer is None else layer.weight
+
+    def _select_parameters(self) -> ParameterSubset | None:
+        layer = self.model.last_layer
+        return None if layer is None else ParameterSubset.last_layer(layer)
+
+    @property
+    def _network(self) -> nn.Module:
+        return self.model.model
+
+    def _identity(self) -> dict[str, Any]:
+        reduction = self.model.feature_reduction
+        return {**super()._identity(), "feature_reduction": None if reduction is None else reduction.value}
+
+    def _choices(self) -> dict[str, Any]:
+        return {**super()._choices(), "last_layer_name": self.model.last_layer_name}
+
+    @property
+    def _changed_by_loading(self) -> tuple[object, ...]:
+        return (self, self.model)
+
+    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
+        layer = dict(self._network.named_modules())[state["last_layer_name"]]
+        assert isinstance(layer, nn.Linear), "_restore checks this"
+        return ParameterSubset.last_layer(layer).sizes
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        name, known = state["last_layer_name"], self.model.last_layer_name
+        if known not in (None, name):
+            msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
+            raise StateError(msg)
+        if not isinstance(dict(self._network.named_modules()).get(name), nn.Linear):
+            msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
+            raise StateError(msg)
+        if known is None:
+            self.model.set_last_layer(name)
+
+    def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:  # noqa: ARG002
+        f, phi = self.model.forward_with_features(x, **model_kwargs)
+        assert self.model.last_layer is not None, "the forward pass finds it"
+        self._warn_if_moved()
+        return FeatureLinearization(f, phi, bias=self.model.last_layer.bias is not None)
+
+    def _count_outputs(self) -> int:
+        assert self.model.last_layer is not None, "fit has run the model"
+        return self.model.last_layer.out_features

@@ -1,0 +1,206 @@
+"""``TunablePosterior``: what tuning needs of an estimator, and how it takes over what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from laplace import tuning
+from laplace.baselaplace.checkpoint import CheckpointedPosterior
+from laplace.enums import CurvatureKind, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.errors import InputError, UnsupportedError
+from laplace.likelihoods import LIKELIHOODS, resolve
+from laplace.network import evaluating, iterate
+from laplace.network.parameters import expand_groups
+from laplace.predictive import Linearization, Options
+from laplace.prior import fix_prior_prec_structure
+from laplace.types import Inputs
+
+Noise = Literal["keep", "scalar", "per_output"]
+
+
+class TunablePosterior(CheckpointedPosterior):
+    """A posterior whose fit, data and hyperparameters tuning can work on."""
+
+    tuning_: tuning.Tuning | None = None
+    """What the last tuning found: choice, score and curve; print it, or draw it with ``plot()``."""
+
+    def _problem(self) -> tuning.Problem:
+        """What was learned and is not chosen, cut off the graph of hyperparameters."""
+        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        return tuning.Problem(
+            self._fitted,
+            self._prior_mean.detach().to(self._dtype),
+            self._prior.sizes,
+            self.backend.kind,
+            lambda sigma, output_temperature: resolve(self.likelihood, sigma, temperature, output_temperature),
+            self._sigma_noise.detach().to(self._dtype),
+            self._output_temperature,
+            self._posterior_options(),
+        )
+
+    def _spread(self, structure: PriorStructure, precision: Tensor) -> Tensor:
+        """Precisions in the shape of the prior structure."""
+        sizes = self._prior.sizes
+        if structure is PriorStructure.DIAG and precision.numel() == len(sizes):
+            precision = expand_groups(precision.reshape(-1), sizes)
+        return fix_prior_prec_structure(precision, structure, len(sizes), sum(sizes), self._device, self._dtype)
+
+    def _tuning_options(
+        self,
+        pred_type: PredType | str,
+        link_approx: LinkApprox | str,
+        n_samples: int,
+        generator: torch.Generator | None,
+    ) -> Options:
+        pairs = self._output_likelihood.n_items > 1
+        return self._options(pred_type, False, link_approx, n_samples, generator=generator, fitting=pairs)
+
+    def _repeated(self, options: Options) -> Callable[[], Options]:
+        """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
+        seed = int(torch.randint(2**62, (), generator=options.generator, device=self._device))
+        return lambda: replace(options, generator=torch.Generator(self._device).manual_seed(seed))
+
+    def _cached(
+        self, loader: Iterable[Any] | None, pred_type: PredType, method: TuningMethod | None
+    ) -> tuning.CachedData:
+        """Data to score hyperparameters on, after their one pass."""
+        training = method in (TuningMethod.LOO, TuningMethod.CV)
+        if loader is None:
+            which, keyword = ("training", "train_loader") if training else ("validation", "val_loader")
+            what = "tune" if method is None else f'method="{method.value}"'
+            msg = f"{what} scores hyperparameters on {which} data: pass {keyword}=."
+            raise InputError(msg)
+        with evaluating(self.model):
+            batches = iterate(loader, dict_key_y=self.dict_key_y, device=self._device)
+            linearize = partial(self._for_tuning, pred_type)
+            what = "training" if training else "validation"
+            return tuning.CachedData.collect(batches, linearize, self._frozen_likelihood, what)
+
+    def _for_tuning(self, pred_type: PredType, x: Inputs) -> Linearization:
+        """Inputs, linearized with the model in evaluation mode."""
+        with evaluating(self.model):
+            return self._linearize(x, pred_type)
+
+    def _scored(
+        self,
+        method: TuningMethod,
+        problem: tuning.Problem,
+        data: tuning.CachedData,
+        score: tuning.Score,
+        options: Options,
+        grid: Tensor,
+        n_folds: int,
+        generator: torch.Generator | None,
+    ) -> Callable[[Tensor], Tensor]:
+        """From points of the grid to their scores."""
+        likelihood, fresh = problem.likelihood(), self._repeated(options)
+        if method is TuningMethod.GRIDSEARCH:
+            # In the coordinates that all posteriors share.
+            basis = problem.basis(data, grid[:1]) if options.pred_type is PredType.GLM else None
+            rotated = data.rotated(basis, self._dtype)
+
+            def scores(points: Tensor) -> Tensor:
+                posteriors = [problem.posterior(point, likelihood, basis) for point in points.split(1)]
+                return rotated.scores(score, posteriors, [likelihood] * len(posteriors), fresh, self._dtype)
+
+            return scores
+        if method is TuningMethod.LOO and not self._last_layer:
+            msg = (
+                'method="loo" compares priors each at its own best weights, which takes a last layer: where weights '
+                "stay as they are, the score tends to the training loss and favors the strongest prior, whatever the "
+                'data say. Use method="marglik", or validation data: tune(val_loader).'
+            )
+            raise UnsupportedError(msg)
+        if problem.kind is not CurvatureKind.GGN:
+            msg = (
+                f'method="{method.value}" takes the curvature of the head again at other weights, by the generalized '
+                "Gauss–Newton matrix; this back end computes an empirical Fisher. Use a GGN back end, or gridsearch."
+            )
+            raise UnsupportedError(msg)
+        head = tuning.HeadData.collect(data, self._dtype)
+        common = {"initial": problem.fit.mean}
+        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+        def refitted(points: Tensor) -> Tensor:
+            priors = [problem.prior(point) for point in points.split(1)]
+            arguments = head, score, priors, likelihood, self.curvature_type, fresh
+            if method is TuningMethod.LOO:
+                return tuning.refitted_leave_one_out_scores(*arguments, **common)
+            dealt = torch.Generator().manual_seed(seed)  # the same folds for all of the grid
+            return tuning.cross_validation_scores(
+                *arguments, n_folds=n_folds, generator=dealt, **common, **problem.options
+            )
+
+        return refitted
+
+    def _initial_noise(self, problem: tuning.Problem, noise: Noise) -> Tensor | None:
+        """The residuals' size, if the noise is to be chosen."""
+        if noise == "keep":
+            return None
+        self._second(noise, None)
+        found = problem.residual_noise(per_output=noise == "per_output")
+        if not bool((found > 0).all()):
+            msg = (
+                "The model fits every training target exactly: no observation noise is best. Keep a noise of your own."
+            )
+            raise InputError(msg)
+        return found
+
+    def _second(self, noise: Noise | None, output_temperature: bool | None) -> tuple[str | None, int]:
+        """The hyperparameter that goes with the prior precision, and whether it has one value or several."""
+        if noise not in (None, "keep", "scalar", "per_output"):
+            msg = f"noise must be 'keep', 'scalar' or 'per_output'; got {noise!r}."
+            raise UnsupportedError(msg)
+        has_noise = LIKELIHOODS[self.likelihood].has_noise
+        if not has_noise and noise not in (None, "keep"):
+            msg = f"noise={noise!r} is the observation noise of regression; {self.likelihood.value} has none."
+            raise UnsupportedError(msg)
+        if has_noise and output_temperature:
+            msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
+            raise UnsupportedError(msg)
+        if noise == "per_output" and not self._last_layer:
+            msg = (
+                "noise='per_output' is chosen for a last layer, whose weights belong to outputs. For weights that "
+                "outputs share use noise='scalar', or assign a sigma_noise for each output and call fit again."
+            )
+            raise UnsupportedError(msg)
+        if has_noise:
+            return (None, 0) if noise == "keep" else ("sigma_noise", 2 if noise == "per_output" else 1)
+        return ("output_temperature", 1) if output_temperature in (None, True) else (None, 0)
+
+    def _take_over(self, found: tuning.Tuning, verbose: bool) -> tuning.Tuning:
+        """Assign what was found, all of it or nothing."""
+        before = dict(vars(self))
+        try:
+            for name, value in found.hyperparameters.items():
+                setattr(self, name, value.detach())
+            self.tuning_ = found
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+        if verbose:
+            print(f"Optimized {found}")
+        return found
+
+
+def checked_limits(name: str, edges: tuple[float, float]) -> tuple[float, float]:
+    """Two positive finite numbers in order."""
+    try:
+        low, high = (float(edge) for edge in edges)
+    except (TypeError, ValueError) as error:
+        msg = f"{name} must be two numbers (low, high); got {edges!r}."
+        raise InputError(msg) from error
+    if not 0 < low < high < float("inf"):
+        msg = f"{name} must be (low, high) with 0 < low < high, both finite; got ({low}, {high})."
+        raise InputError(msg)
+    return low, high
+
+
+__all__ = ["Noise", "TunablePosterior", "checked_limits"]

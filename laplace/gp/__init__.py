@@ -1,0 +1,1 @@
+"""Function space (``hessian_structure="gp"``, ``functional_approximation=``): kernels of the linearized network."""

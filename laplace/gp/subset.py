@@ -1,0 +1,268 @@
+"""Which data make up the subset, and what is kept of them while they pass by: one pass over any loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from laplace import linalg
+from laplace.errors import InputError, UnsupportedError
+from laplace.gp.kernel import FeatureKernel, SubsetKernel
+from laplace.gp.network_kernel import NetworkKernel
+from laplace.likelihoods import Positions
+from laplace.network import full_precision
+from laplace.network.batches import rows_of
+from laplace.network.sampler import SoDSampler
+from laplace.predictive import Linearization
+from laplace.types import Inputs
+
+KEPT_ELEMENTS = 2**29
+"""Numbers kept of data while it is not known which of them are in the subset: 2 GB in float32."""
+
+
+def expected_rows(loader: Any, dict_key_y: str) -> int | None:
+    """How many rows a loader will yield, as far as it says so; ``None`` where only going over it tells.
+
+    Parameters
+    ----------
+    loader
+        A ``DataLoader``, a list of batches, or anything else.
+    dict_key_y
+        Where mappings hold their targets.
+    """
+    if isinstance(loader, (list, tuple)) and loader:
+        targets = [
+            batch[dict_key_y] if isinstance(batch, Mapping) and dict_key_y in batch else batch for batch in loader
+        ]
+        targets = [batch[-1] if isinstance(batch, (list, tuple)) and batch else batch for batch in targets]
+        return sum(len(y) for y in targets) if all(isinstance(y, Tensor) and y.dim() for y in targets) else None
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return None
+    try:
+        n = len(loader.sampler)  # pyright: ignore[reportArgumentType] - a sampler of a stream has no length
+    except TypeError:
+        return None
+    return n - n % loader.batch_size if loader.drop_last else n
+
+
+class Subset:
+    """M of N data, without replacement: ``numpy.random.default_rng(seed).choice(N, M)`` in the order of the loader.
+
+    Parameters
+    ----------
+    size
+        M.
+    seed
+        Of the choice.
+    expected
+        N, if the loader tells; otherwise all data are kept until they have passed by.
+    diagonal
+        Use the diagonals of the output Hessians.
+    independent
+        Leave out what outputs have in common, in the kernel and in the Hessians.
+    linearize
+        From inputs to outputs and their derivatives; for all weights.
+
+    Raises
+    ------
+    InputError
+        If M is larger than N.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        expected: int | None,
+        *,
+        diagonal: bool,
+        independent: bool,
+        linearize: Callable[[Inputs], Linearization],
+    ) -> None:
+        self.size, self.seed, self.expected = size, seed, expected
+        self.diagonal, self.independent, self.linearize = diagonal, independent, linearize
+        self.n_seen, self._n_kept, self._largest = 0, 0, 1
+        self._chosen = None if expected is None else self._draw(expected)
+        self._datum: list[Tensor] = []
+
+    def _draw(self, n_data: int) -> Int[Tensor, " subset"]:
+        if self.size > n_data:
+            msg = (
+                f"n_subset={self.size} is more than there are: the training loader yields {n_data} rows. Pass at most "
+                "that; with all of them the posterior is that of hessian_structure='full'."
+            )
+            raise InputError(msg)
+        return torch.tensor(SoDSampler(n_data, self.size, self.seed).indices).sort().values
+
+    def take(self, backend: Any, x: Inputs, y: Tensor) -> tuple[Tensor, SubsetKernel, Tensor]:
+        """Loss of a batch, and kernel and roots of its data that are in the subset.
+
+        Parameters
+        ----------
+        backend
+            Runs the model.
+        x, y
+            The batch.
+
+        Raises
+        ------
+        UnsupportedError
+            If matrices of the subset cannot fit the device.
+        InputError
+            If the loader yields too many data without having told how many.
+        """
+        with torch.no_grad():
+            f, phi = backend.model.forward_with_features(x) if backend.last_layer else (backend.outputs(x), None)
+            with full_precision(f.device):
+                positions = backend.positions(f, y)
+                root = self._roots(backend, positions, separates=phi is not None or self._separate(positions))
+                if not self.n_seen:
+                    self._check_memory(root, len(positions.f) / max(1, len(f)))
+                rows = self._rows(len(f))
+                if phi is None:
+                    kernel, root = self._of_network(backend, x, f, positions, root, rows)
+                else:
+                    kernel, root = self._of_features(backend, phi.to(positions.f.dtype), positions, root, rows)
+                loss = backend.loss(positions)
+        self.n_seen += len(f)
+        self._largest = max(self._largest, len(f))
+        return loss, kernel, root
+
+    def _rows(self, n_data: int) -> Int[Tensor, " data"]:
+        """Which data of the batch are in the subset; all of them while that is not known."""
+        if self._chosen is None:
+            return torch.arange(n_data)
+        here = (self._chosen >= self.n_seen) & (self._chosen < self.n_seen + n_data)
+        return self._chosen[here] - self.n_seen
+
+    def _separate(self, positions: Positions) -> bool:
+        # The two items of a pair are one output at two inputs.
+        return self.independent and positions.n_items == 1
+
+    def _roots(self, backend: Any, positions: Positions, *, separates: bool) -> Tensor:
+        """Of the output Hessians of the unmasked positions."""
+        hessian, width = backend.output_hessian(positions), positions.f.shape[-1]
+        if positions.n_items > 1:
+            root = backend.output_root(positions)
+            # One number for the difference of two scores, whose derivatives are those of the difference of features.
+            return root[:, 0].abs() if separates else root
+        if hessian.root is None or self.diagonal or self.independent:
+            alone = hessian.diagonal if hessian.root is None and hessian.total is None else None
+            half = (hessian.diag() if alone is None else alone).sqrt()
+            return half if separates else torch.diag_embed(half.expand(-1, width))
+        return hessian.root if backend.is_sampled else backend.output_root(positions)
+
+    def _of_features(
+        self, backend: Any, phi: Tensor, positions: Positions, root: Tensor, rows: Tensor
+    ) -> tuple[FeatureKernel, Tensor]:
+        bias = len(backend.params) == 2
+        features, width = positions.select(phi), positions.f.shape[-1]
+        if positions.n_items > 1:
+            first, second = features.unflatten(1, (2, -1)).unbind(1)
+            features, width = first - second, 1
+        if bias:
+            constant = float(positions.n_items == 1)
+            features = torch.nn.functional.pad(features, (0, 1), value=constant)
+        datum = positions.datum if positions.datum is not None else torch.arange(len(features), device=features.device)
+        here = torch.isin(datum, rows.to(datum.device))
+        self._note(datum[here] + self.n_seen, features[here].numel())
+        return FeatureKernel(features[here], width, bias), root[here]
+
+    def _of_network(
+        self, backend: Any, x: Inputs, f: Tensor, positions: Positions, root: Tensor, rows: Tensor
+    ) -> tuple[NetworkKernel, Tensor]:
+        width, rows = positions.f.shape[-1], rows.to(f.device)
+        each = f[0].numel() // width
+        everywhere = root
+        if positions.kept is not None:
+            everywhere = root.new_zeros(len(f) * each, *root.shape[1:]).index_copy(0, positions.kept, root)
+        chosen = everywhere.unflatten(0, (len(f), each))[rows].flatten(0, 1)
+        batches = (rows_of(x, rows, len(f)),) if len(rows) else ()
+        sizes = ((len(rows), each),) if len(rows) else ()
+        self._note(rows + self.n_seen, len(rows) * f[0].numel())
+        n_params = sum(parameter.numel() for parameter in backend.params)
+        separate = self._separate(positions)
+        return NetworkKernel(batches, sizes, width, n_params, separate, positions.f.dtype, self.linearize), chosen
+
+    def _note(self, datum: Tensor, size: int) -> None:
+        """Remember which data rows belong to, while it is not known which are in the subset."""
+        if self._chosen is not None:
+            return
+        self._datum.append(datum)
+        self._n_kept += size
+        if self._n_kept > KEPT_ELEMENTS:
+            msg = (
+                "The training loader does not say how many rows it yields, so that all of them are kept until the "
+                "subset can be drawn, and they are too many. Pass a DataLoader over a dataset with a length."
+            )
+            raise InputError(msg)
+
+    def _check_memory(self, root: Tensor, rows_each: float) -> None:
+        n_rows = int(self.size * max(1.0, rows_each))
+        parts, columns = (root.shape[1], n_rows) if root.dim() == 2 else (1, n_rows * root.shape[2])
+        needed, available = 3 * parts * columns**2 * root.element_size(), linalg.memory_of(root.device)
+        if available is not None and needed > available:
+            msg = (
+                f"n_subset={self.size} makes {parts} matrices of {columns}×{columns} numbers, about "
+                f"{needed / 1e9:.1f} GB with their factors; this device has {available / 1e9:.1f} GB. Pass a smaller "
+                "n_subset, or independent_outputs=True."
+            )
+            raise UnsupportedError(msg)
+
+    def finish(self, kernel: SubsetKernel, root: Tensor) -> tuple[SubsetKernel, Tensor, float]:
+        """Kernel and roots of the subset, once all data have passed by, and N/M.
+
+        Parameters
+        ----------
+        kernel, root
+            Of what was kept of them.
+
+        Raises
+        ------
+        InputError
+            If M is larger than N, the loader yielded other data than it said, or all rows of the subset are masked.
+        """
+        if self._chosen is None:
+            chosen = self._draw(self.n_seen)
+            kernel, root = self._restrict(kernel, root, chosen)
+        elif self.n_seen != self.expected:
+            msg = (
+                f"The training loader has {self.expected} rows by its length and yielded {self.n_seen}: the subset was "
+                "drawn from the wrong number. Pass a generator over it, whose rows are counted as they come."
+            )
+            raise InputError(msg)
+        if not bool((root != 0).any()):
+            msg = (
+                f"No target of the {self.size} data of the subset counts: all are masked, or the network is so "
+                "confident that their Hessians vanish. Pass a larger n_subset or another seed."
+            )
+            raise InputError(msg)
+        if isinstance(kernel, NetworkKernel):
+            kernel = kernel.joined(self._largest)
+        return kernel, root, self.n_seen / self.size
+
+    def _restrict(self, kernel: SubsetKernel, root: Tensor, chosen: Tensor) -> tuple[SubsetKernel, Tensor]:
+        """To the chosen data."""
+        if isinstance(kernel, FeatureKernel):
+            here = torch.isin(torch.cat(self._datum), chosen.to(root.device))
+            return replace(kernel, phi=kernel.phi[here]), root[here]
+        assert isinstance(kernel, NetworkKernel), "there are two kinds"
+        batches, sizes, roots, start = [], [], [], 0
+        parts = root.split([data * rows for data, rows in kernel.sizes])
+        for x, (data, rows), part in zip(kernel.batches, kernel.sizes, parts, strict=True):
+            local = chosen[(chosen >= start) & (chosen < start + data)].to(root.device) - start
+            start += data
+            if len(local):
+                batches.append(rows_of(x, local, data))
+                sizes.append((len(local), rows))
+                roots.append(part.unflatten(0, (data, rows))[local].flatten(0, 1))
+        return replace(kernel, batches=tuple(batches), sizes=tuple(sizes), _kept={}), torch.cat(roots)
+
+
+__all__ = ["Subset", "expected_rows"]

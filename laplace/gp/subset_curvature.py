@@ -1,0 +1,233 @@
+"""The curvature of a subset of the data: additive, not scaled and without a prior; see ``gp/subset_of_data.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.enums import HessianStructure
+from laplace.errors import UnsupportedError
+from laplace.gp.kernel import FeatureKernel, SubsetKernel
+from laplace.gp.subset import Subset
+from laplace.gp.subset_of_data import SubsetPrecision, weight_rows
+from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature, DiagPrecision
+from laplace.structures.basis import Basis
+from laplace.structures.supports import SupportsCurvature
+from laplace.types import Scalar
+
+
+@dataclass(frozen=True)
+class SubsetCurvature(AbstractCurvature):
+    """The curvature of a subset of the data, as a kernel and roots of output Hessians: additive over data.
+
+    Attributes
+    ----------
+    kernel
+        Of the rows of the subset.
+    root
+        Of their Hessians: ``[rows, C, k]``, or of diagonals, ``[rows, C]`` or ``[rows, 1]``.
+    ratio
+        N/M, how many data there are for each of the subset.
+    scale
+        Factor of the curvature, at unit noise and temperature.
+    """
+
+    kernel: SubsetKernel
+    root: Tensor
+    ratio: float = 1.0
+    scale: Scalar | float = 1.0
+    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    name: ClassVar[HessianStructure] = HessianStructure.GP
+
+    @classmethod
+    def from_batch(
+        cls, backend: SupportsCurvature, x: Any, y: Tensor, *, subset: Subset, **options: Any
+    ) -> tuple[Tensor, SubsetCurvature]:
+        """Loss of the whole batch, and the curvature of its data that are in the subset."""
+        assert not options, "the subset says all"
+        nll, kernel, root = subset.take(backend, x, y)
+        return nll, cls(kernel, root)
+
+    @classmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:  # noqa: ARG003
+        """None that depends on weights; what the subset takes is checked when the outputs are known."""
+        return 0
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return self.kernel.n_params
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether roots are, and features where there are some."""
+        finite = bool(torch.isfinite(self.root).all())
+        return finite and not (isinstance(self.kernel, FeatureKernel) and not self.kernel.is_finite)
+
+    @property
+    def public(self) -> SubsetCurvature:
+        """Itself: the matrix is never built (``to_dense()`` does it for small problems)."""
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """Kernel, roots and N/M."""
+        return {"kernel": self.kernel.state(), "root": self.root, "ratio": self.ratio}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> SubsetCurvature:
+        """Of a last layer; that of all weights is made of inputs, which only an estimator can linearize."""
+        return cls(FeatureKernel.from_state(state["kernel"], dtype), state["root"].to(dtype), float(state["ratio"]))
+
+    def merge(self, other: SubsetCurvature) -> SubsetCurvature:
+        """The rows of both."""
+        assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
+        root = torch.cat([self.root, other.root])
+        return replace(self, kernel=self.kernel.union(other.kernel), root=root, _cache={})
+
+    def __mul__(self, factor: float | Tensor) -> SubsetCurvature:
+        """Scale it; the Gram matrix is shared."""
+        return replace(self, scale=self.scale * factor)
+
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> SubsetCurvature:
+        """One factor for all weights of an output, of a last layer: it scales the roots of that output."""
+        each = factors[: self.kernel.n_outputs * (self.n_params // self.kernel.n_outputs - int(self._bias))]
+        of_output = each.view(self.kernel.n_outputs, -1)[:, 0].sqrt()
+        root = self.root * (of_output if self.root.dim() == 2 else of_output.unsqueeze(1))
+        return replace(self, root=root, _cache={})
+
+    @property
+    def _bias(self) -> bool:
+        assert isinstance(self.kernel, FeatureKernel), "weights of a last layer belong to outputs"
+        return self.kernel.bias
+
+    @property
+    def gram(self) -> Float[Tensor, "parts columns columns"]:
+        """``Rᵀ K R``, unscaled; computed once."""
+        if self.root.requires_grad:
+            return self.kernel.gram(self.root)
+        return self._cached("gram", lambda: self.kernel.gram(self.root))
+
+    @linalg.lasting
+    def _cached(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._cache:
+            with torch.no_grad():
+                self._cache[key] = make()
+        return self._cache[key]
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, "parts columns"]:
+        """Of the Gram matrices, not negative; computed once, O(columns³)."""
+        return self._cached("eigenvalues", lambda: torch.linalg.eigvalsh(self.gram).clamp(min=0))
+
+    @property
+    def eigenvectors(self) -> Float[Tensor, "parts columns columns"]:
+        """Of the Gram matrices; computed once with the eigenvalues."""
+        if "eigenvectors" not in self._cache:
+            values, vectors = torch.linalg.eigh(self.gram.detach())
+            self._cache.update(eigenvalues=values.clamp(min=0), eigenvectors=vectors)
+        return self._cache["eigenvectors"]
+
+    @property
+    def repeats(self) -> int:
+        """For how many outputs each part stands."""
+        alone = self.root.dim() == 2 and self.root.shape[1] == 1
+        return self.kernel.n_outputs if alone else 1
+
+    def posterior(self, prior: GaussianPrior, **options: Any) -> SubsetPrecision:
+        """Add an isotropic prior, its precision times N/M."""
+        assert not options, "there are no options"
+        assert prior.precision.numel() == 1, "the estimator checks this"
+        scale = torch.as_tensor(self.scale).to(self.root)
+        variance = 1 / (prior.precision.squeeze(0) * self.ratio)
+        return SubsetPrecision(self.kernel, self.root * scale.sqrt(), self.gram * scale, variance)
+
+    def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """``log |(N/M) H + δ I|``: that of the curvature of all data, for which the subset stands."""
+        return prior.logdet() + self.log_det_ratio(prior, **options)
+
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """``log |I + (N/M) G / δ|``: O(columns) once eigenvalues are known; differentiable in scale and prior."""
+        assert not options, "there are no options"
+        factor = self.ratio * self.scale / prior.precision.squeeze(0)
+        if not self.root.requires_grad:
+            return self.repeats * torch.log1p(factor * self.eigenvalues).sum()
+        eye = torch.eye(self.gram.shape[1]).to(self.root)
+        factors = linalg.cholesky(eye + factor * self.gram, "kernel of the subset")
+        return 2 * self.repeats * factors.diagonal(dim1=1, dim2=2).log().sum()
+
+    def basis(self, prior: GaussianPrior, *, features: bool) -> KernelBasis:  # noqa: ARG002
+        """Eigenvectors of the Gram matrix, which prior and noise leave alone."""
+        vectors = self.eigenvectors
+        return KernelBasis(self.kernel, self.root, self.eigenvalues, vectors)
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """``s Jᵀ R Rᵀ J``, for small problems and tests."""
+        rows = torch.cat(list(weight_rows(self.kernel, self.root)))
+        return self.scale * rows.T @ rows
+
+
+@dataclass(frozen=True)
+class KernelBasis(Basis):
+    """Coordinates of the functions that the subset spans: all posteriors with isotropic priors are diagonal in them.
+
+    The first coordinate stands for what they leave of the prior: its precision is that of the prior.
+
+    Attributes
+    ----------
+    kernel, root
+        Of the subset.
+    eigenvalues, eigenvectors
+        Of its Gram matrices, unscaled.
+    """
+
+    kernel: SubsetKernel
+    root: Tensor
+    eigenvalues: Float[Tensor, "parts columns"]
+    eigenvectors: Float[Tensor, "parts columns columns"]
+
+    def posterior(self, curvature: SubsetCurvature, prior: GaussianPrior, **options: Any) -> DiagPrecision:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``δ'`` and ``δ' + s λ``, part by part.
+
+        Parameters
+        ----------
+        curvature
+            Scaled.
+        prior
+            Isotropic.
+        **options
+            None.
+        """
+        assert not options, "there are no options"
+        delta = prior.precision * curvature.ratio
+        spanned = delta + curvature.scale * self.eigenvalues
+        return DiagPrecision(torch.cat([delta.expand(len(spanned), 1), spanned], 1).flatten())
+
+    @cached_property
+    def whitening(self) -> Float[Tensor, "parts columns columns"]:
+        """``Q λ^(−½)``; zero for eigenvalues that are rounding, where nothing is spanned."""
+        level = 10 * self.eigenvalues.shape[1] * torch.finfo(self.eigenvalues.dtype).eps
+        kept = self.eigenvalues > level * self.eigenvalues.amax(1, keepdim=True)
+        inverse = torch.where(kept, self.eigenvalues.clamp(min=torch.finfo(self.root.dtype).tiny).rsqrt(), 0.0)
+        return self.eigenvectors * inverse.unsqueeze(1)
+
+    def features(self, phi: Tensor, n_outputs: int, bias: bool) -> Any:  # noqa: ARG002
+        """Not asked for: inputs of a process are rotated through their kernel."""
+        msg = "Inputs of a Gaussian process are rotated as ProcessLinearization."
+        raise UnsupportedError(msg)
+
+    def blocks(self, blocks: Sequence[Any]) -> Any:  # noqa: ARG002
+        """Not asked for, either."""
+        msg = "Inputs of a Gaussian process are rotated as ProcessLinearization."
+        raise UnsupportedError(msg)
+
+
+__all__ = ["KernelBasis", "SubsetCurvature"]

@@ -1,0 +1,225 @@
+"""A last layer trained again: its features and targets, and the posterior around its mode under any prior.
+
+What cross-validation and refitted leave-one-out scores share. The features are computed once and never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from laplace.curvature import last_layer
+from laplace.enums import CurvatureKind
+from laplace.errors import ShapeError, UnsupportedError
+from laplace.fit import Fit
+from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.predictive.linearization import FeatureLinearization
+from laplace.prior import GaussianPrior
+from laplace.structures import AbstractCurvature, AbstractPrecision, Kron
+from laplace.tuning.cached import CachedData
+from laplace.tuning.newton import Head, mode
+from laplace.types import Features, Outputs, Scalar, Targets
+
+
+@dataclass(frozen=True)
+class HeadData:
+    """What a last layer sees of the training data.
+
+    Attributes
+    ----------
+    phi
+        Features, ``[rows, D]``, one row an unmasked position.
+    y
+        Targets of the same rows.
+    bias
+        Whether the layer has a bias.
+    datum
+        Which datum each row belongs to, ``[rows]``; ``None`` when every datum is one row.
+    """
+
+    phi: Features
+    y: Targets
+    bias: bool
+    datum: Int[Tensor, " rows"] | None = None
+
+    @classmethod
+    def collect(cls, data: CachedData, dtype: torch.dtype) -> HeadData:
+        """From the training data after their one forward pass.
+
+        Parameters
+        ----------
+        data
+            The data, linearized in the weights of a last layer.
+        dtype
+            To compute in.
+
+        Raises
+        ------
+        UnsupportedError
+            If other weights are random as well, or targets compare inputs.
+        """
+        phis, targets, index, n_data, bias = [], [], [], 0, False
+        for get, positions in data.batches:
+            inputs = get()
+            if not isinstance(inputs, FeatureLinearization):
+                msg = (
+                    "To train the last layer again from its features takes "
+                    'subset_of_weights="last_layer" and a target for each input (no reward modeling). Use '
+                    'method="marglik", or validation data (method="gridsearch").'
+                )
+                raise UnsupportedError(msg)
+            bias = inputs.bias
+            phis.append(positions.select(inputs.phi).to(dtype))
+            targets.append(positions.to(dtype).y)
+            rows = torch.arange(len(positions.f), device=positions.f.device)
+            index.append(n_data + (rows if positions.datum is None else positions.datum))
+            n_data = int(index[-1].max()) + 1 if len(index[-1]) else n_data
+        return cls(torch.cat(phis), torch.cat(targets), bias, torch.cat(index))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> HeadData:
+        """Some of the rows.
+
+        Parameters
+        ----------
+        index
+            Which.
+        """
+        return HeadData(self.phi[index], self.y[index], self.bias, None if self.datum is None else self.datum[index])
+
+    def at(self, f: Outputs) -> CachedData:
+        """The data with outputs of their own, as other weights of the head give them.
+
+        Parameters
+        ----------
+        f
+            Outputs of the rows at those weights.
+        """
+        inputs = FeatureLinearization(f, self.phi, self.bias)
+        return CachedData([(partial(same, inputs), Positions(f, self.y, datum=self.datum))])
+
+
+@dataclass(frozen=True)
+class HeadBackend:
+    """The curvature of a head at some weights, as a structure asks for it; inputs are features.
+
+    Attributes
+    ----------
+    head
+        Likelihood and shape; its features are not used.
+    theta
+        The weights, ``[P]``.
+    """
+
+    head: Head
+    theta: Float[Tensor, " params"]
+
+    def full(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, "params params"]]:
+        """Negative log-likelihood and dense curvature."""
+        f = self.head.outputs(self.theta, x)
+        matrix = last_layer.full(x, self.head.likelihood.hessian(f), self.head.bias)
+        return self.head.likelihood.nll(f, y), matrix
+
+    def diag(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, " params"]]:
+        """Negative log-likelihood and diagonal."""
+        f = self.head.outputs(self.theta, x)
+        vector = last_layer.diag(x, self.head.likelihood.hessian(f), self.head.bias)
+        return self.head.likelihood.nll(f, y), vector
+
+    def kron(self, x: Features, y: Targets, N: int) -> tuple[Scalar, Kron]:
+        """Negative log-likelihood and Kronecker factors, raw sums in float64 for ``N=1``."""
+        assert N == 1, "structures ask for raw sums"
+        f = self.head.outputs(self.theta, x)
+        wide = x.dtype if x.device.type == "mps" else torch.float64  # which that device does not have
+        factors = last_layer.kron(x.to(wide), self.head.likelihood.hessian(f.to(wide)), self.head.bias)
+        return self.head.likelihood.nll(f, y), factors
+
+    def count(self, y: Targets) -> int:
+        """Number of rows."""
+        return len(y)
+
+
+def posteriors(
+    data: HeadData,
+    priors: Sequence[GaussianPrior],
+    likelihood: AbstractLikelihood,
+    structure: type[AbstractCurvature],
+    initial: Float[Tensor, " params"] | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, Head, Float[Tensor, " params"], AbstractPrecision]]:
+    """Train the head and factorize its posterior, prior by prior, from strong ones to weak ones.
+
+    Parameters
+    ----------
+    data
+        Features and targets to train with.
+    priors
+        Over the weights of the head, checked.
+    likelihood
+        With its noise and temperature.
+    structure
+        Of the curvature.
+    initial
+        Weights to start from; the prior mean when ``None``.
+    **options
+        Of the structure.
+
+    Yields
+    ------
+    Which prior, the head, its mode ``[P]``, and the posterior precision there. Strong priors, whose modes are near,
+    come first, and each mode is where the next search starts.
+    """
+    n_outputs, theta = count_outputs(data, priors, likelihood), initial
+    for index in sorted(range(len(priors)), key=lambda index: -float(priors[index].logdet())):
+        head = Head(data.phi, data.y, data.bias, likelihood, priors[index], n_outputs)
+        theta = mode(head, theta)
+        nll, curvature = structure.from_batch(HeadBackend(head, theta), data.phi, data.y)
+        fit = Fit(theta, curvature, nll, len(data.phi), len(data.phi), n_outputs, head_bias=data.bias)
+        scaled = fit.scaled(likelihood.curvature_scale(CurvatureKind.GGN))
+        yield index, head, theta, scaled.posterior(priors[index], **options)
+
+
+def count_outputs(data: HeadData, priors: Sequence[GaussianPrior], likelihood: AbstractLikelihood) -> int:
+    """C, from the number of weights, which must be those of a head with these features.
+
+    Parameters
+    ----------
+    data
+        Features and targets.
+    priors
+        Over the weights of the head.
+    likelihood
+        What the outputs mean.
+
+    Raises
+    ------
+    UnsupportedError
+        If targets compare inputs.
+    ShapeError
+        If the priors are over other weights, or over different ones.
+    """
+    if likelihood.n_items > 1:
+        msg = (
+            "The last layer is trained again on one row a target; targets of reward modeling compare two inputs. Use "
+            'method="marglik", or validation data (method="gridsearch").'
+        )
+        raise UnsupportedError(msg)
+    width = data.phi.shape[1] + int(data.bias)
+    sizes = {prior.n_params for prior in priors}
+    if len(sizes) != 1 or (n_params := sizes.pop()) % width:
+        msg = (
+            f"Priors must be over the weights of one head: a multiple of {width} weights for {data.phi.shape[1]} "
+            f"features {'and a bias' if data.bias else 'without bias'}; got {[prior.n_params for prior in priors]}."
+        )
+        raise ShapeError(msg)
+    return n_params // width
+
+
+def same(inputs: FeatureLinearization) -> FeatureLinearization:
+    """What is known already, where a function that computes it is asked for."""
+    return inputs

@@ -1,0 +1,264 @@
+"""The mode of a linear head's weights by Newton's method: a convex problem, solved from features alone.
+
+θ* = argmin  s · nll(θ) + ½ (θ − μ)ᵀ diag(δ) (θ − μ),    f = W φ + b
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.curvature import last_layer
+from laplace.errors import InputError, NumericalWarning
+from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian
+from laplace.network.parameters import head_views
+from laplace.prior import GaussianPrior
+from laplace.types import Features, Outputs, Scalar, Targets
+
+DENSE_PARAMS = 512
+"""Up to so many weights the Hessian is built and factorized; beyond, it only multiplies vectors."""
+ROUNDINGS = 32
+"""A decrease by less than so many rounding units of the loss is left to one last step."""
+MAX_STEPS = 100
+MAX_PRODUCTS = 200
+"""Newton steps, and products with the Hessian for one of them."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The regularized loss of a linear head on fixed features; weights in public order.
+
+    Attributes
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    y
+        Targets of the same rows.
+    bias
+        Whether the layer has a bias.
+    likelihood
+        With its noise and temperature.
+    prior
+        Over the head's weights.
+    n_outputs
+        C.
+    """
+
+    phi: Features
+    y: Targets
+    bias: bool
+    likelihood: AbstractLikelihood
+    prior: GaussianPrior
+    n_outputs: int
+
+    def outputs(self, theta: Float[Tensor, " params"], phi: Features | None = None) -> Outputs:
+        """W φ + b, ``[rows, C]``.
+
+        Parameters
+        ----------
+        theta
+            Weights, ``[P]``.
+        phi
+            Features; those of the head when ``None``.
+        """
+        phi = self.phi if phi is None else phi
+        weight, offset = head_views(theta, self.n_outputs, phi.shape[1], self.bias)
+        return phi @ weight.T if offset is None else torch.addmm(offset, phi, weight.T)
+
+    def pull_back(self, outputs: Outputs) -> Float[Tensor, " params"]:
+        """Jᵀ times a vector of outputs."""
+        weight = (outputs.T @ self.phi).flatten()
+        return torch.cat([weight, outputs.sum(0)]) if self.bias else weight
+
+    def objective(self, theta: Float[Tensor, " params"]) -> Scalar:
+        """The regularized loss, in nats."""
+        f = self.outputs(theta)
+        scale = self.likelihood.scale.to(f)
+        if scale.dim() == 0:
+            nll = scale * self.likelihood.nll(f, self.y)
+        else:
+            assert isinstance(self.likelihood, GaussianLikelihood), "no other has noise"
+            nll = (scale * self.likelihood.nll_of_outputs(f, self.y)).sum()
+        return nll + 0.5 * self.prior.scatter(theta)
+
+    def gradient(self, theta: Float[Tensor, " params"], f: Outputs) -> Float[Tensor, " params"]:
+        """Its gradient, with the outputs at these weights."""
+        data = self.pull_back(self.likelihood.scale.to(f) * self.likelihood.gradient(f, self.y))
+        return data + self.prior.diagonal() * (theta - self.prior.mean)
+
+    def newton_direction(
+        self, f: Outputs, gradient: Float[Tensor, " params"], tolerance: float
+    ) -> Float[Tensor, " params"]:
+        """``−H⁻¹ g`` by a Cholesky factor, or nearly by conjugate gradients where there are many weights.
+
+        Parameters
+        ----------
+        f
+            Outputs at the weights.
+        gradient
+            There.
+        tolerance
+            Of the residual of conjugate gradients, relative to the gradient.
+        """
+        hessian = scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
+        delta = self.prior.diagonal()
+        if len(gradient) <= DENSE_PARAMS:
+            matrix = last_layer.full(self.phi, hessian, self.bias) + torch.diag(delta)
+            factor = linalg.cholesky(matrix, "Hessian of the head")
+            return -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
+        diagonal = last_layer.diag(self.phi, hessian, self.bias) + delta
+
+        def product(v: Tensor) -> Tensor:
+            return self.pull_back(multiply(hessian, self.outputs(v))) + delta * v
+
+        return -conjugate_gradients(product, gradient, diagonal, tolerance)
+
+
+def scaled(hessian: OutputHessian, scale: Float[Tensor, "*outputs"]) -> OutputHessian:
+    """``√s Λ √s`` for each row.
+
+    Parameters
+    ----------
+    hessian
+        Λ.
+    scale
+        s: ``[]``, or ``[C]`` where outputs have noise of their own.
+    """
+    diagonal, root, total = hessian.diagonal, hessian.root, hessian.total
+    return replace(
+        hessian,
+        diagonal=None if diagonal is None else scale * diagonal,
+        root=None if root is None else scale.sqrt().reshape(-1, 1) * root,
+        total=None if total is None else scale * total,
+    )
+
+
+def multiply(hessian: OutputHessian, v: Outputs) -> Outputs:
+    """``Λ v`` for each row, in O(rows · C k)."""
+    total = torch.zeros_like(v) if hessian.diagonal is None else hessian.diagonal * v
+    if hessian.root is None:
+        return total
+    inner = torch.einsum("nck,nc->nk", hessian.root, v)
+    return total + hessian.sign * torch.einsum("nck,nk->nc", hessian.root, inner)
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], right: Float[Tensor, " n"], diagonal: Float[Tensor, " n"], tolerance: float
+) -> Float[Tensor, " n"]:
+    """Solve ``A x = b`` for positive definite A by products with it, with its diagonal for a preconditioner.
+
+    Parameters
+    ----------
+    product
+        ``v → A v``.
+    right
+        b.
+    diagonal
+        That of A.
+    tolerance
+        Of the residual relative to b, in the norm of the inverse diagonal.
+
+    Returns
+    -------
+    ``[n]``; after ``MAX_PRODUCTS`` products the best so far, whose product with b is positive.
+    """
+    x, residual = torch.zeros_like(right), right
+    z = residual / diagonal
+    direction, size = z, residual @ z
+    target = tolerance**2 * size
+    for _ in range(MAX_PRODUCTS):
+        if bool(size <= target):
+            break
+        image = product(direction)
+        step = size / (direction @ image)
+        x, residual = x + step * direction, residual - step * image
+        z = residual / diagonal
+        before, size = size, residual @ z
+        direction = z + size / before * direction
+    return x
+
+
+def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[Tensor, " params"]:
+    """The weights of a head that minimize its regularized loss.
+
+    Parameters
+    ----------
+    head
+        Features, targets and prior.
+    initial
+        Where to start; the prior mean when ``None``.
+
+    Returns
+    -------
+    ``[P]``, in public order.
+
+    Raises
+    ------
+    InputError
+        If the loss is not finite at the start.
+
+    Warns
+    -----
+    NumericalWarning
+        If ``MAX_STEPS`` steps were not enough, or rounding ended the descent early; with the decrease that was left.
+
+    Notes
+    -----
+    Exact up to rounding: the problem is convex, and steps are halved until they descend. A Gaussian likelihood takes
+    one step. A step costs O(rows · P²) with up to ``DENSE_PARAMS`` weights, else O(rows · C · D) a product.
+
+    References
+    ----------
+    Nocedal & Wright (2006), "Numerical optimization", algorithm 7.1 (line search Newton–CG); Boyd & Vandenberghe
+    (2004), "Convex optimization", section 9.5 (the decrement as criterion to stop).
+    """
+    theta = head.prior.mean.expand(head.prior.n_params).to(head.phi) if initial is None else initial
+    value = head.objective(theta)
+    if not bool(torch.isfinite(value)):
+        msg = f"The loss of the head is {float(value)} where Newton's method starts; check the features and targets."
+        raise InputError(msg)
+    eps, first, left = torch.finfo(theta.dtype).eps, 0.0, float("inf")
+    for _ in range(MAX_STEPS):
+        f = head.outputs(theta)
+        gradient = head.gradient(theta, f)
+        norm = float(torch.linalg.vector_norm(gradient))
+        first = max(first, norm)
+        if norm == 0:
+            return theta
+        # Solved more exactly the nearer the optimum is: the convergence is superlinear then.
+        direction = head.newton_direction(f, gradient, min(0.1, (norm / first) ** 0.5))
+        slope = float(gradient @ direction)
+        left = -0.5 * slope
+        if left <= ROUNDINGS * eps * max(1.0, abs(float(value))):
+            return theta + direction
+        found = _descend(head, theta, direction, float(value), slope)
+        if found is None:
+            break
+        theta, value = found
+    if left > eps**0.5 * max(1.0, abs(float(value))):
+        msg = (
+            f"Newton's method for the weights of the head stopped about {left:.2e} nats above the optimum. A larger "
+            "prior precision, features of unit size or float64 help."
+        )
+        warnings.warn(msg, NumericalWarning, stacklevel=2)
+    return theta
+
+
+def _descend(
+    head: Head, theta: Tensor, direction: Tensor, value: float, slope: float
+) -> tuple[Float[Tensor, " params"], Scalar] | None:
+    """Halve the step until the loss decreases enough; ``None`` where rounding hides any decrease."""
+    step = 1.0
+    while step > torch.finfo(theta.dtype).eps:
+        candidate = theta + step * direction
+        reached = head.objective(candidate)
+        if float(reached) <= value + 1e-4 * step * slope:  # also false where it is NaN
+            return candidate, reached
+        step /= 2
+    return None

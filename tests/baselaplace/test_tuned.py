@@ -1,0 +1,241 @@
+"""Hyperparameters chosen together, on validation data."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from laplace import Laplace
+from laplace.errors import InputError, ShapeError, UnsupportedError
+from tests import networks
+from tests.cases import BASIC, CASES, named
+from tests.contracts import generator, model_untouched
+from tests.estimators import basic_cases, every_structure, fitted
+from tests.tools import assert_close
+
+F64 = torch.float64
+pytestmark = pytest.mark.filterwarnings("ignore:The validation score is best", "ignore:The best .* stays at its limits")
+
+
+def validation(case, n_rows=60, shift=3):
+    x, y = case.data(n_rows=n_rows, shift=shift)
+    return (
+        [case.batch(x, y)]
+        if not isinstance(x, torch.Tensor)
+        else [(x[p], y[p]) for p in torch.arange(n_rows).split(17)]
+    )
+
+
+def validation_score(la, case, loader) -> float:
+    """Mean negative log predictive density, from the predictions that users get."""
+    total, count = 0.0, 0
+    for x, y in loader:
+        if case.likelihood == "regression":
+            mean, cov = la(x)
+            noise = torch.diag_embed(la.sigma_noise.square().expand(mean.shape[-1]))
+            total -= float(torch.distributions.MultivariateNormal(mean, cov + noise).log_prob(y).sum())
+        else:
+            options = {"fitting": True} if case.likelihood == "reward_modeling" else {}
+            total -= float(la(x, **options)[torch.arange(len(y)), y].log().sum())
+        count += len(y)
+    return total / count
+
+
+def map_score(case, model, loader, value=None) -> float:
+    """The same of the network alone: at an output temperature, or at a noise."""
+    f = torch.cat([case.forward(model, x) for x, _ in loader]).detach()
+    y = torch.cat([y for _, y in loader])
+    if case.likelihood == "regression":
+        return float(-torch.distributions.Normal(f, case.sigma if value is None else value).log_prob(y).sum(-1).mean())
+    f = f.reshape(len(y), -1)
+    return float(nn.functional.cross_entropy(f / (value or 1.0), y))
+
+
+@every_structure
+@pytest.mark.parametrize("case", [*BASIC, named("preferences"), named("no_bias_regression")], ids=str)
+def test_the_result_is_never_worse_than_the_network_at_its_best_temperature_or_noise(case, structure):
+    model = case.model()
+    la, loader = fitted(case, structure, model), validation(case)
+    with model_untouched(model):
+        found = la.tune(loader)
+    score = validation_score(la, case, loader)
+    assert score == pytest.approx(found.value, abs=1e-6)
+    values = torch.logspace(-2, 2, 400, dtype=F64).tolist()
+    best = min(map_score(case, model, loader, value) for value in values)
+    assert score <= min(map_score(case, model, loader), best) + 1e-6
+    assert found.candidates["MAP"] == pytest.approx(map_score(case, model, loader), abs=1e-6)
+    assert found is la.tuning_
+
+
+@every_structure
+@basic_cases
+def test_no_point_nearby_is_better(case, structure):
+    la, loader = fitted(case, structure), validation(case)
+    found = la.tune(loader)
+    name = "sigma_noise" if case.likelihood == "regression" else "output_temperature"
+    precision, second = float(la.prior_precision), float(getattr(la, name))
+    for factor in (0.9, 1.1):
+        for first_moves in (True, False):
+            la.prior_precision = min(precision * (factor if first_moves else 1), 1e12)
+            setattr(la, name, second * (1 if first_moves else factor))
+            assert validation_score(la, case, loader) >= found.value - 1e-5
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "masked_rows"], ids=str)
+def test_every_kind_of_data_can_be_tuned_on(case):
+    la = fitted(case, "kron")
+    x, y = case.data(shift=3)
+    found = la.tune([case.batch(x, y)])
+    assert math.isfinite(found.value)
+    assert found.value <= found.candidates["MAP"] + 1e-9
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
+@every_structure
+def test_all_weights_are_tuned_by_the_predictions_of_the_linearized_network(name, structure):
+    network = networks.named(name)
+    la = Laplace(network.model(), network.likelihood, "all", structure)
+    x, y = network.data()
+    la.fit([(x, y)])
+    found = la.tune([(x, y)])
+    assert validation_score(la, network, [(x, y)]) == pytest.approx(found.value, abs=1e-6)
+    assert found.value <= found.candidates["MAP"] + 1e-9
+
+
+def test_layerwise_precisions_reach_at_least_what_one_reaches():
+    for case in BASIC:
+        for structure in ("kron", "diag"):
+            la, loader = fitted(case, structure), validation(case)
+            one, two = la.tune(loader).value, la.tune(loader, prior_structure="layerwise").value
+            assert la.prior_precision.shape in ((2,), (1,))
+            assert two <= one + 1e-6
+
+
+@pytest.mark.parametrize("score", ["brier", lambda p, y: -(p.gather(1, y[:, None]).log().mean())], ids=["brier", "own"])
+def test_other_differentiable_scores_are_minimized(score):
+    la, loader = fitted(BASIC[0], "kron"), validation(BASIC[0])
+    found = la.tune(loader, score=score)
+    assert found.value <= min(found.candidates.values()) + 1e-12
+    if callable(score):
+        assert found.value == pytest.approx(la.tune(loader).value, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"link_approx": "mc"}, {"link_approx": "bridge"}, {"pred_type": "nn"}])
+def test_other_predictions_are_tuned_with_the_same_random_numbers_at_every_step(options):
+    la, loader = fitted(BASIC[0], "kron"), validation(BASIC[0])
+    first = la.tune(loader, n_samples=20, generator=generator(1), **options)
+    second = la.tune(loader, n_samples=20, generator=generator(1), **options)
+    assert first.value == second.value
+    assert_close(first.hyperparameters["prior_precision"], second.hyperparameters["prior_precision"])
+
+
+def test_brackets_extend_to_their_limits_and_stay_there_with_a_warning():
+    case = BASIC[0]
+    x, _ = case.data(n_rows=60, shift=3)
+    model = case.model()
+    right = case.forward(model, x).argmax(-1)  # every prediction is right: no temperature is cold enough
+    la = fitted(case, "diag", model)
+    with pytest.warns(UserWarning, match="output temperature stays at its limits"):
+        la.tune([(x, right)])
+    assert la.output_temperature == pytest.approx(1e-3)
+    with pytest.warns(UserWarning, match="stays at its limits"):
+        la.tune([(x, right)], limits={"output_temperature": (0.5, 2.0)})
+    assert la.output_temperature == pytest.approx(0.5)
+
+
+def test_what_is_not_asked_for_is_left_alone():
+    la, loader = fitted(BASIC[0], "diag", temperature=1.3), validation(BASIC[0])
+    la.output_temperature = 1.7
+    la.tune(loader, output_temperature=False)
+    assert (la.output_temperature, float(la.temperature)) == (1.7, 1.3)
+    la = fitted(BASIC[1], "diag", prior_mean=0.2)
+    la.tune(validation(BASIC[1]), noise="keep")
+    assert float(la.sigma_noise) == pytest.approx(BASIC[1].sigma)
+    assert float(la.prior_mean) == pytest.approx(0.2)
+
+
+@every_structure
+def test_the_model_runs_once_a_batch(structure):
+    case = BASIC[0]
+    model, calls = case.model(), []
+    la = fitted(case, structure, model)
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    la.tune(validation(case))
+    handle.remove()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"score": "ece"}, "proper score"),
+        ({"score": "mse"}, "must be one of"),
+        ({"score": lambda p, y: p.detach().sum()}, "without a gradient"),
+        ({"score": lambda p, y: p.sum() * torch.nan}, "not finite at any"),
+        ({"prior_structure": "diag"}, "evidence"),
+        ({"limits": {"prior_precision": (2.0, 1.0)}}, "low < high"),
+        ({"limits": {"precision": (1.0, 2.0)}}, "'prior_precision'"),
+        ({"noise": "scalar"}, "classification has none"),
+        ({"noise": "some"}, "'keep', 'scalar' or 'per_output'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_nothing_changes(options, says):
+    la = fitted(BASIC[0], "diag", prior_precision=2.5)
+    with pytest.raises((InputError, UnsupportedError), match=says):
+        la.tune(validation(BASIC[0]), **options)
+    assert (float(la.prior_precision), la.output_temperature, la.tuning_) == (2.5, 1.0, None)
+
+
+def test_validation_data_that_do_not_fit_are_refused():
+    la = fitted(BASIC[0], "diag")
+    x, y = BASIC[0].data()
+    for loader, error, says in (
+        (None, InputError, "val_loader"),
+        ([], InputError, "empty"),
+        ([(x, y + 100)], InputError, "lie in"),
+        ([(x, y[:, None])], ShapeError, "shape"),
+    ):
+        with pytest.raises(error, match=says):
+            la.tune(loader)
+    with pytest.raises(UnsupportedError, match="noise is chosen instead"):
+        fitted(BASIC[1], "diag").tune(validation(BASIC[1]), output_temperature=True)
+
+
+def test_a_failure_while_assigning_brings_all_hyperparameters_back(monkeypatch):
+    la = fitted(BASIC[1], "diag", prior_precision=2.5, sigma_noise=0.4)
+    before = la(BASIC[1].test_inputs())
+
+    def fails(self, value):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(type(la), "sigma_noise", property(type(la).sigma_noise.fget, fails))
+    with pytest.raises(RuntimeError, match="no"):
+        la.tune(validation(BASIC[1]))
+    assert float(la.prior_precision) == 2.5
+    for ours, theirs in zip(la(BASIC[1].test_inputs()), before, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_the_result_prints_as_one_line_and_draws_its_curve(capsys):
+    la = fitted(BASIC[0], "kron")
+    found = la.tune(validation(BASIC[0]), verbose=True)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "prior precision" in out
+    assert "output temperature" in out
+    assert f"MAP {found.candidates['MAP']:.4f}" in out
+    axes = found.plot()
+    assert axes.get_xscale() == "log"
+    assert len(axes.lines[0].get_xdata()) == len(found.points)
+    assert found.value <= float(found.values.min()) + 1e-9
+
+
+def test_the_state_of_tuning_survives_copies():
+    import copy
+    import pickle
+
+    la = fitted(BASIC[0], "diag")
+    la.tune(validation(BASIC[0]))
+    for other in (copy.deepcopy(la), pickle.loads(pickle.dumps(la))):
+        assert other.tuning_.value == la.tuning_.value

@@ -1,0 +1,108 @@
+"""Products of derivatives, in factors and from features, against Jacobians written out."""
+
+import pytest
+import torch
+
+from laplace.curvature import AutogradGGN
+from laplace.errors import UnsupportedError
+from laplace.gp.linearized import DifferenceTangents, block_points, tangents
+from laplace.gp.tangents import WrittenTangents
+from laplace.gp.whole_network import product
+from laplace.predictive import JacobianLinearization
+from laplace.predictive.pairs import compare
+from tests.cases import named as case_named
+from tests.gp.samples import F64, WHOLE, Situation, columns_for, last_layer, situation, whole_network
+from tests.networks import named
+from tests.tools import LargestTensor, assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+LAST = ("classification", "no_bias_regression", "positions_regression", "image_positions")
+SITUATIONS = [*[("whole", name) for name in WHOLE], *[("written", "mlp"), ("written", "positions")], *[("last", name) for name in LAST]]  # fmt: skip
+everywhere = pytest.mark.parametrize(("kind", "name"), SITUATIONS)
+
+
+def build(kind: str, name: str) -> Situation:
+    return situation(case_named(name)) if kind == "last" else situation(named(name), written=kind == "written")
+
+
+@everywhere
+def test_products_are_those_of_jacobians(kind, name):
+    here = build(kind, name)
+    found, J, Z = tangents(here.inputs, F64), here.J, here.Z
+    directions = torch.randn(3, J.shape[-1])
+    assert_close(found.times(directions), J @ directions.T, "J v")
+    assert_close(found.cross(here.points), J @ Z.T, "J Zᵀ")
+    kernel = J.flatten(0, 1) @ J.flatten(0, 1).T
+    assert_close(found.joint(), kernel, "J Jᵀ across rows")
+    assert_close(found.covariance(), J @ J.mT, "J Jᵀ")
+    assert_close(found.variance(), (J @ J.mT).diagonal(dim1=1, dim2=2), "its diagonal")
+
+
+@everywhere
+def test_points_are_rows_of_the_jacobian(kind, name):
+    here = build(kind, name)
+    weights, rows = torch.randn(3, len(here.Z)), torch.randn(4, here.Z.shape[1])
+    assert here.points.n_points == len(here.Z)
+    assert_close(here.points.gram(), here.Z @ here.Z.T, "kernel")
+    assert_close(here.points.combine(weights), weights @ here.Z, "combinations")
+    assert_close(here.points.against(rows), rows @ here.Z.T, "products with rows")
+
+
+@everywhere
+def test_written_jacobians_give_the_same(kind, name):
+    here = build(kind, name)
+    found, expected = WrittenTangents(here.J), tangents(here.inputs, F64)
+    for method in ("variance", "covariance", "joint"):
+        assert_close(getattr(found, method)(), getattr(expected, method)(), method)
+    assert_close(found.cross(here.points), expected.cross(here.points))
+
+
+def test_pairs_are_differences():
+    case = case_named("preferences")
+    x = case.data(n_rows=3, shift=2)[0]
+    inputs = compare(last_layer(case, x))
+    J = case.problem().jacobian(x).flatten(1, 2)
+    J = torch.stack([J[:, 0] - J[:, 1], torch.zeros_like(J[:, 0])], 1)
+    found = tangents(inputs, F64)
+    assert isinstance(found, DifferenceTangents)
+    directions = torch.randn(3, J.shape[-1])
+    assert_close(found.times(directions), J @ directions.T)
+    assert_close(found.covariance(), J @ J.mT)
+    assert_close(found.variance(), J.square().sum(-1))
+    assert_close(found.joint(), J.flatten(0, 1) @ J.flatten(0, 1).T)
+
+
+def test_points_of_a_back_end_without_directions_are_the_same():
+    network = named("mlp")
+    x = network.data(n_rows=4, shift=3)[0]
+    inputs, whole = whole_network(network, x, written=True), whole_network(network, x)
+    columns = columns_for(inputs.f)
+
+    class OneByOne:
+        """Only what every back end gives."""
+
+        n_columns_at_once = 2
+        columns = inputs.derivatives.columns
+
+    slow = JacobianLinearization(inputs.f, OneByOne(), inputs.evaluate, inputs.theta)
+    for ours, theirs in zip(block_points(slow, columns, F64), block_points(whole, columns, F64), strict=True):
+        assert_close(ours.dense(), theirs.dense())
+
+
+def test_kernels_in_factors_need_no_memory_of_jacobians():
+    model = torch.nn.Sequential(torch.nn.Linear(500, 500), torch.nn.Tanh(), torch.nn.Linear(500, 3))
+    derivatives = AutogradGGN(model, "classification").derivatives(torch.randn(40, 500))
+    one_hot = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).to(F64)
+    inputs = JacobianLinearization(derivatives.f, derivatives, lambda theta: theta, torch.zeros(()))
+    with LargestTensor() as largest:
+        blocks = block_points(inputs, one_hot.argmax(1), F64)
+        kernel = product(blocks, blocks)[0]
+    assert kernel.shape == (40, 40)
+    assert largest.numel < 252003, largest.operation  # one row of J: 40 of them are never written out
+
+
+def test_other_linearizations_are_refused():
+    whole = whole_network(named("mlp"), named("mlp").data()[0])
+    without = JacobianLinearization(whole.f, None, whole.evaluate, whole.theta)
+    with pytest.raises(UnsupportedError, match="no derivatives"):
+        tangents(without, F64)
