@@ -1,7 +1,7 @@
 """Bayesian predictions from a network that is already trained.
 
-Fit a Laplace approximation at the weights the network has, of its last layer or of all its weights, and get calibrated
-probabilities, error bars, samples and the evidence.
+Fit a Laplace approximation at the weights the network has, of its last layer, of all its weights or of chosen ones,
+and get calibrated probabilities, error bars, samples and the evidence.
 """
 
 from laplace.baselaplace import (
@@ -40,6 +40,7 @@ from laplace.lllaplace import (
     LLLaplace,
     LowRankLLLaplace,
 )
+from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 # Last: each shares its name with the module it lives in, which it stands before from here on.
 from laplace.laplace import Laplace  # isort: skip
@@ -56,10 +57,12 @@ __all__ = [
     "BlockDiagLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
+    "DiagSubnetLaplace",
     "EKFACLLLaplace",
     "EKFACLaplace",
     "FullLLLaplace",
     "FullLaplace",
+    "FullSubnetLaplace",
     "FunctionalApproximation",
     "FunctionalLLLaplace",
     "FunctionalLaplace",
@@ -76,6 +79,7 @@ __all__ = [
     "ParametricLaplace",
     "PredType",
     "PriorStructure",
+    "SubnetLaplace",
     "SubsetOfWeights",
     "TuningMethod",
     "VaLLA",

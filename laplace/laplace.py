@@ -33,6 +33,7 @@ from laplace.lllaplace import (
     KronLLLaplace,
     LowRankLLLaplace,
 )
+from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
@@ -47,6 +48,8 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = 
     (SubsetOfWeights.LAST_LAYER, HessianStructure.BLOCKDIAG): BlockDiagLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.EKFAC): EKFACLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.LOWRANK): LowRankLLLaplace,
+    (SubsetOfWeights.SUBNETWORK, HessianStructure.FULL): FullSubnetLaplace,
+    (SubsetOfWeights.SUBNETWORK, HessianStructure.DIAG): DiagSubnetLaplace,
 }
 """Which class implements which combination."""
 
@@ -79,13 +82,14 @@ def Laplace(
     likelihood
         ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     subset_of_weights
-        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), or ``"all"`` that require a
-        gradient (and a backward pass for each output of a datum).
+        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), ``"all"`` that require a
+        gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).
     hessian_structure
         How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"``, ``"ekfac"`` or
-        ``"lowrank"``; ``"gp"``: not at all, the posterior is one over functions.
+        ``"lowrank"`` (a subnetwork has ``"full"`` and ``"diag"``); ``"gp"``: not at all, the posterior is one over
+        functions.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace``, ``BaseLaplace``, ``ELLA`` and ``VaLLA``.
+        Further arguments of the estimator, see ``LLLaplace``, ``SubnetLaplace``, ``BaseLaplace``, ``ELLA``, ``VaLLA``.
     functional_approximation
         With ``hessian_structure="gp"``: what the posterior is made of, a subset of the data (``"sod"``, which needs
         ``n_subset=``), Nyström features (``"nystrom"``: ``ELLA``) or inducing points (``"variational"``: ``VaLLA``).

@@ -95,6 +95,10 @@ class LowRankLaplace(ParametricLaplace):
     def _fit_options(self) -> dict[str, Any]:
         return {**super()._fit_options(), "truncation": self._truncation}
 
+    @property
+    def _refitted_type(self) -> type[AbstractCurvature]:
+        return LowRankCurvature.choosing(self._truncation)
+
     def _choices(self) -> dict[str, Any]:
         chosen = {"rank": self._truncation.rank, "captured_trace": self._truncation.captured_trace}
         return {**super()._choices(), **chosen}

@@ -51,7 +51,7 @@ class ParametricLaplace(TunedPosterior):
         """
         self._options(PredType.NN, n_samples=n_samples, generator=generator)
         with torch.no_grad():
-            return self.mean + self._frozen_posterior.sample(n_samples, generator)
+            return self._fitted.mean + self._frozen_posterior.sample(n_samples, generator)
 
     def functional_variance(self, Js: Tensor) -> Float[Tensor, "batch outputs outputs"]:
         """Covariance of the linearized outputs at each input, ``J Σ Jᵀ``, in output units squared.

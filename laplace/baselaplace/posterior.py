@@ -42,6 +42,11 @@ class WeightPosterior(RandomWeights):
         """Options of the structure's ``accumulate``."""
         return dict(self._asdl_fisher_kwargs)
 
+    @property
+    def _refitted_type(self) -> type[AbstractCurvature]:
+        """The structure, with the choices of this object, as tuning fits it again."""
+        return self.curvature_type
+
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     @linalg.lasting
@@ -171,7 +176,8 @@ class WeightPosterior(RandomWeights):
         """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
         subset = self._select_parameters()
         if subset is not None:
-            self.curvature_type.check_memory(subset.parameters, self._dtype)
+            tensors = subset.parameters if subset.choice is None else [subset.vector()]
+            self.curvature_type.check_memory(tensors, self._dtype)
 
     @property
     def _head_bias(self) -> bool | None:
@@ -269,7 +275,7 @@ class WeightPosterior(RandomWeights):
         quadratic = -0.5 * self.square_norm(value)
         if not normalized:
             return quadratic
-        return quadratic + 0.5 * (self.log_det_posterior_precision - self.n_params * math.log(2 * math.pi))
+        return quadratic + 0.5 * (self.log_det_posterior_precision - len(self._fitted.mean) * math.log(2 * math.pi))
 
     def square_norm(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
         """(θ − θ*)ᵀ A (θ − θ*) with A the posterior precision.
@@ -288,7 +294,7 @@ class WeightPosterior(RandomWeights):
         ShapeError
             If P differs from the number of random weights.
         """
-        mean = self.mean
+        mean = self._fitted.mean
         if value.shape[-1:] != mean.shape:
             msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
             raise ShapeError(msg)
@@ -304,7 +310,7 @@ class WeightPosterior(RandomWeights):
     @property
     def scatter(self) -> Scalar:
         """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
-        return self._prior.scatter(self.mean)
+        return self._prior.scatter(self._fitted.mean)
 
     @property
     def log_det_prior_precision(self) -> Scalar:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from laplace.baselaplace.base import BaseLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
+from laplace.errors import UnsupportedError
 from laplace.network import ParameterSubset, WholeNetwork
-from laplace.network.parameters import split_sizes
 from laplace.predictive import JacobianLinearization, Linearization
 from laplace.prior import GaussianPrior
 from laplace.types import Inputs
@@ -87,8 +87,18 @@ class RandomWeights(BaseLaplace):
 
     # -- back end and outputs -----------------------------------------------------------------------------------------
 
+    def _chosen_indices(self) -> dict[str, Tensor]:
+        """What a back end is told about single weights."""
+        return {}
+
     def _make_backend(self) -> CurvatureInterface:
         options = dict(self._backend_kwargs)
+        if "subnetwork_indices" in options:
+            msg = (
+                "backend_kwargs cannot hold subnetwork_indices: pass them to the estimator, "
+                'Laplace(..., subset_of_weights="subnetwork", subnetwork_indices=...).'
+            )
+            raise UnsupportedError(msg)
         if self._curvature_dtype is not None:
             options.setdefault("curvature_dtype", self._curvature_dtype)
         if not self._last_layer:
@@ -99,6 +109,7 @@ class RandomWeights(BaseLaplace):
             last_layer=self._last_layer,
             dict_key_x=self.dict_key_x,
             dict_key_y=self.dict_key_y,
+            **self._chosen_indices(),
             **options,
         )
         self._check_backend(backend)
@@ -131,12 +142,10 @@ class RandomWeights(BaseLaplace):
         fit = self.__dict__.get("_fit")
         if fit is None:
             return
-        for parameter, fitted in zip(self.params, split_sizes(fit.mean, self._prior.sizes), strict=True):
-            if not torch.equal(parameter.detach().reshape(-1).to(fitted), fitted):
-                which = "weights of the last layer" if self._last_layer else "random weights"
-                msg = (
-                    f"The {which} have changed since fit: predictions are centered at the new ones, their uncertainty "
-                    "belongs to the old ones. Fit again."
-                )
-                warnings.warn(msg, UserWarning, stacklevel=4)
-                return
+        if not self._known_parameters("fit").equals(fit.mean):
+            which = "weights of the last layer" if self._last_layer else "random weights"
+            msg = (
+                f"The {which} have changed since fit: predictions are centered at the new ones, their uncertainty "
+                "belongs to the old ones. Fit again."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""Curvature of all weights from a recorded forward pass: one backward pass a column of the output Hessian's root.
+"""Curvature from a recorded forward pass: one backward pass a column of the output Hessian's root.
 
 ``H = Σ J Λ Jᵀ = Σ (J r)(J r)ᵀ`` over data and columns r of the root of Λ. Columns are taken a few at a time, so that
 memory is bounded by activations, never by outputs times weights.
@@ -35,7 +35,7 @@ MANY_COLUMNS = 1000
 
 
 class AllWeightsEngine:
-    """Curvature and Jacobians of all weights from recorded passes.
+    """Curvature and Jacobians of all or of chosen weights from recorded passes.
 
     Parameters
     ----------
@@ -73,8 +73,7 @@ class AllWeightsEngine:
             # Keywords travel with the inputs, so that single rows get their own.
             lambda rows: self.backend.outputs(rows[0], **rows[1]),
             differentiable((x, model_kwargs)),
-            self.network.subset.parameters,
-            self.network.names,
+            self.network.subset,
             self.network.constants,
             count_rows(x),
             self.memory,
@@ -246,8 +245,7 @@ def full(recording: Recording, columns: list[Tensor]) -> Float[Tensor, "params p
 
 def zeros(recording: Recording) -> Float[Tensor, " params"]:
     """No curvature."""
-    n_params = sum(parameter.numel() for parameter in recording.parameters)
-    return torch.zeros(n_params, dtype=recording.dtype, device=recording.f.device)
+    return torch.zeros(recording.subset.n_params, dtype=recording.dtype, device=recording.f.device)
 
 
 def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:

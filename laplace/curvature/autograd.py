@@ -1,7 +1,7 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
 Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass a batch),
-backward passes to the outputs of layers for all weights (``curvature/all_weights.py``).
+backward passes to the outputs of layers for all or for chosen weights (``curvature/all_weights.py``).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class AutogradInterface(CurvatureInterface):
     """Our own engines, given the output Hessian of the kind of curvature."""
 
     finds_last_layer: ClassVar[bool] = True
+    subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
     _reduce = False
 
     @cached_property
@@ -188,7 +189,8 @@ class AutogradHessian(AutogradInterface):
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
         """Kronecker factors are there for the last layer only."""
-        return super().can(structure, subset) and (structure, subset) != (HessianStructure.KRON, SubsetOfWeights.ALL)
+        last_layer = subset is SubsetOfWeights.LAST_LAYER
+        return super().can(structure, subset) and (last_layer or structure is not HessianStructure.KRON)
 
     def _loss(self, x: Inputs, y: Tensor) -> Tensor:
         """The loss with its graph."""
@@ -200,7 +202,8 @@ class AutogradHessian(AutogradInterface):
     def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
         """The loss and the rows of its Hessian."""
         loss = self._loss(x, y)
-        return loss, hessian_rows(loss, self.params)
+        assert self.network is not None, "all or chosen weights are random"
+        return loss, hessian_rows(loss, self.network.subset)
 
 
 class AutogradEF(AutogradInterface, EFInterface):

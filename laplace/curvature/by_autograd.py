@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.utils._pytree import tree_map
 
 from laplace.errors import ShapeError
+from laplace.network.parameters import ParameterSubset
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 from laplace.types import Inputs, Jacobians
 
@@ -124,25 +125,26 @@ def hessian_products(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Te
     return products
 
 
-def hessian_rows(loss: Tensor, parameters: Sequence[Tensor]) -> Iterator[Float[Tensor, " params"]]:
+def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor, " params"]]:
     """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
 
     Parameters
     ----------
     loss
         A number with its graph.
-    parameters
-        In which to differentiate.
+    subset
+        The weights in which to differentiate.
 
     Yields
     ------
     ``[P]``, P of them.
     """
-    products, n_params = hessian_products(loss, parameters), sum(parameter.numel() for parameter in parameters)
-    for start in range(0, n_params, ROWS_AT_ONCE):
-        directions = parameters[0].new_zeros(min(ROWS_AT_ONCE, n_params - start), n_params)
-        directions.diagonal(start).fill_(1)
-        yield from products(directions)
+    products, first = hessian_products(loss, subset.parameters), subset.parameters[0]
+    n_all = sum(parameter.numel() for parameter in subset.parameters)
+    for some in subset.restrict(torch.arange(n_all, device=first.device)).split(ROWS_AT_ONCE):
+        directions = first.new_zeros(len(some), n_all)
+        directions.scatter_(1, some.unsqueeze(1), 1)
+        yield from map(subset.restrict, products(directions))
 
 
 def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:

@@ -30,7 +30,7 @@ class Capabilities:
     )
     """Structures this back end can provide."""
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
-    """Choices of random weights it can provide them for."""
+    """Choices of random weights it can provide them for; a subnetwork is stored full or diagonal in any case."""
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
     """Likelihoods it knows."""
     finds_last_layer: ClassVar[bool] = False
@@ -86,7 +86,9 @@ class Capabilities:
         structure, subset
             Which ones.
         """
-        return structure in cls.structures and subset in cls.subsets
+        whole_groups = subset is not SubsetOfWeights.SUBNETWORK
+        needs_no_groups = structure in (HessianStructure.FULL, HessianStructure.DIAG)
+        return structure in cls.structures and subset in cls.subsets and (whole_groups or needs_no_groups)
 
     def provides(self, structure: HessianStructure) -> bool:
         """Whether it provides a structure for the chosen weights.

@@ -42,7 +42,7 @@ class CurvatureInterface(Capabilities, ABC):
     last_layer
         Only the weights of the last layer are random.
     subnetwork_indices
-        Indices of the random weights among all of them.
+        The random weights, as positions in ``parameters_to_vector(model.parameters())``; P is then their number.
     dict_key_x, dict_key_y
         Entries of mapping inputs that hold inputs and targets.
     curvature_dtype
@@ -52,6 +52,8 @@ class CurvatureInterface(Capabilities, ABC):
     ------
     UnsupportedError
         If the likelihood, or the choice of weights, is not available in this back end.
+    InputError
+        If ``subnetwork_indices`` are not valid.
     """
 
     def __init__(
@@ -69,12 +71,17 @@ class CurvatureInterface(Capabilities, ABC):
         self.subset = SubsetOfWeights.LAST_LAYER if last_layer else SubsetOfWeights.ALL
         if subnetwork_indices is not None:
             self.subset = SubsetOfWeights.SUBNETWORK
+        if last_layer and subnetwork_indices is not None:
+            msg = "last_layer=True and subnetwork_indices are two choices of random weights: give one of them."
+            raise UnsupportedError(msg)
         self._check_capabilities()
         if last_layer and not isinstance(model, FeatureExtractor):
             msg = f"With last_layer=True the model must be a FeatureExtractor; got {type(model).__name__}."
             raise UnsupportedError(msg)
         self.model: Any = model  # a FeatureExtractor with last_layer
-        self.network = None if last_layer else WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        self.network: WholeNetwork | None = None
+        if not last_layer:
+            self.network = WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y, indices=subnetwork_indices)
         self.n_outputs: int | None = None
         """C, once the model has run."""
         self.last_layer = last_layer
@@ -102,7 +109,7 @@ class CurvatureInterface(Capabilities, ABC):
 
     @property
     def params(self) -> list[Tensor]:
-        """The random parameters."""
+        """The random parameters: of a subnetwork, those that hold one of its weights."""
         if self.network is not None:
             return list(self.network.subset.parameters)
         layer = self._head
@@ -213,11 +220,11 @@ class CurvatureInterface(Capabilities, ABC):
 
         Notes
         -----
-        Exact. Memory O(rows · outputs · P); models that ``vmap`` cannot run raise its errors.
+        Exact. Memory O(rows · outputs · weights of ``params``); models that ``vmap`` cannot run raise its errors.
         """
         with torch.set_grad_enabled(enable_backprop):
             J, f = by_functorch(self.outputs, self.model, self.params, x)
-            return self._widen(J), self._widen(f)
+            return self._restrict(self._widen(J)), self._widen(f)
 
     def selected_output_jacobians(
         self, x: Inputs, outputs: Int[Tensor, "batch ..."], enable_backprop: bool = False
@@ -265,7 +272,9 @@ class CurvatureInterface(Capabilities, ABC):
         J, f = self.jacobians(x, enable_backprop)
         shape = self.outputs(x).shape
         n_columns = f.numel() // shape[0]
-        return WrittenOut(f.reshape(shape), J.reshape(shape[0], n_columns, -1), tuple(p.numel() for p in self.params))
+        chosen = self.subset is SubsetOfWeights.SUBNETWORK
+        sizes = (J.shape[-1],) if chosen else tuple(p.numel() for p in self.params)
+        return WrittenOut(f.reshape(shape), J.reshape(shape[0], n_columns, -1), sizes)
 
     def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss.
@@ -381,6 +390,10 @@ class CurvatureInterface(Capabilities, ABC):
         if self.loss_by_output and isinstance(self.output_likelihood, GaussianLikelihood):
             return self.output_likelihood.nll_of_outputs(positions.f, positions.y)
         return self.output_likelihood.nll(positions.f, positions.y)
+
+    def _restrict(self, values: Tensor) -> Tensor:
+        """Of values for the weights of ``params``, along the last axis, those of random ones."""
+        return values if self.network is None else self.network.subset.restrict(values)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise when a method gets options that this back end does not read."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, flat, outputs_of_known, private_head
-from laplace.enums import HessianStructure, Likelihood
+from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import differentiable, rows_of
@@ -35,6 +35,8 @@ from laplace.types import Inputs, Jacobians
 
 class PackageInterface(CurvatureInterface):
     """A back end whose curvature another package computes; see ``CurvatureInterface`` for the parameters.
+
+    Of a subnetwork the package computes the parameter tensors that hold a chosen weight; the others are frozen to it.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class PackageInterface(CurvatureInterface):
         {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
     )
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset({Likelihood.CLASSIFICATION, Likelihood.REGRESSION})
+    subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
     takes_positions: ClassVar[bool] = False
     differentiable_in_x: ClassVar[bool] = False
 
@@ -87,12 +90,13 @@ class PackageInterface(CurvatureInterface):
         """Loss ``[]`` and dense curvature ``[P, P]`` of a batch, by the package."""
         FullCurvature.check_memory(self.params, self._compute_dtype)
         with self._private(x, y, HessianStructure.FULL, kwargs) as (loss, batch):
-            return loss, self._full(batch) if len(batch.y) else batch.zeros(2)
+            matrix = self._full(batch) if len(batch.y) else batch.zeros(2)
+            return loss, self._restrict(self._restrict(matrix).mT).mT
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch, by the package."""
         with self._private(x, y, HessianStructure.DIAG, kwargs) as (loss, batch):
-            return loss, self._diag(batch) if len(batch.y) else batch.zeros(1)
+            return loss, self._restrict(self._diag(batch) if len(batch.y) else batch.zeros(1))
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors by the package; the inputs' side divided by ``N`` (1 for raw sums)."""
@@ -136,14 +140,14 @@ class PackageInterface(CurvatureInterface):
             if self._check_is_due():
                 mix = mixing(batch.f)
                 self._compare(x, batch.datum, torch.einsum("nc,ncp->np", mix, J), mix)
-            return J, batch.f
+            return self._restrict(J), batch.f
 
     def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
         with self._private(x, y, None) as (loss, batch):
             if not len(batch.y):
-                return batch.zeros(1).repeat(batch.n_data, 1), loss
-            return batch.sum_positions(self._gradients(batch)), loss
+                return self._restrict(batch.zeros(1).repeat(batch.n_data, 1)), loss
+            return self._restrict(batch.sum_positions(self._gradients(batch))), loss
 
     # -- what it can take ---------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class PrivateBatch:
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """The random weights of the copy, in public order."""
+        """The parameters of the copy that hold random weights, in public order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @cached_property
@@ -91,9 +91,11 @@ class PrivateNetwork(nn.Module):
     def __init__(self, network: WholeNetwork, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = structural_copy(network.model, dtype)
-        keys = {"dict_key_x": network.dict_key_x, "dict_key_y": network.dict_key_y}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in network.names)
+        twin = WholeNetwork(self.model, dict_key_x=network.dict_key_x, dict_key_y=network.dict_key_y)
         # In a tuple, so that its submodules are not registered a second time.
-        self._network = (WholeNetwork(self.model, **keys),)
+        self._network = (twin,)
 
     def forward(self, x: Inputs) -> Tensor:
         """Outputs."""

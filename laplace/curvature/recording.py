@@ -25,13 +25,15 @@ from laplace.curvature.row_by_row import along, dense, row_by_row
 from laplace.curvature.tape import Call, Tape, row_view, transposed_view
 from laplace.errors import UnsupportedError
 from laplace.linalg import CHUNK_ELEMENTS, piece_elements
+from laplace.network.parameters import ParameterSubset
+from laplace.structures.entries import chosen
 from laplace.structures.gather import GatherBlock, looked_up
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
 
 NO_DEPENDENCE = (
-    "The outputs of the model do not depend on any weight that requires a gradient. Unfreeze the weights that should "
-    "be random with requires_grad_(True); is part of forward under torch.no_grad()?"
+    "The outputs of the model do not depend on any weight that is random. Unfreeze the weights that should be with "
+    "requires_grad_(True), or choose others for a subnetwork; is part of forward under torch.no_grad()?"
 )
 
 
@@ -49,7 +51,7 @@ class Recording:
         The model: inputs to outputs ``[batch, *positions, C]``.
     x
         A batch of inputs.
-    parameters, names
+    subset
         The random weights.
     constants
         Other tensors of the model.
@@ -74,8 +76,7 @@ class Recording:
         self,
         run: Callable[[Any], Tensor],
         x: Any,
-        parameters: Sequence[Tensor],
-        names: Sequence[str],
+        subset: ParameterSubset,
         constants: Sequence[Tensor],
         n_rows: int,
         memory: Memory,
@@ -84,7 +85,7 @@ class Recording:
         mask: Bool[Tensor, "batch positions"] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        tape = Tape(parameters, constants, n_rows)
+        tape = Tape(subset.parameters, constants, n_rows)
         with torch.enable_grad(), tape:
             self.outputs = run(x)
         if not self.outputs.requires_grad:
@@ -96,16 +97,14 @@ class Recording:
                     "lost. Use the operation that does not work in place."
                 )
                 raise UnsupportedError(msg)
-        self.run, self.x, self.parameters, self.names = run, x, list(parameters), list(names)
+        self.run, self.x, self.subset, self.parameters = run, x, subset, subset.parameters
         self.create_graph, self.n_rows = create_graph, len(self.outputs)
         self.dtype = dtype or torch.promote_types(self.outputs.dtype, torch.float32)
         self.calls: list[Call] = tape.calls
-        self._tracked = tape.tracked
-        self._opaque = tape.opaque
+        self._tracked, self._opaque = tape.tracked, tape.opaque
         self._memory = memory
         self._kept = Kept(2 * CHUNK_ELEMENTS)
-        self._lookups = tape.lookups
-        self._reorders = tape.reorders
+        self._lookups, self._reorders = tape.lookups, tape.reorders
         self.mask = mask
 
     @property
@@ -287,7 +286,7 @@ class Recording:
 
         Returns
         -------
-        One block a group.
+        One block a group; of chosen weights one or more, in their order.
         """
         slow = self.verdict.slow
         with torch.set_grad_enabled(self.create_graph):
@@ -298,7 +297,8 @@ class Recording:
             )
             for group, block in slowly.items():
                 parts[group] = [block]
-            return [self._combine(blocks, group, len(directions)) for group, blocks in enumerate(parts)]
+            whole = [self._combine(blocks, group, len(directions)) for group, blocks in enumerate(parts)]
+            return chosen(whole, self.subset)
 
     def columns(self, mix: Tensor) -> list[JacobianBlock]:
         """Derivatives of mixtures of the outputs of each datum, the same mixtures for all.

@@ -62,11 +62,11 @@ def _modes_restored(model: nn.Module) -> Generator[None, None, None]:
     finally:
         # A module may do more in train() than set its flag (merge adapters, say): undo it the same way. The flags below
         # are then set one by one, since train() reaches the children, too.
-        for module, training in flags:
-            if module.training is not training:
-                module.train(training)
-        for module, training in flags:
-            module.training = training
+        for module, flag in flags:
+            if module.training is not flag:
+                module.train(flag)
+        for module, flag in flags:
+            module.training = flag
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+
+from laplace.network.choice import Choice, Interleaved
 
 
 @dataclass(frozen=True)
 class ParameterSubset:
-    """The random weights: whole parameter tensors, in the order of ``torch.nn.utils.parameters_to_vector``.
+    """The random weights, in the order of ``torch.nn.utils.parameters_to_vector`` or in that of chosen indices.
 
     Attributes
     ----------
     parameters
-        The parameter tensors themselves; read, never written.
+        The parameter tensors that hold them; read, never written.
+    choice
+        Which of their weights are random; all when ``None``.
     """
 
     parameters: tuple[Tensor, ...]
+    choice: Choice | None = None
 
     @classmethod
     def last_layer(cls, layer: nn.Linear) -> ParameterSubset:
@@ -30,9 +36,32 @@ class ParameterSubset:
         """
         return cls((layer.weight,) if layer.bias is None else (layer.weight, layer.bias))
 
+    @classmethod
+    def indices(cls, model: nn.Module, index: Any) -> ParameterSubset:
+        """Single weights; of the parameter tensors only those that hold one of them are part of the subset.
+
+        Parameters
+        ----------
+        model
+            Any module.
+        index
+            Positions in ``parameters_to_vector(model.parameters())``, in any order, which is that of the subset.
+
+        Raises
+        ------
+        InputError
+            If these are no such positions: of another type or shape, none, out of range, or one twice.
+        UnsupportedError
+            If a weight among them does not require a gradient.
+        """
+        parameters, choice = Choice.of(model, index)
+        return cls(parameters, choice)
+
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of weights in each parameter group."""
+        """Number of random weights in each parameter group."""
+        if self.choice is not None:
+            return self.choice.sizes
         return tuple(parameter.numel() for parameter in self.parameters)
 
     @property
@@ -47,7 +76,39 @@ class ParameterSubset:
 
     def vector(self) -> Float[Tensor, " params"]:
         """A detached copy of the weights as they are now."""
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
+        flat = [parameter.detach().reshape(-1) for parameter in self.parameters]
+        return torch.cat(flat) if self.choice is None else self.choice.gather(flat)
+
+    def at(self, theta: Float[Tensor, " params"]) -> list[Tensor]:
+        """The parameter tensors with other random weights: new tensors, in the shapes and dtypes of the model's.
+
+        Parameters
+        ----------
+        theta
+            The random weights, ``[P]``.
+        """
+        if self.choice is None:
+            flat = split_sizes(theta, self.sizes)
+        else:
+            flat = self.choice.scatter([parameter.detach().reshape(-1) for parameter in self.parameters], theta)
+        return [part.reshape(old.shape).to(old.dtype) for old, part in zip(self.parameters, flat, strict=True)]
+
+    def equals(self, theta: Float[Tensor, " params"]) -> bool:
+        """Whether the weights of the model are those of a vector.
+
+        Parameters
+        ----------
+        theta
+            ``[P]``, maybe in a wider dtype.
+        """
+        if self.choice is not None:
+            return torch.equal(self.vector().to(theta), theta)
+        parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
+        return all(torch.equal(parameter.detach().reshape(-1).to(part), part) for parameter, part in parts)
+
+    def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
+        """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
+        return values if self.choice is None else values[..., self.choice.index]
 
 
 def head_views(
@@ -91,4 +152,6 @@ def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) ->
 
 def expand_groups(values: Float[Tensor, " groups"], sizes: Sequence[int]) -> Float[Tensor, " params"]:
     """Repeat one value a parameter group to one value a weight."""
+    if isinstance(sizes, Interleaved):
+        return values[sizes.groups]
     return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

@@ -1,4 +1,7 @@
-"""A model all of whose weights may be random (``subset_of_weights="all"``): how it is evaluated, also at others."""
+"""A model whose weights are random, all of them or chosen ones: how it is evaluated, also at other weights.
+
+``subset_of_weights="all"`` and ``"subnetwork"`` lead here.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from torch import Tensor, nn
 
 from laplace.errors import UnsupportedError
 from laplace.network.batches import arguments, call, output_tensor
-from laplace.network.parameters import ParameterSubset, split_sizes
+from laplace.network.parameters import ParameterSubset
 from laplace.types import Inputs
 
 
 class WholeNetwork:
-    """A model and its weights that require a gradient: these are the random ones.
+    """A model and its random weights: those that require a gradient, or chosen ones among them.
 
     Parameters
     ----------
@@ -23,14 +26,25 @@ class WholeNetwork:
         The trained network; read, never written. It returns a tensor, or a mapping with the entry ``logits``.
     dict_key_x, dict_key_y
         Entries of a mapping input that hold the main input and the targets.
+    indices
+        Which weights are random, see ``ParameterSubset.indices``; all that require a gradient when ``None``.
 
     Raises
     ------
     UnsupportedError
-        If no weight requires a gradient.
+        If no weight requires a gradient, or a chosen one does not.
+    InputError
+        If ``indices`` are not valid.
     """
 
-    def __init__(self, model: nn.Module, *, dict_key_x: str = "input_ids", dict_key_y: str = "labels") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        indices: Any = None,
+    ) -> None:
         self.model = unwrap(model)
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
@@ -41,15 +55,17 @@ class WholeNetwork:
                 "random with requires_grad_(True)."
             )
             raise UnsupportedError(msg)
-        self.names = tuple(name for name, _ in named)
-        self.subset = ParameterSubset(tuple(parameter for _, parameter in named))
+        whole = ParameterSubset(tuple(parameter for _, parameter in named))
+        self.subset = whole if indices is None else ParameterSubset.indices(self.model, indices)
+        touched = {id(parameter) for parameter in self.subset.parameters}
+        self.names = tuple(name for name, parameter in named if id(parameter) in touched)
 
     @property
     def constants(self) -> list[Tensor]:
-        """Tensors of the model that are not random: frozen weights and buffers."""
+        """Tensors of the model without random weights: other parameters and buffers."""
         random = {id(parameter) for parameter in self.subset.parameters}
-        frozen = [parameter for parameter in self.model.parameters() if id(parameter) not in random]
-        return [*frozen, *self.model.buffers()]
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in random]
+        return [*others, *self.model.buffers()]
 
     def check_still_random(self) -> None:
         """Raise if other weights require a gradient than when this object was made.
@@ -59,8 +75,10 @@ class WholeNetwork:
         UnsupportedError
             If so.
         """
-        now = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        changed = sorted(set(now) ^ set(self.names))
+        now = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.subset.choice is not None:  # other weights than the chosen ones do not matter
+            now &= set(self.names)
+        changed = sorted(now ^ set(self.names))
         if changed:
             msg = (
                 f"requires_grad of {', '.join(map(repr, changed[:3]))} has changed since this object was made, and "
@@ -98,8 +116,7 @@ class WholeNetwork:
         **model_kwargs
             Passed to ``forward``.
         """
-        parts = zip(self.names, self.subset.parameters, split_sizes(theta, self.subset.sizes), strict=True)
-        weights = {name: part.reshape(old.shape).to(old.dtype) for name, old, part in parts}
+        weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
         outputs = torch.func.functional_call(self.model, weights, args, {**kwargs, **model_kwargs})
         return with_output_axis(output_tensor(outputs))

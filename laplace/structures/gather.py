@@ -111,6 +111,20 @@ class GatherBlock(JacobianBlock):
         filled = empty.index_add(1, flat, self.values[:, here])
         return filled.unflatten(1, (last_row - first_row, last - first)).flatten(2)
 
+    def entries(self, rows: slice, index: Int[Tensor, " part"]) -> Float[Tensor, "columns batch part"]:
+        """Looked up: a datum names a token in one pair at most."""
+        first_row, last_row, _ = rows.indices(self.n_rows)
+        token, feature = index // self.shape[1], index % self.shape[1]
+        tokens, which = torch.unique(token, return_inverse=True)
+        place = torch.searchsorted(tokens, self.token).clamp_max(len(tokens) - 1)
+        here = (self.datum >= first_row) & (self.datum < last_row) & (tokens[place] == self.token)
+        pair = self.token.new_full((last_row - first_row, len(tokens)), -1)
+        pair[self.datum[here] - first_row, place[here]] = here.nonzero().flatten()
+        named = pair[:, which]
+        if not len(self.token):  # nothing but padding
+            return self.values.new_zeros(self.n_columns, *named.shape)
+        return self.values[:, named.clamp_min(0), feature] * (named >= 0)
+
     def mix(self, weights: Float[Tensor, "mixtures columns"]) -> GatherBlock:
         """Of the gradients."""
         values, left = (torch.einsum("mq,qnd->mnd", weights, part) for part in (self.values, self.left))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.linalg import piece_elements
@@ -123,6 +123,18 @@ class JacobianBlock(ABC):
             Of the batch; all when ``None``.
         """
         return self.piece(slice(None) if rows is None else rows, slice(None))
+
+    def entries(self, rows: slice, index: Int[Tensor, " part"]) -> Float[Tensor, "columns batch part"]:
+        """J of some rows in some weights; overridden where the others need not be written out.
+
+        Parameters
+        ----------
+        rows
+            Of the batch.
+        index
+            Which weights.
+        """
+        return self.piece(rows, slice(None))[..., index]
 
     def by_column(self) -> Iterator[JacobianBlock]:
         """The block in as many columns at a time as are cheapest to write out together."""

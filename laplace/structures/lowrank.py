@@ -39,6 +39,8 @@ OVERSAMPLING = 10
 FIRST_DIRECTIONS = 32
 """Directions in the first pass when a share of the trace is asked for; twice as many in each later one."""
 
+TIE = 1e-3
+"""Eigenvalues that differ by less, relatively, are equal."""
 DEFAULT_SHARE = 0.95
 """Of the trace that the eigenpairs hold, if nothing else is asked for."""
 
@@ -85,7 +87,11 @@ class Truncation:
         assert trace is not None, "refused before"
         share = self.share * (1 - 100 * torch.finfo(trace.dtype).eps)
         enough = values[:n_positive].cumsum(0) >= share * trace.to(values)
-        return int(enough.int().argmax()) + 1 if bool(enough.any()) else None
+        if not bool(enough.any()):
+            return None
+        # Equal eigenvalues (as of outputs that share their curvature) have no order: all of them or none.
+        last = values[int(enough.int().argmax())]
+        return min(n_positive, int((values >= last * (1 - TIE)).sum()))
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,23 @@ class LowRankCurvature(AbstractCurvature):
     orthonormal: bool = True
 
     name: ClassVar[HessianStructure] = HessianStructure.LOWRANK
+    default: ClassVar[Truncation] = Truncation()
+    """How many eigenpairs are kept where nothing is said."""
+
+    @classmethod
+    def choosing(cls, truncation: Truncation) -> type[LowRankCurvature]:
+        """The same structure with another default.
+
+        Parameters
+        ----------
+        truncation
+            How many eigenpairs are kept.
+        """
+
+        class Chosen(cls):
+            default: ClassVar[Truncation] = truncation
+
+        return Chosen
 
     @classmethod
     def from_batch(
@@ -134,7 +157,7 @@ class LowRankCurvature(AbstractCurvature):
         cls,
         backend: SupportsCurvature,
         batches: Iterable[tuple[Any, Tensor]],
-        truncation: Truncation = Truncation(),
+        truncation: Truncation | None = None,
         **options: Any,
     ) -> tuple[Tensor, LowRankCurvature] | None:
         """Leading eigenpairs, in several passes over the data.
@@ -146,7 +169,7 @@ class LowRankCurvature(AbstractCurvature):
         batches
             Inputs and targets; they are read several times, or once and their features several times.
         truncation
-            How many eigenpairs are kept.
+            How many eigenpairs are kept; ``default`` when ``None``.
         **options
             Passed to the back end.
 
@@ -163,6 +186,7 @@ class LowRankCurvature(AbstractCurvature):
         it takes, with twice as many directions in each. One pass is exact where the directions span all weights. The
         random numbers are the same in every call, and no generator of the user moves.
         """
+        chosen = truncation or cls.default
         data = backend.repeatable(batches, cls.name)
         noise = torch.Generator().manual_seed(0)
         basis: Tensor | None = None
@@ -172,9 +196,9 @@ class LowRankCurvature(AbstractCurvature):
             nonlocal basis
             if basis is None:
                 like = backend.zeros()
-                basis = extended(None, truncation.n_first(len(like)), like, noise)
+                basis = extended(None, chosen.n_first(len(like)), like, noise)
             nll, products, trace = backend.lowrank(x, y, basis, **options)
-            if trace is None and truncation.rank is None:
+            if trace is None and chosen.rank is None:
                 msg = (
                     "This curvature may be indefinite, so that no share of its trace can be asked for: pass rank=, the "
                     "number of eigenpairs to keep."
@@ -193,15 +217,15 @@ class LowRankCurvature(AbstractCurvature):
             products, trace = total[1][0], total[1][1] if len(total[1]) > 1 else None
             require_finite(bool(torch.isfinite(products).all()))
             values, vectors = ritz(basis, products)
-            n_kept = truncation.n_kept(values, trace)
+            n_kept = chosen.n_kept(values, trace)
             n_params, n_found = basis.shape
-            if n_found == n_params or (n_kept is not None and (truncation.rank is None or n_passes == N_PASSES)):
+            if n_found == n_params or (n_kept is not None and (chosen.rank is None or n_passes == N_PASSES)):
                 break
-            wanted = n_found if truncation.rank is not None else min(n_params, 2 * n_found)
+            wanted = n_found if chosen.rank is not None else min(n_params, 2 * n_found)
             basis = extended(products, wanted, products[:, 0], noise)
         kept = slice(0, truncation_or_all(n_kept, values))
         # The largest may be zero where the data say nothing; none is negative.
-        found = cls(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, truncation, n_passes)
+        found = LowRankCurvature(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, chosen, n_passes)
         return first_nll, found
 
     @classmethod

@@ -113,6 +113,19 @@ class ProductBlock(JacobianBlock):
             return (half if outer is None else outer.T @ half).flatten(2)
         return J.flatten(2)
 
+    def entries(self, rows: slice, index: Int[Tensor, " part"]) -> Float[Tensor, "columns batch part"]:
+        """The pairs of an output and an input that belong to these weights, a bounded number at a time."""
+        if self._rotated:
+            return super().entries(rows, index)
+        left = self.left[:, rows].transpose(2, 3).flatten(3)
+        right = self.right[rows].transpose(1, 2).flatten(2)
+        i, o = self.right.shape[3], self.left.shape[4]
+        row, column = index // self.shape[1], index % self.shape[1]
+        outputs, inputs = (row // i * o + column, row) if self.transposed else (row, row // o * i + column)
+        step = max(1, piece_elements(left.device) // max(1, left.shape[:3].numel()))
+        pairs = zip(outputs.split(step), inputs.split(step), strict=True)
+        return torch.cat([(left[..., first] * right[..., second]).sum(2) for first, second in pairs], -1)
+
     def mix(self, weights: Float[Tensor, "mixtures columns"]) -> ProductBlock:
         """Of the gradients."""
         return replace(self, left=torch.einsum("mq,q...->m...", weights, self.left))

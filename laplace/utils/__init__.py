@@ -13,6 +13,15 @@ from laplace.enums import (
 from laplace.linalg import block_diag, diagonal_add_scalar, invsqrt_precision, kron, symeig
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.sampler import SoDSampler
+from laplace.network.scoremask import (
+    LargestMagnitudeSubnetMask,
+    LargestVarianceDiagLaplaceSubnetMask,
+    LargestVarianceSWAGSubnetMask,
+    RandomSubnetMask,
+    ScoreBasedSubnetMask,
+)
+from laplace.network.subnetmask import LastLayerSubnetMask, ModuleNameSubnetMask, ParamNameSubnetMask, SubnetMask
+from laplace.network.swag import fit_diagonal_swag_var
 from laplace.predictive.gaussian import normal_samples
 from laplace.prior import expand_prior_precision, fix_prior_prec_structure, parameters_per_layer
 from laplace.structures import Kron, KronDecomposed
@@ -24,17 +33,27 @@ __all__ = [
     "HessianStructure",
     "Kron",
     "KronDecomposed",
+    "LargestMagnitudeSubnetMask",
+    "LargestVarianceDiagLaplaceSubnetMask",
+    "LargestVarianceSWAGSubnetMask",
+    "LastLayerSubnetMask",
     "Likelihood",
     "LinkApprox",
+    "ModuleNameSubnetMask",
+    "ParamNameSubnetMask",
     "PredType",
     "PriorStructure",
+    "RandomSubnetMask",
     "RunningNLLMetric",
+    "ScoreBasedSubnetMask",
     "SoDSampler",
+    "SubnetMask",
     "SubsetOfWeights",
     "TuningMethod",
     "block_diag",
     "diagonal_add_scalar",
     "expand_prior_precision",
+    "fit_diagonal_swag_var",
     "fix_prior_prec_structure",
     "get_nll",
     "invsqrt_precision",

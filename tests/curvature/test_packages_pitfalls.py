@@ -12,6 +12,7 @@ from laplace import Laplace, curvature
 from laplace.curvature import BACKENDS, AutogradEF, AutogradGGN, AutogradHessian, by_autograd
 from laplace.curvature.package import PackageInterface
 from laplace.errors import UnsupportedError
+from laplace.network.parameters import ParameterSubset
 from tests.contracts import model_untouched
 from tests.networks import Applied
 from tests.tools import assert_close
@@ -193,5 +194,5 @@ def test_a_hessian_under_inference_mode_and_of_a_loss_that_is_linear():
     with torch.inference_mode():
         assert_close(AutogradHessian(model, "classification").full(x, y)[1], expected)
     weight = torch.randn(3, requires_grad=True)
-    rows = list(by_autograd.hessian_rows((weight * torch.ones(3)).sum(), [weight]))
+    rows = list(by_autograd.hessian_rows((weight * torch.ones(3)).sum(), ParameterSubset((weight,))))
     assert_close(torch.stack(rows), torch.zeros(3, 3))
