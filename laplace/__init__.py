@@ -9,11 +9,14 @@ from laplace.baselaplace import (
     LLELLA,
     BaseFunctionalLaplace,
     BaseLaplace,
+    BlockDiagLaplace,
     DiagLaplace,
+    EKFACLaplace,
     FullLaplace,
     FunctionalLaplace,
     KronLaplace,
     LLVaLLA,
+    LowRankLaplace,
     ParametricLaplace,
     VaLLA,
 )
@@ -27,7 +30,16 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
+from laplace.lllaplace import (
+    BlockDiagLLLaplace,
+    DiagLLLaplace,
+    EKFACLLLaplace,
+    FullLLLaplace,
+    FunctionalLLLaplace,
+    KronLLLaplace,
+    LLLaplace,
+    LowRankLLLaplace,
+)
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 # Last: each shares its name with the module it lives in, which it stands before from here on.
@@ -41,9 +53,13 @@ __all__ = [
     "LLELLA",
     "BaseFunctionalLaplace",
     "BaseLaplace",
+    "BlockDiagLLLaplace",
+    "BlockDiagLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
     "DiagSubnetLaplace",
+    "EKFACLLLaplace",
+    "EKFACLaplace",
     "FullLLLaplace",
     "FullLaplace",
     "FullSubnetLaplace",
@@ -58,6 +74,8 @@ __all__ = [
     "Laplace",
     "Likelihood",
     "LinkApprox",
+    "LowRankLLLaplace",
+    "LowRankLaplace",
     "ParametricLaplace",
     "PredType",
     "PriorStructure",

@@ -12,25 +12,42 @@ from laplace.baselaplace import (
     ELLA,
     LLELLA,
     BaseLaplace,
+    BlockDiagLaplace,
     DiagLaplace,
+    EKFACLaplace,
     FullLaplace,
     FunctionalLaplace,
     KronLaplace,
     LLVaLLA,
+    LowRankLaplace,
     VaLLA,
 )
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.lllaplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
+from laplace.lllaplace import (
+    BlockDiagLLLaplace,
+    DiagLLLaplace,
+    EKFACLLLaplace,
+    FullLLLaplace,
+    FunctionalLLLaplace,
+    KronLLLaplace,
+    LowRankLLLaplace,
+)
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
     (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.BLOCKDIAG): BlockDiagLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.EKFAC): EKFACLaplace,
+    (SubsetOfWeights.ALL, HessianStructure.LOWRANK): LowRankLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.FULL): FullLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.KRON): KronLLLaplace,
     (SubsetOfWeights.LAST_LAYER, HessianStructure.DIAG): DiagLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.BLOCKDIAG): BlockDiagLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.EKFAC): EKFACLLLaplace,
+    (SubsetOfWeights.LAST_LAYER, HessianStructure.LOWRANK): LowRankLLLaplace,
     (SubsetOfWeights.SUBNETWORK, HessianStructure.FULL): FullSubnetLaplace,
     (SubsetOfWeights.SUBNETWORK, HessianStructure.DIAG): DiagSubnetLaplace,
 }
@@ -68,8 +85,9 @@ def Laplace(
         Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), ``"all"`` that require a
         gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).
     hessian_structure
-        How their curvature is stored: ``"full"``, ``"kron"`` or ``"diag"`` (a subnetwork has no ``"kron"``); ``"gp"``:
-        not at all, the posterior is one over functions.
+        How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"``, ``"ekfac"`` or
+        ``"lowrank"`` (a subnetwork has ``"full"`` and ``"diag"``); ``"gp"``: not at all, the posterior is one over
+        functions.
     *args, **kwargs
         Further arguments of the estimator, see ``LLLaplace``, ``SubnetLaplace``, ``BaseLaplace``, ``ELLA``, ``VaLLA``.
     functional_approximation

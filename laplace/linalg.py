@@ -204,6 +204,28 @@ def eigh(
     return torch.where(values <= 8 * resolution * largest, 0.0, values), vectors
 
 
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """Float64, but on a device that does not have it.
+
+    Parameters
+    ----------
+    like
+        A tensor on the device.
+    """
+    return like.dtype if like.device.type == "mps" else torch.float64
+
+
+def is_diagonal(matrix: Float[Tensor, "n n"]) -> bool:
+    """Whether all entries beside the diagonal are zero.
+
+    Parameters
+    ----------
+    matrix
+        ``[n, n]``.
+    """
+    return bool((matrix == torch.diag(matrix.diagonal())).all())
+
+
 def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """A square root ``R`` with ``R Rᵀ = matrix`` of a positive semi-definite, possibly singular, batch of matrices.
 

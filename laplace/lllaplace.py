@@ -11,8 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.baselaplace import DiagLaplace, FullLaplace, FunctionalLaplace, KronLaplace, ParametricLaplace
+from laplace.baselaplace import (
+    BlockDiagLaplace,
+    DiagLaplace,
+    EKFACLaplace,
+    FullLaplace,
+    FunctionalLaplace,
+    KronLaplace,
+    LowRankLaplace,
+    ParametricLaplace,
+)
 from laplace.baselaplace.last_layer import LastLayer, as_extractor
+from laplace.baselaplace.lowrank import checked_truncation
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
 from laplace.network import Batch, evaluating, full_precision
@@ -152,6 +162,21 @@ class DiagLLLaplace(LLLaplace, DiagLaplace):
     """
 
 
+class BlockDiagLLLaplace(LLLaplace, BlockDiagLaplace):
+    """Last layer with a dense block each for weight and bias: what correlates the two is dropped.
+
+    O((C D)²) memory, O((C D)³) time to factorize, once. See ``LLLaplace`` for the parameters.
+    """
+
+
+class EKFACLLLaplace(LLLaplace, EKFACLaplace):
+    """Last layer in the eigenbasis of its Kronecker factors, with the exact diagonal there: O(C² + D² + C D) memory.
+
+    The model runs once over the data, whose features are kept between the two passes. See ``LLLaplace`` for the
+    parameters; the prior precision is a scalar or one value each for weight and bias.
+    """
+
+
 class KronLLLaplace(LLLaplace, KronLaplace):
     """Last layer with Kronecker-factored curvature: O(C² + D²) memory.
 
@@ -203,6 +228,62 @@ class KronLLLaplace(LLLaplace, KronLaplace):
             curvature_dtype=curvature_dtype,
         )
         self.damping = damping
+
+
+class LowRankLLLaplace(LLLaplace, LowRankLaplace):
+    """Last layer with the leading eigenpairs of its curvature: O(C D r) memory.
+
+    The model runs once over the data, whose features are kept between passes.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, feature_reduction
+        As in ``LLLaplace``.
+    dict_key_x, dict_key_y, backend, last_layer_name, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
+        As in ``LLLaplace``.
+    rank, captured_trace
+        As in ``LowRankLaplace``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+        rank: int | None = None,
+        captured_trace: float | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            last_layer_name,
+            backend_kwargs,
+            asdl_fisher_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+        self._truncation = checked_truncation(rank, captured_trace)
 
 
 class FunctionalLLLaplace(LastLayer, FunctionalLaplace):

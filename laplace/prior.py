@@ -87,6 +87,14 @@ class GaussianPrior:
             raise UnsupportedError(msg)
         return self.precision.expand(len(self.sizes))
 
+    def groups(self) -> list[GaussianPrior]:
+        """The prior over each parameter group by itself."""
+        per_weight = self.is_per_weight
+        precisions = self.precision.split(self.sizes) if per_weight else self.precision.expand(len(self.sizes)).split(1)
+        means = self.mean.split(self.sizes) if self.mean.numel() > 1 else [self.mean] * len(self.sizes)
+        parts = zip(means, precisions, self.sizes, strict=True)
+        return [GaussianPrior(mean, precision, (size,)) for mean, precision, size in parts]
+
     def logdet(self) -> Scalar:
         """Log |diag(δ)|."""
         if self.is_per_weight:

@@ -249,7 +249,13 @@ CASES = (
 )  # fmt: skip
 BASIC = CASES[:2]
 """One classification and one regression problem, for claims that do not depend on the kind of network."""
-STRUCTURES = ("full", "kron", "diag")
+STRUCTURES = ("full", "kron", "diag", "blockdiag", "ekfac", "lowrank")
+ADDITIVE = tuple(structure for structure in STRUCTURES if structure != "ekfac")
+"""Those whose curvatures of two data sets can be merged."""
+BY_GROUP = ("kron", "ekfac")
+"""Those whose prior precision is one value for all weights or one a parameter group."""
+EVERYTHING = {"lowrank": {"captured_trace": 1.0}}
+"""Options with which a structure holds all that it can; low rank is then the dense matrix."""
 
 
 def named(name: str) -> Case:

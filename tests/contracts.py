@@ -65,19 +65,24 @@ def check_curvature(first: Any, second: Any, union: Tensor, dense: tuple[Tensor,
     assert_close(second.merge(first).to_dense(), union, "merge in the other order")
     assert_close(first.to_dense(), dense[0], "dense after merge: curvatures are immutable")
     assert_close(second.to_dense(), dense[1], "dense after merge: curvatures are immutable")
+    check_scaling(first, dense[0], prior)
 
-    matrix = first.to_dense()
+
+def check_scaling(curvature: Any, dense: Tensor, prior: Any) -> None:
+    """A curvature is `dense`; its multiples and posteriors are those of `dense`."""
+    assert_close(curvature.to_dense(), dense, "dense")
+    matrix = curvature.to_dense()
     assert_close(matrix, matrix.T, "symmetry")
     assert torch.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.abs().max(), "a sum of outer products"
 
     factor = torch.tensor(1.7, requires_grad=True)
-    assert_close((first * factor).to_dense(), 1.7 * dense[0], "multiple")
-    precision = (first * factor).posterior(prior)
+    assert_close((curvature * factor).to_dense(), 1.7 * dense, "multiple")
+    precision = (curvature * factor).posterior(prior)
     P0 = prior.diagonal().diag()
-    assert_close(precision.to_dense(), 1.7 * dense[0] + P0, "posterior precision")
+    assert_close(precision.to_dense(), 1.7 * dense + P0, "posterior precision")
     (slope,) = torch.autograd.grad(precision.logdet(), factor)
-    assert_close(slope, ((1.7 * dense[0] + P0).inverse() @ dense[0]).trace(), "derivative of the log-determinant")
-    check_precision(precision, 1.7 * dense[0] + P0)
+    assert_close(slope, ((1.7 * dense + P0).inverse() @ dense).trace(), "derivative of the log-determinant")
+    check_precision(precision, 1.7 * dense + P0)
 
 
 def check_precision(precision: Any, dense: Tensor, *, n_outputs: int | None = None, bias: bool = True) -> None:
@@ -184,6 +189,31 @@ def check_backend(backend: Any, case: Case, *, fisher: bool) -> None:
     gradients, loss = backend.gradients(x, y)
     assert_close(gradients, problem.gradients(), "gradients")
     assert_close(loss, problem.nll(), "loss")
+
+
+def check_columns(backend: Any, case: Case, *, fisher: bool) -> None:
+    """What is made of columns: diagonal blocks, the diagonal in a basis, products and the trace."""
+    problem = case.problem()
+    (x, y), H = case.data(), problem.empirical_fisher() if fisher else problem.ggn()
+    blocks = problem.groups(H)
+    loss, found = backend.blockdiag(x, y)
+    assert_close(loss, problem.nll(), "loss")
+    for ours, exact in zip(found, blocks, strict=True):
+        assert_close(ours, exact, "diagonal block")
+
+    shapes = [tuple(problem.model.get_parameter(name).shape) for name in case.names]
+    bases = [[torch.linalg.qr(torch.randn(n, n, generator=generator(9)))[0] for n in shape] for shape in shapes]
+    loss, found = backend.ekfac(x, y, bases, shapes)
+    assert_close(loss, problem.nll(), "loss")
+    for ours, exact, sides in zip(found, blocks, bases, strict=True):
+        Q = torch.kron(*sides) if len(sides) == 2 else sides[0]
+        assert_close(ours.flatten(), (Q.T @ exact @ Q).diagonal(), "diagonal in a basis")
+
+    V = torch.randn(len(H), 3, generator=generator(10))
+    loss, products, trace = backend.lowrank(x, y, V)
+    assert_close(loss, problem.nll(), "loss")
+    assert_close(products, H @ V, "products")
+    assert_close(trace, H.trace(), "trace")
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from laplace import Laplace
 from tests import reference
-from tests.cases import BASIC, STRUCTURES, Case
+from tests.cases import ADDITIVE, BASIC, EVERYTHING, STRUCTURES, Case
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
+additive_structures = pytest.mark.parametrize("structure", ADDITIVE)
 basic_cases = pytest.mark.parametrize("case", BASIC, ids=str)
 PREDICTIONS = {
     "classification": ({}, {"link_approx": "mc"}, {"link_approx": "bridge"}, {"link_approx": "bridge_norm"}, {"link_approx": "mc", "joint": True}, {"pred_type": "nn"}),
@@ -25,7 +26,12 @@ PREDICTIONS = {
 def estimator(case: Case, structure: str, model: nn.Module | None = None, **options: Any) -> Any:
     """A last-layer approximation of a case, not fitted."""
     model = case.model() if model is None else model
-    return Laplace(model, case.likelihood, hessian_structure=structure, **{**case.laplace_options(), **options})
+    return Laplace(
+        model,
+        case.likelihood,
+        hessian_structure=structure,
+        **{**case.laplace_options(), **EVERYTHING.get(structure, {}), **options},
+    )
 
 
 def fitted(case: Case, structure: str, model: nn.Module | None = None, **options: Any) -> Any:
@@ -47,6 +53,11 @@ def everything(la: Any, case: Case) -> list[Tensor]:
 
 def dense(matrix: Any) -> Tensor:
     """Whatever a structure calls H or the posterior precision, as a matrix."""
+    if isinstance(matrix, tuple):  # of low rank: (U, eigenvalues), or that and the diagonal of the prior
+        (U, values), delta = matrix if isinstance(matrix[0], tuple) else (matrix, None)
+        return (U * values) @ U.T + (0 if delta is None else delta.diag())
+    if isinstance(matrix, list):
+        return torch.block_diag(*matrix)
     if hasattr(matrix, "to_matrix"):
         return matrix.to_matrix()
     return matrix.diag() if matrix.dim() == 1 else matrix

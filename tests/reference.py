@@ -191,7 +191,26 @@ class Problem:
         if structure == "kron":
             return self.kron(fisher=fisher)
         H = self.empirical_fisher() if fisher else self.ggn()
-        return H if structure == "full" else H.diagonal().diag()
+        if structure == "blockdiag":
+            return torch.block_diag(*self.groups(H))
+        if structure == "ekfac":
+            return self.ekfac(H, fisher=fisher)
+        return H if structure in ("full", "lowrank") else H.diagonal().diag()
+
+    def groups(self, H: Tensor) -> list[Tensor]:
+        """The diagonal blocks of a matrix, one a parameter."""
+        sizes, start, blocks = [self.model.get_parameter(name).numel() for name in self.names], 0, []
+        for size in sizes:
+            blocks.append(H[start : start + size, start : start + size])
+            start += size
+        return blocks
+
+    def ekfac(self, H: Tensor, *, fisher: bool = False) -> Tensor:
+        """Last layer only: the diagonal of H in the eigenbasis of its Kronecker factors, as a dense matrix."""
+        G, A = (torch.linalg.eigh(factor)[1] for factor in self.factors(fisher=fisher))
+        bases = [torch.kron(G, A), *[G] * (len(self.names) - 1)]
+        pairs = zip(bases, self.groups(H), strict=True)
+        return torch.block_diag(*(Q @ (Q.T @ block @ Q).diagonal().diag() @ Q.T for Q, block in pairs))
 
     def damped_kron_precision(self, scale: float, deltas: Tensor, *, fisher: bool = False) -> Tensor:
         """Weight block (sqrt(s) G + sqrt(d)) x (sqrt(s) A + sqrt(d)), bias block s G + d; one d a parameter."""

@@ -10,7 +10,7 @@ from laplace.baselaplace import checkpoint
 from laplace.curvature import AutogradEF
 from laplace.tuning import problem
 from laplace.utils import RunningNLLMetric, validate
-from tests.cases import BASIC, named
+from tests.cases import ADDITIVE, BASIC, named
 from tests.contracts import model_untouched
 from tests.estimators import basic_cases, estimator, every_structure, everything, fitted
 from tests.tools import assert_close, assert_same
@@ -76,7 +76,7 @@ def requests(la, case) -> dict:
         "predictive samples": lambda: la.predictive_samples(x, "nn", 3),
         "variances": lambda: la.functional_variance_fast(x),
         "fit": lambda: la.fit(batches),
-        "fit more": lambda: la.fit(batches, override=False),
+        "fit more": lambda: la.fit(batches, override=la.curvature_type.name.value not in ADDITIVE),
         "grid search": lambda: la.optimize_prior_precision(**grid),
         "validate": lambda: validate(la, batches, lambda *results: 0.0),
     }
@@ -128,7 +128,7 @@ def test_a_loader_may_break_after_any_batch(case, structure, k):
     before, batches = everything(la, case), case.batches(3, 3)
     for consume in (
         la.fit,
-        lambda loader: la.fit(loader, override=False),
+        lambda loader: la.fit(loader, override=structure not in ADDITIVE),
         lambda loader: la.fit(loader, progress_bar=False),
         lambda loader: la.optimize_prior_precision(method="gridsearch", val_loader=loader),
         lambda loader: validate(la, loader, lambda *results: 0.0),

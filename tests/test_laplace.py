@@ -7,7 +7,9 @@ from laplace import (
     ELLA,
     LLELLA,
     BaseFunctionalLaplace,
+    BlockDiagLLLaplace,
     DiagLLLaplace,
+    EKFACLLLaplace,
     FullLLLaplace,
     FunctionalApproximation,
     HessianStructure,
@@ -15,6 +17,7 @@ from laplace import (
     Laplace,
     Likelihood,
     LLVaLLA,
+    LowRankLLLaplace,
     SubsetOfWeights,
     VaLLA,
 )
@@ -22,7 +25,14 @@ from laplace.errors import UnsupportedError
 from laplace.laplace import ESTIMATORS
 from tests.cases import BASIC
 
-CLASSES = {"full": FullLLLaplace, "kron": KronLLLaplace, "diag": DiagLLLaplace}
+CLASSES = {
+    "full": FullLLLaplace,
+    "kron": KronLLLaplace,
+    "diag": DiagLLLaplace,
+    "blockdiag": BlockDiagLLLaplace,
+    "ekfac": EKFACLLLaplace,
+    "lowrank": LowRankLLLaplace,
+}
 
 
 @pytest.mark.parametrize(("structure", "cls"), CLASSES.items())
@@ -73,7 +83,10 @@ def test_further_arguments_reach_the_estimator():
             {"subset_of_weights": "subnetwork"},
             r"no estimator for subset_of_weights='subnetwork'.*\('last_layer', 'kron'\)",
         ),
-        ({"hessian_structure": "lowrank"}, r"hessian_structure='lowrank'.*\('last_layer', 'full'\)"),
+        (
+            {"subset_of_weights": "subnetwork", "hessian_structure": "ekfac"},
+            r"hessian_structure='ekfac'.*\('last_layer', 'full'\)",
+        ),
         ({"functional_approximation": "nystrom"}, "functional_approximation='nystrom' needs"),
         ({"functional_approximation": "none"}, "functional_approximation must be one of 'sod'"),
     ],

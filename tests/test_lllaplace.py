@@ -6,21 +6,27 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from laplace import (
+    BlockDiagLaplace,
+    BlockDiagLLLaplace,
     DiagLaplace,
     DiagLLLaplace,
+    EKFACLaplace,
+    EKFACLLLaplace,
     FullLaplace,
     FullLLLaplace,
     KronLaplace,
     KronLLLaplace,
     Laplace,
     LLLaplace,
+    LowRankLaplace,
+    LowRankLLLaplace,
     ParametricLaplace,
 )
 from laplace.curvature import AutogradEF
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.network import FeatureExtractor
 from tests import reference
-from tests.cases import BASIC, Net, named
+from tests.cases import BASIC, EVERYTHING, Net, named
 from tests.contracts import generator, model_untouched
 from tests.estimators import (
     PREDICTIONS,
@@ -40,11 +46,18 @@ from tests.tools import assert_close
 
 @pytest.mark.parametrize(
     ("cls", "structure", "base"),
-    [(FullLLLaplace, "full", FullLaplace), (KronLLLaplace, "kron", KronLaplace), (DiagLLLaplace, "diag", DiagLaplace)],
+    [
+        (FullLLLaplace, "full", FullLaplace),
+        (KronLLLaplace, "kron", KronLaplace),
+        (DiagLLLaplace, "diag", DiagLaplace),
+        (BlockDiagLLLaplace, "blockdiag", BlockDiagLaplace),
+        (EKFACLLLaplace, "ekfac", EKFACLaplace),
+        (LowRankLLLaplace, "lowrank", LowRankLaplace),
+    ],
 )
 @basic_cases
 def test_the_classes_can_be_constructed_by_themselves(case, cls, structure, base):
-    la = cls(case.model(), case.likelihood, **case.laplace_options())
+    la = cls(case.model(), case.likelihood, **case.laplace_options(), **EVERYTHING.get(structure, {}))
     assert isinstance(la, (LLLaplace, base))
     assert issubclass(cls, LLLaplace)
     assert issubclass(cls, base)
@@ -114,7 +127,7 @@ def test_a_wrong_layer_lists_the_candidates(structure):
 def test_a_feature_extractor_may_be_given_as_the_model(structure):
     case = named("average")
     extractor = FeatureExtractor(case.model(), "head", feature_reduction="average")
-    la = Laplace(extractor, case.likelihood, hessian_structure=structure)
+    la = Laplace(extractor, case.likelihood, hessian_structure=structure, **EVERYTHING.get(structure, {}))
     la.fit(case.batches(4))
     assert_close(dense(la.posterior_precision), posterior(case, structure))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laplace import Laplace
 from laplace.errors import InputError, NumericalWarning
 from tests import reference
-from tests.cases import BASIC, STRUCTURES, Net
+from tests.cases import BASIC, EVERYTHING, STRUCTURES, Net
 from tests.contracts import generator
 from tests.estimators import basic_cases, dense, estimator, every_structure, evidence, outputs_and_covariance, posterior
 from tests.tools import assert_close
@@ -32,7 +32,7 @@ def flat(result: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
 
 def fit(model: nn.Module, x: Tensor, y: Tensor, structure: str, **options):
     likelihood = "regression" if y.is_floating_point() else "classification"
-    la = Laplace(model, likelihood, hessian_structure=structure, **options)
+    la = Laplace(model, likelihood, hessian_structure=structure, **{**EVERYTHING.get(structure, {}), **options})
     la.fit([(x[:3], y[:3]), (x[3:], y[3:])] if len(x) > 3 else [(x, y)])
     return la
 

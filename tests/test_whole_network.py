@@ -11,13 +11,14 @@ from laplace import Laplace
 from laplace.curvature import GGNInterface
 from laplace.tuning import cached
 from tests import reference
+from tests.cases import EVERYTHING
 from tests.contracts import generator, model_untouched
-from tests.estimators import PREDICTIONS, dense, every_structure
+from tests.estimators import PREDICTIONS, additive_structures, dense, every_structure
 from tests.networks import Network, frozen, named
 from tests.tools import LargestTensor, assert_close, assert_covariance_of, assert_within
 
 NAMES = ("mlp", "mlp_regression", "conv2d", "positions", "embedding", "encoder", "conv1d_depthwise", "tied_layers")
-DENSE = {"full", "diag"}
+DENSE = {"full", "diag", "blockdiag", "lowrank"}
 networks = pytest.mark.parametrize("name", NAMES)
 basic = pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -27,6 +28,7 @@ SIGMA, DELTA = 0.7, 1.3
 def fitted(network: Network, structure: str, model=None, **options):
     noise = {"sigma_noise": SIGMA} if network.likelihood == "regression" else {}
     model = network.model() if model is None else model
+    options = {**EVERYTHING.get(structure, {}), **options}
     la = Laplace(model, network.likelihood, "all", structure, prior_precision=DELTA, **noise, **options)
     x, y = network.data()
     la.fit([(x[:2], y[:2]), (x[2:], y[2:])])
@@ -164,12 +166,12 @@ def test_damping_survives_to_the_predictions(name):
     assert_close(la(x), reference.probit(f, reference.output_covariance(J, P)))
 
 
-@every_structure
+@additive_structures
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "encoder"])
 def test_two_fits_add_up_to_the_fit_of_all_data(name, structure):
     network, model = named(name), named(name).model()
     whole, (x, y) = fitted(network, structure, model), network.data()
-    parts = Laplace(model, network.likelihood, "all", structure, prior_precision=DELTA)
+    parts = Laplace(model, network.likelihood, "all", structure, prior_precision=DELTA, **EVERYTHING.get(structure, {}))
     parts.fit([(x[:1], y[:1])])
     parts.fit([(x[1:], y[1:])], override=False)
     assert_close(dense(parts.posterior_precision), dense(whole.posterior_precision))
@@ -204,7 +206,8 @@ def test_only_weights_that_require_a_gradient_are_random(structure):
     network = named("mlp")
     model = frozen(network.model(), "0")
     la, x = fitted(network, structure, model), inputs(network)
-    head = Laplace(model, "classification", "last_layer", structure, prior_precision=DELTA)
+    options = EVERYTHING.get(structure, {})
+    head = Laplace(model, "classification", "last_layer", structure, prior_precision=DELTA, **options)
     head.fit([network.data()])
     assert la.n_params == head.n_params == 15
     assert_close(la(x), head(x))
@@ -276,7 +279,7 @@ def test_low_precision_models_work_in_float32_at_least(dtype, structure):
     model, x = network.model(), inputs(network)
     expected = fitted(network, structure, model)(x)
     low, (x_low, (data, y)) = network.model().to(dtype), (x.to(dtype), network.data())
-    la = Laplace(low, network.likelihood, "all", structure, prior_precision=DELTA)
+    la = Laplace(low, network.likelihood, "all", structure, prior_precision=DELTA, **EVERYTHING.get(structure, {}))
     la.fit([(data.to(dtype), y)])
     assert la.mean.dtype == torch.float32
     found = la(x_low)
@@ -302,7 +305,7 @@ class ByHand(GGNInterface):
         return self.functorch_jacobians(x, enable_backprop)
 
 
-@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("structure", ["full", "diag", "blockdiag", "lowrank"])
 @basic
 def test_a_back_end_that_gives_jacobians_is_enough(name, structure):
     network, model = named(name), named(name).model()
@@ -317,7 +320,7 @@ def test_a_back_end_that_gives_jacobians_is_enough(name, structure):
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["diag", "kron"])
+@pytest.mark.parametrize("structure", ["diag", "kron", "ekfac"])
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_nothing_of_the_size_of_a_jacobian_is_made(structure, likelihood):
     """P > 50,000: the largest tensor of fit and prediction is far below batch x outputs x weights."""
@@ -346,7 +349,7 @@ def test_nothing_of_the_size_of_a_jacobian_is_made(structure, likelihood):
 def test_reward_modeling_of_a_whole_network(structure):
     scores = Net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     pairs, y = torch.randn(6, 2, 3), torch.randint(2, (6,))
-    la = Laplace(scores, "reward_modeling", "all", structure, prior_precision=DELTA)
+    la = Laplace(scores, "reward_modeling", "all", structure, prior_precision=DELTA, **EVERYTHING.get(structure, {}))
     la.fit([(pairs[:2], y[:2]), (pairs[2:], y[2:])])
     problem = reference.Problem(
         Net, lambda m, x: m(x), tuple(n for n, _ in Net.named_parameters()), pairs[:, 0], y, "regression", 1
@@ -355,8 +358,9 @@ def test_reward_modeling_of_a_whole_network(structure):
     gap = (scores(pairs[:, 0]) - scores(pairs[:, 1])).detach()
     p, d = gap.sigmoid(), first - second
     H = (d * p * (1 - p)).T @ d
+    meanings = {"diag": H.diagonal().diag(), "blockdiag": torch.block_diag(*problem.groups(H))}
     if structure in DENSE:
-        assert_close(dense(la.H), H if structure == "full" else H.diagonal().diag())
+        assert_close(dense(la.H), meanings.get(structure, H))
     P = (la.H_facs.to_matrix() if structure == "kron" else dense(la.H)) + DELTA * torch.eye(la.n_params)
     new = torch.randn(3, 2, 3)
     J = torch.stack([problem.jacobian(new[:, item])[:, 0, 0] for item in (0, 1)], 1)

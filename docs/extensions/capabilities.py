@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from laplace.curvature import CurvatureInterface
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "capabilities.md"
-STRUCTURES = (HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON)
+STRUCTURES = (
+    HessianStructure.FULL,
+    HessianStructure.DIAG,
+    HessianStructure.KRON,
+    HessianStructure.BLOCKDIAG,
+    HessianStructure.EKFAC,
+    HessianStructure.LOWRANK,
+)
+OF_PACKAGES = STRUCTURES[:3]
+"""Those that packages compute."""
 PACKAGES: tuple[type[PackageInterface], ...] = (BackPackInterface, AsdlInterface, CurvlinopsInterface)
 COLUMNS = (
     "`backend=`",
@@ -78,7 +87,7 @@ def layers(package: type[PackageInterface], structure: HessianStructure | None) 
 
 def text() -> str:
     """Both tables."""
-    uses = {"predictions": None, **{structure.value: structure for structure in STRUCTURES}}
+    uses = {"predictions": None, **{structure.value: structure for structure in OF_PACKAGES}}
     known: list[list[str]] = []
     for package in PACKAGES:
         groups: dict[str, list[str]] = {}

@@ -23,7 +23,7 @@ from laplace.enums import Likelihood
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
 from laplace.likelihoods import GaussianLikelihood
-from laplace.network import Batch, evaluating, full_precision, iterate
+from laplace.network import Batch, Passes, evaluating, full_precision, iterate
 from laplace.structures import AbstractCurvature, AbstractPrecision
 from laplace.types import Scalar
 
@@ -37,6 +37,15 @@ class WeightPosterior(RandomWeights):
     def _posterior_options(self) -> dict[str, Any]:
         """Options of the structure's ``posterior``."""
         return {}
+
+    def _fit_options(self) -> dict[str, Any]:
+        """Options of the structure's ``accumulate``."""
+        return dict(self._asdl_fisher_kwargs)
+
+    @property
+    def _refitted_type(self) -> type[AbstractCurvature]:
+        """The structure, with the choices of this object, as tuning fits it again."""
+        return self.curvature_type
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -57,9 +66,11 @@ class WeightPosterior(RandomWeights):
         Raises
         ------
         InputError
-            If the loader is empty, or yields something else than batches or valid targets.
+            If the loader is empty, yields something else than batches or valid targets, or cannot be read as often as
+            the structure needs.
         UnsupportedError
-            If model, likelihood and structure do not fit together.
+            If model, likelihood and structure do not fit together, or ``override=False`` has no meaning for the
+            structure.
         ShapeError
             If outputs, targets or the prior have shapes that do not fit.
 
@@ -68,19 +79,22 @@ class WeightPosterior(RandomWeights):
         The model is left as it was found. When something is raised, so is this object.
         Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
         each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
+        Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a
+        loader that can be read again, with the same data each time.
         """
-        counts = {"data": 0, "positions": 0}
-        with evaluating(self.model):
-            batches = iterate(
-                train_loader,
-                dict_key_y=self.dict_key_y,
-                device=self._device,
-                progress_bar=progress_bar,
-                description="[Fitting]",
-            )
-            batches = self._counted(batches, counts)
-            with self._with_noise_by_output() as shape:
-                learned = self._accumulate(train_loader, batches)
+        counts: dict[str, int] = {}
+        keys: dict[str, Any] = {"dict_key_y": self.dict_key_y, "device": self._device}
+        previous = None if override else self.__dict__.get("_fit")
+        if previous is not None:
+            self.curvature_type.check_merge()
+
+        def read() -> Iterator[Batch]:
+            counts.update(data=0, positions=0)
+            batches = iterate(train_loader, **keys, progress_bar=progress_bar, description="[Fitting]")
+            return self._counted(batches, counts)
+
+        with evaluating(self.model), self._with_noise_by_output() as shape:
+            learned = self._accumulate(train_loader, Passes(train_loader, read))
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
             raise InputError(msg)
@@ -100,17 +114,16 @@ class WeightPosterior(RandomWeights):
             )
             raise ShapeError(msg)
         fit = Fit(mean, curvature, nll.sum(), *numbers, by_output, self._head_bias, shape)
-        previous = None if override else self.__dict__.get("_fit")
         self._fit = fit if previous is None else previous.merge(fit)
         self._hyperparameters_changed()
 
     def _accumulate(
         self,
         train_loader: Iterable[Any],  # noqa: ARG002 - structures that choose data look at its length
-        batches: Iterator[Batch],
+        batches: Iterable[Batch],
     ) -> tuple[Tensor, AbstractCurvature] | None:
         """Negative log-likelihood and curvature of the training data; ``None`` when there are none."""
-        return self.curvature_type.accumulate(self.backend, batches, **self._asdl_fisher_kwargs)
+        return self.curvature_type.accumulate(self.backend, batches, **self._fit_options())
 
     @contextmanager
     def _with_noise_by_output(self) -> Generator[Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -66,7 +66,7 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         super().fit(train_loader, True, progress_bar)
 
     def _accumulate(
-        self, train_loader: Iterable[Any], batches: Iterator[Batch]
+        self, train_loader: Iterable[Any], batches: Iterable[Batch]
     ) -> tuple[Tensor, AbstractCurvature] | None:
         subset = Subset(
             self.n_subset,

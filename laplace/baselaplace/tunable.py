@@ -129,7 +129,7 @@ class TunablePosterior(CheckpointedPosterior):
 
         def refitted(points: Tensor) -> Tensor:
             priors = [problem.prior(point) for point in points.split(1)]
-            arguments = head, score, priors, likelihood, self.curvature_type, fresh
+            arguments = head, score, priors, likelihood, self._refitted_type, fresh
             if method is TuningMethod.LOO:
                 return tuning.refitted_leave_one_out_scores(*arguments, **common)
             dealt = torch.Generator().manual_seed(seed)  # the same folds for all of the grid

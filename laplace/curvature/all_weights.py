@@ -7,7 +7,7 @@ memory is bounded by activations, never by outputs times weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from laplace.curvature import columns as by_columns
 from laplace.curvature import kfac
 from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.interface import Basis
 from laplace.curvature.memory import Memory
 from laplace.curvature.recording import MixedBlock, Recording
 from laplace.errors import PerformanceWarning, UnsupportedError
@@ -93,6 +95,26 @@ class AllWeightsEngine:
         """Loss ``[]`` and Kronecker factors, raw sums."""
         with self._columns(x, y) as (loss, recording, columns):
             return loss, kron(recording, columns, self.network, reduce=self.reduce)
+
+    def blockdiag(self, x: Inputs, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of each group, ``[p, p]``."""
+        with self._columns(x, y) as (loss, recording, columns):
+            blocks = (recording.blocks(some) for some in chunks(recording, columns))
+            return loss, by_columns.blockdiag(blocks, self.network.subset.sizes, zeros(recording))
+
+    def ekfac(
+        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal of the curvature in a basis."""
+        with self._columns(x, y) as (loss, recording, columns):
+            blocks = (recording.blocks(some) for some in chunks(recording, columns))
+            return loss, by_columns.ekfac(blocks, basis, shapes, zeros(recording))
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace ``[]``."""
+        with self._columns(x, y) as (loss, recording, columns):
+            blocks = (recording.blocks(some) for some in chunks(recording, columns))
+            return loss, *by_columns.lowrank(blocks, directions.to(recording.dtype), self.network.subset.sizes)
 
     def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""

@@ -6,6 +6,8 @@ backward passes to the outputs of layers for all or for chosen weights (``curvat
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -14,10 +16,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.curvature.all_weights import AllWeightsEngine
-from laplace.curvature.by_autograd import WrittenOut, hessian_rows
+from laplace.curvature.by_autograd import WrittenOut, hessian_products, hessian_rows
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature.interface import Basis
 from laplace.curvature.last_layer_engine import LastLayerEngine
 from laplace.curvature.recording import Recording
+from laplace.curvature.replay import Replay
 from laplace.enums import HessianStructure, KfacApprox, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
 from laplace.structures import Kron
@@ -61,6 +65,31 @@ class AutogradInterface(CurvatureInterface):
         n_data = max(self.count(y), 1)
         counts = [n_data] * len(sums) if sums.counts is None else sums.counts
         return loss, sums.divide_inputs([count * N / n_data for count in counts])
+
+    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of each parameter group: O(rows · Σ p²), for all weights times columns."""
+        self._refuse(kwargs)
+        return self._engine.blockdiag(x, y)
+
+    def ekfac(
+        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass a column."""
+        self._refuse(kwargs)
+        return self._engine.ekfac(x, y, basis, shapes)
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace; O(P k) memory."""
+        self._refuse(kwargs)
+        return self._engine.lowrank(x, y, directions)
+
+    def repeatable(
+        self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
+    ) -> Iterable[tuple[Inputs, Tensor]]:
+        """Of a last layer the features, made in the first pass; else the batches, if they can be read again."""
+        if isinstance(self._engine, LastLayerEngine):
+            return Replay(batches, self._engine.features)
+        return super().repeatable(batches, structure)
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
@@ -130,18 +159,49 @@ class AutogradHessian(AutogradInterface):
             return super().kron(x, y, N, **kwargs)
         raise self.cannot(HessianStructure.KRON)
 
+    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of the Hessian of each parameter group, ``[p, p]``."""
+        if self.last_layer:
+            return super().blockdiag(x, y, **kwargs)
+        self._refuse(kwargs)
+        with torch.inference_mode(False):
+            loss, rows = self._rows(x, y)
+            blocks, start = [], 0
+            for size in (parameter.numel() for parameter in self.params):
+                part = slice(start, start + size)
+                blocks.append(torch.stack([self._widen(row[part]) for row in itertools.islice(rows, size)]))
+                start += size
+            return self._widen(loss.detach()), blocks
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]`` and products of the Hessian with directions ``[P, k]``, a backward pass each.
+
+        For all weights the Hessian may be indefinite, and its trace says nothing about its positive part: ``None``.
+        """
+        if self.last_layer:
+            return super().lowrank(x, y, directions, **kwargs)
+        self._refuse(kwargs)
+        with torch.inference_mode(False):
+            loss = self._loss(x, y)
+            products = hessian_products(loss, self.params)(directions.T)
+            return self._widen(loss.detach()), self._widen(products.detach()).T, None
+
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
         """Kronecker factors are there for the last layer only."""
         last_layer = subset is SubsetOfWeights.LAST_LAYER
         return super().can(structure, subset) and (last_layer or structure is not HessianStructure.KRON)
 
-    def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Any]:
-        """The loss and the rows of its Hessian."""
+    def _loss(self, x: Inputs, y: Tensor) -> Tensor:
+        """The loss with its graph."""
         # Attention in a form that has second derivatives.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             positions = self.positions(self.outputs(differentiable(x)), y)
-            loss = self.output_likelihood.nll(positions.f, positions.y)
+            return self.output_likelihood.nll(positions.f, positions.y)
+
+    def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """The loss and the rows of its Hessian."""
+        loss = self._loss(x, y)
         assert self.network is not None, "all or chosen weights are random"
         return loss, hessian_rows(loss, self.network.subset)
 

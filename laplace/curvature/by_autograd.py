@@ -86,6 +86,45 @@ def select_outputs(
     return J.gather(1, chosen.unsqueeze(-1).expand(-1, -1, J.shape[-1])), f
 
 
+def hessian_products(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Products with the second derivative of a loss, a backward pass each: many at once where PyTorch can.
+
+    Parameters
+    ----------
+    loss
+        A number with its graph.
+    parameters
+        In which to differentiate.
+
+    Returns
+    -------
+    A function from directions ``[k, P]`` to products ``[k, P]``.
+    """
+    assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+    def rows(directions: Tensor, *, together: bool) -> Tensor:
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": together}
+        found = torch.autograd.grad(flat, parameters, directions, **options)
+        n = len(directions) if together else 1
+        empty = [directions.new_zeros(n, parameter.numel()) for parameter in parameters]
+        return torch.cat([zero if g is None else g.reshape(n, -1) for g, zero in zip(found, empty, strict=True)], 1)
+
+    if not flat.requires_grad:  # a loss that is linear in the weights
+        return lambda directions: torch.zeros_like(directions, dtype=flat.dtype)
+    together = can_batch(rows, flat)
+
+    def products(directions: Tensor) -> Tensor:
+        directions = directions.to(flat.dtype)
+        if together:
+            return torch.cat([rows(some, together=True) for some in directions.split(ROWS_AT_ONCE)])
+        return torch.cat([rows(one, together=False) for one in directions])
+
+    return products
+
+
 def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor, " params"]]:
     """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
 
@@ -100,28 +139,12 @@ def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor
     ------
     ``[P]``, P of them.
     """
-    parameters = subset.parameters
-    assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-
-    def rows(directions: Tensor, *, together: bool) -> Tensor:
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": together}
-        found = torch.autograd.grad(flat, parameters, directions, **options)
-        n = len(directions) if together else 1
-        empty = [directions.new_zeros(n, parameter.numel()) for parameter in parameters]
-        return torch.cat([zero if g is None else g.reshape(n, -1) for g, zero in zip(found, empty, strict=True)], 1)
-
-    if not flat.requires_grad:  # a loss that is linear in the weights
-        yield from flat.new_zeros(subset.n_params, 1).expand(-1, subset.n_params)
-        return
-    together = can_batch(rows, flat)
-    for some in subset.restrict(torch.arange(len(flat), device=flat.device)).split(ROWS_AT_ONCE):
-        directions = flat.new_zeros(len(some), len(flat))
+    products, first = hessian_products(loss, subset.parameters), subset.parameters[0]
+    n_all = sum(parameter.numel() for parameter in subset.parameters)
+    for some in subset.restrict(torch.arange(n_all, device=first.device)).split(ROWS_AT_ONCE):
+        directions = first.new_zeros(len(some), n_all)
         directions.scatter_(1, some.unsqueeze(1), 1)
-        found = rows(directions, together=True) if together else (rows(one, together=False)[0] for one in directions)
-        yield from map(subset.restrict, found)
+        yield from map(subset.restrict, products(directions))
 
 
 def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:

@@ -19,11 +19,18 @@ class Capabilities:
     matrix: ClassVar[str] = "Hessian"
     """Which matrix it computes: back ends of the same one can take each other's place."""
     structures: ClassVar[frozenset[HessianStructure]] = frozenset(
-        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
+        {
+            HessianStructure.FULL,
+            HessianStructure.DIAG,
+            HessianStructure.KRON,
+            HessianStructure.BLOCKDIAG,
+            HessianStructure.EKFAC,
+            HessianStructure.LOWRANK,
+        }
     )
     """Structures this back end can provide."""
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
-    """Choices of random weights it can provide them for; a subnetwork has no Kronecker factors in any case."""
+    """Choices of random weights it can provide them for; a subnetwork is stored full or diagonal in any case."""
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
     """Likelihoods it knows."""
     finds_last_layer: ClassVar[bool] = False
@@ -79,8 +86,9 @@ class Capabilities:
         structure, subset
             Which ones.
         """
-        factors_of_single_weights = (structure, subset) == (HessianStructure.KRON, SubsetOfWeights.SUBNETWORK)
-        return structure in cls.structures and subset in cls.subsets and not factors_of_single_weights
+        whole_groups = subset is not SubsetOfWeights.SUBNETWORK
+        needs_no_groups = structure in (HessianStructure.FULL, HessianStructure.DIAG)
+        return structure in cls.structures and subset in cls.subsets and (whole_groups or needs_no_groups)
 
     def provides(self, structure: HessianStructure) -> bool:
         """Whether it provides a structure for the chosen weights.

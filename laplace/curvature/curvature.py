@@ -7,21 +7,25 @@ log-likelihood at unit noise together with the curvature at unit noise, summed o
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from laplace.curvature.columns import ColumnsInterface, dense_columns
 from laplace.curvature.interface import CurvatureInterface
 from laplace.enums import CurvatureKind, Likelihood
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import OutputHessian, Positions
+from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs
 
 __all__ = ["CurvatureInterface", "EFInterface", "GGNInterface"]
 
 
-class GGNInterface(CurvatureInterface):
+class GGNInterface(ColumnsInterface):
     """Generalized Gauss–Newton matrix ``Σ Jᵀ Λ J``, or the Fisher sampled from the model, from Jacobians.
 
     Parameters
@@ -93,6 +97,13 @@ class GGNInterface(CurvatureInterface):
         loss, J, Lambda = self._jacobians_and_hessians(x, y)
         return loss, torch.einsum("ncp,nck,nkp->p", J, Lambda, J)
 
+    @contextmanager
+    def columns(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Iterator[Sequence[JacobianBlock]]], None, None]:
+        """Loss and ``J r`` for the columns r of roots of Λ, written out, from Jacobians."""
+        loss, J, positions = self._jacobians_and_positions(x, y)
+        columns = torch.einsum("ncq,ncp->qnp", self.output_root(positions), J)
+        yield loss, iter([dense_columns(columns, self._sizes)])
+
     def output_hessian(self, positions: Positions) -> OutputHessian:
         """The likelihood's Hessian, or the mean of ``num_samples`` outer products with that expectation."""
         if not self.stochastic:
@@ -102,17 +113,22 @@ class GGNInterface(CurvatureInterface):
 
     def _jacobians_and_hessians(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, Jacobians and output Hessians of the unmasked positions."""
+        loss, J, positions = self._jacobians_and_positions(x, y)
+        return loss, J, self.output_hessian(positions).dense()
+
+    def _jacobians_and_positions(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Positions]:
+        """Loss, Jacobians and outputs of the unmasked positions."""
         J, f = self.jacobians(x)
         rows = y.reshape(len(f), -1) if y.is_floating_point() else y.reshape(-1)
         positions = self.positions(f, rows)
         return (
             self.output_likelihood.nll(positions.f, positions.y),
             positions.select(J.flatten(1)).unflatten(1, (positions.f.shape[-1], -1)),
-            self.output_hessian(positions).dense(),
+            positions,
         )
 
 
-class EFInterface(CurvatureInterface):
+class EFInterface(ColumnsInterface):
     """Empirical Fisher ``Σ g gᵀ`` with ``g`` the gradient of each datum's negative log-likelihood."""
 
     kind: ClassVar[CurvatureKind] = CurvatureKind.EF
@@ -135,3 +151,9 @@ class EFInterface(CurvatureInterface):
         self._refuse(kwargs)
         gradients, loss = self.gradients(x, y)
         return loss, gradients.square().sum(0)
+
+    @contextmanager
+    def columns(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Iterator[Sequence[JacobianBlock]]], None, None]:
+        """Loss and one column a datum, its gradient."""
+        gradients, loss = self.gradients(x, y)
+        yield loss, iter([dense_columns(gradients.unsqueeze(0), self._sizes)])

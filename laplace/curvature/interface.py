@@ -7,7 +7,8 @@ computes comes with the negative log-likelihood, at unit noise, summed over the 
 from __future__ import annotations
 
 from abc import ABC
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
 from laplace.curvature.capabilities import Capabilities
+from laplace.curvature.replay import check_repeatable
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
@@ -23,6 +25,9 @@ from laplace.network.whole_network import WholeNetwork
 from laplace.structures import Kron
 from laplace.structures.dense_jacobian import head_jacobians
 from laplace.types import Inputs, Jacobians
+
+Basis: TypeAlias = "Sequence[Sequence[Tensor | None]]"
+"""For each parameter group one or two orthogonal matrices; ``None`` is the identity."""
 
 
 class CurvatureInterface(Capabilities, ABC):
@@ -98,6 +103,8 @@ class CurvatureInterface(Capabilities, ABC):
         """
         # A method that is still the interface's only raises.
         missing = getattr(cls, structure.value, None) is vars(CurvatureInterface).get(structure.value)
+        if structure is HessianStructure.EKFAC:
+            missing |= not cls.can(HessianStructure.KRON, subset)
         return super().can(structure, subset) and not missing
 
     @property
@@ -107,6 +114,12 @@ class CurvatureInterface(Capabilities, ABC):
             return list(self.network.subset.parameters)
         layer = self._head
         return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+
+    def zeros(self) -> Float[Tensor, " params"]:
+        """As many zeros as there are random weights, ``[P]``, where curvature is computed and in its precision."""
+        parameters = self.params
+        n_params = sum(parameter.numel() for parameter in parameters)
+        return self._widen(parameters[0].new_zeros(n_params))
 
     @property
     def _head(self) -> nn.Linear:
@@ -305,6 +318,40 @@ class CurvatureInterface(Capabilities, ABC):
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors of a batch; the inputs' side is divided by ``N`` (1 for raw sums)."""
         raise self.cannot(HessianStructure.KRON)
+
+    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of each parameter group, ``[p, p]``, of a batch."""
+        raise self.cannot(HessianStructure.BLOCKDIAG)
+
+    def ekfac(
+        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and, group by group, the diagonal of the curvature in a basis of one or two matrices."""
+        raise self.cannot(HessianStructure.EKFAC)
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace ``[]`` where it is known."""
+        raise self.cannot(HessianStructure.LOWRANK)
+
+    def repeatable(
+        self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
+    ) -> Iterable[tuple[Inputs, Tensor]]:
+        """The same data in a form that can be read several times.
+
+        Parameters
+        ----------
+        batches
+            Inputs and targets.
+        structure
+            Which asks, for messages.
+
+        Raises
+        ------
+        InputError
+            If they can be read once.
+        """
+        check_repeatable(batches, structure)
+        return batches
 
     def output_root(self, positions: Positions) -> Float[Tensor, "rows outputs columns"]:
         """Roots of the output Hessians, ``r rᵀ``.

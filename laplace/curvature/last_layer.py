@@ -9,7 +9,7 @@ All results are sums over rows, in public order: the weight row by row, then the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from laplace.likelihoods import OutputHessian
 from laplace.linalg import CHUNK_ELEMENTS
-from laplace.network.parameters import augment
+from laplace.network.parameters import augment, output_index
 from laplace.structures import Kron
+from laplace.types import Scalar
 
 
 def diag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:
@@ -109,6 +110,133 @@ def full(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool
         # Where the whole diagonal is known it replaces what the outer products left there.
         diagonal.add_(blocks) if hessian.total is None else diagonal.copy_(blocks)
     return public_order(matrix, n_outputs, bias)
+
+
+def blockdiag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> list[Tensor]:
+    """The blocks of weight and bias of ``full``: Σ Λ ⊗ φφᵀ and Σ Λ.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    hessian
+        Output Hessians of the same rows.
+    bias
+        Whether the layer has a bias.
+
+    Returns
+    -------
+    ``[C·D, C·D]``, and ``[C, C]`` with a bias.
+
+    Notes
+    -----
+    Exact blocks. Time O(rows · (C D)²), memory O((C D)²).
+    """
+    weight = full(phi, hessian, bias=False)
+    return [weight, hessian.sum()] if bias else [weight]
+
+
+def ekfac(
+    phi: Float[Tensor, "rows features"],
+    hessian: OutputHessian,
+    bias: bool,
+    basis: Sequence[Sequence[Tensor | None]],
+) -> list[Tensor]:
+    """The diagonal of Σ Λ ⊗ φφᵀ in the basis U ⊗ V, ``Σ (Uᵀ Λ U)_ii (φ V)_j²``, and that of Σ Λ in its own.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    hessian
+        Output Hessians of the same rows.
+    bias
+        Whether the layer has a bias.
+    basis
+        U and V for the weight, U for the bias; ``None`` is the identity.
+
+    Returns
+    -------
+    ``[C, D]``, and ``[C]`` with a bias.
+
+    Notes
+    -----
+    Exact. Time O(rows · (C² + D² + C D)), memory O(rows · (C + D) + C D).
+
+    References
+    ----------
+    George et al. (2018), arXiv:1806.03884.
+    """
+    outer, inner = basis[0]
+    strength = diagonal_in(hessian, outer)
+    weight = strength.T @ (phi if inner is None else phi @ inner).square()
+    return [weight, diagonal_in(hessian, basis[1][0]).sum(0)] if bias else [weight]
+
+
+def diagonal_in(hessian: OutputHessian, basis: Tensor | None) -> Float[Tensor, "rows outputs"]:
+    """Diagonals of Uᵀ Λ U, ``[rows, C]``: two products with ``[C, C]``.
+
+    Parameters
+    ----------
+    hessian
+        Λ for each row.
+    basis
+        U; ``None`` is the identity.
+    """
+    if basis is None:
+        return hessian.diag()
+    parts: list[Tensor] = []
+    if hessian.diagonal is not None:
+        parts.append(hessian.diagonal.expand(-1, hessian.n_outputs) @ basis.square())
+    if hessian.root is not None:
+        parts.append(hessian.sign * (hessian.root.mT @ basis).square().sum(1))
+    # A difference of two sums of squares may come out below zero by rounding.
+    return torch.stack(parts).sum(0).clamp(min=0)
+
+
+def lowrank(
+    phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool, directions: Float[Tensor, "params k"]
+) -> tuple[Float[Tensor, "params k"], Scalar]:
+    """Products (Σ Λ ⊗ φφᵀ) V and the trace, Σ tr Λ · |φ|²: through the outputs, ``Jᵀ (Λ (J V))``.
+
+    Parameters
+    ----------
+    phi
+        Features, ``[rows, D]``.
+    hessian
+        Output Hessians of the same rows.
+    bias
+        Whether the layer has a bias.
+    directions
+        V, ``[P, k]``.
+
+    Returns
+    -------
+    ``[P, k]`` and ``[]``.
+
+    Notes
+    -----
+    Exact. Time O(rows · C · D · k), memory O(P k) beside chunks of rows.
+    """
+    augmented = augment(phi, bias)
+    n_outputs, n_directions = hessian.n_outputs, directions.shape[1]
+    order = output_index(n_outputs, len(directions), bias).to(directions.device)
+    sides = directions[order]  # [C, D, k]
+    total = torch.zeros_like(sides)
+    step = max(1, CHUNK_ELEMENTS // max(1, n_outputs * n_directions))
+    for start in range(0, len(phi), step):
+        rows = slice(start, start + step)
+        moved = torch.einsum("nd,cdk->nck", augmented[rows], sides)
+        weighed = torch.zeros_like(moved)
+        if hessian.diagonal is not None:
+            weighed = hessian.diagonal[rows].unsqueeze(-1) * moved
+        if hessian.root is not None:
+            root = hessian.root[rows]
+            weighed = weighed + hessian.sign * (root @ (root.mT @ moved))
+        total += torch.einsum("nck,nd->cdk", weighed, augmented[rows])
+    products = torch.empty_like(directions)
+    products[order.flatten()] = total.flatten(0, 1)
+    return products, (hessian.diag().sum(1) * augmented.square().sum(1)).sum()
 
 
 def outer_products(

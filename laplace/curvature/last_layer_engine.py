@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace import linalg
+from laplace.curvature import columns as by_columns
 from laplace.curvature import last_layer, pairs
 from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.interface import Basis
+from laplace.curvature.replay import Features
 from laplace.likelihoods import Positions
 from laplace.network.modes import full_precision
 from laplace.structures import FullCurvature, Kron
+from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs
 
 
@@ -53,9 +57,55 @@ class LastLayerEngine:
             hessian = self.backend.output_hessian(positions.to(wide))
             return loss, self._closed_forms.kron(phi.to(wide), hessian, self._has_bias)
 
+    def blockdiag(self, x: Inputs, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the blocks of weight and bias: O(rows · (C D)²)."""
+        with self._rows(x, y) as (loss, phi, positions):
+            if not self.backend.adds_over_positions or positions.datum is None:
+                hessian = self.backend.output_hessian(positions)
+                return loss, self._closed_forms.blockdiag(phi, hessian, self._has_bias)
+            return loss, by_columns.blockdiag(self._datum_columns(phi, positions), self._sizes, phi)
+
+    def ekfac(
+        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal of the curvature in a basis, computed in float64: O(rows · (C² + D² + C D))."""
+        with self._rows(x, y) as (loss, phi, positions):
+            if self.backend.adds_over_positions and positions.datum is not None:
+                return loss, by_columns.ekfac(self._datum_columns(phi, positions), basis, shapes, phi)
+            wide = linalg.wide_dtype(phi)
+            sides = [[None if side is None else side.to(wide) for side in group] for group in basis]
+            hessian = self.backend.output_hessian(positions.to(wide))
+            diagonals = self._closed_forms.ekfac(phi.to(wide), hessian, self._has_bias, sides)
+            return loss, [diagonal.to(phi.dtype) for diagonal in diagonals]
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace: O(rows · C · D · k)."""
+        with self._rows(x, y) as (loss, phi, positions):
+            narrow = directions.to(phi.dtype)
+            if self.backend.adds_over_positions and positions.datum is not None:
+                return loss, *by_columns.lowrank(self._datum_columns(phi, positions), narrow, self._sizes)
+            hessian = self.backend.output_hessian(positions)
+            return loss, *self._closed_forms.lowrank(phi, hessian, self._has_bias, narrow)
+
+    def features(self, x: Inputs) -> Features:
+        """Outputs and features, which may take the place of the inputs in every method here."""
+        if isinstance(x, Features):
+            return x
+        with torch.no_grad():
+            return Features(*self.backend.model.forward_with_features(x))
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [parameter.numel() for parameter in self.backend.params]
+
+    def _datum_columns(self, phi: Tensor, positions: Positions) -> Iterator[list[JacobianBlock]]:
+        """One column a datum, its gradient, summed over its positions."""
+        for gradients in self._datum_gradients(phi, positions):
+            yield by_columns.dense_columns(gradients.unsqueeze(0), self._sizes)
+
     @property
     def _closed_forms(self) -> ModuleType:
-        """``diag``, ``kron`` and ``full``: of a linear layer, or of a score head that compares the items of a pair."""
+        """One function a structure: of a linear layer, or of a score head that compares the items of a pair."""
         return last_layer if self.backend.output_likelihood.n_items == 1 else pairs
 
     @property
@@ -76,7 +126,7 @@ class LastLayerEngine:
                 FullCurvature.check_memory(self.backend.params, phi.dtype)
             if not self.backend.adds_over_positions or positions.datum is None:
                 return loss, closed_form(phi, self.backend.output_hessian(positions), self._has_bias)
-            total = phi.new_zeros([sum(parameter.numel() for parameter in self.backend.params)] * n_axes)
+            total = phi.new_zeros([sum(self._sizes)] * n_axes)
             for gradients in self._datum_gradients(phi, positions):
                 total = add(total, gradients)
             return loss, total
@@ -89,9 +139,8 @@ class LastLayerEngine:
     @contextmanager
     def _rows(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Tensor, Positions], None, None]:
         """Loss, features and outputs of the unmasked positions; the body runs in full precision and builds no graph."""
-        model: Any = self.backend.model
         with torch.no_grad():
-            f, phi = model.forward_with_features(x)
+            f, phi = self.features(x)
             with full_precision(f.device):
                 positions = self.backend.positions(f, y)
                 yield (

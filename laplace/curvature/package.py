@@ -50,6 +50,9 @@ class PackageInterface(CurvatureInterface):
     """The name it is imported by."""
     extra: ClassVar[str]
     """The extra of this library that installs it."""
+    structures: ClassVar[frozenset[HessianStructure]] = frozenset(
+        {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
+    )
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset({Likelihood.CLASSIFICATION, Likelihood.REGRESSION})
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
     takes_positions: ClassVar[bool] = False

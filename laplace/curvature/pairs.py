@@ -7,6 +7,8 @@ curvature ``ρ²``, and the bias, which cancels, has none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from laplace.curvature import last_layer
 from laplace.likelihoods import OutputHessian
 from laplace.structures import Kron
+from laplace.types import Scalar
 
 
 def diag(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:
@@ -68,6 +71,66 @@ def full(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) 
     Exact. Time O(pairs · D²).
     """
     return F.pad(last_layer.full(*differences(phi, hessian), bias=False), (0, int(bias), 0, int(bias)))
+
+
+def blockdiag(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> list[Tensor]:
+    """Σ ρ² d dᵀ, and 0 for the bias.
+
+    Parameters
+    ----------
+    phi, hessian, bias
+        As in ``diag``.
+
+    Notes
+    -----
+    Exact. Time O(pairs · D²).
+    """
+    weight = last_layer.blockdiag(*differences(phi, hessian), bias=False)
+    return [*weight, phi.new_zeros(1, 1)] if bias else weight
+
+
+def ekfac(
+    phi: Float[Tensor, "pairs twice"],
+    hessian: OutputHessian,
+    bias: bool,
+    basis: Sequence[Sequence[Tensor | None]],
+) -> list[Tensor]:
+    """Σ ρ² (d V)², and 0 for the bias.
+
+    Parameters
+    ----------
+    phi, hessian, bias
+        As in ``diag``.
+    basis
+        For each group one or two orthogonal matrices.
+
+    Notes
+    -----
+    Exact. Time O(pairs · D²).
+    """
+    weight = last_layer.ekfac(*differences(phi, hessian), bias=False, basis=basis)
+    return [*weight, phi.new_zeros(1)] if bias else weight
+
+
+def lowrank(
+    phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool, directions: Float[Tensor, "params k"]
+) -> tuple[Float[Tensor, "params k"], Scalar]:
+    """Products with Σ ρ² d dᵀ, and 0 for the bias; the trace.
+
+    Parameters
+    ----------
+    phi, hessian, bias
+        As in ``diag``.
+    directions
+        ``[P, k]``.
+
+    Notes
+    -----
+    Exact. Time O(pairs · D · k).
+    """
+    weight = directions[: len(directions) - int(bias)]
+    products, trace = last_layer.lowrank(*differences(phi, hessian), bias=False, directions=weight)
+    return F.pad(products, (0, 0, 0, int(bias))), trace
 
 
 def differences(

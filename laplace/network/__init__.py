@@ -4,7 +4,7 @@
 room knows about curvature, priors or likelihoods.
 """
 
-from laplace.network.batches import Batch, iterate
+from laplace.network.batches import Batch, Passes, iterate
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.modes import evaluating, full_precision, training
 from laplace.network.parameters import ParameterSubset
@@ -14,6 +14,7 @@ __all__ = [
     "Batch",
     "FeatureExtractor",
     "ParameterSubset",
+    "Passes",
     "WholeNetwork",
     "evaluating",
     "full_precision",

@@ -115,6 +115,43 @@ def iterate(
         yield split(batch, dict_key_y, device)
 
 
+class Passes:
+    """The batches of a loader, for as many passes as it allows: each yields the same data.
+
+    Parameters
+    ----------
+    loader
+        What the user passed.
+    read
+        Makes one pass over it.
+
+    Raises
+    ------
+    InputError
+        While iterating: if a later pass yields another number of rows than the first.
+    """
+
+    def __init__(self, loader: Any, read: Callable[[], Iterator[Batch]]) -> None:
+        self.one_shot = isinstance(loader, Iterator)
+        self._read = read
+        self._n_rows: int | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass."""
+        n_rows = 0
+        for batch in self._read():
+            n_rows += len(batch.y)
+            yield batch
+        if self._n_rows is None:
+            self._n_rows = n_rows
+        elif n_rows != self._n_rows:
+            msg = (
+                f"The loader yielded {self._n_rows} rows in its first pass and {n_rows} in a later one, and this "
+                "structure needs the same data in each. Pass a DataLoader or a list of batches that can be read again."
+            )
+            raise InputError(msg)
+
+
 def _length(loader: Iterable[Any]) -> int | None:
     """Number of batches, where it is known: a loader of a stream has ``__len__``, which raises."""
     try:

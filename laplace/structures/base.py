@@ -16,8 +16,9 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.enums import HessianStructure
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import UnsupportedError
 from laplace.prior import GaussianPrior
+from laplace.structures.accumulate import add_up, require_finite
 from laplace.structures.dense_jacobian import check_jacobians, dense_rows, head_jacobians
 from laplace.structures.jacobian import JacobianBlock
 from laplace.structures.supports import SupportsCurvature
@@ -73,28 +74,22 @@ class AbstractCurvature(ABC):
         InputError
             If a batch cannot be used, or its negative log-likelihood or the curvature is not finite.
         """
-        total: tuple[Tensor, AbstractCurvature] | None = None
-        for index, (x, y) in enumerate(batches):
-            try:
-                nll, curvature = cls.from_batch(backend, x, y, **options)
-            except InputError as error:
-                msg = f"Batch {index} of the loader (counting from 0): {error}"
-                raise type(error)(msg) from error
-            if not bool(torch.isfinite(nll).all()):
-                msg = (
-                    f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll.sum())}. Its inputs "
-                    "or targets, or the outputs of the model for them, are NaN or infinite (or overflow when squared): "
-                    "look for them in the data."
-                )
-                raise InputError(msg)
-            total = (nll, curvature) if total is None else (total[0] + nll, total[1].merge(curvature))
-        if total is not None and not total[1].is_finite:
-            msg = (
-                "The curvature of the training data is not finite: derivatives (for a last layer its features) "
-                "overflow when squared. Scale the inputs, or pass curvature_dtype=torch.float64."
-            )
-            raise InputError(msg)
-        return total
+        found = add_up(
+            batches, lambda x, y: cls.from_batch(backend, x, y, **options), lambda total, new: total.merge(new)
+        )
+        require_finite(found is None or found[1].is_finite)
+        return found
+
+    @classmethod
+    def check_merge(cls) -> None:
+        """Raise where two curvatures cannot be merged, before the second is made.
+
+        Raises
+        ------
+        UnsupportedError
+            If they cannot.
+        """
+        return
 
     @classmethod
     @abstractmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.network.parameters import augment, output_index
+from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractPrecision
 from laplace.structures.jacobian import JacobianBlock
 
@@ -69,6 +70,27 @@ class RotatedGroups(Basis):
     posterior: Callable[..., AbstractPrecision]
     eigenvectors: Sequence[Sequence[Tensor | None]]
     shapes: Sequence[tuple[int, ...]]
+
+    @classmethod
+    def of(
+        cls, eigenvectors: Sequence[Sequence[Tensor | None]], shapes: Sequence[tuple[int, ...]], *, features: bool
+    ) -> RotatedGroups:
+        """The coordinates of a curvature whose posteriors are ``RotatedPrecision`` in ``eigenvectors``.
+
+        Parameters
+        ----------
+        eigenvectors, shapes
+            Of the curvature.
+        features
+            Only the inputs' side is rotated: outputs of a last layer stay as they are.
+        """
+
+        def posterior(curvature: Any, prior: GaussianPrior, **options: Any) -> AbstractPrecision:
+            # Where two groups share their first side they still do.
+            kept = [[block[0] if features else None, *[None] * (len(block) - 1)] for block in eigenvectors]
+            return replace(curvature.posterior(prior, **options), eigenvectors=kept)
+
+        return cls(posterior, eigenvectors, shapes)
 
     def features(self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool) -> Tensor:  # noqa: ARG002
         """Φ V, ``[rows, D]``: the side of the inputs."""

@@ -169,6 +169,11 @@ class GatherBlock(JacobianBlock):
         pairs = torch.einsum("qnd,snd->sqn", self.values, named)
         return pairs.new_zeros(len(v), self.n_columns, self.n_rows).index_add(2, self.datum, pairs)
 
+    def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
+        """Only the rows that are named."""
+        rows = torch.einsum("sqn,qnd->snd", w[:, :, self.datum], self.values)
+        return rows.new_zeros(len(w), *self.shape).index_add(1, self.token, rows).flatten(1)
+
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
         """Over the tokens that both name; other rows of the table have no derivative."""
         if not isinstance(other, GatherBlock):

@@ -206,6 +206,19 @@ class JacobianBlock(ABC):
         parts = [(rows, torch.einsum("qbp,sp->sqb", J, v[:, weights])) for rows, weights, J in self.pieces()]
         return self._assemble(parts, 2)
 
+    def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
+        """Σ_qb w_qb J_qb for several weighings of columns and rows.
+
+        Parameters
+        ----------
+        w
+            ``[samples, columns, batch]``.
+        """
+        total = w.new_zeros(len(w), self.n_params)
+        for rows, weights, J in self.pieces():
+            total[:, weights] += torch.einsum("sqb,qbp->sp", w[:, :, rows], J)
+        return total
+
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
         """Products ``J J'ᵀ`` with derivatives in the same group at other inputs, ``[columns, batch, others, points]``.
 

@@ -23,7 +23,8 @@ from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
-from laplace.structures.kron_decomposed import KronDecomposed, apply_blocks
+from laplace.structures.kron_decomposed import KronDecomposed
+from laplace.structures.rotated import apply_blocks
 from laplace.types import Scalar
 
 
@@ -151,14 +152,8 @@ class KronCurvature(AbstractCurvature):
 
     def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
         """The eigenvectors of the factors: of the inputs' side alone for features, whose outputs stay as they are."""
-        vectors = self.decomposed.eigenvectors
-
-        def posterior(curvature: KronCurvature, prior: GaussianPrior, **options: Any) -> KronDecomposed:
-            # Where two blocks share their first side they still do.
-            kept = [[block[0] if features else None, *[None] * (len(block) - 1)] for block in vectors]
-            return replace(curvature.posterior(prior, **options), eigenvectors=kept)
-
-        return RotatedGroups(posterior, vectors, self.decomposed.shapes)
+        decomposed = self.decomposed
+        return RotatedGroups.of(decomposed.eigenvectors, decomposed.shapes, features=features)
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The block-diagonal matrix."""

@@ -203,6 +203,14 @@ class ProductBlock(JacobianBlock):
         hidden = torch.einsum("bti,soi->sbto", self.right.squeeze(1), matrix.mT if self.transposed else matrix)
         return torch.einsum("sbto,qbto->sqb", hidden, self.left.squeeze(2))
 
+    def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
+        """Gradients weighed, then times inputs: J is not formed."""
+        if self._rotated or self.left.shape[2] > 1:
+            return super().apply_transposed(w)
+        weighed = torch.einsum("sqb,qbto->sobt", w, self.left.squeeze(2)).flatten(2)
+        matrix = weighed @ self.right.squeeze(1).flatten(0, 1)
+        return (matrix.mT if self.transposed else matrix).flatten(1)
+
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
         """``Σ (g·g')(a·a')`` over pairs of positions, where that is less work than writing the other block out."""
         if not (isinstance(other, ProductBlock) and self._factors_are_cheaper(other)):

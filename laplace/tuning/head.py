@@ -5,7 +5,7 @@ What cross-validation and refitted leave-one-out scores share. The features are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.curvature import last_layer
-from laplace.enums import CurvatureKind
+from laplace.enums import CurvatureKind, HessianStructure
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, Positions
@@ -138,6 +138,42 @@ class HeadBackend:
         wide = x.dtype if x.device.type == "mps" else torch.float64  # which that device does not have
         factors = last_layer.kron(x.to(wide), self.head.likelihood.hessian(f.to(wide)), self.head.bias)
         return self.head.likelihood.nll(f, y), factors
+
+    def blockdiag(self, x: Features, y: Targets) -> tuple[Scalar, list[Tensor]]:
+        """Negative log-likelihood and the blocks of weight and bias."""
+        f = self.head.outputs(self.theta, x)
+        blocks = last_layer.blockdiag(x, self.head.likelihood.hessian(f), self.head.bias)
+        return self.head.likelihood.nll(f, y), blocks
+
+    def ekfac(
+        self,
+        x: Features,
+        y: Targets,
+        basis: Sequence[Sequence[Tensor | None]],
+        shapes: Sequence[tuple[int, ...]],  # noqa: ARG002 - those of the head
+    ) -> tuple[Scalar, list[Tensor]]:
+        """Negative log-likelihood and the diagonal of the curvature in a basis."""
+        f = self.head.outputs(self.theta, x)
+        diagonals = last_layer.ekfac(x, self.head.likelihood.hessian(f), self.head.bias, basis)
+        return self.head.likelihood.nll(f, y), diagonals
+
+    def lowrank(self, x: Features, y: Targets, directions: Tensor) -> tuple[Scalar, Tensor, Tensor | None]:
+        """Negative log-likelihood, products of the curvature with directions ``[P, k]``, and its trace."""
+        f = self.head.outputs(self.theta, x)
+        found = last_layer.lowrank(x, self.head.likelihood.hessian(f), self.head.bias, directions)
+        return self.head.likelihood.nll(f, y), *found
+
+    def zeros(self) -> Float[Tensor, " params"]:
+        """As many zeros as there are weights."""
+        return torch.zeros_like(self.theta)
+
+    def repeatable(
+        self,
+        batches: Iterable[tuple[Any, Tensor]],
+        structure: HessianStructure,  # noqa: ARG002 - any
+    ) -> Iterable[tuple[Any, Tensor]]:
+        """Features are there as often as they are asked for."""
+        return batches
 
     def count(self, y: Targets) -> int:
         """Number of rows."""

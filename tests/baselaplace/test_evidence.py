@@ -7,7 +7,7 @@ from torch.nn.utils import parameters_to_vector
 from laplace.curvature import AutogradEF
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from tests import reference
-from tests.cases import BASIC, CASES, Case, named
+from tests.cases import BASIC, BY_GROUP, CASES, STRUCTURES, Case, named
 from tests.contracts import generator
 from tests.estimators import basic_cases, dense, every_structure, evidence, fitted, posterior, prior_diagonal
 from tests.tools import assert_close
@@ -24,7 +24,7 @@ def precision_of(kind: str, case: Case) -> torch.Tensor:
 
 STRUCTURE_AND_PRIOR = pytest.mark.parametrize(
     ("structure", "prior"),
-    [(s, p) for s in ("full", "kron", "diag") for p in PRIORS if (s, p) != ("kron", "diag")],
+    [(s, p) for s in STRUCTURES for p in PRIORS if p != "diag" or s not in BY_GROUP],
 )
 
 

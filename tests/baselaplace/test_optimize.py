@@ -9,14 +9,14 @@ import torch
 from laplace.curvature import AutogradEF
 from laplace.errors import InputError, UnsupportedError
 from tests import reference
-from tests.cases import BASIC, named
+from tests.cases import BASIC, BY_GROUP, STRUCTURES, named
 from tests.contracts import model_untouched
 from tests.estimators import basic_cases, estimator, every_structure, fitted, posterior
 from tests.tools import assert_close
 
 STRUCTURES_AND_PRIORS = pytest.mark.parametrize(
     ("structure", "prior_structure"),
-    [(s, p) for s in ("full", "kron", "diag") for p in ("scalar", "layerwise", "diag") if (s, p) != ("kron", "diag")],
+    [(s, p) for s in STRUCTURES for p in ("scalar", "layerwise", "diag") if p != "diag" or s not in BY_GROUP],
 )
 N_VALUES = {"scalar": 1, "layerwise": 2}
 
@@ -52,7 +52,7 @@ def test_tuning_never_lowers_the_evidence(case, structure, prior_structure):
 @basic_cases
 def test_more_precisions_reach_more_evidence(case, structure):
     values = []
-    for prior_structure in ("scalar", "layerwise", "diag")[: 2 if structure == "kron" else 3]:
+    for prior_structure in ("scalar", "layerwise", "diag")[: 2 if structure in BY_GROUP else 3]:
         la = fitted(case, structure)
         la.optimize_prior_precision(prior_structure=prior_structure, n_steps=300)
         values.append(float(la.log_marginal_likelihood()))

@@ -9,7 +9,7 @@ from laplace.errors import InputError, NotFittedError
 from tests import reference
 from tests.cases import CASES, named, stream, tensor_loader
 from tests.contracts import generator, model_untouched
-from tests.estimators import basic_cases, dense, estimator, every_structure, fitted, posterior
+from tests.estimators import additive_structures, basic_cases, dense, estimator, every_structure, fitted, posterior
 from tests.tools import assert_close, assert_covariance_of
 
 SPLIT_CASES = pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_fit_does_not_depend_on_batches_or_order(case, structure, options):
 
 
 @BACKENDS
-@every_structure
+@additive_structures
 @SPLIT_CASES
 def test_two_halves_without_override_equal_one_call(case, structure, options):
     la = estimator(case, structure, **options)
@@ -105,7 +105,7 @@ def test_only_rows_that_were_seen_count(structure):
     same_fit(la, seen)
 
 
-@every_structure
+@additive_structures
 @basic_cases
 def test_data_only_add_precision(case, structure):
     """More data: no marginal variance grows."""

@@ -23,7 +23,23 @@ def dense(curvature: tuple) -> torch.Tensor:
 
 def compute(backend, structure: str, case: Case) -> torch.Tensor:
     x, y = case.data()
-    return dense(getattr(backend, structure)(x, y, **({"N": 1} if structure == "kron" else {})))
+    return dense(structured(backend, structure, x, y))
+
+
+def structured(backend, structure: str, x, y) -> tuple:
+    """What a back end gives for a structure, as one tensor: the eigenvalues in the axes of the weights are a diagonal."""
+    if structure == "blockdiag":
+        loss, blocks = backend.blockdiag(x, y)
+        return loss, torch.block_diag(*blocks)
+    if structure == "ekfac":
+        head = backend.model.model.head
+        loss, diagonals = backend.ekfac(x, y, [[None, None], [None]], [tuple(p.shape) for p in head.parameters()])
+        return loss, torch.cat([diagonal.flatten() for diagonal in diagonals])
+    if structure == "lowrank":
+        loss, products, trace = backend.lowrank(x, y, torch.eye(len(backend.zeros())))
+        assert_close(products.trace(), trace)
+        return loss, products
+    return getattr(backend, structure)(x, y, **({"N": 1} if structure == "kron" else {}))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -127,7 +143,7 @@ def test_curvature_is_float32_at_least_and_float64_on_request(structure, dtype):
     x, y = case.data()
     for asked in (None, torch.float64):
         engine = AutogradGGN(FeatureExtractor(model, "head"), case.likelihood, last_layer=True, curvature_dtype=asked)
-        loss, value = getattr(engine, structure)(x.to(dtype), y, **({"N": 1} if structure == "kron" else {}))
+        loss, value = structured(engine, structure, x.to(dtype), y)
         value = dense((loss, value))
         assert loss.dtype == (asked or torch.promote_types(dtype, torch.float32))
         # Kronecker sums are float64 always: what is made of them has the precision of the loss.

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from laplace import Laplace
 from laplace.curvature import AutogradGGN
 from tests import reference
+from tests.cases import BY_GROUP, EVERYTHING
 from tests.contracts import model_untouched
 from tests.estimators import dense, every_structure
 from tests.network.test_huggingface import (
@@ -89,14 +90,15 @@ def test_all_weights_of_a_model_are_exact(build):
 def test_adapters_and_heads_are_all_that_is_random(name, structure):
     model = adapted(name)
     truth = problem(model)
-    la = Laplace(model, "classification", "all", structure)
+    la = Laplace(model, "classification", "all", structure, **EVERYTHING.get(structure, {}))
     with model_untouched(model):
         la.fit(batches(row_labels()))
         probabilities, sampled = la(encode(seed=1)), la(encode(seed=1), "nn", n_samples=3)
     assert la.n_params == len(truth.theta())
     ggn = truth.ggn()
-    if structure != "kron":
-        assert_close(precise(model, dense(la.H)), ggn if structure == "full" else ggn.diagonal().diag())
+    if structure not in BY_GROUP:
+        meanings = {"diag": ggn.diagonal().diag(), "blockdiag": torch.block_diag(*truth.groups(ggn))}
+        assert_close(precise(model, dense(la.H)), meanings.get(structure, ggn))
     P = dense(la.posterior_precision)
     x = dict(encode(seed=1))
     cov = reference.output_covariance(truth.jacobian(x).flatten(0, 1), P)

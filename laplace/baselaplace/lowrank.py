@@ -1,0 +1,170 @@
+"""``LowRankLaplace``: leading eigenpairs of the curvature plus the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.enums import Likelihood
+from laplace.errors import InputError
+from laplace.structures import AbstractCurvature, LowRankCurvature, Truncation
+
+
+class LowRankLaplace(ParametricLaplace):
+    """A posterior with the precision ``s U diag(λ) Uᵀ + diag(δ)``: leading eigenpairs of the curvature, and the prior.
+
+    Parameters
+    ----------
+    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y
+        As in ``BaseLaplace``; any prior precision fits.
+    backend, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
+        As in ``BaseLaplace``. With ``AutogradHessian`` the eigenpairs are those of the positive part of the Hessian,
+        and ``rank`` must be given.
+    rank
+        Number of eigenpairs; fewer are kept where the curvature has no more that are positive.
+    captured_trace
+        In its place: as many eigenpairs as hold this share of the trace of the curvature; 0.95 if neither is given.
+
+    Raises
+    ------
+    InputError
+        If ``rank`` or ``captured_trace`` makes no sense, or both are given.
+
+    Notes
+    -----
+    All weights that require a gradient are random. Approximate: curvature beyond the eigenpairs is dropped, so that the
+    posterior is wider than that of ``FullLaplace``, which it equals at full rank. No P×P matrix is formed: memory
+    O(P r), products with the curvature instead of the curvature.
+
+    Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each), and as many as it takes with
+    ``captured_trace`` (32 directions in the first, twice as many in each later one); one where the directions span all
+    weights. ``n_passes`` says how many it were. A loader that can be read only once is refused; of a last layer the
+    features of the first pass are kept, and the model runs once. A pass takes time O(P r) for each output of a datum.
+    The random directions are the same in every call. ``fit(override=False)`` compresses the sum of both, and warns.
+
+    References
+    ----------
+    Halko, Martinsson & Tropp (2011), "Finding structure with randomness", arXiv:0909.4061.
+    """
+
+    curvature_type: ClassVar[type[AbstractCurvature]] = LowRankCurvature
+    _truncation = Truncation()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        backend: type[CurvatureInterface] | None = None,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend_kwargs: dict[str, Any] | None = None,
+        *,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        curvature_dtype: torch.dtype | None = None,
+        rank: int | None = None,
+        captured_trace: float | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            backend_kwargs,
+            asdl_fisher_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+        self._truncation = checked_truncation(rank, captured_trace)
+
+    def _fit_options(self) -> dict[str, Any]:
+        return {**super()._fit_options(), "truncation": self._truncation}
+
+    @property
+    def _refitted_type(self) -> type[AbstractCurvature]:
+        return LowRankCurvature.choosing(self._truncation)
+
+    def _choices(self) -> dict[str, Any]:
+        chosen = {"rank": self._truncation.rank, "captured_trace": self._truncation.captured_trace}
+        return {**super()._choices(), **chosen}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self._truncation = Truncation(state["rank"], state["captured_trace"])
+
+    @property
+    def _curvature(self) -> LowRankCurvature:
+        curvature = self._fitted.curvature
+        assert isinstance(curvature, LowRankCurvature), "made by this class"
+        return curvature
+
+    @property
+    def rank(self) -> int:
+        """Number of eigenpairs that are kept."""
+        return len(self._curvature.values)
+
+    @property
+    def captured_trace(self) -> float | None:
+        """Share of the trace of the curvature that they hold; ``None`` where the trace is not known."""
+        return self._curvature.captured
+
+    @property
+    def n_passes(self) -> int:
+        """How many passes over the data were made; with ``override=False`` in all fits."""
+        return self._curvature.n_passes
+
+    @property
+    def V(self) -> Float[Tensor, "params rank"]:  # noqa: N802 - the recorded name
+        """``diag(1/δ) U``, ``[P, r]``: the posterior covariance is ``diag(1/δ) − V Kinv Vᵀ`` (Woodbury)."""
+        (vectors, _), delta = self.posterior_precision
+        return vectors / delta.unsqueeze(1)
+
+    @property
+    def Kinv(self) -> Float[Tensor, "rank rank"]:  # noqa: N802 - the recorded name
+        """``(diag(1/(s λ)) + Uᵀ diag(1/δ) U)⁻¹``, ``[r, r]``."""
+        (vectors, values), delta = self.posterior_precision
+        root = values.sqrt()
+        inner = (vectors * root).mT @ (vectors * root / delta.unsqueeze(1))
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        # With √λ on both sides nothing is divided by an eigenvalue.
+        return root.unsqueeze(1) * torch.linalg.inv(eye + inner) * root
+
+
+def checked_truncation(rank: Any, captured_trace: Any) -> Truncation:
+    """How many eigenpairs are kept, from what a user passed.
+
+    Parameters
+    ----------
+    rank, captured_trace
+        As in ``LowRankLaplace``.
+
+    Raises
+    ------
+    InputError
+        If a value makes no sense, or both are given.
+    """
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        msg = f"rank must be a positive integer, or None to go by captured_trace; got {rank!r}."
+        raise InputError(msg)
+    if captured_trace is not None and not (isinstance(captured_trace, (int, float)) and 0 < captured_trace <= 1):
+        msg = f"captured_trace is a share of the trace, above 0 and at most 1; got {captured_trace!r}."
+        raise InputError(msg)
+    if rank is not None and captured_trace is not None:
+        msg = "rank and captured_trace both say how many eigenpairs are kept: pass one of them."
+        raise InputError(msg)
+    return Truncation(rank, captured_trace)

@@ -1,0 +1,158 @@
+"""Curvature from its columns: ``H = Σ J Jᵀ`` over columns and data, with J in factors, one block a parameter group.
+
+Pure functions of columns, and ``ColumnsInterface``, which makes structures of them for every back end that has columns.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.curvature.interface import Basis, CurvatureInterface
+from laplace.linalg import CHUNK_ELEMENTS
+from laplace.structures.dense_jacobian import dense_rows
+from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
+from laplace.types import Inputs, Scalar
+
+Columns: TypeAlias = "Iterable[Sequence[JacobianBlock]]"
+"""Some columns at a time: one block for each parameter group."""
+
+
+def blockdiag(columns: Columns, sizes: Sequence[int], like: Tensor) -> list[Float[Tensor, "p p"]]:
+    """The diagonal block ``Σ J Jᵀ`` of each parameter group: exact.
+
+    Parameters
+    ----------
+    columns
+        Of a batch.
+    sizes
+        Of the parameter groups.
+    like
+        Any tensor in the precision of the result, where it is to be.
+
+    Notes
+    -----
+    Time O(columns · rows · Σ p²); J is written out for one group and a bounded number of data at a time.
+    """
+    totals = [like.new_zeros(size, size) for size in sizes]
+    for blocks in columns:
+        for total, block in zip(totals, blocks, strict=True):
+            for J in dense_rows([block]):
+                flat = J.flatten(0, 1)
+                total.addmm_(flat.T, flat)
+    return totals
+
+
+def ekfac(columns: Columns, basis: Basis, shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    """The diagonal of the curvature in a basis, ``Σ (Uᵀ J V)²`` for each parameter group: exact.
+
+    Parameters
+    ----------
+    columns, like
+        As in ``blockdiag``.
+    basis
+        One or two orthogonal matrices for each group.
+    shapes
+        Their sizes.
+
+    References
+    ----------
+    George et al. (2018), arXiv:1806.03884.
+    """
+    totals = [like.new_zeros(shape) for shape in shapes]
+    for blocks in columns:
+        for total, block, sides, shape in zip(totals, blocks, basis, shapes, strict=True):
+            total += block.rotate(sides, shape).squares().view(shape)
+    return totals
+
+
+def lowrank(
+    columns: Columns, directions: Float[Tensor, "params k"], sizes: Sequence[int]
+) -> tuple[Float[Tensor, "params k"], Scalar]:
+    """Products ``H V = Σ J (Jᵀ V)`` and the trace ``Σ J²``: neither H nor J is formed.
+
+    Parameters
+    ----------
+    columns
+        Of a batch.
+    directions
+        V, ``[P, k]``.
+    sizes
+        Of the parameter groups.
+
+    Notes
+    -----
+    Time O(columns · rows · P · k), memory O(P k) beside that of the columns.
+    """
+    rows = [part.T.contiguous() for part in directions.split(list(sizes))]
+    totals, trace = [torch.zeros_like(part) for part in rows], directions.new_zeros(())
+    for blocks in columns:
+        if not blocks[0].n_rows:
+            continue
+        step = max(1, CHUNK_ELEMENTS // max(1, *(block.size for block in blocks)))
+        for start in range(0, directions.shape[1], step):
+            some = slice(start, start + step)
+            products = sum_parts([block.apply(part[some]) for block, part in zip(blocks, rows, strict=True)])
+            for total, block in zip(totals, blocks, strict=True):
+                total[some] += block.apply_transposed(products)
+        trace = trace + torch.stack([block.squares().sum() for block in blocks]).sum()
+    return torch.cat(totals, 1).T, trace
+
+
+def dense_columns(J: Float[Tensor, "columns rows params"], sizes: Sequence[int]) -> list[JacobianBlock]:
+    """Columns that are written out, as blocks.
+
+    Parameters
+    ----------
+    J
+        ``[columns, rows, P]``.
+    sizes
+        Of the parameter groups.
+    """
+    return [DenseBlock(part) for part in J.split(list(sizes), -1)]
+
+
+class ColumnsInterface(CurvatureInterface):
+    """A back end whose curvature is a sum of outer products; see ``CurvatureInterface`` for the parameters."""
+
+    @abstractmethod
+    def columns(self, x: Inputs, y: Tensor) -> AbstractContextManager[tuple[Tensor, Iterator[Sequence[JacobianBlock]]]]:
+        """Loss ``[]``, and columns J with ``H = Σ J Jᵀ`` over columns and rows, to be used inside the context.
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        y
+            Its targets.
+        """
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [parameter.numel() for parameter in self.params]
+
+    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal block of each parameter group, ``[p, p]``."""
+        self._refuse(kwargs)
+        with self.columns(x, y) as (loss, columns):
+            return loss, blockdiag(columns, self._sizes, loss)
+
+    def ekfac(
+        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss ``[]`` and the diagonal of the curvature in a basis, group by group."""
+        self._refuse(kwargs)
+        with self.columns(x, y) as (loss, columns):
+            return loss, ekfac(columns, basis, shapes, loss)
+
+    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace ``[]``."""
+        self._refuse(kwargs)
+        with self.columns(x, y) as (loss, columns):
+            return loss, *lowrank(columns, directions.to(loss.dtype), self._sizes)

@@ -1,0 +1,241 @@
+"""``hessian_structure="ekfac"``: the eigenbasis of Kronecker factors, with the curvature's own diagonal in it.
+
+    weight of a layer:  (U ⊗ V) diag(s_ij) (U ⊗ V)ᵀ,   s_ij = Σ ((Uᵀ r)_i (Vᵀ φ)_j)²  over data and roots r of Λ
+
+U and V are the eigenvectors of the Kronecker factors G and A. In the Frobenius norm no other diagonal in that basis is
+closer to the curvature, γ_i λ_j of ``"kron"`` included. It takes two passes over the data: one finds the basis.
+
+References
+----------
+George, Laurent, Bouthillier, Ballas & Vincent (2018), "Fast approximate natural gradient descent in a
+Kronecker-factored eigenbasis", arXiv:1806.03884.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.enums import HessianStructure
+from laplace.errors import UnsupportedError
+from laplace.network.parameters import split_sizes
+from laplace.prior import GaussianPrior
+from laplace.structures.accumulate import add_up, require_finite
+from laplace.structures.base import AbstractCurvature, SupportsCurvature
+from laplace.structures.basis import RotatedGroups
+from laplace.structures.kron import KronCurvature
+from laplace.structures.rotated import RotatedPrecision
+
+
+@dataclass(frozen=True)
+class EKFACCurvature(AbstractCurvature):
+    """Eigenvectors of the factors of each group, and the diagonal of the curvature in their basis.
+
+    Attributes
+    ----------
+    eigenvectors
+        For each group one or two orthogonal matrices; ``None`` is the identity.
+    diagonals
+        s for each group: ``[rows, columns]``, or ``[rows]`` with one matrix.
+    scale
+        Factor of it.
+    """
+
+    eigenvectors: Sequence[Sequence[Tensor | None]]
+    diagonals: Sequence[Tensor]
+    scale: Tensor | float = 1.0
+
+    name: ClassVar[HessianStructure] = HessianStructure.EKFAC
+
+    @classmethod
+    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, EKFACCurvature]:
+        """That of one batch, in a basis of its own."""
+        found = cls.accumulate(backend, [(x, y)], **options)
+        assert found is not None, "there is a batch"
+        return found
+
+    @classmethod
+    def accumulate(
+        cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
+    ) -> tuple[Tensor, EKFACCurvature] | None:
+        """Two passes: the factors, then the diagonal in their eigenbasis.
+
+        Parameters
+        ----------
+        backend, batches, **options
+            As in ``AbstractCurvature.accumulate``; the batches are read twice, or once and their features twice.
+
+        Raises
+        ------
+        InputError
+            If the batches can be read only once, and as in ``AbstractCurvature.accumulate``.
+        """
+        batches = backend.repeatable(batches, cls.name)
+        found = KronCurvature.accumulate(backend, batches, **options)
+        if found is None:
+            return None
+        nll, factors = found
+        assert isinstance(factors, KronCurvature), "made by itself"
+        vectors, shapes = basis_of(factors), factors.decomposed.shapes
+        second = add_up(
+            batches,
+            lambda x, y: backend.ekfac(x, y, vectors, shapes, **options),
+            lambda total, new: [ours + theirs for ours, theirs in zip(total, new, strict=True)],
+        )
+        assert second is not None, "the first pass saw data"
+        curvature = cls(vectors, second[1])
+        require_finite(curvature.is_finite)
+        return nll, curvature
+
+    @classmethod
+    def check_merge(cls) -> None:
+        """Two bases have no common one."""
+        refuse_merge()
+
+    @classmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """The factors, and three vectors."""
+        n_params = sum(torch.Size(shape).numel() for shape in shapes)
+        return KronCurvature.bytes_needed(shapes, dtype) + 3 * dtype.itemsize * n_params
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return sum(diagonal.numel() for diagonal in self.diagonals)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the diagonal in the eigenbasis is."""
+        return all(bool(torch.isfinite(diagonal).all()) for diagonal in self.diagonals)
+
+    @property
+    def public(self) -> EKFACPrecision:
+        """The matrix in its eigenbasis."""
+        return EKFACPrecision(self.eigenvectors, self.diagonals)
+
+    def state(self) -> dict[str, Any]:
+        """Bases and diagonals."""
+        return {"eigenvectors": [list(block) for block in self.eigenvectors], "diagonals": list(self.diagonals)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> EKFACCurvature:
+        """From bases and diagonals; a basis that groups share stays one."""
+        known = {id(side): side.to(dtype) for block in state["eigenvectors"] for side in block if side is not None}
+        vectors = [[None if side is None else known[id(side)] for side in block] for block in state["eigenvectors"]]
+        return cls(vectors, [diagonal.to(dtype) for diagonal in state["diagonals"]])
+
+    def merge(self, other: EKFACCurvature) -> NoReturn:
+        """Two bases have no common one: raises."""
+        del other
+        refuse_merge()
+
+    def __mul__(self, factor: float | Tensor) -> EKFACCurvature:
+        """Scale the diagonals; the bases are shared."""
+        return replace(self, scale=self.scale * factor)
+
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> EKFACCurvature:
+        """F s where outputs keep their own axes, as those of a Gaussian with independent noise do.
+
+        Raises
+        ------
+        UnsupportedError
+            If the basis mixes outputs.
+        """
+        if any(block[0] is not None for block in self.eigenvectors):
+            msg = (
+                'With hessian_structure="ekfac" a noise for each output needs a curvature with independent outputs '
+                "(that of a GGN or Hessian back end); the basis of this one mixes them. Pass one sigma_noise."
+            )
+            raise UnsupportedError(msg)
+        parts = split_sizes(factors, [diagonal.numel() for diagonal in self.diagonals])
+        scaled = [s * f.reshape(s.shape) for s, f in zip(self.diagonals, parts, strict=True)]
+        return replace(self, diagonals=scaled)
+
+    def posterior(self, prior: GaussianPrior, **options: Any) -> EKFACPrecision:
+        """Add the prior in the eigenbasis: O(P).
+
+        Parameters
+        ----------
+        prior
+            Scalar or one precision a parameter group.
+        **options
+            There are none.
+        """
+        assert not options, "the eigenvalue-corrected structure has no options"
+        deltas = prior.per_layer()
+        shifted = [diagonal * self.scale + d for diagonal, d in zip(self.diagonals, deltas, strict=True)]
+        return EKFACPrecision(self.eigenvectors, shifted)
+
+    def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
+        """The eigenvectors: of the inputs' side alone for features, whose outputs stay as they are."""
+        return RotatedGroups.of(self.eigenvectors, [tuple(d.shape) for d in self.diagonals], features=features)
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """The block-diagonal matrix."""
+        return self.public.to_dense() * self.scale
+
+
+@dataclass(frozen=True)
+class EKFACPrecision(RotatedPrecision):
+    """Bases and eigenvalues.
+
+    Attributes
+    ----------
+    eigenvectors
+        For each group one or two orthogonal matrices; ``None`` is the identity.
+    eigenvalues
+        For each group ``[rows, columns]``, or ``[rows]`` with one matrix.
+    """
+
+    eigenvectors: Sequence[Sequence[Tensor | None]]
+    eigenvalues: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        return len(self.eigenvalues)
+
+    @property
+    def spectrum(self) -> list[Tensor]:
+        """The eigenvalues."""
+        return list(self.eigenvalues)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Sizes of the bases of each group."""
+        return [tuple(values.shape) for values in self.eigenvalues]
+
+
+def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:
+    """Eigenvectors of the factors; the identity for those that are diagonal, where any order of them would do.
+
+    Parameters
+    ----------
+    curvature
+        Factors of a whole data set.
+    """
+    found: list[list[Tensor | None]] = []
+    for sides, vectors in zip(curvature.sums.kfacs, curvature.decomposed.eigenvectors, strict=True):
+        pairs = zip(sides, vectors, strict=True)
+        found.append([None if side.dim() == 1 or linalg.is_diagonal(side) else basis for side, basis in pairs])
+    return found
+
+
+def refuse_merge() -> NoReturn:
+    """Raise: the eigenbases of two data sets are not that of their union.
+
+    Raises
+    ------
+    UnsupportedError
+        In any case.
+    """
+    msg = (
+        'hessian_structure="ekfac" cannot add to an earlier fit (override=False): the eigenbases of two data sets are '
+        'not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which adds.'
+    )
+    raise UnsupportedError(msg)

@@ -1,0 +1,381 @@
+"""``hessian_structure="lowrank"``: the leading eigenpairs of the curvature, found without forming it.
+
+H ≈ U diag(λ) Uᵀ,   A = s·U diag(λ) Uᵀ + diag(δ),   |A| = |diag(δ)| · |I + Wᵀ W|   with W = diag(δ)^(−½) U (s λ)^(½)
+
+Products of the curvature with a block of directions, summed over the data, are all that is asked of a back end. The
+directions start at random and are replaced by the products, made orthonormal, pass by pass; eigenpairs are those of the
+curvature within their span (Rayleigh and Ritz). No eigenvalue found exceeds the true one of its rank.
+
+References
+----------
+Halko, Martinsson & Tropp (2011), "Finding structure with randomness: probabilistic algorithms for constructing
+approximate matrix decompositions", arXiv:0909.4061: algorithms 4.4 and 5.3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.enums import HessianStructure
+from laplace.errors import NumericalWarning, UnsupportedError
+from laplace.prior import GaussianPrior
+from laplace.structures.accumulate import add_up, require_finite
+from laplace.structures.base import AbstractCurvature, SupportsCurvature
+from laplace.structures.lowrank_precision import LowRankPrecision
+from laplace.types import Scalar
+
+N_PASSES = 3
+"""Passes over the data when a rank is asked for; one where the directions span all weights."""
+OVERSAMPLING = 10
+"""Directions beyond the rank, without which the last eigenpairs would be poor."""
+FIRST_DIRECTIONS = 32
+"""Directions in the first pass when a share of the trace is asked for; twice as many in each later one."""
+
+TIE = 1e-3
+"""Eigenvalues that differ by less, relatively, are equal."""
+DEFAULT_SHARE = 0.95
+"""Of the trace that the eigenpairs hold, if nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many eigenpairs are kept.
+
+    Attributes
+    ----------
+    rank
+        So many (fewer where the curvature has no more); ``None`` to go by the trace.
+    captured_trace
+        As many as hold this share of the trace of the curvature; ``DEFAULT_SHARE`` when both are ``None``.
+    """
+
+    rank: int | None = None
+    captured_trace: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the trace."""
+        return DEFAULT_SHARE if self.captured_trace is None else self.captured_trace
+
+    def n_first(self, n_params: int) -> int:
+        """Number of directions in the first pass."""
+        return min(n_params, FIRST_DIRECTIONS if self.rank is None else self.rank + OVERSAMPLING)
+
+    def n_kept(self, values: Float[Tensor, " found"], trace: Tensor | None) -> int | None:
+        """How many of the eigenvalues, largest first, are kept; ``None`` if more have to be found.
+
+        Parameters
+        ----------
+        values
+            Eigenvalues, descending.
+        trace
+            Of the curvature.
+        """
+        # Below this a value cannot be told from zero.
+        level = 10 * torch.finfo(values.dtype).eps * values.abs().max()
+        n_positive = max(1, int((values > level).sum()))
+        if self.rank is not None:
+            return min(self.rank, n_positive)
+        assert trace is not None, "refused before"
+        share = self.share * (1 - 100 * torch.finfo(trace.dtype).eps)
+        enough = values[:n_positive].cumsum(0) >= share * trace.to(values)
+        if not bool(enough.any()):
+            return None
+        # Equal eigenvalues (as of outputs that share their curvature) have no order: all of them or none.
+        last = values[int(enough.int().argmax())]
+        return min(n_positive, int((values >= last * (1 - TIE)).sum()))
+
+
+@dataclass(frozen=True)
+class LowRankCurvature(AbstractCurvature):
+    """Leading eigenpairs of the curvature.
+
+    Attributes
+    ----------
+    vectors
+        U, ``[P, r]``.
+    values
+        λ, ``[r]``, descending, unscaled.
+    trace
+        Of the whole curvature, unscaled, ``[]``; ``None`` where it is not known.
+    truncation
+        How many are kept.
+    n_passes
+        How often the data were read.
+    scale
+        Factor of the matrix.
+    orthonormal
+        Whether U has orthonormal columns (not after weights were scaled).
+    """
+
+    vectors: Float[Tensor, "params rank"]
+    values: Float[Tensor, " rank"]
+    trace: Tensor | None = None
+    truncation: Truncation = Truncation()
+    n_passes: int = 0
+    scale: Scalar | float = 1.0
+    orthonormal: bool = True
+
+    name: ClassVar[HessianStructure] = HessianStructure.LOWRANK
+    default: ClassVar[Truncation] = Truncation()
+    """How many eigenpairs are kept where nothing is said."""
+
+    @classmethod
+    def choosing(cls, truncation: Truncation) -> type[LowRankCurvature]:
+        """The same structure with another default.
+
+        Parameters
+        ----------
+        truncation
+            How many eigenpairs are kept.
+        """
+
+        class Chosen(cls):
+            default: ClassVar[Truncation] = truncation
+
+        return Chosen
+
+    @classmethod
+    def from_batch(
+        cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
+    ) -> tuple[Tensor, LowRankCurvature]:
+        """That of one batch."""
+        found = cls.accumulate(backend, [(x, y)], **options)
+        assert found is not None, "there is a batch"
+        return found
+
+    @classmethod
+    def accumulate(
+        cls,
+        backend: SupportsCurvature,
+        batches: Iterable[tuple[Any, Tensor]],
+        truncation: Truncation | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, LowRankCurvature] | None:
+        """Leading eigenpairs, in several passes over the data.
+
+        Parameters
+        ----------
+        backend
+            Computes products of the curvature with directions.
+        batches
+            Inputs and targets; they are read several times, or once and their features several times.
+        truncation
+            How many eigenpairs are kept; ``default`` when ``None``.
+        **options
+            Passed to the back end.
+
+        Raises
+        ------
+        InputError
+            If the batches can be read only once, and as in ``AbstractCurvature.accumulate``.
+        UnsupportedError
+            If the back end knows no trace and no rank is given, or the directions do not fit the memory.
+
+        Notes
+        -----
+        With a rank r: ``N_PASSES`` passes with r + ``OVERSAMPLING`` directions. With a share of the trace: as many as
+        it takes, with twice as many directions in each. One pass is exact where the directions span all weights. The
+        random numbers are the same in every call, and no generator of the user moves.
+        """
+        chosen = truncation or cls.default
+        data = backend.repeatable(batches, cls.name)
+        noise = torch.Generator().manual_seed(0)
+        basis: Tensor | None = None
+        first_nll: Tensor | None = None
+
+        def of_batch(x: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+            nonlocal basis
+            if basis is None:
+                like = backend.zeros()
+                basis = extended(None, chosen.n_first(len(like)), like, noise)
+            nll, products, trace = backend.lowrank(x, y, basis, **options)
+            if trace is None and chosen.rank is None:
+                msg = (
+                    "This curvature may be indefinite, so that no share of its trace can be asked for: pass rank=, the "
+                    "number of eigenpairs to keep."
+                )
+                raise UnsupportedError(msg)
+            return nll, [products] if trace is None else [products, trace]
+
+        n_passes = 0
+        while True:
+            n_passes += 1
+            total = add_up(data, of_batch, lambda old, new: [a + b for a, b in zip(old, new, strict=True)])
+            if total is None:
+                return None
+            assert basis is not None, "there were data"
+            first_nll = total[0] if first_nll is None else first_nll
+            products, trace = total[1][0], total[1][1] if len(total[1]) > 1 else None
+            require_finite(bool(torch.isfinite(products).all()))
+            values, vectors = ritz(basis, products)
+            n_kept = chosen.n_kept(values, trace)
+            n_params, n_found = basis.shape
+            if n_found == n_params or (n_kept is not None and (chosen.rank is None or n_passes == N_PASSES)):
+                break
+            wanted = n_found if chosen.rank is not None else min(n_params, 2 * n_found)
+            basis = extended(products, wanted, products[:, 0], noise)
+        kept = slice(0, truncation_or_all(n_kept, values))
+        # The largest may be zero where the data say nothing; none is negative.
+        found = LowRankCurvature(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, chosen, n_passes)
+        return first_nll, found
+
+    @classmethod
+    def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
+        """Four matrices of the fewest directions; when more are asked for the memory is checked again."""
+        n_params = sum(torch.Size(shape).numel() for shape in shapes)
+        return 4 * dtype.itemsize * n_params * min(n_params, 1 + OVERSAMPLING)
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return len(self.vectors)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the eigenpairs are."""
+        return bool(torch.isfinite(self.values).all()) and bool(torch.isfinite(self.vectors).all())
+
+    @property
+    def public(self) -> tuple[Tensor, Tensor]:
+        """Eigenvectors ``[P, r]`` and eigenvalues ``[r]``."""
+        return self.vectors, self.values
+
+    @property
+    def captured(self) -> float | None:
+        """Share of the trace of the curvature that is kept; ``None`` where the trace is not known."""
+        if self.trace is None:
+            return None
+        return float(self.values.sum() / self.trace) if float(self.trace) > 0 else 1.0
+
+    def state(self) -> dict[str, Any]:
+        """Eigenpairs, and how they were chosen."""
+        return {
+            "vectors": self.vectors,
+            "values": self.values,
+            "trace": self.trace,
+            "rank": self.truncation.rank,
+            "captured_trace": self.truncation.captured_trace,
+            "n_passes": self.n_passes,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> LowRankCurvature:
+        """From eigenpairs."""
+        trace = None if state["trace"] is None else state["trace"].to(dtype)
+        truncation = Truncation(state["rank"], state["captured_trace"])
+        return cls(state["vectors"].to(dtype), state["values"].to(dtype), trace, truncation, state["n_passes"])
+
+    def merge(self, other: LowRankCurvature) -> LowRankCurvature:
+        """The leading eigenpairs of the sum of the two, which is not that of all their data once something was dropped.
+
+        Warns
+        -----
+        NumericalWarning
+            If something was, or is now.
+        """
+        assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
+        roots = torch.cat([self.vectors * self.values.sqrt(), other.vectors * other.values.sqrt()], 1)
+        vectors, singular, _ = torch.linalg.svd(roots, full_matrices=False)
+        values = singular.square()
+        trace = None if self.trace is None or other.trace is None else self.trace + other.trace
+        kept = slice(0, truncation_or_all(other.truncation.n_kept(values, trace), values))
+        merged = LowRankCurvature(
+            vectors[:, kept].contiguous(), values[kept], trace, other.truncation, self.n_passes + other.n_passes
+        )
+        if merged.captured is None or merged.captured < 1 - 1e3 * torch.finfo(values.dtype).eps:
+            share = "an unknown share" if merged.captured is None else f"{merged.captured:.1%}"
+            msg = (
+                f"Two low-rank curvatures were added and compressed to rank {len(merged.values)}, which holds {share} "
+                "of the trace. What each of them had dropped stays dropped: fit all data at once for the leading "
+                "eigenpairs of the whole."
+            )
+            warnings.warn(msg, NumericalWarning, stacklevel=4)
+        return merged
+
+    def __mul__(self, factor: float | Tensor) -> LowRankCurvature:
+        """Scale the eigenvalues."""
+        return replace(self, scale=self.scale * factor)
+
+    def scale_weights(self, factors: Float[Tensor, " params"]) -> LowRankCurvature:
+        """√f U; its columns are no longer orthonormal."""
+        return replace(self, vectors=factors.sqrt().unsqueeze(1) * self.vectors, orthonormal=False)
+
+    def posterior(self, prior: GaussianPrior, **options: Any) -> LowRankPrecision:
+        """Add the prior; any prior fits, at O(P r²) for all but a scalar one."""
+        assert not options, "the low-rank structure has no options"
+        isotropic = self.orthonormal and prior.precision.numel() == 1
+        # A copy: a view would bring the graph of the prior along even where none is built.
+        return LowRankPrecision(self.vectors, self.values, self.scale, prior.diagonal().clone(), isotropic)
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """U diag(s λ) Uᵀ."""
+        return (self.vectors * (self.values * self.scale)) @ self.vectors.T
+
+
+def truncation_or_all(n_kept: int | None, values: Tensor) -> int:
+    """How many eigenpairs are kept where no more can be found: those that are positive."""
+    return max(1, int((values > 0).sum())) if n_kept is None else n_kept
+
+
+def extended(
+    products: Float[Tensor, "params found"] | None, wanted: int, like: Float[Tensor, " params"], noise: torch.Generator
+) -> Float[Tensor, "params wanted"]:
+    """An orthonormal basis of the span of some products and of random directions.
+
+    Parameters
+    ----------
+    products
+        Of the curvature with earlier directions.
+    wanted
+        How many directions there are to be.
+    like
+        Of the right length, precision and device.
+    noise
+        Source of randomness.
+
+    Raises
+    ------
+    UnsupportedError
+        If so many directions do not fit the memory of the device.
+    """
+    needed, available = 4 * like.itemsize * len(like) * wanted, linalg.memory_of(like.device)
+    if available is not None and needed > available:
+        msg = (
+            f"{wanted} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
+            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
+        )
+        raise UnsupportedError(msg)
+    n_random = wanted - (0 if products is None else products.shape[1])
+    random = torch.randn(len(like), n_random, generator=noise, dtype=torch.float32).to(like)
+    return torch.linalg.qr(random if products is None else torch.cat([products, random], 1)).Q
+
+
+def ritz(
+    basis: Float[Tensor, "params found"], products: Float[Tensor, "params found"]
+) -> tuple[Float[Tensor, " found"], Float[Tensor, "params found"]]:
+    """Eigenpairs of a symmetric matrix within the span of a basis, largest first.
+
+    Parameters
+    ----------
+    basis
+        Q, orthonormal.
+    products
+        H Q.
+
+    Returns
+    -------
+    Eigenvalues of Qᵀ H Q, and Q times its eigenvectors.
+    """
+    wide = linalg.wide_dtype(basis)
+    inner = basis.mT.to(wide) @ products.to(wide)
+    values, rotation = torch.linalg.eigh((inner + inner.mT) / 2)
+    return values.flip(0).to(basis), basis @ rotation.flip(1).to(basis)

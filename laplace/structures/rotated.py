@@ -1,0 +1,231 @@
+"""A precision whose parameter groups are diagonal in bases that are orthogonal, or Kronecker products of such.
+
+A = (U ⊗ V) diag(spectrum) (U ⊗ V)ᵀ group by group: what ``hessian_structure="kron"`` and ``"ekfac"`` have in common.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.errors import ShapeError
+from laplace.network.parameters import split_sizes
+from laplace.structures.base import AbstractPrecision
+from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.jacobian import JacobianBlock, sum_parts
+from laplace.types import Scalar
+
+
+class RotatedPrecision(AbstractPrecision):
+    """Orthogonal bases and a spectrum for each parameter group; subclasses say where the spectrum comes from."""
+
+    eigenvectors: Sequence[Sequence[Tensor | None]]
+    """For each group one or two orthogonal matrices; ``None`` is the identity."""
+
+    @property
+    @abstractmethod
+    def spectrum(self) -> list[Tensor]:
+        """Eigenvalues of A, group by group: ``[rows, columns]``, or ``[rows]`` with one basis."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Sizes of the bases of each group."""
+
+    @property
+    def n_params(self) -> int:
+        """P."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def public(self) -> RotatedPrecision:
+        """Itself."""
+        return self
+
+    def logdet(self) -> Scalar:
+        """Σ log of the spectrum."""
+        return torch.stack([values.log().sum() for values in self.spectrum]).sum()
+
+    def bmm(self, W: Float[Tensor, "*batch params"], exponent: float = -1) -> Float[Tensor, "*batch params"]:
+        """Multiply rows by a power of the matrix.
+
+        Parameters
+        ----------
+        W
+            ``[..., P]``.
+        exponent
+            The power: −1 solves, −½ whitens.
+
+        Returns
+        -------
+        ``[..., P]``.
+
+        Raises
+        ------
+        ShapeError
+            If rows have another number of weights.
+
+        Notes
+        -----
+        Exact. O(C D (C + D)) a row.
+        """
+        if W.shape[-1] != self.n_params:
+            msg = f"Expected rows of {self.n_params} weights; got the shape {list(W.shape)}."
+            raise ShapeError(msg)
+        transposed = [[None if side is None else side.T for side in block] for block in self.eigenvectors]
+        rotated = apply_blocks(W, transposed, self.shapes)
+        scaled = rotated * torch.cat([values.flatten() for values in self.spectrum]) ** exponent
+        return apply_blocks(scaled, self.eigenvectors, self.shapes)
+
+    def inv_square_form(self, W: Tensor) -> Float[Tensor, "batch outputs outputs"]:
+        """W A⁻¹ Wᵀ for each row of the batch.
+
+        Parameters
+        ----------
+        W
+            ``[batch, outputs, P]``.
+
+        Returns
+        -------
+        ``[batch, outputs, outputs]``.
+
+        Raises
+        ------
+        ShapeError
+            If rows have another number of weights.
+        """
+        return self.functional_variance(W)
+
+    def solve(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch params"]:
+        """A⁻¹ v."""
+        return self.bmm(v, -1)
+
+    def quadratic(self, v: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
+        """VᵀAv."""
+        return (self.bmm(v, 1) * v).sum(-1)
+
+    def diag(self, exponent: float = 1) -> Float[Tensor, " params"]:
+        """Diagonal of a power of the matrix, ``[P]``.
+
+        Parameters
+        ----------
+        exponent
+            The power; −1 gives the marginal variances.
+        """
+        squares = [[None if q is None else q.square() for q in block] for block in self.eigenvectors]
+        powers = torch.cat([(values**exponent).flatten() for values in self.spectrum])
+        return apply_blocks(powers, squares, self.shapes)
+
+    def diagonal_of_inverse(self) -> Float[Tensor, " params"]:
+        """Marginal variances of the weights."""
+        return self.diag(-1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
+        """A^(−½) times standard normal numbers."""
+        first = self.spectrum[0]
+        noise = torch.randn(n, self.n_params, dtype=first.dtype, device=first.device, generator=generator)
+        return self.bmm(noise, -0.5)
+
+    def to_matrix(self, exponent: float = 1) -> Float[Tensor, "params params"]:
+        """A power of the matrix, written out, ``[P, P]``."""
+        first = self.spectrum[0]
+        return self.bmm(torch.eye(self.n_params, dtype=first.dtype, device=first.device), exponent)
+
+    def to_dense(self) -> Float[Tensor, "params params"]:
+        """The matrix, ``[P, P]``."""
+        return self.to_matrix()
+
+    def functional_variance(self, J: Tensor) -> Float[Tensor, "batch outputs outputs"]:
+        """The square of A^(−½) Jᵀ, so that it is symmetric to the last bit."""
+        check_jacobians(J, self.n_params)
+        half = self.bmm(J, -0.5)
+        return half @ half.mT
+
+    def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
+        """Each block in the eigenbasis, with the variances there."""
+        for block, vectors, values in zip(blocks, self.eigenvectors, self.spectrum, strict=True):
+            yield block.rotate(vectors, values.shape), 1 / values.flatten()
+
+    def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
+        """Σ_ij (Uᵀ J V)²_ij / spectrum_ij, block by block."""
+        return sum_parts([block.variance(w) for block, w in self._by_block(blocks)])
+
+    def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
+        """The same between columns."""
+        return sum_parts([block.covariance(w) for block, w in self._by_block(blocks)])
+
+    def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
+        """The same across data."""
+        return sum_parts([block.kernel(w) for block, w in self._by_block(blocks)])
+
+    def feature_variance(
+        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
+    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
+        """U diag(S_b) Uᵀ with S = (ΦV)² R, R the inverse spectrum: O(B(D² + DC + C²))."""
+        assert len(self.spectrum) == 1 + int(bias), "one block for the weight, one for the bias"
+        (outer, inner), inverse = self.eigenvectors[0], 1 / self.spectrum[0]
+        strength = rotate(phi, inner).square() @ inverse.T
+        parts = [(outer, strength)]
+        if bias:
+            parts.append((self.eigenvectors[1][0], (1 / self.spectrum[1]).expand(len(phi), n_outputs)))
+        if bias and parts[0][0] is parts[1][0]:
+            parts = [(outer, strength + parts[1][1])]
+        if diagonal:
+            return sum_parts([s if u is None else s @ u.square().T for u, s in parts])
+        return sum_parts([torch.diag_embed(s) if u is None else (u * s.unsqueeze(1)) @ u.T for u, s in parts])
+
+    def feature_covariance(
+        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
+    ) -> Float[Tensor, "joint joint"]:
+        """Σ_i U_ci U_ki Σ_j (φ_n·v_j)(φ_m·v_j) R_ij: one ``[rows, rows]`` matrix for each i."""
+        assert len(self.spectrum) == 1 + int(bias), "one block for the weight, one for the bias"
+        projected = rotate(phi, self.eigenvectors[0][1])
+        kernels = torch.einsum("nj,ij,mj->inm", projected, 1 / self.spectrum[0], projected)
+        parts = [self._mix(self.eigenvectors[0][0], kernels)]
+        if bias:
+            constant = (1 / self.spectrum[1])[:, None, None].expand(n_outputs, len(phi), len(phi))
+            parts.append(self._mix(self.eigenvectors[1][0], constant))
+        return sum_parts(parts)
+
+    @staticmethod
+    def _mix(outer: Tensor | None, kernels: Tensor) -> Tensor:
+        """Σ_i U_ci U_ki K_i as a matrix over (input, output) pairs."""
+        if outer is None:
+            outer = torch.eye(len(kernels), dtype=kernels.dtype, device=kernels.device)
+        n_outputs, n_rows = kernels.shape[:2]
+        return torch.einsum("ci,inm,ki->ncmk", outer, kernels, outer).reshape(n_rows * n_outputs, -1)
+
+
+def rotate(rows: Tensor, side: Tensor | None) -> Tensor:
+    """``rows @ side``, with ``None`` for the identity."""
+    return rows if side is None else rows @ side
+
+
+def apply_blocks(W: Tensor, blocks: Sequence[Sequence[Tensor | None]], shapes: Sequence[Sequence[int]]) -> Tensor:
+    """Multiply each part of ``W [..., P]`` by its block ``L ⊗ R``: ``L w Rᵀ`` with ``w`` as a matrix.
+
+    Parameters
+    ----------
+    W
+        ``[..., P]``.
+    blocks
+        One or two matrices a block; ``None`` is the identity.
+    shapes
+        Sizes of the sides of each block.
+    """
+    parts = split_sizes(W, [math.prod(shape) for shape in shapes])
+    done = []
+    for part, block, shape in zip(parts, blocks, shapes, strict=True):
+        if len(block) == 2:
+            left, right = block
+            matrix = part.unflatten(-1, tuple(shape))
+            matrix = matrix if right is None else matrix @ right.T
+            done.append((matrix if left is None else left @ matrix).flatten(-2))
+        else:
+            done.append(part if block[0] is None else part @ block[0].T)
+    return torch.cat(done, -1)
