@@ -9,12 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from laplace import Laplace
+from laplace.structures import STRUCTURES as TYPES
+from laplace.structures import LowRankCurvature, Truncation
 from tests import reference
 from tests.cases import ADDITIVE, BASIC, EVERYTHING, STRUCTURES, Case
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 additive_structures = pytest.mark.parametrize("structure", ADDITIVE)
 basic_cases = pytest.mark.parametrize("case", BASIC, ids=str)
+
+
+def structure_type(structure: str) -> type:
+    """The class of a structure, with all that it can hold."""
+    chosen = EVERYTHING.get(structure)
+    return TYPES[structure] if chosen is None else LowRankCurvature.choosing(Truncation(**chosen))
+
+
 PREDICTIONS = {
     "classification": ({}, {"link_approx": "mc"}, {"link_approx": "bridge"}, {"link_approx": "bridge_norm"}, {"link_approx": "mc", "joint": True}, {"pred_type": "nn"}),
     "regression": ({}, {"diagonal_output": True}, {"joint": True}, {"pred_type": "nn"}),

@@ -197,7 +197,9 @@ def test_degenerate_features(structure, likelihood, features):
     with torch.no_grad():
         model[1].weight.copy_(0.01 * torch.randn(C, 6, generator=noise))
     wide = fit(copy.deepcopy(model), x, y, structure)
-    la = fit(model.float(), x.float(), y.float() if y.is_floating_point() else y, structure)
+    # Low rank drops what float32 cannot tell from zero beside the largest eigenvalue, as that of a bias beside 1e3.
+    options = {"curvature_dtype": torch.float64} if structure == "lowrank" else {}
+    la = fit(model.float(), x.float(), y.float() if y.is_floating_point() else y, structure, **options)
     assert_sound(wide, x, likelihood)
     assert_sound(la, x.float(), likelihood)
     assert_near(flat(la(x.float())), flat(wide(x)), 0.01)

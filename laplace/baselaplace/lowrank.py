@@ -43,9 +43,11 @@ class LowRankLaplace(ParametricLaplace):
     O(P r), products with the curvature instead of the curvature.
 
     Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each), and as many as it takes with
-    ``captured_trace`` (32 directions in the first, twice as many in each later one); one where the directions span all
-    weights. ``n_passes`` says how many it were. A loader that can be read only once is refused; of a last layer the
-    features of the first pass are kept, and the model runs once. A pass takes time O(P r) for each output of a datum.
+    ``captured_trace`` (32 directions in the first, twice as many in each later one, and a last one that sharpens them);
+    one where the directions span all weights. ``n_passes`` says how many it were. A loader that can be read once is
+    refused; of a last layer the features of the first pass are kept, and the model runs once. A pass takes time O(P r)
+    for each output of a datum. What is below the precision of the curvature beside the largest eigenvalue is dropped:
+    pass ``curvature_dtype=torch.float64`` where it matters.
     The random directions are the same in every call. ``fit(override=False)`` compresses the sum of both, and warns.
 
     References

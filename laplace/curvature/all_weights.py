@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from laplace.curvature import columns as by_columns
 from laplace.curvature import kfac
 from laplace.curvature.curvature import CurvatureInterface
-from laplace.curvature.interface import Basis
 from laplace.curvature.memory import Memory
 from laplace.curvature.recording import MixedBlock, Recording
+from laplace.curvature.structured import Basis
 from laplace.errors import PerformanceWarning, UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, differentiable

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.by_autograd import WrittenOut, hessian_products, hessian_rows
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
-from laplace.curvature.interface import Basis
 from laplace.curvature.last_layer_engine import LastLayerEngine
 from laplace.curvature.recording import Recording
 from laplace.curvature.replay import Replay
+from laplace.curvature.structured import Basis
 from laplace.enums import HessianStructure, KfacApprox, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
 from laplace.structures import Kron

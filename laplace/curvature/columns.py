@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.curvature.interface import Basis, CurvatureInterface
+from laplace.curvature.interface import CurvatureInterface
+from laplace.curvature.structured import Basis
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures.dense_jacobian import dense_rows
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts

@@ -7,30 +7,24 @@ computes comes with the negative log-likelihood, at unit noise, summed over the 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
-from laplace.curvature.capabilities import Capabilities
-from laplace.curvature.replay import check_repeatable
-from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.curvature.structured import StructuredInterface
+from laplace.enums import Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
-from laplace.structures import Kron
 from laplace.structures.dense_jacobian import head_jacobians
 from laplace.types import Inputs, Jacobians
 
-Basis: TypeAlias = "Sequence[Sequence[Tensor | None]]"
-"""For each parameter group one or two orthogonal matrices; ``None`` is the identity."""
 
-
-class CurvatureInterface(Capabilities, ABC):
+class CurvatureInterface(StructuredInterface, ABC):
     """Access to derivatives of a model and its likelihood.
 
     Parameters
@@ -91,21 +85,6 @@ class CurvatureInterface(Capabilities, ABC):
         self.curvature_dtype = curvature_dtype
         self.output_likelihood: AbstractLikelihood = resolve(self.likelihood)
         self.lossfunc, self.factor = self.output_likelihood.torch_loss()
-
-    @classmethod
-    def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
-        """Whether it provides a structure for a choice of random weights.
-
-        Parameters
-        ----------
-        structure, subset
-            Which ones.
-        """
-        # A method that is still the interface's only raises.
-        missing = getattr(cls, structure.value, None) is vars(CurvatureInterface).get(structure.value)
-        if structure is HessianStructure.EKFAC:
-            missing |= not cls.can(HessianStructure.KRON, subset)
-        return super().can(structure, subset) and not missing
 
     @property
     def params(self) -> list[Tensor]:
@@ -306,52 +285,6 @@ class CurvatureInterface(Capabilities, ABC):
             Outputs and targets of the unmasked positions.
         """
         return self.output_likelihood.hessian(positions.f)
-
-    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and dense curvature ``[P, P]`` of a batch."""
-        raise self.cannot(HessianStructure.FULL)
-
-    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch."""
-        raise self.cannot(HessianStructure.DIAG)
-
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Loss ``[]`` and Kronecker factors of a batch; the inputs' side is divided by ``N`` (1 for raw sums)."""
-        raise self.cannot(HessianStructure.KRON)
-
-    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and the diagonal block of each parameter group, ``[p, p]``, of a batch."""
-        raise self.cannot(HessianStructure.BLOCKDIAG)
-
-    def ekfac(
-        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and, group by group, the diagonal of the curvature in a basis of one or two matrices."""
-        raise self.cannot(HessianStructure.EKFAC)
-
-    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace ``[]`` where it is known."""
-        raise self.cannot(HessianStructure.LOWRANK)
-
-    def repeatable(
-        self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
-    ) -> Iterable[tuple[Inputs, Tensor]]:
-        """The same data in a form that can be read several times.
-
-        Parameters
-        ----------
-        batches
-            Inputs and targets.
-        structure
-            Which asks, for messages.
-
-        Raises
-        ------
-        InputError
-            If they can be read once.
-        """
-        check_repeatable(batches, structure)
-        return batches
 
     def output_root(self, positions: Positions) -> Float[Tensor, "rows outputs columns"]:
         """Roots of the output Hessians, ``r rᵀ``.

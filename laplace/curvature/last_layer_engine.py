@@ -13,8 +13,8 @@ from laplace import linalg
 from laplace.curvature import columns as by_columns
 from laplace.curvature import last_layer, pairs
 from laplace.curvature.curvature import CurvatureInterface
-from laplace.curvature.interface import Basis
 from laplace.curvature.replay import Features
+from laplace.curvature.structured import Basis
 from laplace.likelihoods import Positions
 from laplace.network.modes import full_precision
 from laplace.structures import FullCurvature, Kron

@@ -37,7 +37,7 @@ N_PASSES = 3
 OVERSAMPLING = 10
 """Directions beyond the rank, without which the last eigenpairs would be poor."""
 FIRST_DIRECTIONS = 32
-"""Directions in the first pass when a share of the trace is asked for; twice as many in each later one."""
+"""Directions in the first pass when a share of the trace is asked for; twice as many in each next one."""
 
 TIE = 1e-3
 """Eigenvalues that differ by less, relatively, are equal."""
@@ -183,8 +183,8 @@ class LowRankCurvature(AbstractCurvature):
         Notes
         -----
         With a rank r: ``N_PASSES`` passes with r + ``OVERSAMPLING`` directions. With a share of the trace: as many as
-        it takes, with twice as many directions in each. One pass is exact where the directions span all weights. The
-        random numbers are the same in every call, and no generator of the user moves.
+        it takes, with twice as many directions in each, and one more. One pass is exact where the directions span all
+        weights. The random numbers are the same in every call, and no generator of the user moves.
         """
         chosen = truncation or cls.default
         data = backend.repeatable(batches, cls.name)
@@ -206,7 +206,7 @@ class LowRankCurvature(AbstractCurvature):
                 raise UnsupportedError(msg)
             return nll, [products] if trace is None else [products, trace]
 
-        n_passes = 0
+        n_passes, enough = 0, False
         while True:
             n_passes += 1
             total = add_up(data, of_batch, lambda old, new: [a + b for a, b in zip(old, new, strict=True)])
@@ -219,9 +219,11 @@ class LowRankCurvature(AbstractCurvature):
             values, vectors = ritz(basis, products)
             n_kept = chosen.n_kept(values, trace)
             n_params, n_found = basis.shape
-            if n_found == n_params or (n_kept is not None and (chosen.rank is None or n_passes == N_PASSES)):
+            # Once a share is found one more pass sharpens the eigenpairs that hold it.
+            if n_found == n_params or (n_passes == N_PASSES if chosen.rank is not None else enough):
                 break
-            wanted = n_found if chosen.rank is not None else min(n_params, 2 * n_found)
+            enough = n_kept is not None
+            wanted = n_found if enough else min(n_params, 2 * n_found)
             basis = extended(products, wanted, products[:, 0], noise)
         kept = slice(0, truncation_or_all(n_kept, values))
         # The largest may be zero where the data say nothing; none is negative.

@@ -197,3 +197,12 @@ def test_packages_do_not_provide_it_and_the_message_says_who_does():
     la = LowRankLaplace(MLP.model(), "classification", backend=AsdlGGN)
     with pytest.raises(UnsupportedError, match=r"AsdlGGN does not provide hessian_structure='lowrank'.*AutogradGGN"):
         la.fit([MLP.data()])
+
+
+def test_tuning_that_fits_the_head_again_keeps_the_same_number_of_eigenpairs():
+    """Each fold's curvature is truncated as the estimator's is; nothing else would score the posterior that is used."""
+    case = BASIC[0]
+    la = fitted(case, "lowrank", rank=2, captured_trace=None)
+    x, y = case.data()
+    _, curvature = la._refitted_type.from_batch(la.backend, x, y)
+    assert len(curvature.values) == 2

@@ -89,10 +89,11 @@ def test_a_share_of_the_trace_is_held_by_as_few_eigenpairs_as_hold_it(share):
     assert curvature.captured >= share
     above = curvature.values[curvature.values > curvature.values[-1] * (1 + lowrank.TIE)]
     assert float(above.sum()) < share * float(matrix.trace())
-    assert backend.asked == [min(300, 32 * 2**k) for k in range(curvature.n_passes)]
+    growing = [min(300, 32 * 2**k) for k in range(curvature.n_passes)]
+    assert backend.asked in (growing, [*growing[:-1], growing[-2]])
     held = torch.linalg.eigvalsh(matrix).flip(0).cumsum(0) / matrix.trace()
     fewest = int((held >= share).int().argmax()) + 1
-    assert fewest <= len(curvature.values) <= 1.5 * fewest + 2
+    assert fewest <= len(curvature.values) <= 1.2 * fewest + 2
 
 
 def test_the_positive_part_of_an_indefinite_matrix_is_kept():

@@ -14,7 +14,7 @@ from tests import reference
 from tests.cases import STRUCTURES as NAMES
 from tests.cases import named
 from tests.contracts import generator
-from tests.estimators import fitted
+from tests.estimators import fitted, structure_type
 from tests.tools import assert_close
 from tests.tuning.collected import collected
 
@@ -48,7 +48,9 @@ def test_batches_are_collected_to_unmasked_rows_and_their_data(name):
 @pytest.mark.parametrize("structure", NAMES)
 def test_a_posterior_is_the_curvature_at_the_mode_and_the_prior(structure):
     data, deltas = head_data(), (0.1, 10.0, 1.0)
-    found = list(posteriors(data, [prior(delta) for delta in deltas], resolve("classification"), STRUCTURES[structure]))
+    found = list(
+        posteriors(data, [prior(delta) for delta in deltas], resolve("classification"), structure_type(structure))
+    )
     assert [index for index, *_ in found] == [1, 2, 0], "from strong to weak"
     for index, _, theta, precision in found:
         layer = torch.nn.Linear(D, C)

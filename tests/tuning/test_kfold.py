@@ -17,7 +17,7 @@ from tests import reference
 from tests.cases import STRUCTURES as NAMES
 from tests.cases import named
 from tests.contracts import generator
-from tests.estimators import fitted
+from tests.estimators import fitted, structure_type
 from tests.tools import assert_close
 from tests.tuning.collected import collected, nll
 
@@ -52,7 +52,7 @@ def scores(data, likelihood, structure="full", deltas=GRID, options=Options, los
         nll(named_likelihood(likelihood), loss),
         [prior(delta, data.phi.device) for delta in deltas],
         named_likelihood(likelihood),
-        STRUCTURES[structure],
+        structure_type(structure),
         options,
         **arguments,
     )
