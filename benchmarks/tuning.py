@@ -72,10 +72,22 @@ def by_evidence(la: Any, data: Split) -> None:
     la.optimize_prior_precision(method="marglik", noise="scalar" if data.likelihood == "regression" else "keep")
 
 
+def by_leaving_out(la: Any, data: Split) -> None:
+    """The prior precision, by each training row without itself."""
+    la.optimize_prior_precision(method="loo", train_loader=data.train, **CONFIG["training_grid"])
+
+
+def by_folds(la: Any, data: Split) -> None:
+    """The prior precision, by five folds of the training rows."""
+    la.optimize_prior_precision(method="cv", train_loader=data.train, **CONFIG["training_grid"])
+
+
 METHODS: list[tuple[str, Callable[[Any, Split], None], set[str]]] = [
     ("tune", by_tune, set(STRUCTURES)),
     ("gridsearch", by_grid, set(STRUCTURES)),
     ("marglik", by_evidence, set(STRUCTURES)),
+    ("loo", by_leaving_out, {"last layer, full", "last layer, diag"}),
+    ("cv", by_folds, {"last layer, full", "last layer, kron", "last layer, diag"}),
 ]
 """Name, call, and the structures that it is for."""
 
@@ -190,6 +202,16 @@ def approximations(model: nn.Module, data: Split) -> dict[str, Outcome]:
     return found
 
 
+def relative_variances(model: nn.Module, data: Split) -> dict[str, float]:
+    """Mean variance of the logits at foreign inputs, over that at test inputs: last layer, kron, whatever is tuned."""
+    if not data.foreign:
+        return {}
+    la = Laplace(model, data.likelihood, "last_layer", "kron", prior_precision=CONFIG["variance_precision"])
+    la.fit(data.train)
+    usual = la.functional_variance_fast(data.test.dataset.tensors[0])[1].mean()
+    return {name: float(la.functional_variance_fast(x)[1].mean() / usual) for name, x in data.foreign.items()}
+
+
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
@@ -282,9 +304,14 @@ def verdicts(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         chosen = run["rows"][DEFAULT]["chosen"]
         shown = ", ".join(f"{value:.3g}" for value in chosen.values())
-        gaps = [run["default_minus_scaled"].get(key) for key in ("nll", "ood photographs", "ood classes")]
-        lines.append([run["data"], run["seed"], shown, *map(signed, gaps)])
-    return markdown(["", "seed", "precision, T or σ", "ΔNLL", "ΔOOD, photographs", "ΔOOD, classes"], lines)
+        cells = [signed(run["default_minus_scaled"].get("nll"))]
+        for name in ("photographs", "classes"):
+            variance = run["relative_variances"].get(name)
+            shown_variance = "" if variance is None else f"{variance:.2f}"
+            cells += [signed(run["default_minus_scaled"].get(f"ood {name}")), shown_variance]
+        lines.append([run["data"], run["seed"], shown, *cells])
+    columns = ["ΔNLL", "ΔOOD, photographs", "their variance", "ΔOOD, classes", "their variance"]
+    return markdown(["", "seed", "precision, T or σ", *columns], lines)
 
 
 def counts(runs: list[dict[str, Any]]) -> str:
@@ -325,6 +352,7 @@ def main() -> None:
                     "data": name,
                     "seed": seed,
                     "default_minus_scaled": compare(outcomes, data.likelihood),
+                    "relative_variances": relative_variances(model, data),
                     "rows": {row: row_of(one) for row, one in outcomes.items()},
                 }
             )

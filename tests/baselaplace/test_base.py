@@ -51,10 +51,10 @@ def test_values_without_a_meaning_are_refused_on_construction_and_on_assignment(
     assert torch.equal(torch.as_tensor(getattr(la, name)), torch.as_tensor(before))
 
 
-@pytest.mark.parametrize("name", ["sigma_noise", "temperature"])
-def test_noise_and_temperature_are_single_numbers(name):
+@pytest.mark.parametrize(("name", "shape"), [("sigma_noise", (1, 2)), ("temperature", (2,))])
+def test_noise_is_a_number_or_a_vector_and_temperature_a_number(name, shape):
     with pytest.raises(InputError, match="one number"):
-        estimator(BASIC[1], "diag", **{name: torch.tensor([1.0, 2.0])})
+        estimator(BASIC[1], "diag", **{name: torch.ones(shape)})
 
 
 def test_noise_has_no_meaning_in_classification():
