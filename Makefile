@@ -72,6 +72,8 @@ bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memor
 	$(BIN)/python benchmarks/whole_network.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/function_space.py --peer $(abspath $(VENV)-peer/bin/python)
 	$(BIN)/python benchmarks/backends.py
+	$(BIN)/python benchmarks/tuning.py
+	$(BIN)/python benchmarks/tuning_cost.py --peer $(abspath $(VENV)-peer/bin/python)
 
 check: lint types docs demo test-slow test-oldest test ## what CI runs, in this order
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return names
 
 
-@pytest.mark.parametrize("page", ["index.md", "saving.md", "function_space.md"])
+@pytest.mark.parametrize("page", ["index.md", "tuning.md", "saving.md", "function_space.md"])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(page, tmp_path, monkeypatch)["la"].n_data > 0
 
@@ -63,3 +65,34 @@ def test_the_numbers_that_the_guide_quotes_are_those_of_the_table() -> None:
     assert (min(default), max(default)) == pytest.approx((0.44, 0.64), abs=0.005)
     assert all(0.02 <= round(ece[f"{s}, probit"], 2) <= 0.03 for s in ("full", "kron", "diag"))
     assert ece["MAP"] == pytest.approx(0.08, abs=0.005)
+
+
+def test_the_numbers_that_the_page_on_tuning_quotes_are_those_measured() -> None:
+    measured = json.loads((DOCS.parent / "benchmarks" / "results" / "tuning.json").read_text(encoding="utf-8"))["runs"]
+
+    def mean(data: str, row: str, key: str = "nll") -> float:
+        return statistics.fmean(run["rows"][row][key] for run in measured if run["data"] == data)
+
+    page = (DOCS / "tuning.md").read_text(encoding="utf-8")
+    for data, row, key in (
+        ("breast cancer", "MAP", "nll"),
+        ("breast cancer", "MAP, temperature", "nll"),
+        ("breast cancer", "last layer, kron: gridsearch", "nll"),
+        ("breast cancer", "last layer, full: loo", "nll"),
+        ("diabetes", "MAP", "nll"),
+        ("diabetes", "MAP, best noise", "nll"),
+        ("diabetes", "last layer, full: loo", "nll"),
+        ("digits", "last layer, full: loo", "nll"),
+        ("digits", "MAP, temperature", "ood photographs"),
+        ("MNIST", "last layer, full: loo", "nll"),
+        ("MNIST", "last layer, kron: gridsearch", "ood photographs"),
+        ("MNIST", "last layer, kron: tune", "ood photographs"),
+        ("wine", "last layer, kron: gridsearch", "nll"),
+        ("wine", "last layer, full: loo", "nll"),
+    ):
+        assert f"{mean(data, row, key):.3f}" in page, (data, row, key)
+    verdicts = [run["default_minus_scaled"]["nll"]["verdict"] for run in measured]
+    words = ("one is better", "twelve are level", "one is worse", "one unclear")
+    assert [verdicts.count(v) for v in ("better", "level", "worse", "unclear")] == [1, 12, 1, 1], words
+    unused = sum(run["rows"]["last layer, kron: tune"]["chosen"]["prior_precision"] >= 1e6 for run in measured)
+    assert unused == 7, "in seven of them the precision is 10⁶ or more"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from laplace import Laplace
 from laplace.errors import NotPositiveDefiniteError
 from laplace.predictive import FeatureLinearization
 from laplace.structures import FullCurvature, Kron, KronCurvature
@@ -80,3 +81,18 @@ def test_an_indefinite_matrix_is_refused_and_rounding_is_not():
     rounding = FullCurvature(torch.diag(torch.tensor([1.0] + [-1e-16] * (P - 1), dtype=F64)))
     basis = rounding.basis(prior(SCALAR), features=True)
     assert bool((basis.posterior(rounding, prior(SCALAR * 1e-20)).vector > 0).all())
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")  # nobody trained this network
+def test_a_convolution_over_many_pixels_is_rotated_once_for_every_prior(device):
+    """Where the product of its factors is rotated instead of them, and not again by the posterior in those coordinates."""
+    x = torch.randn(6, 2, 12, 12, dtype=F64, generator=generator(3)).to(device)
+    y = torch.tensor([0, 1, 2, 0, 1, 2], device=device)
+    layers = torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(300, 3)
+    la = Laplace(torch.nn.Sequential(*layers).to(device, F64), "classification", "all", "kron")
+    la.fit([(x, y)])
+    la.optimize_prior_precision(method="gridsearch", val_loader=[(x, y.flip(0))], grid_size=3)
+    grid, scores = la.tuning_.points, la.tuning_.values
+    for precision, score in zip(grid, scores, strict=True):
+        la.prior_precision = float(precision)
+        assert_close(score, -la(x).gather(1, y.flip(0)[:, None]).log().mean().cpu())
