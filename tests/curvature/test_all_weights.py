@@ -56,7 +56,7 @@ def test_formulas_are_used_wherever_they_exist(network):
     """Row by row only where the table of networks says so: the slow way would hide a reader that is broken."""
     engine = backend(AutogradGGN, network)
     recording = engine.derivatives(network.data()[0])
-    assert tuple(recording.names[group] for group in sorted(recording.verdict.slow)) == network.slow
+    assert tuple(engine.network.names[group] for group in sorted(recording.verdict.slow)) == network.slow
 
 
 @every_network
