@@ -58,7 +58,7 @@ class AutogradInterface(CurvatureInterface):
         too small. For all weights the sums within a batch are in the precision of the curvature, since double precision
         would cost as much as all else; eigenvalues at the level of its rounding count as zero.
         """
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.KRON)
         loss, sums = self._engine.kron(x, y)
         if N == 1:
             return loss, sums
@@ -68,19 +68,19 @@ class AutogradInterface(CurvatureInterface):
 
     def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal block of each parameter group: O(rows · Σ p²), for all weights times columns."""
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.BLOCKDIAG)
         return self._engine.blockdiag(x, y)
 
     def ekfac(
         self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass a column."""
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.EKFAC)
         return self._engine.ekfac(x, y, basis, shapes)
 
     def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace; O(P k) memory."""
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.LOWRANK)
         return self._engine.lowrank(x, y, directions)
 
     def repeatable(
@@ -163,7 +163,7 @@ class AutogradHessian(AutogradInterface):
         """Loss ``[]`` and the diagonal block of the Hessian of each parameter group, ``[p, p]``."""
         if self.last_layer:
             return super().blockdiag(x, y, **kwargs)
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.BLOCKDIAG)
         with torch.inference_mode(False):
             loss, rows = self._rows(x, y)
             blocks, start = [], 0
@@ -180,10 +180,11 @@ class AutogradHessian(AutogradInterface):
         """
         if self.last_layer:
             return super().lowrank(x, y, directions, **kwargs)
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.LOWRANK)
         with torch.inference_mode(False):
             loss = self._loss(x, y)
-            products = hessian_products(loss, self.params)(directions.T)
+            assert self.network is not None, "all weights are random"
+            products = hessian_products(loss, self.network.subset)(directions.T)
             return self._widen(loss.detach()), self._widen(products.detach()).T, None
 
     @classmethod

@@ -86,21 +86,22 @@ def select_outputs(
     return J.gather(1, chosen.unsqueeze(-1).expand(-1, -1, J.shape[-1])), f
 
 
-def hessian_products(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def hessian_products(loss: Tensor, subset: ParameterSubset) -> Callable[[Tensor], Tensor]:
     """Products with the second derivative of a loss, a backward pass each: many at once where PyTorch can.
 
     Parameters
     ----------
     loss
         A number with its graph.
-    parameters
-        In which to differentiate.
+    subset
+        The weights in which to differentiate.
 
     Returns
     -------
     A function from directions ``[k, P]`` to products ``[k, P]``.
     """
     assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
+    parameters = subset.parameters
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -117,10 +118,9 @@ def hessian_products(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Te
     together = can_batch(rows, flat)
 
     def products(directions: Tensor) -> Tensor:
-        directions = directions.to(flat.dtype)
-        if together:
-            return torch.cat([rows(some, together=True) for some in directions.split(ROWS_AT_ONCE)])
-        return torch.cat([rows(one, together=False) for one in directions])
+        everywhere = subset.embed(directions.to(flat.dtype))
+        parts = everywhere.split(ROWS_AT_ONCE) if together else everywhere
+        return torch.cat([subset.restrict(rows(some, together=together)) for some in parts])
 
     return products
 
@@ -139,12 +139,11 @@ def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor
     ------
     ``[P]``, P of them.
     """
-    products, first = hessian_products(loss, subset.parameters), subset.parameters[0]
-    n_all = sum(parameter.numel() for parameter in subset.parameters)
-    for some in subset.restrict(torch.arange(n_all, device=first.device)).split(ROWS_AT_ONCE):
-        directions = first.new_zeros(len(some), n_all)
+    products, first = hessian_products(loss, subset), subset.parameters[0]
+    for some in torch.arange(subset.n_params, device=first.device).split(ROWS_AT_ONCE):
+        directions = first.new_zeros(len(some), subset.n_params)
         directions.scatter_(1, some.unsqueeze(1), 1)
-        yield from map(subset.restrict, products(directions))
+        yield from products(directions)
 
 
 def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.structured import Basis
+from laplace.enums import HessianStructure
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures.dense_jacobian import dense_rows
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
@@ -140,7 +141,7 @@ class ColumnsInterface(CurvatureInterface):
 
     def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal block of each parameter group, ``[p, p]``."""
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.BLOCKDIAG)
         with self.columns(x, y) as (loss, columns):
             return loss, blockdiag(columns, self._sizes, loss)
 
@@ -148,12 +149,12 @@ class ColumnsInterface(CurvatureInterface):
         self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal of the curvature in a basis, group by group."""
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.EKFAC)
         with self.columns(x, y) as (loss, columns):
             return loss, ekfac(columns, basis, shapes, loss)
 
     def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace ``[]``."""
-        self._refuse(kwargs)
+        self._refuse(kwargs, HessianStructure.LOWRANK)
         with self.columns(x, y) as (loss, columns):
             return loss, *lowrank(columns, directions.to(loss.dtype), self._sizes)

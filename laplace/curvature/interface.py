@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
 from laplace.curvature.structured import StructuredInterface
-from laplace.enums import Likelihood, SubsetOfWeights, choose
+from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
 from laplace.network.feature_extractor import FeatureExtractor
@@ -97,7 +97,7 @@ class CurvatureInterface(StructuredInterface, ABC):
     def zeros(self) -> Float[Tensor, " params"]:
         """As many zeros as there are random weights, ``[P]``, where curvature is computed and in its precision."""
         parameters = self.params
-        n_params = sum(parameter.numel() for parameter in parameters)
+        n_params = sum(p.numel() for p in parameters) if self.network is None else self.network.subset.n_params
         return self._widen(parameters[0].new_zeros(n_params))
 
     @property
@@ -328,8 +328,10 @@ class CurvatureInterface(StructuredInterface, ABC):
         """Of values for the weights of ``params``, along the last axis, those of random ones."""
         return values if self.network is None else self.network.subset.restrict(values)
 
-    def _refuse(self, kwargs: dict[str, Any]) -> None:
-        """Raise when a method gets options that this back end does not read."""
+    def _refuse(self, kwargs: dict[str, Any], structure: HessianStructure | None = None) -> None:
+        """Raise when a method gets options that this back end does not read, or is not there for the chosen weights."""
+        if structure is not None and not self.provides(structure):
+            raise self.cannot(structure)
         if kwargs:
             msg = f"{type(self).__name__} takes no further options; got {', '.join(map(repr, kwargs))}."
             raise UnsupportedError(msg)

@@ -110,6 +110,13 @@ class ParameterSubset:
         """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
         return values if self.choice is None else values[..., self.choice.index]
 
+    def embed(self, values: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch all"]:
+        """The transpose of ``restrict``: values for the random weights among zeros for the others."""
+        if self.choice is None:
+            return values
+        n_all = sum(parameter.numel() for parameter in self.parameters)
+        return values.new_zeros(*values.shape[:-1], n_all).index_copy(-1, self.choice.index, values)
+
 
 def head_views(
     vector: Float[Tensor, "*batch params"], n_outputs: int, n_features: int, bias: bool

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from laplace.curvature import AutogradEF, AutogradGGN, AutogradHessian
+from laplace.curvature.by_autograd import hessian_products, hessian_rows
 from laplace.errors import PerformanceWarning
+from laplace.network.parameters import ParameterSubset
 from tests.contracts import model_untouched
 from tests.networks import NETWORKS, Network, named
 from tests.tools import assert_close, assert_within
@@ -54,7 +56,7 @@ def test_formulas_are_used_wherever_they_exist(network):
     """Row by row only where the table of networks says so: the slow way would hide a reader that is broken."""
     engine = backend(AutogradGGN, network)
     recording = engine.derivatives(network.data()[0])
-    assert tuple(recording.names[group] for group in sorted(recording.verdict.slow)) == network.slow
+    assert tuple(engine.network.names[group] for group in sorted(recording.verdict.slow)) == network.slow
 
 
 @every_network
@@ -102,6 +104,22 @@ def test_a_hessian_row_by_row_is_the_same(network, monkeypatch):
     (x, y), batched = network.data(), backend(AutogradHessian, network).full(*network.data())[1]
     monkeypatch.setattr("laplace.curvature.by_autograd.can_batch", lambda *_: False)
     assert_close(backend(AutogradHessian, network).full(x, y)[1], batched)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("index", [None, [7, 1, 20, 12]], ids=["all", "chosen"])
+def test_products_with_the_hessian_are_those_with_the_matrix_of_the_random_weights(index, together, monkeypatch):
+    network, model = named("mlp"), named("mlp").model()
+    problem, (x, y) = network.problem(model), network.data()
+    monkeypatch.setattr("laplace.curvature.by_autograd.can_batch", lambda *_: together)
+    subset = ParameterSubset(tuple(model.parameters()))
+    H = problem.true_hessian()
+    if index is not None:
+        subset, H = ParameterSubset.indices(model, torch.tensor(index)), H[index][:, index]
+    loss = torch.nn.functional.cross_entropy(model(x), y, reduction="sum")
+    V = torch.randn(3, len(H))
+    assert_close(hessian_products(loss, subset)(V), V @ H)
+    assert_close(torch.stack(list(hessian_rows(loss, subset))), H)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "encoder", "vision", "lstm"])

@@ -6,6 +6,8 @@ from torch.func import jacrev
 
 from laplace.curvature import AutogradEF, AutogradGGN, AutogradHessian, EFInterface, GGNInterface
 from laplace.curvature.columns import lowrank
+from laplace.enums import SubsetOfWeights
+from laplace.errors import UnsupportedError
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import DenseBlock
 from laplace.structures.product import ProductBlock
@@ -60,6 +62,20 @@ def test_the_true_hessian_of_all_weights():
     assert_close(loss, problem.nll())
     assert_close(products, H @ V)
     assert trace is None
+
+
+class OwnGGN(GGNInterface):
+    subsets = frozenset(SubsetOfWeights)
+
+
+@pytest.mark.parametrize("cls", [AutogradGGN, AutogradEF, AutogradHessian, OwnGGN])
+@pytest.mark.parametrize("structure", ["kron", "blockdiag", "ekfac", "lowrank"])
+def test_single_weights_have_no_groups_and_are_refused(cls, structure):
+    network, index = named("mlp"), torch.tensor([7, 1, 20])
+    engine = cls(network.model(), network.likelihood, subnetwork_indices=index)
+    further = {"kron": (1,), "ekfac": ([[None]], [(3,)]), "lowrank": (torch.randn(3, 2),)}.get(structure, ())
+    with pytest.raises(UnsupportedError, match=f"does not provide hessian_structure='{structure}'.*'subnetwork'"):
+        getattr(engine, structure)(*network.data(), *further)
 
 
 def product_block(transposed: bool = False, groups: int = 1) -> ProductBlock:

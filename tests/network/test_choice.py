@@ -49,6 +49,14 @@ def test_the_vector_holds_the_chosen_weights_in_the_order_of_the_indices(index):
 
 
 @every_choice
+def test_embedding_is_the_transpose_of_restricting(index):
+    subset = ParameterSubset.indices(network(), torch.tensor(index))
+    v, w = torch.randn(3, len(index)), torch.randn(sum(p.numel() for p in subset.parameters))
+    assert_close(subset.embed(v) @ w, v @ subset.restrict(w))
+    assert_close(subset.restrict(subset.embed(v)), v)
+
+
+@every_choice
 def test_other_weights_are_put_where_the_indices_say_and_nothing_is_written_to(index):
     model = network()
     subset, theta = ParameterSubset.indices(model, torch.tensor(index)), torch.arange(1.0, 1 + len(index))
