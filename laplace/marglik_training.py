@@ -20,8 +20,8 @@ from tqdm.auto import trange
 from laplace import linalg
 from laplace.baselaplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights
-from laplace.errors import InputError
+from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
+from laplace.errors import InputError, UnsupportedError
 from laplace.laplace import Laplace
 from laplace.likelihoods import LIKELIHOODS, resolve
 from laplace.network import WholeNetwork, iterate
@@ -162,6 +162,13 @@ def marglik_training(
     """
     _check_epochs(n_epochs, n_epochs_burnin, n_hypersteps, marglik_frequency)
     _check_again_readable(train_loader)
+    if choose(HessianStructure, hessian_structure, "hessian_structure") is HessianStructure.GP:
+        msg = (
+            'marglik_training takes a structure over weights; hessian_structure="gp" is the posterior of a subset of '
+            'the data. Use "kron", "diag" or "full".'
+        )
+        raise UnsupportedError(msg)
+    further = {} if asdl_fisher_kwargs is None else {"asdl_fisher_kwargs": asdl_fisher_kwargs}
     approximation = partial(
         Laplace,
         model,
@@ -175,13 +182,13 @@ def marglik_training(
         dict_key_y=dict_key_y,
         backend=backend,
         backend_kwargs=backend_kwargs,
-        asdl_fisher_kwargs=asdl_fisher_kwargs,
         curvature_dtype=curvature_dtype,
+        **further,
     )
     # Estimators and back end check the options: here, before anything is trained.
-    la = approximation(sigma_noise_init, prior_prec_init)
+    la = approximation(sigma_noise=sigma_noise_init, prior_precision=prior_prec_init)
     hyper = _Hyperparameters(la, prior_structure, lr_hyp, fix_sigma_noise)
-    la = approximation(*hyper.values())
+    la = approximation(**hyper.named())
     device = la.backend.params[0].device
     network = WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
     batches = partial(iterate, train_loader, dict_key_y=dict_key_y, device=device)
@@ -203,7 +210,7 @@ def marglik_training(
             prior = GaussianPrior(la.prior_mean, prior_precision, network.subset.sizes)
             losses.append(train_epoch(MAPObjective(network, noisy, prior, n_rows), batches(), optimizer, scheduler))
             if epoch >= n_epochs_burnin and epoch % marglik_frequency == 0:
-                la = approximation(*hyper.values())
+                la = approximation(**hyper.named())
                 la.fit(train_loader)
                 seen, evidence = hyper.ascend(la, n_hypersteps)
                 margliks += [-value for value in seen]
@@ -243,6 +250,11 @@ class _Hyperparameters:
     def values(self) -> tuple[Tensor, Tensor]:
         """σ and δ as they are now."""
         return self._log_sigma.detach().exp(), self._log_precision.detach().exp()
+
+    def named(self) -> dict[str, Tensor]:
+        """The same as keywords of an estimator."""
+        sigma_noise, prior_precision = self.values()
+        return {"sigma_noise": sigma_noise, "prior_precision": prior_precision}
 
     def ascend(self, la: ParametricLaplace, n_steps: int) -> tuple[list[float], float]:
         """Take steps up the evidence; the approximation is left with the best values seen.

@@ -158,7 +158,7 @@ def test_data_that_cannot_be_used_are_refused(loader, says):
         ({"optimizer_cls": torch.optim.AdamW}, "AdamW decays weights"),
         ({"scheduler_kwargs": {"gamma": 0.5}}, "scheduler_cls"),
         ({"likelihood": "regressio"}, "Did you mean 'regression'"),
-        ({"hessian_structure": "gp"}, "available combinations"),
+        ({"hessian_structure": "gp"}, "structure over weights"),
         ({"prior_structure": "layer"}, "prior_structure must be one of"),
         ({"prior_prec_init": -1.0}, "prior_precision must be positive"),
         ({"sigma_noise_init": 0.0}, "sigma_noise must be positive"),

@@ -188,7 +188,7 @@ def test_tuning_works_and_keeps_derivatives_only_while_memory_allows(name, struc
     la.optimize_prior_precision()
     assert la.log_marginal_likelihood() > before
     found = []
-    for kept, passes in ((10**9, 1), (0, 6)):
+    for kept, passes in ((10**9, 1), (0, 2)):  # all points of the grid are scored in one
         monkeypatch.setattr(cached, "KEPT_ELEMENTS", kept)
         handle = model.register_forward_hook(lambda *_: calls.append(1))
         calls.clear()

@@ -77,7 +77,7 @@ def test_an_indefinite_hessian_is_reported_with_what_to_use_instead(structure):
 def test_the_hessian_has_no_kronecker_factors():
     with pytest.raises(
         UnsupportedError,
-        match=r"AutogradHessian does not provide hessian_structure='kron'.*'all'; it provides 'diag', 'full'\. No back",
+        match=r"AutogradHessian does not provide hessian_structure='kron'.*'all'; it provides 'blockdiag', 'diag', 'full', 'lowrank'\. No back",
     ):
         Laplace(named("mlp").model(), "classification", "all", "kron", backend=AutogradHessian).fit(
             [named("mlp").data()]

@@ -330,7 +330,7 @@ class CurvatureInterface(StructuredInterface, ABC):
 
     def _refuse(self, kwargs: dict[str, Any], structure: HessianStructure | None = None) -> None:
         """Raise when a method gets options that this back end does not read, or is not there for the chosen weights."""
-        if structure is not None and not self.provides(structure):
+        if structure is not None and self.subset is SubsetOfWeights.SUBNETWORK and not self.provides(structure):
             raise self.cannot(structure)
         if kwargs:
             msg = f"{type(self).__name__} takes no further options; got {', '.join(map(repr, kwargs))}."

@@ -34,9 +34,12 @@ class CachedData:
     ----------
     batches
         How to get the linearized inputs of each batch, and its unmasked positions. Batches of features are one.
+    of_features
+        Whether inputs are features of a last layer, rather than derivatives of a network.
     """
 
     batches: Batches
+    of_features: bool = False
 
     @classmethod
     def collect(
@@ -70,7 +73,7 @@ class CachedData:
             If there are none, or all are masked.
         """
         collected: list[tuple[Callable[[], Linearization], Positions]] = []
-        left = KEPT_ELEMENTS
+        left, features = KEPT_ELEMENTS, False
 
         def compared(x: Any) -> Linearization:
             # Targets of reward modeling are preferences between items.
@@ -78,6 +81,7 @@ class CachedData:
 
         for x, y in batches:
             inputs = compared(x)
+            features = isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
             positions = likelihood.flatten(inputs.f, y)
             found = inputs.kept(left)
             if found is None:
@@ -90,13 +94,7 @@ class CachedData:
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
             raise InputError(msg)
-        return cls(_joined(collected))
-
-    @property
-    def of_features(self) -> bool:
-        """Whether inputs are features of a last layer, rather than derivatives of a network."""
-        inputs = self.batches[0][0]()
-        return isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
+        return cls(_joined(collected), features)
 
     @property
     def n_rows(self) -> int:
@@ -121,7 +119,7 @@ class CachedData:
                 rotated.append((partial(_same, get().rotated(basis, dtype)), positions))
             else:
                 rotated.append((partial(_rotate, get, basis, dtype), positions))
-        return CachedData(rotated)
+        return CachedData(rotated, self.of_features)
 
     def scores(
         self,

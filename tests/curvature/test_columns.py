@@ -6,7 +6,6 @@ from torch.func import jacrev
 
 from laplace.curvature import AutogradEF, AutogradGGN, AutogradHessian, EFInterface, GGNInterface
 from laplace.curvature.columns import lowrank
-from laplace.enums import SubsetOfWeights
 from laplace.errors import UnsupportedError
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import DenseBlock
@@ -64,11 +63,7 @@ def test_the_true_hessian_of_all_weights():
     assert trace is None
 
 
-class OwnGGN(GGNInterface):
-    subsets = frozenset(SubsetOfWeights)
-
-
-@pytest.mark.parametrize("cls", [AutogradGGN, AutogradEF, AutogradHessian, OwnGGN])
+@pytest.mark.parametrize("cls", [AutogradGGN, AutogradEF, AutogradHessian])
 @pytest.mark.parametrize("structure", ["kron", "blockdiag", "ekfac", "lowrank"])
 def test_single_weights_have_no_groups_and_are_refused(cls, structure):
     network, index = named("mlp"), torch.tensor([7, 1, 20])
