@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from laplace.enums import HessianStructure
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "structures.py"
 
 
+@pytest.mark.slow
 def test_every_structure_has_a_row_of_finite_numbers(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--output", str(tmp_path / "a new folder")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500).stdout
