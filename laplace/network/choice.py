@@ -18,17 +18,10 @@ from laplace.errors import InputError, UnsupportedError
 
 
 class Interleaved(tuple[int, ...]):
-    """Sizes of parameter groups whose weights are not listed group by group.
-
-    Parameters
-    ----------
-    sizes
-        Number of weights in each group.
-    groups
-        The group of each weight, ``[P]``.
-    """
+    """Sizes of parameter groups, ``(sizes, groups)``, whose weights are not listed group by group."""
 
     groups: Int[Tensor, " params"]
+    """The group of each weight, ``[P]``."""
 
     def __new__(cls, sizes: Sequence[int], groups: Int[Tensor, " params"]) -> Interleaved:
         """Make the tuple and remember where the weights of each group are."""
