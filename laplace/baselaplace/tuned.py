@@ -190,7 +190,9 @@ class TunedPosterior(TunablePosterior):
             How predictions will be made: what is best for one way need not be for another.
         limits
             Least and largest values, by name: ``prior_precision``, ``output_temperature``, ``sigma_noise`` (this one in
-            units of the residuals). Brackets start inside and extend to these.
+            units of the residuals). Brackets start inside and extend to these. Without one, the least temperature is
+            that which is best for the network without weight uncertainty, and at most 1: uncertain weights widen
+            predictions, which lower temperatures would undo.
         n_steps
             The most iterations of L-BFGS after the grid.
         generator
@@ -216,7 +218,8 @@ class TunedPosterior(TunablePosterior):
         Warns
         -----
         UserWarning
-            If the best value of a hyperparameter stays at a limit.
+            If the best value of a hyperparameter stays at a limit, or no temperature is best for the network, as where
+            it classifies every validation row right: then none below 1 is tried.
 
         Notes
         -----
@@ -240,12 +243,12 @@ class TunedPosterior(TunablePosterior):
                 'classes. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
             )
             raise UnsupportedError(msg)
-        allowed = dict(tuning.LIMITS)
+        given = {}
         for name, edges in (limits or {}).items():
-            if name not in allowed:
-                msg = f"limits has no hyperparameter {name!r}; it may hold {', '.join(map(repr, allowed))}."
+            if name not in tuning.LIMITS:
+                msg = f"limits has no hyperparameter {name!r}; it may hold {', '.join(map(repr, tuning.LIMITS))}."
                 raise UnsupportedError(msg)
-            allowed[name] = checked_limits(f"limits[{name!r}]", edges)
+            given[name] = checked_limits(f"limits[{name!r}]", edges)
         n_precisions = 1 if structure is PriorStructure.SCALAR else len(problem.sizes)
         self._fits_structure(problem.prior(problem.fit.mean.new_ones(n_precisions)))
         data = self._cached(val_loader, options.pred_type, None)
@@ -253,8 +256,8 @@ class TunedPosterior(TunablePosterior):
             n_values = problem.fit.n_outputs
         with torch.no_grad(), full_precision(self._device):
             fresh = self._repeated(options)
-            joint = tuning.Joint(problem, data, measure, fresh, self._dtype, second, n_values, allowed)
-            found = tuning.tune(joint, n_precisions, n_steps=n_steps, progress_bar=progress_bar)
+            joint = tuning.Joint(problem, data, measure, fresh, self._dtype, second, n_values)
+            found = tuning.tune(joint, n_precisions, given, n_steps=n_steps, progress_bar=progress_bar)
         return self._take_over(found, verbose)
 
 

@@ -2,6 +2,10 @@
 
 A grid finds the basin, L-BFGS on logarithms the optimum. The network without weight uncertainty, at its best
 temperature or noise, is a candidate like any other: on the data it was tuned on, the result is never worse.
+
+A temperature below 1 makes predictions more certain than the network's logits. It is allowed as far as the network
+alone is better for it. Beside uncertain weights a lower one would only undo what they add, and where every row is
+classified right nothing in these data speaks against a temperature near 0, which is ruinous at the first error.
 """
 
 from __future__ import annotations
@@ -31,6 +35,15 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 """Within which values are looked for; the noise in units of the residuals on the validation data."""
 
+_NO_TEMPERATURE = (
+    "The network's score on the validation data improves as the output temperature falls to 0, as it does where every "
+    "row is classified right: no temperature is best, and none below 1 was tried. Use more validation data, or pass "
+    'limits={"output_temperature": (low, high)}.'
+)
+
+Found = tuple[float, Tensor, Tensor | None]
+"""A score, and the prior precisions and the second hyperparameter that it belongs to."""
+
 POINTS_PER_DECADE = 2
 VALUES_PER_DECADE = 3
 
@@ -55,8 +68,6 @@ class Joint:
         The hyperparameter chosen beside the prior precision: ``"sigma_noise"``, ``"output_temperature"`` or ``None``.
     n_values
         How many values it has.
-    limits
-        Least and largest values of each.
     """
 
     problem: Problem
@@ -66,7 +77,6 @@ class Joint:
     dtype: torch.dtype
     second: str | None
     n_values: int
-    limits: Mapping[str, tuple[float, float]]
 
     @cached_property
     def rotated(self) -> tuple[Any, CachedData]:
@@ -114,7 +124,14 @@ class Joint:
         return data.scores(self.score, posteriors, likelihoods, self.fresh_options, self.dtype)
 
 
-def tune(joint: Joint, n_precisions: int, *, n_steps: int, progress_bar: bool = False) -> Tuning:
+def tune(
+    joint: Joint,
+    n_precisions: int,
+    limits: Mapping[str, tuple[float, float]],
+    *,
+    n_steps: int,
+    progress_bar: bool = False,
+) -> Tuning:
     """Choose hyperparameters by validation.
 
     Parameters
@@ -123,6 +140,9 @@ def tune(joint: Joint, n_precisions: int, *, n_steps: int, progress_bar: bool = 
         The score.
     n_precisions
         How many prior precisions there are.
+    limits
+        Least and largest values, where they are not to be ``LIMITS``. A least output temperature given here holds also
+        where the network alone would be worse for it.
     n_steps
         The most iterations of L-BFGS from each start.
     progress_bar
@@ -140,10 +160,19 @@ def tune(joint: Joint, n_precisions: int, *, n_steps: int, progress_bar: bool = 
     Warns
     -----
     UserWarning
-        If the best value stays at a limit.
+        If the best value stays at a limit, or no temperature is best for the network.
     """
-    scale = _unit(joint)
-    precisions, values, scores = _grid(joint, scale)
+    unit = _unit(joint)
+    within = {**LIMITS, **limits}
+    least, most = within["sigma_noise"]
+    within["sigma_noise"] = least * unit, most * unit
+    alone, coldest = _network_alone(joint, within, n_steps)
+    if joint.second == "output_temperature" and "output_temperature" not in limits:
+        if coldest is None:
+            warnings.warn(_NO_TEMPERATURE, UserWarning, stacklevel=3)
+        within["output_temperature"] = min(1.0, coldest or 1.0), within["output_temperature"][1]
+
+    precisions, values, scores = _grid(joint, within, unit)
     finite = torch.isfinite(scores)
     if not bool(finite.any()):
         msg = (
@@ -153,32 +182,62 @@ def tune(joint: Joint, n_precisions: int, *, n_steps: int, progress_bar: bool = 
         raise InputError(msg)
     scores = torch.where(finite, scores, torch.inf)
     best = divmod(int(scores.argmin()), scores.shape[1])
-    certain = torch.full_like(precisions[:1], joint.limits["prior_precision"][1])
     start = precisions[best[0]].reshape(1), None if values is None else values[best[1]].reshape(1)
-    found = [_refine(joint, *start, scale, n_steps, progress_bar)]
+    found = [_refine(joint, *start, within, n_steps, progress_bar)]
     if n_precisions > 1:
         # From the best single precision, so that more of them are never worse.
         start = found[0][1].expand(n_precisions), found[0][2]
-        found.append(_refine(joint, *start, scale, n_steps, progress_bar))
-    # The network itself: no weight uncertainty, at the present and at its best temperature or noise.
-    one = torch.ones_like(certain[0]) if joint.second == "output_temperature" else None
-    plain = float(joint(certain, one).detach())
-    candidates = {"MAP": plain}
-    found.append((plain, certain.expand(n_precisions).clone(), one))
-    if values is not None:
-        row = joint.each([certain] * len(values), list(values))
-        name = f"MAP with its {(joint.second or '').replace('_', ' ')}"
-        start = certain.expand(n_precisions), values[row.argmin()].reshape(1)
-        tuned = _refine(joint, *start, scale, n_steps, False, fixed=True)
-        candidates[name] = tuned[0]
-        found.append(tuned)
+        found.append(_refine(joint, *start, within, n_steps, progress_bar))
+    found += [
+        (score, certain.expand(n_precisions).clone(), second)
+        for score, certain, second in alone.values()
+        if _allows(within, joint.second, certain, second)
+    ]
     value, precision, second = min(found, key=lambda item: item[0])
     chosen = {"prior_precision": precision.detach()}
     if second is not None and joint.second is not None:
         chosen[joint.second] = second.detach()
-    _warn_at_limits(joint, chosen, scale, candidates)
+    _warn_at_limits(chosen, within, limits, list(alone))
     curve = scores.min(1).values.detach().cpu()
+    candidates = {name: score for name, (score, _, _) in alone.items()}
     return Tuning("validation", joint.score.name, value, chosen, precisions.detach().cpu(), curve, candidates)
+
+
+def _network_alone(
+    joint: Joint, limits: Mapping[str, tuple[float, float]], n_steps: int
+) -> tuple[dict[str, Found], float | None]:
+    """The network without weight uncertainty: as it is, and at its best temperature or noise.
+
+    Beside them that temperature or noise; ``None`` if it is no optimum but the least that is allowed.
+    """
+    like = joint.problem.fit.mean
+    certain = like.new_full((1,), LIMITS["prior_precision"][1])
+    one = torch.ones_like(certain[0]) if joint.second == "output_temperature" else None
+    found: dict[str, Found] = {"MAP": (float(joint(certain, one).detach()), certain, one)}
+    if joint.second is None:
+        return found, None
+    least = limits[joint.second][0]
+    values = _log_space(*limits[joint.second], VALUES_PER_DECADE, like)
+    row = joint.each([certain] * len(values), list(values)).detach()
+    if not bool(torch.isfinite(row).any()):
+        return found, least  # nothing is known about it
+    best = int(torch.where(torch.isfinite(row), row, torch.inf).argmin())
+    if joint.second == "output_temperature" and best == 0:
+        return found, None
+    refined = _refine(joint, certain, values[best].reshape(1), limits, n_steps, False, fixed=True)
+    found[f"MAP with its {joint.second.replace('_', ' ')}"] = refined
+    return found, least if refined[2] is None else float(refined[2].min())
+
+
+def _allows(
+    limits: Mapping[str, tuple[float, float]], name: str | None, precision: Tensor, second: Tensor | None
+) -> bool:
+    """Whether a candidate is within the limits."""
+    given = {"prior_precision": precision} | ({} if second is None or name is None else {name: second})
+    return all(
+        bool(((value >= limits[key][0] * 0.999) & (value <= limits[key][1] * 1.001)).all())
+        for key, value in given.items()
+    )
 
 
 def _unit(joint: Joint) -> float:
@@ -207,29 +266,28 @@ def _log_space(low: float, high: float, per_decade: int, like: Tensor) -> Tensor
     return torch.logspace(float(span[0]), float(span[1]), n_points, dtype=torch.float64).to(like)
 
 
-def _grid(joint: Joint, scale: float) -> tuple[Tensor, Tensor | None, Tensor]:
+def _grid(joint: Joint, limits: Mapping[str, tuple[float, float]], unit: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """Points of both hyperparameters, and scores ``[precisions, values]``; extended while the best is at an end."""
     like = joint.problem.fit.mean
     low, high = (
-        float(min(max(edge, joint.limits["prior_precision"][0]), joint.limits["prior_precision"][1]))
-        for edge in (1e-4, 1e4)
+        float(min(max(edge, limits["prior_precision"][0]), limits["prior_precision"][1])) for edge in (1e-4, 1e4)
     )
     edges = None
     if joint.second is not None:
-        limits = joint.limits[joint.second]
-        edges = max(limits[0], 0.1), min(limits[1], 10.0)
+        least, most = limits[joint.second]
+        edges = max(least, min(0.1 * unit, most / 10)), min(most, max(10 * unit, least * 10))
     while True:
         precisions = _log_space(low, high, POINTS_PER_DECADE, like)
-        values = None if edges is None else _log_space(*edges, VALUES_PER_DECADE, like) * scale
+        values = None if edges is None else _log_space(*edges, VALUES_PER_DECADE, like)
         seconds: list[Tensor | None] = [None] if values is None else list(values)
         points = [(precision, value) for precision in precisions.split(1) for value in seconds]
         found = joint.each([precision for precision, _ in points], [value for _, value in points])
         scores = found.detach().reshape(len(precisions), len(seconds))
         best = divmod(int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin()), scores.shape[1])
-        moved = _extended(best[0], len(precisions), (low, high), joint.limits["prior_precision"], 1e4)
+        moved = _extended(best[0], len(precisions), (low, high), limits["prior_precision"], 1e4)
         wider = edges
         if edges is not None and values is not None and joint.second is not None:
-            wider = _extended(best[1], len(values), edges, joint.limits[joint.second], 10.0)
+            wider = _extended(best[1], len(values), edges, limits[joint.second], 10.0)
         if moved == (low, high) and wider == edges:
             return precisions, values, scores
         (low, high), edges = moved, wider
@@ -251,12 +309,12 @@ def _refine(
     joint: Joint,
     start: Tensor,
     value: Tensor | None,
-    scale: float,
+    limits: Mapping[str, tuple[float, float]],
     n_steps: int,
     progress_bar: bool,
     *,
     fixed: bool = False,
-) -> tuple[float, Tensor, Tensor | None]:
+) -> Found:
     """The optimum near a point of the grid; with ``fixed`` over the second hyperparameter alone."""
     second = start.new_zeros(0) if value is None else value.reshape(-1).expand(joint.n_values)
     n_free = 0 if fixed else len(start)
@@ -277,12 +335,11 @@ def _refine(
             raise InputError(msg)
         return -score
 
-    limits = joint.limits["prior_precision"]
-    low, high = torch.full_like(start[:n_free], limits[0]), torch.full_like(start[:n_free], limits[1])
+    low, high = (torch.full_like(start[:n_free], edge) for edge in limits["prior_precision"])
     if joint.second is not None and value is not None:
-        edges = joint.limits[joint.second]
-        low = torch.cat([low, torch.full_like(second, edges[0] * scale)])
-        high = torch.cat([high, torch.full_like(second, edges[1] * scale)])
+        least, most = limits[joint.second]
+        low = torch.cat([low, torch.full_like(second, least)])
+        high = torch.cat([high, torch.full_like(second, most)])
     values, best = optimize(
         objective,
         torch.cat([start[:n_free], second]),
@@ -294,15 +351,21 @@ def _refine(
     return -best, *split(values)
 
 
-def _warn_at_limits(joint: Joint, chosen: Mapping[str, Tensor], scale: float, candidates: Mapping[str, float]) -> None:
+def _warn_at_limits(
+    chosen: Mapping[str, Tensor],
+    limits: Mapping[str, tuple[float, float]],
+    given: Mapping[str, tuple[float, float]],
+    alone: list[str],
+) -> None:
     for name, value in chosen.items():
-        unit = scale if name == "sigma_noise" else 1.0
-        low, high = (limit * unit for limit in joint.limits[name])
-        if name == "prior_precision" and bool((value >= high * 0.999).all()):
+        low, high = limits[name]
+        if name == "prior_precision" and bool((value >= LIMITS[name][1] * 0.999).all()):
             msg = (
                 f"The validation score is best without weight uncertainty: the prior precision stays at its limit "
-                f"{high:.3g}, and predictions are those of the network ({', '.join(candidates)})."
+                f"{high:.3g}, and predictions are those of the network ({', '.join(alone)})."
             )
+        elif name == "output_temperature" and name not in given and bool((value <= low * 1.001).all()):
+            continue  # the least temperature is the network's own, or the default of 1: not one to move
         elif bool(((value <= low * 1.001) | (value >= high * 0.999)).any()):
             msg = (
                 f"The best {name.replace('_', ' ')} stays at its limits ({low:.3g} to {high:.3g}); the score may "

@@ -130,18 +130,54 @@ def test_other_predictions_are_tuned_with_the_same_random_numbers_at_every_step(
     assert_close(first.hyperparameters["prior_precision"], second.hyperparameters["prior_precision"])
 
 
-def test_brackets_extend_to_their_limits_and_stay_there_with_a_warning():
+def all_right():
+    """An approximation, and validation data without an error: no temperature is cold enough."""
     case = BASIC[0]
     x, _ = case.data(n_rows=60, shift=3)
     model = case.model()
-    right = case.forward(model, x).argmax(-1)  # every prediction is right: no temperature is cold enough
+    return fitted(case, "diag", model), [(x, case.forward(model, x).argmax(-1))]
+
+
+def test_brackets_extend_to_their_limits_and_stay_there_with_a_warning():
+    la, loader = all_right()
+    for low in (1e-3, 0.5):
+        with pytest.warns(UserWarning, match="output temperature stays at its limits"):
+            la.tune(loader, limits={"output_temperature": (low, 2.0)})
+        assert la.output_temperature == pytest.approx(low)
+
+
+def test_data_without_an_error_sharpen_nothing():
+    la, loader = all_right()
+    with pytest.warns(UserWarning, match="no temperature is best, and none below 1 was tried") as warned:
+        found = la.tune(loader)
+    assert not [record for record in warned if "stays at its limits" in str(record.message)]
+    assert la.output_temperature == pytest.approx(1.0)
+    assert list(found.candidates) == ["MAP"]
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0], ids=["underconfident", "overconfident"])
+def test_the_temperature_falls_no_further_than_the_network_alone_is_better_for_it(scale):
+    case = BASIC[0]
+    x, _ = case.data(n_rows=60, shift=3)
+    model = case.model()
+    y = torch.distributions.Categorical(logits=case.forward(model, x).detach() * scale).sample()
+    y = torch.where(torch.arange(60) % 7 == 0, (y + 1) % 3, y)
+    # Rows with the largest features, where uncertain weights widen most, are wrong: a low temperature would make room.
     la = fitted(case, "diag", model)
-    with pytest.warns(UserWarning, match="output temperature stays at its limits"):
-        la.tune([(x, right)])
-    assert la.output_temperature == pytest.approx(1e-3)
-    with pytest.warns(UserWarning, match="stays at its limits"):
-        la.tune([(x, right)], limits={"output_temperature": (0.5, 2.0)})
-    assert la.output_temperature == pytest.approx(0.5)
+    network = min(torch.logspace(-2, 2, 2000).tolist(), key=lambda t: map_score(case, model, [(x, y)], t))
+    found = la.tune([(x, y)])
+    assert la.output_temperature >= min(1.0, network) - 2e-2
+    assert found.value <= found.candidates["MAP with its output temperature"] + 1e-9
+    free = fitted(case, "diag", model).tune([(x, y)], limits={"output_temperature": (1e-3, 1e3)})
+    assert free.value <= found.value + 1e-6
+
+
+def test_the_network_alone_is_compared_with_but_not_chosen_where_limits_of_the_precision_exclude_it():
+    la, loader = fitted(BASIC[0], "diag"), validation(BASIC[0])
+    plain = la.tune(loader).candidates
+    found = la.tune(loader, limits={"prior_precision": (1e-3, 0.1)})
+    assert 1e-3 <= float(la.prior_precision) <= 0.1 + 1e-9
+    assert found.candidates == pytest.approx(plain)
 
 
 def test_what_is_not_asked_for_is_left_alone():
