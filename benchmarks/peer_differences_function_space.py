@@ -125,5 +125,55 @@ def too_many() -> str:
     return f"n_data={la.n_data}"
 
 
+def features(kind: str, subset: str = "all", **options: Any) -> tuple[Any, Any, Tensor, Tensor]:
+    """ELLA ("nystrom") or VaLLA ("variational") of 20 data of regression with one output, σ = 0.5."""
+    x, y = regression_data(n_outputs=1)
+    model = net(1)
+    if kind == "nystrom":
+        options = {"subsample_size": 20, "n_eigenvalues": 20, **options}
+    else:
+        options = {"inducing_locations": x, "num_inducing": 20, "alpha": 0.0, **options}
+    options |= {"functional_approximation": kind, "prior_precision": DELTA, "sigma_noise": 0.5}
+    return Laplace(model, "regression", subset, "gp", **options), model, x, y
+
+
+@case("variational, last layer: variances of 20 data", "variational")
+@case("nystrom, last layer: variances of 20 data", "nystrom")
+def of_a_last_layer(kind: str) -> str:
+    la, _, x, y = features(kind, "last_layer")
+    la.fit(loader(x, y))
+    return f"works, {tuple(la.predictive_moments(x)[1].shape)}"
+
+
+@case("nystrom, all data, all eigenvalues: largest relative difference of variances to J P^-1 J' at the data")
+def nystrom_at_data() -> float:
+    la, model, x, y = features("nystrom")
+    la.fit(loader(x, y))
+    J = jacobians(model, x, all_weights=True)
+    P = 4 * torch.einsum("ncp,ncq->pq", J, J) + DELTA * torch.eye(J.shape[2])
+    exact = torch.einsum("bcp,pq,bcq->bc", J, P.inverse(), J)
+    found = la.predictive_moments(x)[1].detach().diagonal(dim1=1, dim2=2)
+    return largest(found / exact, torch.ones_like(exact))
+
+
+@case("nystrom: log evidence")
+def nystrom_evidence() -> float:
+    la, _, x, y = features("nystrom")
+    la.fit(loader(x, y))
+    return float(la.log_marginal_likelihood())
+
+
+@case("variational, alpha = 0, inducing points = data: objective before the first step / -log evidence")
+def variational_objective() -> str:
+    la, model, x, y = features("variational")
+    la.fit(loader(x, y, batch_size=20), iterations=1, lr=1e-9)
+    J = jacobians(model, x, all_weights=True).squeeze(1)
+    P = 4 * J.T @ J + DELTA * torch.eye(J.shape[1])
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    fit = torch.distributions.Normal(model(x).detach(), 0.5).log_prob(y).sum()
+    evidence = fit - (P.logdet() - len(P) * torch.tensor(DELTA).log() + DELTA * theta @ theta) / 2
+    return f"{float(la.fit_history_['objective'][0]):.4f} / {-float(evidence):.4f}"
+
+
 if __name__ == "__main__":
     main()
