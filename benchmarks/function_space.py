@@ -31,6 +31,7 @@ COLUMNS = [
     "variances / bare forward",
     "covariances / bare forward",
     "grid / bare pass over validation data",
+    "second grid",
     "fit adds",
     "first call adds",
     "within bounds",
@@ -40,7 +41,7 @@ COLUMNS = [
 
 def ratio(part: dict[str, float] | None, name: str) -> str:
     """Time over bare time, and the milliseconds added."""
-    if part is None:
+    if part is None or name not in part:
         return "–"
     return f"{part[name] / part['bare']:.2f} ({part[name] - part['bare']:+.1f} ms)"
 
@@ -71,6 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 ratio(r.get("predict"), "predict"),
                 ratio(r.get("covariance"), "covariance"),
                 ratio(r.get("grid"), "grid"),
+                "–" if peer else ratio(r.get("grid"), "again"),
                 number(r.get("fit_mb"), "MB"),
                 number(r.get("first_mb"), "MB"),
                 "" if peer else within(row),

@@ -2,7 +2,7 @@
 
 The same file runs under this library and under laplace-torch, whose import name is the same: each in an environment of
 its own. Fit and predictions are medians over repeats that alternate with bare inference of the same model on the same
-data; the first call, which factorizes, and the grid are timed once.
+data; the first call, which factorizes, and the grids are timed once.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
         arguments = {"val_loader": validation, "grid_size": config["grid_size"]}
         la.optimize_prior_precision(pred_type="gp", method="gridsearch", **arguments)
 
-    bare = 1e3 * seconds(bare_validation)
-    return {"grid": {"bare": bare, "grid": 1e3 * seconds(grid)}}
+    times = {"bare": 1e3 * seconds(bare_validation), "grid": 1e3 * seconds(grid)}
+    # The second finds the eigenvectors that the first left.
+    return {"grid": times if peer else times | {"again": 1e3 * seconds(grid)}}
 
 
 def main() -> None:
