@@ -219,13 +219,14 @@ class JacobianLinearization(Linearization):
         return replace(self, derivatives=StoredDerivatives(basis.blocks(self._blocks(dtype))))
 
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
-        """All columns in factors, if they fit."""
+        """All columns, each group in factors or written out, whichever is smaller, if they fit."""
         if self.derivatives is None:
             return super().kept(limit)
         dtype = torch.promote_types(self.f.dtype, torch.float32)
         blocks, n_columns = self._blocks(dtype, 0, 1), self.f[0].numel()
-        size = sum(block.size for block in blocks) * n_columns + self.f.numel()
-        if size > limit:
+        least = sum(min(block.size, block.n_rows * block.n_params) for block in blocks) * n_columns
+        if least + self.f.numel() > limit:
             return None
-        stored = StoredDerivatives(blocks if n_columns == 1 else self._blocks(dtype))
+        blocks = [block.compact() for block in (blocks if n_columns == 1 else self._blocks(dtype))]
+        size, stored = sum(block.size for block in blocks) + self.f.numel(), StoredDerivatives(blocks)
         return JacobianLinearization(self.f, stored, self.evaluate, self.theta), size

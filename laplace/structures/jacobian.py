@@ -136,6 +136,10 @@ class JacobianBlock(ABC):
         """
         return self.piece(rows, slice(None))[..., index]
 
+    def compact(self) -> JacobianBlock:
+        """The same in as few numbers as it can be kept in, where it is used more than once."""
+        return self
+
     def by_column(self) -> Iterator[JacobianBlock]:
         """The block in as many columns at a time as are cheapest to write out together."""
         yield self
@@ -321,6 +325,10 @@ class SumBlock(DenseBlock):
     """
 
     left: Float[Tensor, "columns batch positions params"]
+
+    def compact(self) -> DenseBlock:
+        """Without the positions."""
+        return DenseBlock(self.values)
 
 
 def sum_parts(parts: Sequence[Tensor]) -> Tensor:

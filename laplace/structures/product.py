@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from laplace.linalg import piece_elements
-from laplace.structures.jacobian import JacobianBlock
+from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,15 @@ class ProductBlock(JacobianBlock):
     def size(self) -> int:
         """That of the gradients and the inputs."""
         return self.left.numel() + self.right.numel()
+
+    def compact(self) -> JacobianBlock:
+        """Written out where there are so many positions that this takes fewer numbers, as in most convolutions."""
+        if self.n_columns * self.n_rows * self.n_params >= self.size:
+            return self
+        values = self.left.new_empty(self.n_columns, self.n_rows, self.n_params)
+        for rows, weights, J in self.pieces():
+            values[:, rows, weights] = J
+        return DenseBlock(values)
 
     def by_column(self) -> Iterator[ProductBlock]:
         """One column at a time: the inputs then enter a batched product as they are."""

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from laplace import linalg
+from laplace import DiagLaplace, linalg
+from laplace.predictive.linearization import JacobianLinearization
+from laplace.structures import DiagPrecision
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 from tests.gp.samples import WHOLE, whole_network
 from tests.networks import named
@@ -47,3 +49,35 @@ def test_a_wide_layer_with_one_position_writes_no_weights(monkeypatch):
     monkeypatch.setattr(type(weight), "piece", forbidden)
     assert weight.cross(weight).shape == (2, 3, 2, 3)
     assert linalg.piece_elements(torch.device("cpu")) > 0
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "attention", "conv_transpose1d", "two_convolutions", "tied_embedding"])
+def test_what_is_compact_is_the_same_in_at_most_as_many_numbers(name):
+    for block in blocks(name, 3, slice(0, 3), 2):
+        compact = block.compact()
+        assert compact.size <= block.size
+        assert_close(compact.dense(), block.dense())
+        w = torch.linspace(0.5, 1.5, block.n_params, dtype=torch.float64)
+        assert_close(compact.variance(w), block.variance(w))
+        assert_close(compact.covariance(w), block.covariance(w))
+
+
+def test_convolutions_at_many_positions_are_kept_written_out():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 18 * 18, 3)).double()
+    la = DiagLaplace(model, "regression")
+    x = torch.randn(2, 1, 20, 20, dtype=torch.float64)
+    la.fit([(x, torch.zeros(2, 3, dtype=torch.float64))])
+    inputs = la._linearize(x)
+    assert isinstance(inputs, JacobianLinearization)
+    weight, bias, *head = inputs._blocks(torch.float64)
+    found = inputs.kept(10**9)
+    assert found is not None
+    kept, size = found
+    assert (
+        size == sum(3 * 2 * block.n_params for block in (weight, bias)) + sum(b.size for b in head) + inputs.f.numel()
+    )
+    assert size < (weight.size + bias.size + sum(b.size for b in head)) / 2
+    assert inputs.kept(size // 2) is None
+    posterior = DiagPrecision(la.posterior_precision)
+    assert_close(kept.variance(posterior, torch.float64), inputs.variance(posterior, torch.float64))
