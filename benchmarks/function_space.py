@@ -1,6 +1,6 @@
 """What a Gaussian process of the last layer costs, in units of bare inference of the same model in the same run.
 
-    python benchmarks/function_space.py [--peer PATH/TO/PYTHON] [--output DIR] [--config FILE]
+    python benchmarks/function_space.py [--peer PATH/TO/PYTHON] [--keep-peer] [--output DIR] [--config FILE]
 
 Writes ``results/function_space.json`` and ``results/function_space.md``. ``--peer`` names an interpreter in whose
 environment laplace-torch is installed; its rows are measured with the same models, data and settings. It has the
@@ -82,22 +82,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(COLUMNS, lines)
 
 
+def key(row: dict[str, Any]) -> str:
+    """What was measured, of which library."""
+    return json.dumps({name: value for name, value in row.items() if name != "result"}, sort_keys=True)
+
+
 def main() -> None:
     """Measure every case and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
+    parser.add_argument("--keep-peer", action="store_true", help="take the peer's rows from the last results")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--config", type=Path, default=HERE / "function_space.json")
     arguments = parser.parse_args()
     config = json.loads(arguments.config.read_text())
-    libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
+    peer = "laplace-torch 0.3"
+    libraries = {"laplace": sys.executable} | ({peer: arguments.peer} if arguments.peer or arguments.keep_peer else {})
+    last = json.loads((arguments.output / "function_space.json").read_text())["rows"] if arguments.keep_peer else []
+    kept = {key(row): row["result"] for row in last if row["library"] == peer}
     rows = []
     for index, case in enumerate(config["cases"]):
         for library, python in libraries.items():
             if library != "laplace" and case.get("diagonal"):
                 continue  # the row before is the same there
             where = ["--config", str(arguments.config.resolve()), "--case", str(index)]
-            result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library != "laplace")
+            result = kept.get(key({"library": library, **case}))
+            if result is None and python is None:
+                continue
+            if result is None:
+                result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library == peer)
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     write(arguments.output, "function_space", config, rows, table(rows))

@@ -110,7 +110,8 @@ class Fit:
             msg = (
                 "Weights below the last layer are shared by outputs, so that fit sums their curvature with the noise "
                 "that outputs have then: relative to each other it cannot change afterwards. Assign sigma_noise and "
-                'call fit again, pass one number, or use subset_of_weights="last_layer", which needs no new fit.'
+                'call fit again, keep the proportions that it had, or use subset_of_weights="last_layer", which needs '
+                "no new fit."
             )
             raise UnsupportedError(msg)
         return scale[0]

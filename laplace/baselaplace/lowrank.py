@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -160,13 +161,16 @@ def checked_truncation(rank: Any, captured_trace: Any) -> Truncation:
     InputError
         If a value makes no sense, or both are given.
     """
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+    if rank is not None and (not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1):
         msg = f"rank must be a positive integer, or None to go by captured_trace; got {rank!r}."
         raise InputError(msg)
-    if captured_trace is not None and not (isinstance(captured_trace, (int, float)) and 0 < captured_trace <= 1):
+    is_share = (
+        isinstance(captured_trace, Real) and not isinstance(captured_trace, bool) and 0 < float(captured_trace) <= 1
+    )
+    if captured_trace is not None and not is_share:
         msg = f"captured_trace is a share of the trace, above 0 and at most 1; got {captured_trace!r}."
         raise InputError(msg)
     if rank is not None and captured_trace is not None:
         msg = "rank and captured_trace both say how many eigenpairs are kept: pass one of them."
         raise InputError(msg)
-    return Truncation(rank, captured_trace)
+    return Truncation(None if rank is None else int(rank), None if captured_trace is None else float(captured_trace))

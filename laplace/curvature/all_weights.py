@@ -316,7 +316,7 @@ def refuse(network: WholeNetwork, group: int, reason: str) -> NoReturn:
         In any case.
     """
     msg = (
-        f'hessian_structure="kron" cannot represent the parameter {network.names[group]!r}: {reason}. Use '
+        f'Kronecker factors ("kron", "ekfac") cannot represent the parameter {network.names[group]!r}: {reason}. Use '
         'hessian_structure="diag" or "full", or freeze it with requires_grad_(False).'
     )
     raise UnsupportedError(msg)

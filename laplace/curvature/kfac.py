@@ -130,12 +130,16 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
     Time O(rows · (O² · columns + I²)) for a weight of O × I.
     """
     if isinstance(block, ProductBlock):
-        left = block.left.transpose(2, 3).flatten(3)  # [columns, batch, positions, O]
-        right, count = block.right, block.count
+        left, right, count = block.left, block.right, block.count
         if reduce:
-            left = left.sum(2)
-            right = right.sum(2) / block.counts.clamp(min=1).reshape(-1, 1, 1)
+            left = left.sum(3, keepdim=True)
+            right = right.sum(2, keepdim=True) / block.counts.clamp(min=1).reshape(-1, 1, 1, 1)
             count = int((block.counts > 0).sum()) * right.shape[1]
+        # The groups of a grouped convolution belong to the first axis of its weight; of the other side they are data.
+        if block.transposed:
+            right = right.transpose(1, 2).flatten(2)  # [batch, positions, groups · I]
+        else:
+            left = left.transpose(2, 3).flatten(3)  # [columns, batch, positions, groups · O]
         return Factors(moment(left), moment(right) if inputs else None, count, block.transposed)
     if isinstance(block, GatherBlock):
         tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(moment.dtype) if inputs else None

@@ -69,6 +69,30 @@ def _modes_restored(model: nn.Module) -> Generator[None, None, None]:
             module.training = flag
 
 
+@contextmanager
+def attributes_restored(model: nn.Module) -> Generator[None, None, None]:
+    """Run a functional call: what the modules assign to themselves in it is undone on every exit.
+
+    Parameters
+    ----------
+    model
+        Any module.
+
+    Notes
+    -----
+    A functional call puts back parameters and buffers. Other tensors that a module or a hook assigns were made of the
+    weights of the call, as by ``torch.nn.utils.weight_norm``, which makes ``weight`` before each forward pass.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            if len(attributes) != len(kept) or any(attributes.get(name) is not value for name, value in kept.items()):
+                attributes.clear()
+                attributes.update(kept)
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """Switch autocasting off for the body: it is for the model's own forward pass, not for curvature and variances.
 

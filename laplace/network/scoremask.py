@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from laplace.enums import Likelihood, choose
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.network.subnetmask import SubnetMask
 from laplace.network.swag import fit_diagonal_swag_var
+
+IGNORED = -100
+"""Class index of a position without a label, as in ``torch.nn.functional.cross_entropy``."""
 
 
 class ScoreBasedSubnetMask(SubnetMask):
@@ -40,16 +44,16 @@ class ScoreBasedSubnetMask(SubnetMask):
     def __init__(self, model: nn.Module, n_params_subnet: Any) -> None:
         super().__init__(model)
         n_trainable = int(self.trainable.sum())
-        if isinstance(n_params_subnet, bool) or not isinstance(n_params_subnet, int):
+        if isinstance(n_params_subnet, bool) or not isinstance(n_params_subnet, Integral):
             msg = f"n_params_subnet must be a whole number; got {n_params_subnet!r}."
             raise InputError(msg)
-        if not 1 <= n_params_subnet <= n_trainable:
+        if not 1 <= int(n_params_subnet) <= n_trainable:
             msg = (
                 f"n_params_subnet must lie between 1 and {n_trainable}, the number of weights that require a gradient; "
                 f"got {n_params_subnet}."
             )
             raise InputError(msg)
-        self._n_params_subnet: int = n_params_subnet
+        self._n_params_subnet = int(n_params_subnet)
 
     @property
     def n_params_subnet(self) -> int:
@@ -79,13 +83,19 @@ class ScoreBasedSubnetMask(SubnetMask):
         ShapeError
             If there is not one score a weight.
         InputError
-            If a score is NaN.
+            If a score is NaN, or weights were frozen so that there are too few.
         """
         trainable, scores = self.trainable, self.compute_param_scores(train_loader)
         if scores.shape != trainable.shape:
             msg = f"Scores are one a weight of the model, [{len(trainable)}]; got {list(scores.shape)}."
             raise ShapeError(msg)
         candidates = trainable.nonzero().flatten()
+        if len(candidates) < self._n_params_subnet:
+            msg = (
+                f"{self._n_params_subnet} weights are to be selected, and {len(candidates)} require a gradient: some "
+                "were frozen after the mask was made."
+            )
+            raise InputError(msg)
         scores = scores.detach().to(candidates.device)[candidates]
         if bool(scores.isnan().any()):
             msg = f"{int(scores.isnan().sum())} scores are NaN: are there NaN among the weights or the training data?"
@@ -276,7 +286,12 @@ def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
         Targets, ``[batch, *positions]`` or ``[batch, *positions, C]``.
     """
     rows = f.reshape(-1, f.shape[-1])
-    return F.cross_entropy(rows, y.reshape(rows.shape) if y.is_floating_point() else y.reshape(-1))
+    if y.is_floating_point():
+        return F.cross_entropy(rows, y.reshape(rows.shape))
+    labels = y.reshape(-1).long()
+    n_unmasked = int((labels != IGNORED).sum())
+    # A batch without labels says nothing: its mean would be 0/0.
+    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / max(1, n_unmasked)
 
 
 def squared_error(f: Tensor, y: Tensor) -> Tensor:

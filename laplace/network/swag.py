@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from laplace.errors import InputError, UnsupportedError
 from laplace.linalg import lasting
 from laplace.network.batches import Batch, arguments, differentiable, iterate, output_tensor
-from laplace.network.modes import training
+from laplace.network.modes import attributes_restored, training
 from laplace.network.whole_network import unwrap
 
 
@@ -62,7 +62,7 @@ def fit_diagonal_swag_var(
     Raises
     ------
     InputError
-        If a number is out of range, the loader yields nothing in some pass, or the loss is not finite.
+        If a number is out of range, the loader yields nothing in some pass, or the loss or a weight is not finite.
     UnsupportedError
         If no weight requires a gradient.
 
@@ -90,7 +90,8 @@ def fit_diagonal_swag_var(
 
     def step(batch: Batch) -> None:
         args, kwargs = arguments(module, differentiable(batch.x), dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        f = output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
+        with attributes_restored(module):
+            f = output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
         loss = criterion(f, differentiable(batch.y))
         if not bool(torch.isfinite(loss)):
             value = float(loss.detach())
@@ -116,7 +117,11 @@ def fit_diagonal_swag_var(
                 raise InputError(msg)
             if number % snapshot_freq == 0:
                 path.add()
-    return path.variance().clamp_min(min_var)
+    variances = path.variance()
+    if not bool(torch.isfinite(variances).all()):
+        msg = f"The weights along the path are no numbers any more: take a smaller lr than {lr}."
+        raise InputError(msg)
+    return variances.clamp_min(min_var)
 
 
 class Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace.errors import UnsupportedError
 from laplace.network.batches import arguments, call, output_tensor
+from laplace.network.modes import attributes_restored
 from laplace.network.parameters import ParameterSubset
 from laplace.types import Inputs
 
@@ -118,7 +119,8 @@ class WholeNetwork:
         """
         weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
-        outputs = torch.func.functional_call(self.model, weights, args, {**kwargs, **model_kwargs})
+        with attributes_restored(self.model):
+            outputs = torch.func.functional_call(self.model, weights, args, {**kwargs, **model_kwargs})
         return with_output_axis(output_tensor(outputs))
 
 

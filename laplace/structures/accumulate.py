@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from laplace.errors import InputError
 
 Summand = TypeVar("Summand")
+SAME = 1e-3
+"""Relative difference up to which two sums of the same numbers, in other order or precision, are equal."""
 
 
 def add_up(
@@ -50,6 +53,29 @@ def add_up(
             raise InputError(msg)
         total = (nll, summand) if total is None else (total[0] + nll, merge(total[1], summand))
     return total
+
+
+def check_same_data(first: Tensor, now: Tensor) -> None:
+    """Warn if a later pass saw other data than the first, by their negative log-likelihoods.
+
+    Parameters
+    ----------
+    first, now
+        Sums over the data of both passes.
+
+    Warns
+    -----
+    UserWarning
+        If they differ by more than a thousandth.
+    """
+    if bool((now - first).abs().sum() > SAME * first.abs().sum()):
+        msg = (
+            "This structure reads the training data several times, and they are not the same each time: their "
+            f"negative log-likelihood was {float(first.sum()):.6g} and is {float(now.sum()):.6g}. A loader that drops "
+            "rows after shuffling (drop_last=True) or that augments does that; the curvature is that of the last "
+            "pass. Pass a loader that does neither."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=2)
 
 
 def require_finite(finite: bool) -> None:

@@ -98,6 +98,11 @@ class BlockDiagCurvature(AbstractCurvature):
         parts = zip(self.parts, prior.groups(), strict=True)
         return torch.stack([part.posterior_logdet(its_prior, **options) for part, its_prior in parts]).sum()
 
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """The sum over groups."""
+        parts = zip(self.parts, prior.groups(), strict=True)
+        return torch.stack([part.log_det_ratio(its_prior, **options) for part, its_prior in parts]).sum()
+
     def to_dense(self) -> Float[Tensor, "params params"]:
         """With zeros between groups."""
         return torch.block_diag(*(part.to_dense() for part in self.parts))

@@ -103,6 +103,11 @@ class DiagCurvature(AbstractCurvature):
             raise NotPositiveDefiniteError(msg)
         return DiagPrecision(vector)
 
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """Σ log(1 + h/δ): nothing is lost where many weights are known by their prior alone."""
+        self.posterior(prior, **options)  # refuses what is not positive
+        return torch.log1p(self.vector / prior.diagonal()).sum()
+
     def to_dense(self) -> Float[Tensor, "params params"]:
         """As a matrix."""
         return torch.diag(self.vector)

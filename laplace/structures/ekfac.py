@@ -26,11 +26,12 @@ from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
 from laplace.network.parameters import split_sizes
 from laplace.prior import GaussianPrior
-from laplace.structures.accumulate import add_up, require_finite
+from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron import KronCurvature
 from laplace.structures.rotated import RotatedPrecision
+from laplace.types import Scalar
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class EKFACCurvature(AbstractCurvature):
             lambda total, new: [ours + theirs for ours, theirs in zip(total, new, strict=True)],
         )
         assert second is not None, "the first pass saw data"
+        check_same_data(nll, second[0])
         curvature = cls(vectors, second[1])
         require_finite(curvature.is_finite)
         return nll, curvature
@@ -175,6 +177,12 @@ class EKFACCurvature(AbstractCurvature):
     def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
         """The eigenvectors: of the inputs' side alone for features, whose outputs stay as they are."""
         return RotatedGroups.of(self.eigenvectors, [tuple(d.shape) for d in self.diagonals], features=features)
+
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """Σ log(1 + s/δ)."""
+        assert not options, "the eigenvalue-corrected structure has no options"
+        groups = zip(self.diagonals, prior.per_layer(), strict=True)
+        return torch.stack([torch.log1p(diagonal * self.scale / d).sum() for diagonal, d in groups]).sum()
 
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The block-diagonal matrix."""

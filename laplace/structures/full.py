@@ -107,6 +107,14 @@ class FullCurvature(AbstractCurvature):
                 return shifted.log().sum()
         return self.posterior(prior, **options).logdet()
 
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """Σ log(1 + s λ/δ) for a scalar prior, where the eigenvalues are known or may be kept."""
+        if prior.precision.numel() == 1 and not self.matrix.requires_grad:
+            ratios = self.eigenvalues * self.scale / prior.precision
+            if bool((ratios > -1).all()):
+                return torch.log1p(ratios).sum()
+        return super().log_det_ratio(prior, **options)
+
     @property
     @linalg.lasting
     def eigenvalues(self) -> Float[Tensor, " params"]:

@@ -155,6 +155,13 @@ class KronCurvature(AbstractCurvature):
         decomposed = self.decomposed
         return RotatedGroups.of(decomposed.eigenvectors, decomposed.shapes, features=features)
 
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """Σ log(1 + γλ/δ) without damping, which is no sum."""
+        if options.get("damping"):
+            return super().log_det_ratio(prior, **options)
+        groups = zip((self.decomposed * self.scale).spectrum, prior.per_layer(), strict=True)
+        return torch.stack([torch.log1p(values / delta).sum() for values, delta in groups]).sum()
+
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The block-diagonal matrix."""
         return self.factors.to_matrix() * self.scale

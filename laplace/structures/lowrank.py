@@ -4,12 +4,13 @@ H ≈ U diag(λ) Uᵀ,   A = s·U diag(λ) Uᵀ + diag(δ),   |A| = |diag(δ)| �
 
 Products of the curvature with a block of directions, summed over the data, are all that is asked of a back end. The
 directions start at random and are replaced by the products, made orthonormal, pass by pass; eigenpairs are those of the
-curvature within their span (Rayleigh and Ritz). No eigenvalue found exceeds the true one of its rank.
+curvature within their span (Rayleigh and Ritz). No eigenvalue found exceeds the true one of its rank. Of an indefinite
+matrix the directions of all passes are kept, for those of large negative eigenvalues use up the last ones. A sampled
+one is another matrix in each pass: its eigenpairs are those of the last products alone (Nyström).
 
 References
 ----------
-Halko, Martinsson & Tropp (2011), "Finding structure with randomness: probabilistic algorithms for constructing
-approximate matrix decompositions", arXiv:0909.4061: algorithms 4.4 and 5.3.
+Those of ``subspace``.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg
 from laplace.enums import HessianStructure
-from laplace.errors import NumericalWarning, UnsupportedError
+from laplace.errors import NumericalWarning, StateError, UnsupportedError
 from laplace.prior import GaussianPrior
-from laplace.structures.accumulate import add_up, require_finite
+from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.lowrank_precision import LowRankPrecision
+from laplace.structures.subspace import extended, nystrom, ritz
 from laplace.types import Scalar
 
 N_PASSES = 3
 """Passes over the data when a rank is asked for; one where the directions span all weights."""
+MOST_PASSES = 2 * N_PASSES
+"""For an indefinite curvature, until as many positive eigenvalues are found as are asked for."""
 OVERSAMPLING = 10
 """Directions beyond the rank, without which the last eigenpairs would be poor."""
 FIRST_DIRECTIONS = 32
@@ -68,6 +71,22 @@ class Truncation:
     def n_first(self, n_params: int) -> int:
         """Number of directions in the first pass."""
         return min(n_params, FIRST_DIRECTIONS if self.rank is None else self.rank + OVERSAMPLING)
+
+    def done(self, n_passes: int, n_kept: int | None, trace: Tensor | None) -> bool:
+        """Whether a rank has had its passes.
+
+        Parameters
+        ----------
+        n_passes
+            So far.
+        n_kept
+            How many eigenpairs they found.
+        trace
+            ``None`` where the curvature may be indefinite, so that negative ones may have used up the directions.
+        """
+        if trace is None and n_kept != self.rank:
+            return n_passes >= MOST_PASSES
+        return n_passes >= N_PASSES
 
     def n_kept(self, values: Float[Tensor, " found"], trace: Tensor | None) -> int | None:
         """How many of the eigenvalues, largest first, are kept; ``None`` if more have to be found.
@@ -182,7 +201,8 @@ class LowRankCurvature(AbstractCurvature):
 
         Notes
         -----
-        With a rank r: ``N_PASSES`` passes with r + ``OVERSAMPLING`` directions. With a share of the trace: as many as
+        With a rank r: ``N_PASSES`` passes with r + ``OVERSAMPLING`` directions; where the curvature may be indefinite
+        up to ``MOST_PASSES``, with the directions of all of them in memory. With a share of the trace: as many as
         it takes, with twice as many directions in each, and one more. One pass is exact where the directions span all
         weights. The random numbers are the same in every call, and no generator of the user moves.
         """
@@ -207,6 +227,7 @@ class LowRankCurvature(AbstractCurvature):
             return nll, [products] if trace is None else [products, trace]
 
         n_passes, enough = 0, False
+        seen: list[tuple[Tensor, Tensor]] = []
         while True:
             n_passes += 1
             total = add_up(data, of_batch, lambda old, new: [a + b for a, b in zip(old, new, strict=True)])
@@ -214,17 +235,34 @@ class LowRankCurvature(AbstractCurvature):
                 return None
             assert basis is not None, "there were data"
             first_nll = total[0] if first_nll is None else first_nll
+            check_same_data(first_nll, total[0])
             products, trace = total[1][0], total[1][1] if len(total[1]) > 1 else None
             require_finite(bool(torch.isfinite(products).all()))
-            values, vectors = ritz(basis, products)
+            seen = [*(seen if trace is None else []), (basis, products)]
+            directions = torch.cat([part for part, _ in seen], 1)
+            n_params, n_found = directions.shape
+            if backend.is_sampled and trace is not None and n_found < n_params:
+                values, vectors = nystrom(basis, products)
+            else:
+                values, vectors = ritz(directions, torch.cat([part for _, part in seen], 1))
             n_kept = chosen.n_kept(values, trace)
-            n_params, n_found = basis.shape
             # Once a share is found one more pass sharpens the eigenpairs that hold it.
-            if n_found == n_params or (n_passes == N_PASSES if chosen.rank is not None else enough):
+            if n_found == n_params or (enough if chosen.rank is None else chosen.done(n_passes, n_kept, trace)):
                 break
             enough = n_kept is not None
-            wanted = n_found if enough else min(n_params, 2 * n_found)
-            basis = extended(products, wanted, products[:, 0], noise)
+            block = basis.shape[1]
+            if trace is None:
+                wanted = min(block, n_params - n_found)
+                basis = extended(products[:, :wanted], wanted, products[:, 0], noise, directions)
+            else:
+                basis = extended(products, block if enough else min(n_params, 2 * block), products[:, 0], noise)
+        if chosen.rank is not None and trace is None and n_found < n_params and n_kept != chosen.rank:
+            msg = (
+                f"{n_kept} positive eigenvalues were found in {n_passes} passes, fewer than rank={chosen.rank}: this "
+                "Hessian has no more of them, or larger negative ones hide them. Ask for a higher rank, or use a GGN "
+                "back end, whose curvature has no negative ones."
+            )
+            warnings.warn(msg, NumericalWarning, stacklevel=2)
         kept = slice(0, truncation_or_all(n_kept, values))
         # The largest may be zero where the data say nothing; none is negative.
         found = LowRankCurvature(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, chosen, n_passes)
@@ -272,6 +310,12 @@ class LowRankCurvature(AbstractCurvature):
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> LowRankCurvature:
         """From eigenpairs."""
+        if state["values"].shape != state["vectors"].shape[1:]:
+            msg = (
+                f"The state is damaged: it holds {len(state['values'])} eigenvalues and eigenvectors of the shape "
+                f"{list(state['vectors'].shape)}."
+            )
+            raise StateError(msg)
         trace = None if state["trace"] is None else state["trace"].to(dtype)
         truncation = Truncation(state["rank"], state["captured_trace"])
         return cls(state["vectors"].to(dtype), state["values"].to(dtype), trace, truncation, state["n_passes"])
@@ -318,6 +362,10 @@ class LowRankCurvature(AbstractCurvature):
         # A copy: a view would bring the graph of the prior along even where none is built.
         return LowRankPrecision(self.vectors, self.values, self.scale, prior.diagonal().clone(), isotropic)
 
+    def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
+        """The determinant lemma: nothing is subtracted."""
+        return self.posterior(prior, **options).log_det_ratio()
+
     def to_dense(self) -> Float[Tensor, "params params"]:
         """U diag(s λ) Uᵀ."""
         return (self.vectors * (self.values * self.scale)) @ self.vectors.T
@@ -326,58 +374,3 @@ class LowRankCurvature(AbstractCurvature):
 def truncation_or_all(n_kept: int | None, values: Tensor) -> int:
     """How many eigenpairs are kept where no more can be found: those that are positive."""
     return max(1, int((values > 0).sum())) if n_kept is None else n_kept
-
-
-def extended(
-    products: Float[Tensor, "params found"] | None, wanted: int, like: Float[Tensor, " params"], noise: torch.Generator
-) -> Float[Tensor, "params wanted"]:
-    """An orthonormal basis of the span of some products and of random directions.
-
-    Parameters
-    ----------
-    products
-        Of the curvature with earlier directions.
-    wanted
-        How many directions there are to be.
-    like
-        Of the right length, precision and device.
-    noise
-        Source of randomness.
-
-    Raises
-    ------
-    UnsupportedError
-        If so many directions do not fit the memory of the device.
-    """
-    needed, available = 4 * like.itemsize * len(like) * wanted, linalg.memory_of(like.device)
-    if available is not None and needed > available:
-        msg = (
-            f"{wanted} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
-            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
-        )
-        raise UnsupportedError(msg)
-    n_random = wanted - (0 if products is None else products.shape[1])
-    random = torch.randn(len(like), n_random, generator=noise, dtype=torch.float32).to(like)
-    return torch.linalg.qr(random if products is None else torch.cat([products, random], 1)).Q
-
-
-def ritz(
-    basis: Float[Tensor, "params found"], products: Float[Tensor, "params found"]
-) -> tuple[Float[Tensor, " found"], Float[Tensor, "params found"]]:
-    """Eigenpairs of a symmetric matrix within the span of a basis, largest first.
-
-    Parameters
-    ----------
-    basis
-        Q, orthonormal.
-    products
-        H Q.
-
-    Returns
-    -------
-    Eigenvalues of Qᵀ H Q, and Q times its eigenvectors.
-    """
-    wide = linalg.wide_dtype(basis)
-    inner = basis.mT.to(wide) @ products.to(wide)
-    values, rotation = torch.linalg.eigh((inner + inner.mT) / 2)
-    return values.flip(0).to(basis), basis @ rotation.flip(1).to(basis)

@@ -116,13 +116,17 @@ class LowRankPrecision(AbstractPrecision):
 
     def logdet(self) -> Scalar:
         """Σ log δ + log |I + Wᵀ W|: the determinant lemma."""
+        return self.delta.log().sum() + self.log_det_ratio()
+
+    def log_det_ratio(self) -> Scalar:
+        """log |I + Wᵀ W|: what the curvature adds to the prior's."""
         if self.isotropic:
-            return self.delta.log().sum() + torch.log1p(self.eigenvalues / self.delta[0]).sum()
+            return torch.log1p(self.eigenvalues / self.delta[0]).sum()
         W = self._whitened.to(linalg.wide_dtype(self.values))
         factor = linalg.cholesky(
             torch.eye(W.shape[1], dtype=W.dtype, device=W.device) + W.mT @ W, "posterior precision"
         )
-        return self.delta.log().sum() + (2 * factor.diagonal().log().sum()).to(self.delta)
+        return (2 * factor.diagonal().log().sum()).to(self.delta)
 
     def diagonal_of_inverse(self) -> Float[Tensor, " params"]:
         """1/δ − Σ T²."""

@@ -21,6 +21,11 @@ class SupportsCurvature(Protocol):
     ekfac: Callable[..., tuple[Tensor, list[Tensor]]]
     lowrank: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the curvature is drawn at random, anew in each call."""
+        ...
+
     def zeros(self) -> Tensor:
         """As many zeros as there are random weights, ``[P]``, where curvature is computed and in its precision."""
         ...

@@ -118,6 +118,7 @@ class HeadBackend:
 
     head: Head
     theta: Float[Tensor, " params"]
+    is_sampled = False
 
     def full(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, "params params"]]:
         """Negative log-likelihood and dense curvature."""

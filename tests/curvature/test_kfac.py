@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from laplace import Laplace
 from laplace.curvature import AutogradEF, AutogradGGN, kfac
 from laplace.errors import PerformanceWarning, UnsupportedError
 from tests.networks import NETWORKS, Applied, Network, named, parameter
@@ -186,7 +187,7 @@ def test_tied_weights_sum_over_their_uses():
 )
 def test_what_has_no_factors_is_refused_by_name(name, says):
     network = named(name)
-    with pytest.raises(UnsupportedError, match=f'(?s)hessian_structure="kron" cannot.*{says}.*"diag"'):
+    with pytest.raises(UnsupportedError, match=f'(?s)Kronecker factors ."kron", "ekfac". cannot.*{says}.*"diag"'):
         backend(AutogradGGN, network).kron(*network.data(), N=1)
 
 
@@ -259,3 +260,42 @@ def test_masked_data_do_not_count():
     masked, alone = engine.kron(x, y, N=1)[1], engine.kron(x[kept], y[kept], N=1)[1]
     assert masked.counts == alone.counts
     assert_close(masked.to_matrix(), alone.to_matrix())
+
+
+@pytest.mark.parametrize("reduce", [False, True], ids=["expand", "reduce"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_of_a_transposed_convolution_belong_to_its_inputs(groups, reduce):
+    """Its weight is [groups · I, O]: A is over all inputs, and the outputs of each group are data of G."""
+    model = nn.Sequential(nn.ConvTranspose1d(4, 8, 3, groups=groups, bias=False), nn.Flatten()).double()
+    x = torch.randn(5, 4, 2, dtype=torch.float64)
+    y = torch.zeros(5, 32, dtype=torch.float64)
+    options = {"kfac_approx": "reduce"} if reduce else {}
+    G, A = 0.0, 0.0
+    for datum in x:
+        a = datum.T  # [positions, 4]
+        g = torch.zeros(32, 2, groups, 8 // groups, 3, dtype=torch.float64)
+        for position in range(2):
+            for group in range(groups):
+                for o in range(8 // groups):
+                    for k in range(3):
+                        channel = group * (8 // groups) + o
+                        g[channel * 4 + position + k, position, group, o, k] = 1.0
+        g = g.flatten(3)  # [outputs, positions, groups, O]
+        if reduce:
+            a, g = a.mean(0, keepdim=True), g.sum(1, keepdim=True)
+        A = A + a.T @ a
+        G = G + torch.einsum("ctgo,ctgp->op", g, g)
+    n_rows = 5 * (1 if reduce else 2) * groups
+    la = Laplace(model, "regression", "all", "kron", backend_kwargs=options)
+    la.fit([(x[:2], y[:2]), (x[2:], y[2:])])
+    assert_close(la.H.to_matrix(), torch.kron(A / n_rows, G))
+    ekfac = Laplace(model, "regression", "all", "ekfac", backend_kwargs=options)
+    ekfac.fit([(x, y)])
+    exact = Laplace(model, "regression", "all", "full")
+    exact.fit([(x, y)])
+    errors = [(la_.posterior_precision.to_matrix() - exact.posterior_precision).norm() for la_ in (la, ekfac)]
+    assert errors[1] <= errors[0]
+    half = torch.autograd.functional.jacobian(
+        lambda w: torch.func.functional_call(model, {"0.weight": w}, (x[:1],))[0], model[0].weight
+    ).flatten(1)
+    assert_close(la(x[:1])[1][0], half @ la.posterior_precision.to_matrix().inverse() @ half.T)

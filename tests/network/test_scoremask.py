@@ -161,6 +161,8 @@ def test_losses_are_means_over_what_counts():
     f, y = torch.randn(2, 3, 4), torch.tensor([[0, 3, -100], [1, -100, 2]])
     rows = [f[b, t].log_softmax(-1)[y[b, t]] for b in range(2) for t in range(3) if y[b, t] >= 0]
     assert_close(cross_entropy(f, y), -torch.stack(rows).mean())
+    assert_close(cross_entropy(f, y.int()), cross_entropy(f, y))
+    assert float(cross_entropy(f, torch.full_like(y, -100))) == 0
     soft = torch.rand(2, 3, 4).softmax(-1)
     assert_close(cross_entropy(f, soft), -(soft * f.log_softmax(-1)).sum(-1).mean())
     assert_close(squared_error(f[..., 0], soft[..., :1]), (f[..., 0] - soft[..., 0]).square().mean())
@@ -173,3 +175,11 @@ def test_what_cannot_be_trained_is_refused():
         LargestVarianceSWAGSubnetMask(net(), 3, "poisson")
     with pytest.raises(InputError, match="training data"):
         LargestVarianceSWAGSubnetMask(net(), 3).select()
+
+
+def test_weights_that_are_frozen_too_late_are_noticed():
+    model = net()
+    mask = RandomSubnetMask(model, 20)
+    model.requires_grad_(False)
+    with pytest.raises(InputError, match="20 weights are to be selected, and 0 require a gradient"):
+        mask.select()

@@ -136,3 +136,19 @@ def test_a_model_without_weights_to_move_is_refused():
     model, batches = regression()
     with pytest.raises(UnsupportedError, match="requires_grad_"):
         fit_diagonal_swag_var(model.requires_grad_(False), batches, MSE)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weights_that_are_made_before_each_pass_are_put_back():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    _, batches = regression()
+    model(batches[0][0])
+    made = model[0].weight
+    fit_diagonal_swag_var(model, batches, MSE, 2, lr=0.1)
+    assert model[0].weight is made
+
+
+def test_weights_that_run_away_in_the_last_step_are_refused():
+    _, batches = regression()
+    with pytest.raises(InputError, match=r"no numbers any more: take a smaller lr than 1e\+100"):
+        fit_diagonal_swag_var(nn.Linear(3, 2), batches[:1], MSE, 2, lr=1e100, momentum=0)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from laplace import linalg
 from laplace.enums import HessianStructure
-from laplace.errors import NumericalWarning, UnsupportedError
+from laplace.errors import NumericalWarning, StateError, UnsupportedError
 from laplace.structures import lowrank
-from laplace.structures.lowrank import LowRankCurvature, Truncation, ritz
+from laplace.structures.lowrank import LowRankCurvature, Truncation
+from laplace.structures.subspace import nystrom, ritz
 from tests.contracts import check_curvature, generator
 from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, P, prior, psd
 from tests.tools import assert_close
@@ -21,6 +23,7 @@ class Matrix:
         self.size, self.has_trace, self.asked = size, trace, []
 
     full = diag = kron = blockdiag = ekfac = None
+    is_sampled = False
 
     def zeros(self):
         return torch.zeros(self.size).double()
@@ -105,6 +108,61 @@ def test_the_positive_part_of_an_indefinite_matrix_is_kept():
     assert curvature.captured is None
 
 
+@pytest.mark.parametrize("rank", [1, 10, 30])
+def test_negative_eigenvalues_do_not_hide_the_largest_positive_ones(rank):
+    noise = generator(3)
+    Q = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=noise)).Q
+    values = torch.cat([0.8 ** torch.arange(100.0), -1.2 * 0.9 ** torch.arange(200.0)]).double()
+    backend, curvature = fit([(Q * values) @ Q.T], Truncation(rank=rank), trace=False)
+    assert len(curvature.values) == rank
+    assert sum(backend.asked) <= lowrank.MOST_PASSES * (rank + lowrank.OVERSAMPLING)
+    assert bool((curvature.values <= values[:rank] * (1 + 1e-9)).all())
+    assert float(curvature.values.sum()) > 0.97 * float(values[:rank].sum())
+
+
+def test_a_hessian_with_fewer_positive_eigenvalues_than_asked_for_says_so():
+    matrix = psd(300, 1, rank=3) - 9 * psd(300, 2, rank=200)
+    with pytest.warns(NumericalWarning, match=r"3 positive eigenvalues were found in 6 passes, fewer than rank=5"):
+        _, curvature = fit([matrix], Truncation(rank=5), trace=False)
+    values = torch.linalg.eigvalsh(matrix).flip(0)
+    assert len(curvature.values) == 3 == int((values > 1e-9).sum())
+
+
+class Sampled(Matrix):
+    """Another matrix of the same rank in each pass."""
+
+    is_sampled = True
+
+    def lowrank(self, x, y, directions):
+        return super().lowrank(psd(self.size, len(self.asked), rank=6), y, directions)
+
+
+@pytest.mark.parametrize("truncation", [Truncation(rank=8), Truncation(captured_trace=0.999)], ids=["rank", "share"])
+def test_a_sampled_curvature_is_that_of_one_sample(truncation):
+    backend = Sampled(200)
+    _, curvature = LowRankCurvature.accumulate(backend, [(torch.empty(0), torch.zeros(1))], truncation=truncation)
+    last = psd(200, len(backend.asked) - 1, rank=6)
+    torch.testing.assert_close(curvature.to_dense(), last, rtol=1e-6, atol=1e-6 * float(last.trace()))
+    assert curvature.captured == pytest.approx(1.0)
+
+
+def test_nystrom_is_exact_up_to_the_number_of_directions_and_never_above():
+    Q = torch.linalg.qr(torch.randn(60, 9, generator=generator(0)).double()).Q
+    low, high = psd(60, 1, rank=9), psd(60, 1, rank=60)
+    values, vectors = nystrom(Q, low @ Q)
+    torch.testing.assert_close((vectors * values) @ vectors.T, low, rtol=1e-7, atol=1e-9)
+    values, vectors = nystrom(Q, high @ Q)
+    assert float(torch.linalg.eigvalsh(high - (vectors * values) @ vectors.T).min()) > -1e-9
+    assert float(values.sum()) > float(ritz(Q, high @ Q)[0].sum())
+    assert float(nystrom(Q, 0 * Q)[0].sum()) == 0
+
+
+def test_a_state_of_other_sizes_is_refused():
+    state = fit([psd(P, 1)], ALL)[1].state()
+    with pytest.raises(StateError, match=r"holds 1 eigenvalues and eigenvectors of the shape"):
+        LowRankCurvature.from_state({**state, "values": state["values"][:1]}, torch.float64)
+
+
 def test_a_share_of_an_unknown_trace_is_refused():
     with pytest.raises(UnsupportedError, match=r"indefinite.*pass rank="):
         fit([psd(5, 1)], Truncation(), trace=False)
@@ -126,7 +184,7 @@ def test_adding_what_was_truncated_warns_with_what_is_left():
 
 
 def test_directions_that_do_not_fit_the_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(lowrank.linalg, "memory_of", lambda _: 1e5)
+    monkeypatch.setattr(linalg, "memory_of", lambda _: 1e5)
     with pytest.raises(UnsupportedError, match=r"directions for 200 weights.*Keep fewer eigenpairs"):
         fit([psd(200, 1)], Truncation(rank=190))
     monkeypatch.undo()

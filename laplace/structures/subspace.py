@@ -1,0 +1,111 @@
+"""Subspaces in which a matrix that is only multiplied with has its leading eigenpairs.
+
+References
+----------
+Halko, Martinsson & Tropp (2011), "Finding structure with randomness: probabilistic algorithms for constructing
+approximate matrix decompositions", arXiv:0909.4061: algorithms 4.4, 5.3 and (``nystrom``) 5.5.
+Tropp, Yurtsever, Udell & Cevher (2017), "Fixed-rank approximation of a positive-semidefinite matrix from streaming
+data", arXiv:1706.05736: algorithm 3, the shift that makes ``nystrom`` stable.
+Musco & Musco (2015), "Randomized block Krylov methods for stronger and faster approximate singular value
+decomposition", arXiv:1504.05477: earlier directions are kept (``extended(..., beside=)``).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace import linalg
+from laplace.errors import UnsupportedError
+
+
+def extended(
+    products: Float[Tensor, "params found"] | None,
+    wanted: int,
+    like: Float[Tensor, " params"],
+    noise: torch.Generator,
+    beside: Float[Tensor, "params earlier"] | None = None,
+) -> Float[Tensor, "params wanted"]:
+    """An orthonormal basis of the span of some products and of random directions.
+
+    Parameters
+    ----------
+    products
+        Of the curvature with earlier directions.
+    wanted
+        How many directions there are to be.
+    like
+        Of the right length, precision and device.
+    noise
+        Source of randomness.
+    beside
+        Orthonormal directions that it is to be orthogonal to.
+
+    Raises
+    ------
+    UnsupportedError
+        If so many directions do not fit the memory of the device.
+    """
+    n_beside = 0 if beside is None else beside.shape[1]
+    needed, available = 4 * like.itemsize * len(like) * (wanted + n_beside), linalg.memory_of(like.device)
+    if available is not None and needed > available:
+        msg = (
+            f"{wanted + n_beside} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
+            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
+        )
+        raise UnsupportedError(msg)
+    known = [part for part in (beside, products) if part is not None]
+    n_random = wanted + n_beside - sum(part.shape[1] for part in known)
+    random = torch.randn(len(like), n_random, generator=noise, dtype=torch.float32).to(like)
+    return torch.linalg.qr(torch.cat([*known, random], 1)).Q[:, n_beside:]
+
+
+def ritz(
+    basis: Float[Tensor, "params found"], products: Float[Tensor, "params found"]
+) -> tuple[Float[Tensor, " found"], Float[Tensor, "params found"]]:
+    """Eigenpairs of a symmetric matrix within the span of a basis, largest first.
+
+    Parameters
+    ----------
+    basis
+        Q, orthonormal.
+    products
+        H Q.
+
+    Returns
+    -------
+    Eigenvalues of Qᵀ H Q, and Q times its eigenvectors.
+    """
+    wide = linalg.wide_dtype(basis)
+    inner = basis.mT.to(wide) @ products.to(wide)
+    values, rotation = torch.linalg.eigh((inner + inner.mT) / 2)
+    return values.flip(0).to(basis), basis @ rotation.flip(1).to(basis)
+
+
+def nystrom(
+    basis: Float[Tensor, "params found"], products: Float[Tensor, "params found"]
+) -> tuple[Float[Tensor, " found"], Float[Tensor, "params found"]]:
+    """Eigenpairs of ``H Q (Qᵀ H Q)⁻¹ Qᵀ H``, largest first: all of a positive H of no higher rank than Q has columns.
+
+    Nothing but the products enters, so that they may be of a matrix that was not seen before.
+
+    Parameters
+    ----------
+    basis
+        Q, orthonormal.
+    products
+        H Q, for a positive semidefinite H.
+    """
+    wide = linalg.wide_dtype(basis)
+    Q, known = basis.to(wide), products.to(wide)
+    # Adding ν I to H makes the inner matrix definite; it is taken off again.
+    shift = torch.finfo(basis.dtype).eps * torch.linalg.matrix_norm(known)
+    if not bool(shift > 0):
+        return products.new_zeros(products.shape[1]), basis
+    shifted = known + shift * Q
+    inner = Q.mT @ shifted
+    factor = linalg.cholesky((inner + inner.mT) / 2, "curvature within its leading directions")
+    half = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT
+    vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
+    return (singular.square() - shift).clamp(min=0).to(basis), vectors.to(basis)
