@@ -372,12 +372,15 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
     def _move_fit(self) -> None:
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is not None:
-            state = move(fit.curvature.state(), self._device)
             self._fit = replace(
                 fit,
                 mean=fit.mean.to(self._device),
                 nll=fit.nll.to(self._device),
                 output_nll=None if fit.output_nll is None else fit.output_nll.to(self._device),
                 noise_shape=None if fit.noise_shape is None else fit.noise_shape.to(self._device),
-                curvature=self._curvature_from(state),
+                curvature=self._moved(fit.curvature),
             )
+
+    def _moved(self, curvature: AbstractCurvature) -> AbstractCurvature:
+        """A curvature on the device of the model."""
+        return self._curvature_from(move(curvature.state(), self._device))

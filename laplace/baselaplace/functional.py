@@ -185,7 +185,8 @@ class BaseFunctionalLaplace(Checkpointed):
         generator
             Source of randomness, on the model's device.
         joint
-            Draw whole functions, with their covariance across inputs; else the outputs of each input have theirs.
+            Draw whole functions, with their covariance across inputs. Else only the distribution of each input is
+            right: all inputs of a draw share their random numbers, which makes smooth curves of it.
 
         Returns
         -------
@@ -260,7 +261,7 @@ class BaseFunctionalLaplace(Checkpointed):
         options = self._function_options(
             pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator, fitting=True
         )
-        return self._samples(x, options, joint=joint).softmax(-1)
+        return (self._samples(x, options, joint=joint) / self.output_temperature).softmax(-1)
 
 
 __all__ = ["BaseFunctionalLaplace"]

@@ -14,12 +14,13 @@ from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.tuned import TunedPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
-from laplace.errors import UnsupportedError
+from laplace.errors import InputError, UnsupportedError
 from laplace.gp.network_kernel import NetworkKernel
 from laplace.gp.process import ProcessLinearization
 from laplace.gp.subset import Subset, expected_rows
 from laplace.gp.subset_curvature import SubsetCurvature
 from laplace.network import Batch, evaluating
+from laplace.network.batches import to_device
 from laplace.predictive import Linearization, Options
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature
@@ -85,7 +86,14 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         return nll, SubsetCurvature(kernel, root, ratio)
 
     def _derive(self, x: Inputs) -> Linearization:
-        """Derivatives at data of the subset."""
+        """Derivatives at data of the subset, which are made on first use: they must be those of the fit."""
+        fit = self.__dict__.get("_fit")
+        if fit is not None and not self._known_parameters("a prediction").equals(fit.mean):
+            msg = (
+                "The kernel of the subset is made of the network's derivatives when it is first used, and the weights "
+                "have changed since fit. Fit again, or make a prediction before the weights change."
+            )
+            raise InputError(msg)
         with evaluating(self.model), torch.no_grad():
             return self._linearize(x)
 
@@ -225,6 +233,16 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
             return super()._curvature_from(state)
         kernel = NetworkKernel.from_state(state["kernel"], self._dtype, self._derive)
         return SubsetCurvature(kernel, state["root"].to(self._dtype), float(state["ratio"]))
+
+    def _moved(self, curvature: AbstractCurvature) -> AbstractCurvature:
+        assert isinstance(curvature, SubsetCurvature), "declared above"
+        kernel = curvature.kernel
+        if not isinstance(kernel, NetworkKernel):
+            return super()._moved(curvature)
+        # Not by way of a state, which holds plain containers: the model is given what the loader yielded.
+        batches = tuple(to_device(x, self._device) for x in kernel.batches)
+        kernel = replace(kernel, batches=batches, linearize=self._derive, _kept={})
+        return replace(curvature, kernel=kernel, root=curvature.root.to(self._device), _cache={})
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take along: not what was made of the subset, which is made again."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from laplace import linalg
 from laplace.errors import UnsupportedError
 from laplace.gp.linearized import tangents
-from laplace.gp.tangents import Tangents
+from laplace.gp.tangents import Tangents, clamped_diagonal
 from laplace.predictive.base import Linearization
 from laplace.predictive.gaussian import chunks
 from laplace.structures import AbstractPrecision, FullPrecision
@@ -100,24 +100,18 @@ class Rest:
     @cached_property
     def covariance(self) -> Float[Tensor, "rows outputs outputs"]:
         """Between the outputs of each row, ``[rows, C, C]``."""
-        return _clamped_diagonal(self.at.covariance() - self.phi @ self.phi.mT)
+        return clamped_diagonal(self.at.covariance() - self.phi @ self.phi.mT)
 
     @cached_property
     def joint(self) -> Float[Tensor, "joint joint"]:
         """Across rows, ``[rows·C, rows·C]``."""
         flat = self.phi.flatten(0, 1)
-        return _clamped_diagonal(self.at.joint() - flat @ flat.T)
+        return clamped_diagonal(self.at.joint() - flat @ flat.T)
 
     def of_pairs(self) -> Float[Tensor, " pairs"]:
         """Of the differences of scores that follow each other."""
         first, second = self.phi.reshape(-1, 2, self.phi.shape[-1]).unbind(1)
         return (self.at.pair_variance() - (first - second).square().sum(-1)).clamp(min=0)
-
-
-def _clamped_diagonal(matrix: Tensor) -> Tensor:
-    """The matrix with negative diagonal entries, which rounding leaves, set to zero."""
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    return matrix + torch.diag_embed(diagonal.clamp(min=0) - diagonal)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,15 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.errors import NumericalWarning
 from laplace.gp.kernel import FeatureKernel, SubsetKernel
 from laplace.gp.linearized import tangents
 from laplace.gp.subset_curvature import KernelBasis
 from laplace.gp.subset_of_data import SubsetPrecision
+from laplace.gp.tangents import clamped_diagonal
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.predictive.base import Linearization
 from laplace.predictive.gaussian import draw
 from laplace.structures import AbstractPrecision, DiagPrecision
 from laplace.structures.basis import Basis
+
+LOST = 1000
+"""Variances below so many roundings of the prior's have few digits left."""
 
 KEPT_SQUARES = 2**27
 """Numbers of squared coordinates that one batch keeps between posteriors: 512 MB in float32."""
@@ -139,20 +145,40 @@ class ProcessLinearization(Process):
             taken = ((through @ known.taken) * through).sum(-1).T.expand(-1, self.n_outputs)
         else:
             taken = self.squares(self._whitened(known), met=known.root.dim() == 3)
-        return (prior - taken).clamp(min=0).to(dtype)
+        return self._left(prior, prior - taken).clamp(min=0).to(dtype)
+
+    def _left(self, prior: Tensor, left: Tensor) -> Tensor:
+        """Variances that are left, if they can be told from the rounding of what they are differences of."""
+        resolution = torch.finfo(torch.promote_types(self.f.dtype, torch.float32)).eps
+        lost = int((left.detach() < LOST * resolution * prior.detach()).sum())
+        if lost:
+            msg = (
+                f"{lost} of {left.numel()} variances are less than {LOST * resolution:.1e} of the prior's, of which "
+                f"they are differences: {str(self.f.dtype).removeprefix('torch.')} leaves them few digits or none. Use "
+                'the model in float64 (model.double()), a stronger prior, or hessian_structure="full".'
+            )
+            warnings.warn(msg, NumericalWarning, stacklevel=2)
+        return left
+
+    def _left_between(self, prior: Tensor, taken: Tensor) -> Tensor:
+        """The same for covariances."""
+        left = prior - taken
+        self._left(prior.diagonal(dim1=-2, dim2=-1), left.diagonal(dim1=-2, dim2=-1))
+        return clamped_diagonal(left)
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
         """The same between outputs."""
         known = _checked(precision)
         if known.root.dim() == 2:
             return torch.diag_embed(self.variance(precision, dtype))
-        return (known.variance * self.prior_covariance - self.products(self._whitened(known), met=True)).to(dtype)
+        prior, taken = known.variance * self.prior_covariance, self.products(self._whitened(known), met=True)
+        return self._left_between(prior, taken).to(dtype)
 
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
         """The same across inputs."""
         known = _checked(precision)
         taken = self.joint_products(self._whitened(known), met=known.root.dim() == 3)
-        return (known.variance * self.prior_joint() - taken).to(dtype)
+        return self._left_between(known.variance * self.prior_joint(), taken).to(dtype)
 
     def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
         """Of differences, from those of what is whitened."""

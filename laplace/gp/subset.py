@@ -122,16 +122,18 @@ class Subset:
             with full_precision(f.device):
                 positions = backend.positions(f, y)
                 root = self._roots(backend, positions, separates=phi is not None or self._separate(positions))
+                # Scores of the two items of a pair may come one after the other: data are counted by targets.
+                n_data = len(y)
                 if not self.n_seen:
-                    self._check_memory(root, len(positions.f) / max(1, len(f)))
-                rows = self._rows(len(f))
+                    self._check_memory(root, len(positions.f) / max(1, n_data))
+                rows = self._rows(n_data)
                 if phi is None:
                     kernel, root = self._of_network(backend, x, f, positions, root, rows)
                 else:
                     kernel, root = self._of_features(backend, phi.to(positions.f.dtype), positions, root, rows)
                 loss = backend.loss(positions)
-        self.n_seen += len(f)
-        self._largest = max(self._largest, len(f))
+        self.n_seen += n_data
+        self._largest = max(self._largest, n_data)
         return loss, kernel, root
 
     def _rows(self, n_data: int) -> Int[Tensor, " data"]:

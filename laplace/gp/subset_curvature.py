@@ -138,9 +138,8 @@ class SubsetCurvature(AbstractCurvature):
 
     @property
     def repeats(self) -> int:
-        """For how many outputs each part stands."""
-        alone = self.root.dim() == 2 and self.root.shape[1] == 1
-        return self.kernel.n_outputs if alone else 1
+        """For how many outputs each part stands: all where they share one, one where there is a part for each."""
+        return self.kernel.n_outputs // len(self.gram) if self.root.dim() == 2 else 1
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> SubsetPrecision:
         """Add an isotropic prior, its precision times N/M."""
@@ -151,13 +150,17 @@ class SubsetCurvature(AbstractCurvature):
         return SubsetPrecision(self.kernel, self.root * scale.sqrt(), self.gram * scale, variance)
 
     def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:
-        """``log |(N/M) H + δ I|``: that of the curvature of all data, for which the subset stands."""
-        return prior.logdet() + self.log_det_ratio(prior, **options)
+        """``log |H + (N/M) δ I|``: that of ``posterior``."""
+        delta = prior.precision.squeeze(0) * self.ratio
+        return self.n_params * delta.log() + self._log_det(self.scale / delta, **options)
 
     def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
-        """``log |I + (N/M) G / δ|``: O(columns) once eigenvalues are known; differentiable in scale and prior."""
+        """``log |(N/M) H + δ I| − log |δ I|``: that of the curvature of all data, for which the subset stands."""
+        return self._log_det(self.ratio * self.scale / prior.precision.squeeze(0), **options)
+
+    def _log_det(self, factor: Tensor, **options: Any) -> Scalar:
+        """``log |I + factor · G|``: O(columns) once eigenvalues are known; differentiable in the factor."""
         assert not options, "there are no options"
-        factor = self.ratio * self.scale / prior.precision.squeeze(0)
         if not self.root.requires_grad:
             return self.repeats * torch.log1p(factor * self.eigenvalues).sum()
         eye = torch.eye(self.gram.shape[1]).to(self.root)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -120,3 +121,15 @@ class WrittenTangents(Tangents):
     def joint(self) -> Float[Tensor, "joint joint"]:
         """One product."""
         return self.J.flatten(0, 1) @ self.J.flatten(0, 1).T
+
+
+def clamped_diagonal(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The matrix with negative diagonal entries, which rounding leaves, set to zero.
+
+    Parameters
+    ----------
+    matrix
+        A difference of covariances.
+    """
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return matrix + torch.diag_embed(diagonal.clamp(min=0) - diagonal)
