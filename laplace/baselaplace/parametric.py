@@ -74,7 +74,7 @@ class ParametricLaplace(TunedPosterior):
         -----
         The Jacobian dominates time and memory; calling the object never builds it.
         """
-        return self._frozen_posterior.functional_variance(Js)
+        return self._frozen_posterior.functional_variance(Js.to(self._dtype))
 
     def functional_covariance(self, Js: Tensor) -> Float[Tensor, "joint joint"]:
         """Covariance of the linearized outputs across inputs, ``[batch·outputs, batch·outputs]``.
@@ -97,7 +97,7 @@ class ParametricLaplace(TunedPosterior):
         -----
         Memory O((batch · outputs)²) beside the Jacobians.
         """
-        return self._frozen_posterior.functional_covariance(Js)
+        return self._frozen_posterior.functional_covariance(Js.to(self._dtype))
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 

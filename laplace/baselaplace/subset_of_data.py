@@ -157,7 +157,7 @@ class FunctionalLaplace(SubsetPosterior):
         -----
         The Jacobian dominates time and memory; calling the object never builds it.
         """
-        return self._frozen_posterior.functional_variance(Js_star)
+        return self._frozen_posterior.functional_variance(Js_star.to(self._dtype))
 
     def functional_covariance(self, Js_star: Tensor) -> Float[Tensor, "joint joint"]:
         """Covariance of the outputs across inputs, ``[batch·outputs, batch·outputs]``, input by input.
@@ -180,7 +180,7 @@ class FunctionalLaplace(SubsetPosterior):
         UnsupportedError
             With ``independent_outputs`` of a whole network: its outputs have no weights in common.
         """
-        return self._frozen_posterior.functional_covariance(Js_star)
+        return self._frozen_posterior.functional_covariance(Js_star.to(self._dtype))
 
     def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
         """Draw weights whose linearized network is a draw from the process.

@@ -200,9 +200,8 @@ class NetworkKernel(SubsetKernel):
         result = vectors.new_zeros(len(vectors), self.n_rows, self.width)
         for _, piece in self._pieces():
             parts = split_sizes(vectors, [block.n_params for block in piece.blocks])
-            values = sum_parts(
-                [b.apply(v) for b, v in zip(piece.blocks, parts, strict=True)]
-            )  # [vectors, columns, batch]
+            # Derivatives are kept in the precision of the network; [vectors, columns, batch].
+            values = sum_parts([b.apply(v.to(b.sample)) for b, v in zip(piece.blocks, parts, strict=True)]).to(vectors)
             target = result[..., piece.part] if self.separates else result.flatten(1)
             target[:, piece.index] = values.mT.flatten(1)
         return result
@@ -218,7 +217,7 @@ class NetworkKernel(SubsetKernel):
                 total = [u.new_zeros(len(u), block.n_params) for block in piece.blocks]
             for group, block in zip(total, piece.blocks, strict=True):
                 for rows, part, J in block.pieces():
-                    group[:, part] += torch.einsum("vbq,qbp->vp", u[:, rows], J)
+                    group[:, part] += torch.einsum("vbq,qbp->vp", u[:, rows], J.to(u))
         assert total is not None, "there are data"
         return torch.cat(total, 1)
 

@@ -135,3 +135,15 @@ def test_moving_gives_the_model_what_the_loader_yielded():
     la.fit([(x, torch.randn(6, 2))])
     before = la(x)[1]
     assert_close(la.to("cpu")(x)[1], before)
+
+
+@pytest.mark.parametrize("weights", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["full", "diag", "kron", "gp"])
+def test_jacobians_may_have_another_precision_than_the_curvature(structure, weights):
+    model, x = tanh_net().float(), torch.randn(6, 4).float()
+    options = {"n_subset": 6} if structure == "gp" else {}
+    la = Laplace(model, "regression", weights, structure, curvature_dtype=torch.float64, **options)
+    la.fit([(x, torch.randn(6, 3).float())])
+    J = torch.randn(2, 3, len(la.mean)).float()
+    assert_close(la.functional_variance(J), la.functional_variance(J.double()))
+    assert_close(la.functional_covariance(J), la.functional_covariance(J.double()))
