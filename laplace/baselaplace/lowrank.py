@@ -26,7 +26,7 @@ class LowRankLaplace(ParametricLaplace):
         As in ``BaseLaplace``; any prior precision fits.
     backend, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
         As in ``BaseLaplace``. With ``AutogradHessian`` the eigenpairs are those of the positive part of the Hessian,
-        and ``rank`` must be given.
+        and ``rank`` must be given; with ``stochastic=True`` those of the sample of the last pass.
     rank
         Number of eigenpairs; fewer are kept where the curvature has no more that are positive.
     captured_trace
@@ -43,7 +43,8 @@ class LowRankLaplace(ParametricLaplace):
     posterior is wider than that of ``FullLaplace``, which it equals at full rank. No P×P matrix is formed: memory
     O(P r), products with the curvature instead of the curvature.
 
-    Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each), and as many as it takes with
+    Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each; of a Hessian up to 6, whose directions
+    are all kept in memory, with a warning if fewer positive eigenvalues are found), and as many as it takes with
     ``captured_trace`` (32 directions in the first, twice as many in each later one, and a last one that sharpens them);
     one where the directions span all weights. ``n_passes`` says how many it were. A loader that can be read once is
     refused; of a last layer the features of the first pass are kept, and the model runs once. A pass takes time O(P r)
