@@ -43,8 +43,8 @@ class LowRankLaplace(ParametricLaplace):
     posterior is wider than that of ``FullLaplace``, which it equals at full rank. No P×P matrix is formed: memory
     O(P r), products with the curvature instead of the curvature.
 
-    Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each; of a Hessian up to 6, whose directions
-    are all kept in memory, with a warning if fewer positive eigenvalues are found), and as many as it takes with
+    Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each; of a Hessian up to 6, with the
+    directions of all in memory and a warning if fewer positive eigenvalues are found), and as many as it takes with
     ``captured_trace`` (32 directions in the first, twice as many in each later one, and a last one that sharpens them);
     one where the directions span all weights. ``n_passes`` says how many it were. A loader that can be read once is
     refused; of a last layer the features of the first pass are kept, and the model runs once. A pass takes time O(P r)
