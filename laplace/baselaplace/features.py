@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLineariza
 from laplace.gp.tangents import Points, Tangents, WrittenTangents
 from laplace.gp.whole_network import BlockPoints
 from laplace.likelihoods import Positions
-from laplace.network import full_precision
+from laplace.network import evaluating, full_precision
 from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
 from laplace.prior import GaussianPrior
 from laplace.structures.dense_jacobian import check_jacobians
@@ -102,6 +103,22 @@ class FeatureLaplace(BaseFunctionalLaplace):
             msg = f"{name} must be a positive whole number; got {value!r}."
             raise InputError(msg)
         return value
+
+    @contextmanager
+    def _fitting(self) -> Generator[None]:
+        """The model as it predicts, on no graph, linearized at the weights it has now.
+
+        An earlier fit is out of sight: its weights may be others, and outputs would be said to have moved.
+        """
+        earlier: FeatureFit | None = self.__dict__.get("_fit")
+        if earlier is not None:
+            del self._fit
+        try:
+            with evaluating(self.model), torch.no_grad(), full_precision(self._device):
+                yield
+        finally:
+            if earlier is not None:
+                self._fit = earlier
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 

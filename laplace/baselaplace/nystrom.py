@@ -18,7 +18,7 @@ from laplace.errors import InputError, UnsupportedError
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions, log_det_ratio
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization
 from laplace.gp.subsample import Piece, Reservoir, choose_columns
-from laplace.network import Batch, evaluating, full_precision, iterate
+from laplace.network import Batch, iterate
 from laplace.predictive import Linearization, Options
 from laplace.types import Inputs, Scalar
 
@@ -130,7 +130,7 @@ class NystromPosterior(FeatureLaplace):
         if balanced and self.likelihood is not Likelihood.CLASSIFICATION:
             msg = f"balanced=True draws equal numbers of each class; {self.likelihood.value} has none."
             raise UnsupportedError(msg)
-        with evaluating(self.model), torch.no_grad(), full_precision(self._device):
+        with self._fitting():
             directions = self._directions(train_loader, balanced)
             batches = self._iterate(train_loader, progress_bar)
             data = None if val_loader is None else self._validation(val_loader, directions)

@@ -80,7 +80,8 @@ class VariationalPosterior(FeatureLaplace):
         progress_bar
             Show a progress bar.
         override
-            Start again; ``False`` goes on from what was trained, with the inducing points it has.
+            Start again; ``False`` goes on from what was trained, with the inducing points it has. If the weights of the
+            model have changed since, that is where training starts, and all else is of the new weights.
         train_hyperparameters
             Train prior precision (and the noise of regression); ``False`` leaves them as they are.
 
@@ -119,7 +120,7 @@ class VariationalPosterior(FeatureLaplace):
             raise InputError(msg)
         every = iterations if val_steps is None else self._whole_number("val_steps", val_steps)
         previous: FeatureFit | None = None if override else self.__dict__.get("_fit")
-        with evaluating(self.model), torch.no_grad(), full_precision(self._device):
+        with self._fitting():
             z, features = self._inducing(train_loader, previous)
             kept, gram, fit = self._collect(train_loader, features, z, progress_bar)
             start = self._start(gram, previous)
@@ -156,7 +157,8 @@ class VariationalPosterior(FeatureLaplace):
     def _inducing(self, loader: Iterable[Any], previous: FeatureFit | None) -> tuple[dict[str, Any], InducingMap]:
         """The inducing points and their kernel, as state and as features."""
         if previous is not None:
-            return dict(previous.tensors), self._map_of(previous.tensors)
+            # Their kernel is made again: the model may have been trained, and R must be that of the derivatives.
+            return self._with_kernel(previous.tensors["inducing_locations"], previous.tensors["inducing_classes"])
         z = self._asked_locations
         if isinstance(z, str):
             z = choose_inducing(z, self.num_inducing, self._iterate(loader), self.seed)
@@ -184,7 +186,9 @@ class VariationalPosterior(FeatureLaplace):
                 f"{int(classes.max())}."
             )
             raise InputError(msg)
-        classes = classes.to(self._device)
+        return self._with_kernel(z, classes.to(self._device))
+
+    def _with_kernel(self, z: Inputs, classes: Tensor) -> tuple[dict[str, Any], InducingMap]:
         points = self._points([(z, classes)])
         kernel_root = kernel_factor(points)
         learned = {"inducing_locations": z, "inducing_classes": classes, "kernel_root": kernel_root}

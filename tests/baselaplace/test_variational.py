@@ -1,0 +1,58 @@
+"""How VaLLA is trained: on a model that has changed since, from data that are overwritten, and what is refused."""
+
+import pytest
+import torch
+
+from tests.functions import DELTA, batches, build, new_inputs
+from tests.networks import named
+from tests.tools import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
+def approximation(thing=None, model=None, **options):
+    thing = named("mlp") if thing is None else thing
+    return build(thing, "variational", model, **{"inducing_locations": thing.data(n_rows=4, shift=4)[0], **options})
+
+
+def trained_further(model: torch.nn.Module) -> None:
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype)
+
+
+# -- models that change -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_a_fit_after_the_model_was_trained_is_of_the_new_weights(override):
+    thing = named("mlp_regression")
+    model = thing.model()
+    la = approximation(thing, model, alpha=0.0)
+    fit = {"iterations": 2, "train_hyperparameters": False}
+    la.fit(batches(thing, 2), **fit)
+    trained_further(model)
+    la.fit(batches(thing, 2), override=override, **fit)  # and nothing warns that weights have moved
+    x, z = new_inputs(thing), la.inducing_locations
+    names = list(dict(model.named_parameters()))
+
+    def derivatives(at):
+        def outputs(*values):
+            return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (at,))
+
+        found = torch.autograd.functional.jacobian(outputs, tuple(model.parameters()))
+        return torch.cat([part.flatten(2) for part in found], 2)
+
+    Z = derivatives(z)[torch.arange(4), la.inducing_classes]
+    learned = la.state_dict()["learned"]
+    R, A = learned["kernel_root"], learned["root"] @ learned["root"].T
+    assert_close(R @ R.T, Z @ Z.T)
+    assert torch.equal(la.mean, torch.nn.utils.parameters_to_vector(model.parameters()))
+    flat = derivatives(x).reshape(-1, Z.shape[1])
+    phi = flat @ Z.T @ R.inverse().T
+    prior = flat @ flat.T / DELTA
+    expected = prior - phi @ phi.T / DELTA + phi @ (A + DELTA * torch.eye(4)).inverse() @ phi.T
+    covariance = la.predictive_moments(x, joint=True)[1]
+    assert_close(covariance, expected)
+    assert float(torch.linalg.eigvalsh(covariance).min()) > -1e-8
