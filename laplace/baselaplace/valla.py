@@ -15,6 +15,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import LIKELIHOODS
+from laplace.network.batches import copied
 from laplace.types import Inputs
 
 
@@ -105,7 +106,7 @@ class VaLLA(VariationalPosterior):
         )
         self._check_kind()
         self.num_inducing = count_inducing(inducing_locations, num_inducing)
-        self._asked_locations = inducing_locations
+        self._asked_locations = copied(inducing_locations)
         self._asked_classes = checked_classes(inducing_classes, self.num_inducing)
         self.seed = int(seed)
         if isinstance(alpha, bool) or not 0 <= alpha <= 1:

@@ -21,7 +21,7 @@ from laplace.gp.training import Parameters, Validation, train
 from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_factor, needs_covariance, triangular_root
 from laplace.likelihoods import AbstractLikelihood, resolve
 from laplace.network import Batch, evaluating, full_precision, iterate
-from laplace.network.batches import to_device
+from laplace.network.batches import copied, to_device
 from laplace.predictive import Linearization
 from laplace.types import Inputs
 
@@ -40,13 +40,13 @@ class VariationalPosterior(FeatureLaplace):
     def inducing_locations(self) -> Inputs:
         """Inputs of the inducing points; before ``fit`` what was asked for."""
         fit: FeatureFit | None = self.__dict__.get("_fit")
-        return self._asked_locations if fit is None else fit.tensors["inducing_locations"]
+        return copied(self._asked_locations if fit is None else fit.tensors["inducing_locations"])
 
     @property
     def inducing_classes(self) -> Tensor | None:
         """Output of each inducing point, ``[M]``; before ``fit`` what was asked for."""
         fit: FeatureFit | None = self.__dict__.get("_fit")
-        return self._asked_classes if fit is None else fit.tensors["inducing_classes"]
+        return copied(self._asked_classes if fit is None else fit.tensors["inducing_classes"])
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,8 @@ class VariationalPosterior(FeatureLaplace):
         left = rest.covariance if whole else rest.variance
         if positions.kept is not None:
             phi, left = phi[positions.kept], left[positions.kept]
-        return Statistics(positions.f, positions.y, phi, left)
+        # Targets are copied, since batches are kept and loaders may fill the same tensor again.
+        return Statistics(positions.f, positions.y.clone(), phi, left)
 
     def _collect(
         self, loader: Iterable[Any], features: InducingMap, z: dict[str, Any], progress_bar: bool

@@ -110,9 +110,10 @@ class Reservoir:
         for piece, key in zip(self._pieces, self._keys, strict=True):
             rows = np.flatnonzero(kept[start : start + len(key)])
             start += len(key)
-            if len(rows) == len(key):
+            if len(rows) == len(key) and piece is not self._pieces[-1]:
                 pieces.append((piece, key))
             elif len(rows):
+                # The rows of a new batch are copied even if all are kept: loaders may fill the same tensor again.
                 index = torch.as_tensor(rows, device=piece.y.device)
                 x = rows_of(piece.x, index, piece.n_rows)
                 pieces.append((Piece(x, piece.y[index], piece.noise[rows]), key[rows]))

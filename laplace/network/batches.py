@@ -34,6 +34,11 @@ def to_device(value: Any, device: torch.device) -> Any:
     return _map(value, lambda item: item.to(device) if isinstance(item, Tensor) else item)
 
 
+def copied(value: Any) -> Any:
+    """The same nested structure with tensors of its own, on no graph: what becomes of the others does not matter."""
+    return _map(value, lambda item: item.detach().clone() if isinstance(item, Tensor) else item)
+
+
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to everything in a nested structure that is no container."""
     if isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from laplace import Laplace
 from tests.functions import batches, build, new_inputs
 from tests.networks import named
 from tests.tools import assert_close
@@ -21,6 +22,47 @@ def fitted(approximation: str, model=None, loader=None, **options):
     la = build(thing, approximation, model, **{**OPTIONS[approximation], **options})
     la.fit(batches(thing, 2) if loader is None else loader, **FIT[approximation])
     return la
+
+
+class OneBuffer:
+    """A loader that yields the same tensors again and again, filled with other data."""
+
+    def __iter__(self):
+        buffer = torch.empty(2, 3), torch.empty(2, dtype=torch.int64)
+        for x, y in self.batches():
+            buffer[0].copy_(x)
+            buffer[1].copy_(y)
+            yield buffer
+
+    @staticmethod
+    def batches():
+        x = named("mlp").data()[0]
+        return [(x[:2], torch.tensor([2, 0])), (x[2:4], torch.tensor([1, 1]))]
+
+
+@both
+@pytest.mark.parametrize("subset_of_weights", ["all", "last_layer"])
+def test_loaders_may_fill_one_tensor_again_and_again(approximation, subset_of_weights):
+    """Also as validation data, and where the head is the whole network, so that inputs are features."""
+    thing, x = named("mlp"), new_inputs(named("mlp"))
+    head = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    for model in (thing.model(), head):
+        found = []
+        for loader in (OneBuffer(), OneBuffer.batches()):
+            la = Laplace(
+                model,
+                "classification",
+                subset_of_weights,
+                "gp",
+                functional_approximation=approximation,
+                **OPTIONS[approximation],
+            )
+            la.fit(
+                loader, val_loader=loader, **({"iterations": 6, "lr": 0.1} if approximation == "variational" else {})
+            )
+            found.append((la.predictive_moments(x, joint=True)[1], torch.tensor(la.fit_history_["val_nll"])))
+        assert_close(found[0][0], found[1][0])
+        assert_close(found[0][1], found[1][1])
 
 
 @both

@@ -56,3 +56,22 @@ def test_a_fit_after_the_model_was_trained_is_of_the_new_weights(override):
     covariance = la.predictive_moments(x, joint=True)[1]
     assert_close(covariance, expected)
     assert float(torch.linalg.eigvalsh(covariance).min()) > -1e-8
+
+
+# -- what belongs to the user -----------------------------------------------------------------------------------------
+
+
+def test_inducing_points_are_copies():
+    thing = named("mlp")
+    z, x = thing.data(n_rows=4, shift=4)[0], new_inputs(thing)
+    la = approximation(inducing_locations=z)
+    expected = z.clone()
+    z.mul_(3)
+    la.fit(batches(thing, 2), iterations=2)
+    assert torch.equal(la.inducing_locations, expected)
+    before = la(x)
+    la.inducing_locations.zero_()
+    la.inducing_classes.zero_()
+    z.zero_()
+    la.to("cpu")  # forgets the derivatives of the inducing points, which are made again
+    assert torch.equal(la(x), before)
