@@ -16,7 +16,6 @@ from torch import Tensor
 from laplace import linalg
 from laplace.baselaplace.checkpoint import move
 from laplace.baselaplace.functional import BaseFunctionalLaplace
-from laplace.enums import CurvatureKind
 from laplace.errors import InputError, StateError, UnsupportedError
 from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import block_points, feature_points, tangents
@@ -88,11 +87,20 @@ class FeatureLaplace(BaseFunctionalLaplace):
         return sigma
 
     def _check_kind(self) -> None:
-        """Raise if the back end stands for another curvature."""
-        if self._backend_cls.kind is not CurvatureKind.GGN:
+        """Raise if the back end stands for another curvature, or samples it: only its derivatives are used."""
+        if self._backend_cls.matrix != "GGN":
+            article = "a" if self._backend_cls.matrix == "Hessian" else "an"
             msg = (
-                f"{type(self).__name__} weighs features by the Hessian of the likelihood in the outputs; "
-                f"{self._backend_cls.__name__} computes an empirical Fisher. Use a GGN back end (backend=None)."
+                f"{type(self).__name__} weighs features by the Hessian of the likelihood in the outputs, which is a "
+                f"generalized Gauss-Newton matrix; {self._backend_cls.__name__} computes {article} "
+                f"{self._backend_cls.matrix}. Pass a GGN back end, or backend=None."
+            )
+            raise UnsupportedError(msg)
+        if self._backend_kwargs.get("stochastic"):
+            msg = (
+                f"{type(self).__name__} weighs features by exact Hessians in the outputs, and samples none: leave "
+                "stochastic=True out of backend_kwargs. A sampled matrix takes hessian_structure='diag', 'kron' or "
+                "'full'."
             )
             raise UnsupportedError(msg)
 

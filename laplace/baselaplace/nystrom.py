@@ -92,7 +92,8 @@ class NystromPosterior(FeatureLaplace):
             Validation batches: adding training data, which narrows the posterior, ends as soon as the negative log
             predictive density on these rises; the best posterior is kept (section 4.3 of the paper).
         val_steps
-            How many training batches there are between two looks at the validation data; 1 when ``None``.
+            How many training batches there are between two looks at the validation data; 1 when ``None``. The last look
+            is at the end of the data.
         balanced
             Draw the subsample with equal numbers of each class, and deal outputs to it in turn; else both at random.
         progress_bar
@@ -199,6 +200,17 @@ class NystromPosterior(FeatureLaplace):
                 self._center.to(self._dtype), learned, nll.to(self._dtype), *counts, self._count_outputs()
             )
 
+        def rises(data: tuning.CachedData) -> bool:
+            """Look at the validation data; what is there now is kept unless the score got worse."""
+            nonlocal best, kept
+            score = self._score(data, gram)
+            history["val_examples"].append(counts[0])
+            history["val_nll"].append(score)
+            if score > best:
+                return True
+            best, kept = score, now()
+            return False
+
         for number, batch in enumerate(batches, 1):
             at, positions = self._tangents_at(batch.x, batch.y)
             phi = features.features(at)
@@ -207,16 +219,14 @@ class NystromPosterior(FeatureLaplace):
             nll = nll + likelihood.nll(positions.f, positions.y)
             counts = counts[0] + len(batch.y), counts[1] + len(positions.f)
             history["processed_examples"].append(counts[0])
-            if data is not None and number % every == 0:
-                score = self._score(data, gram)
-                history["val_examples"].append(counts[0])
-                history["val_nll"].append(score)
-                if score > best:
-                    break
-                best, kept = score, now()
+            if data is not None and number % every == 0 and rises(data):
+                break
         if not counts[1]:
             msg = f"All {counts[0]} rows of training data are masked: there is nothing to learn from."
             raise InputError(msg)
+        if data is not None and history["val_examples"][-1:] != [counts[0]]:
+            # The batches after the last look: without another one they would be left out unseen.
+            rises(data)
         return now() if kept is None else kept, history
 
     # -- posterior ----------------------------------------------------------------------------------------------------

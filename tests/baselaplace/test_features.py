@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from laplace import Laplace
+from laplace.curvature import AutogradEF, AutogradHessian
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from tests.functions import batches, build, new_inputs
 from tests.networks import named
 from tests.tools import assert_close
@@ -76,3 +78,21 @@ def test_a_second_fit_is_that_of_a_new_object(approximation):
     other = fitted(approximation, model)
     assert torch.equal(la.mean, torch.nn.utils.parameters_to_vector(model.parameters()))
     assert_close(la(x), other(x))
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"backend": AutogradHessian}, "AutogradHessian computes a Hessian. Pass a GGN back end, or backend=None"),
+        ({"backend": AutogradEF}, "AutogradEF computes an empirical Fisher. Pass a GGN back end"),
+        ({"backend_kwargs": {"stochastic": True}}, "leave stochastic=True out of backend_kwargs"),
+    ],
+)
+def test_back_ends_of_another_matrix_are_refused(approximation, options, says):
+    with pytest.raises(UnsupportedError, match=says):
+        build(named("mlp"), approximation, **OPTIONS[approximation], **options)
+    build(named("mlp"), approximation, **OPTIONS[approximation], backend_kwargs={"stochastic": False})
