@@ -24,6 +24,7 @@ from laplace.gp.tangents import Points, Tangents, WrittenTangents
 from laplace.gp.whole_network import BlockPoints
 from laplace.likelihoods import Positions
 from laplace.network import evaluating, full_precision
+from laplace.network.batches import plain
 from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
 from laplace.prior import GaussianPrior
 from laplace.structures.dense_jacobian import check_jacobians
@@ -300,6 +301,8 @@ class FeatureLaplace(BaseFunctionalLaplace):
         ------
         NotFittedError
             Before ``fit``.
+        UnsupportedError
+            If inputs of inducing points hold something else than tensors and plain values.
         """
         fit = self._fitted
         return {
@@ -309,7 +312,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
             "n_data": fit.n_data,
             "n_positions": fit.n_positions,
             "n_outputs": fit.n_outputs,
-            "learned": dict(fit.tensors),
+            "learned": plain(fit.tensors),
             "fit_history": {name: list(values) for name, values in self.fit_history_.items()},
         }
 

@@ -96,6 +96,7 @@ class NystromPosterior(FeatureLaplace):
             is at the end of the data.
         balanced
             Draw the subsample with equal numbers of each class, and deal outputs to it in turn; else both at random.
+            Rows whose target is masked belong to no class and are not drawn.
         progress_bar
             Show a progress bar.
 
@@ -151,10 +152,13 @@ class NystromPosterior(FeatureLaplace):
     def _directions(self, train_loader: Iterable[Any], balanced: bool) -> Tensor:
         """Vᵀ, ``[K, P]``, from a subsample of the data."""
         reservoir = Reservoir(self.subsample_size, self.seed, balanced=balanced)
+        n_rows = 0
         for batch in self._iterate(train_loader):
             reservoir.add(batch.x, batch.y)
+            n_rows += len(batch.y)
         if not reservoir.n_seen:
-            msg = "The training loader is empty: there is nothing to make features of."
+            what = f"All {n_rows} rows of training data are masked" if n_rows else "The training loader is empty"
+            msg = f"{what}: there is nothing to make features of."
             raise InputError(msg)
         parts: list[tuple[Inputs, Tensor]] = []
         start = 0

@@ -36,7 +36,9 @@ class VaLLA(VariationalPosterior):
         when ``None``.
     sigma_noise, prior_precision
         Where training starts; the prior precision is one number.
-    prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs
+    temperature
+        As in ``BaseLaplace``; once fitted, another one needs a new object.
+    prior_mean, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs
         As in ``BaseLaplace``.
     seed
         Of chosen locations, and of ``mc_softmax_samples``.

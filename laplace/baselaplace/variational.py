@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from laplace import linalg, tuning
 from laplace.baselaplace.features import KEPT_ELEMENTS, FeatureFit, FeatureLaplace
 from laplace.baselaplace.inducing import choose_inducing
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import InputError
+from laplace.errors import InputError, UnsupportedError
 from laplace.gp.nystrom import feature_gram
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
 from laplace.gp.training import Parameters, Validation, train
@@ -47,6 +47,17 @@ class VariationalPosterior(FeatureLaplace):
         """Output of each inducing point, ``[M]``; before ``fit`` what was asked for."""
         fit: FeatureFit | None = self.__dict__.get("_fit")
         return copied(self._asked_classes if fit is None else fit.tensors["inducing_classes"])
+
+    def _checked_temperature(self, value: Any) -> Tensor:
+        checked = super()._checked_temperature(value)
+        if "_fit" in self.__dict__ and float(checked) != float(self._temperature):
+            msg = (
+                f"What was trained at the inducing points belongs to temperature={float(self._temperature):.4g} and does "
+                f"not scale: an assigned one would have no effect. Construct with temperature={float(checked):.4g}, and "
+                "fit. To soften predictions alone, assign output_temperature."
+            )
+            raise UnsupportedError(msg)
+        return checked
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -334,6 +345,12 @@ class VariationalPosterior(FeatureLaplace):
     def _choices(self) -> dict[str, Any]:
         own = {"num_inducing": self.num_inducing, "alpha": self.alpha, "seed": self.seed}
         return {**super()._choices(), **own, "mc_softmax_samples": self.mc_softmax_samples}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        # The temperature of a state comes with what was trained at it; when loading fails all comes back.
+        if "_fit" in self.__dict__:
+            del self._fit
+        super()._take(state)
 
     def _restore(self, state: Any) -> None:
         super()._restore(state)

@@ -39,6 +39,34 @@ def copied(value: Any) -> Any:
     return _map(value, lambda item: item.detach().clone() if isinstance(item, Tensor) else item)
 
 
+def plain(x: Inputs) -> Any:
+    """Inputs as dictionaries, lists, tensors and plain values, which ``torch.load(weights_only=True)`` reads.
+
+    Parameters
+    ----------
+    x
+        A batch of inputs.
+
+    Raises
+    ------
+    UnsupportedError
+        If they hold something else than tensors and plain values.
+    """
+    if isinstance(x, Tensor):
+        return x.detach()
+    if isinstance(x, Mapping):
+        return {str(key): plain(value) for key, value in x.items()}
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        return [plain(value) for value in x]
+    if isinstance(x, (bool, int, float, str, type(None))):
+        return x
+    msg = (
+        f"The inputs that are to be saved hold a {type(x).__name__}, which a state cannot: it holds tensors and plain "
+        "values. Pass such inputs through the model instead, or pickle the object."
+    )
+    raise UnsupportedError(msg)
+
+
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to everything in a nested structure that is no container."""
     if isinstance(value, Mapping):

@@ -370,8 +370,9 @@ def test_masked_data_alone_are_refused():
     thing = case_named("masked_rows")
     x, y = thing.data()
     la = LLELLA(thing.model(), "classification", 3, 2)
-    with pytest.raises(InputError, match="All 9 rows of training data are masked"):
-        la.fit([(x, torch.full_like(y, reference.IGNORED))])
+    for balanced in (False, True):
+        with pytest.raises(InputError, match="All 9 rows of training data are masked"):
+            la.fit([(x, torch.full_like(y, reference.IGNORED))], balanced=balanced)
 
 
 def test_single_precision_stays_single_and_close(device):

@@ -5,7 +5,7 @@ import torch
 
 from laplace import Laplace
 from laplace.curvature import AutogradEF, AutogradHessian
-from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.errors import UnsupportedError
 from tests.functions import batches, build, new_inputs
 from tests.networks import named
 from tests.tools import assert_close

@@ -1,8 +1,14 @@
 """How VaLLA is trained: on a model that has changed since, from data that are overwritten, and what is refused."""
 
+import io
+from collections import UserDict
+
 import pytest
 import torch
 
+from laplace import VaLLA
+from laplace.errors import StateError, UnsupportedError
+from laplace.network.batches import plain
 from tests.functions import DELTA, batches, build, new_inputs
 from tests.networks import named
 from tests.tools import assert_close
@@ -75,3 +81,56 @@ def test_inducing_points_are_copies():
     z.zero_()
     la.to("cpu")  # forgets the derivatives of the inducing points, which are made again
     assert torch.equal(la(x), before)
+
+
+class Named(torch.nn.Module):
+    """A model of mappings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = named("mlp").model()
+
+    def forward(self, input_ids):
+        return self.inside(input_ids)
+
+
+def test_states_hold_inducing_inputs_of_any_mapping():
+    """Such as those of a tokenizer, which are no dictionaries."""
+    x, y = named("mlp").data()
+    z, model, file = UserDict(input_ids=x[:4]), Named(), io.BytesIO()
+    la = VaLLA(model, "classification", z)
+    la.fit([UserDict(input_ids=x, labels=y)], iterations=2)
+    torch.save(la.state_dict(), file)
+    file.seek(0)
+    other = VaLLA(model, "classification", "random", 2)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other({"input_ids": x}), la({"input_ids": x}))
+    with pytest.raises(UnsupportedError, match="to be saved hold a object"):
+        plain({"more": object()})
+
+
+# -- hyperparameters and states ---------------------------------------------------------------------------------------
+
+
+def test_another_temperature_needs_another_training():
+    """It trains, so that assigning it before has an effect; after, it is refused and not ignored."""
+    thing = named("mlp")
+    x, la = new_inputs(thing), approximation(thing)
+    la.temperature = 0.5
+    la.fit(batches(thing, 2), iterations=2)
+    constructed = approximation(thing, temperature=0.5)
+    constructed.fit(batches(thing, 2), iterations=2)
+    assert torch.equal(la(x), constructed(x))
+    with pytest.raises(UnsupportedError, match=r"belongs to temperature=0\.5 .* Construct with temperature=2, and fit"):
+        la.temperature = 2.0
+    la.temperature = 0.5
+    assert torch.equal(la(x), constructed(x))
+    other = approximation(thing)
+    other.fit(batches(thing, 2), iterations=2)
+    before = other(x)
+    with pytest.raises(StateError):
+        other.load_state_dict({**la.state_dict(), "learned": {}})
+    assert torch.equal(other(x), before)
+    other.load_state_dict(la.state_dict())
+    assert other.temperature == 0.5
+    assert torch.equal(other(x), la(x))
