@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -108,10 +109,18 @@ class FeatureLaplace(BaseFunctionalLaplace):
     @staticmethod
     def _whole_number(name: str, value: Any) -> int:
         """A positive whole number."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             msg = f"{name} must be a positive whole number; got {value!r}."
             raise InputError(msg)
-        return value
+        return int(value)
+
+    @staticmethod
+    def _checked_seed(seed: Any) -> int:
+        """A seed of ``numpy.random.default_rng``."""
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+            msg = f"seed must be a whole number that is not negative; got {seed!r}."
+            raise InputError(msg)
+        return int(seed)
 
     @contextmanager
     def _fitting(self) -> Generator[None]:
@@ -229,6 +238,8 @@ class FeatureLaplace(BaseFunctionalLaplace):
     def _tangents_at(self, x: Inputs, y: Tensor) -> tuple[Tangents, Positions]:
         """Tangents at training data, of the logits of pairs where targets compare items; and their targets."""
         inputs, likelihood = self._linearize(x), self._frozen_likelihood
+        # The weights of a last layer without a name are known from here on.
+        self._check_prior(self._prior_precision, self._prior_mean)
         inputs = compare(inputs) if likelihood.n_items > 1 else inputs
         return tangents(inputs, self._dtype), likelihood.flatten(inputs.f, y).to(self._dtype)
 

@@ -68,7 +68,7 @@ class NystromPosterior(FeatureLaplace):
                 f"{n_eigenvalues} is above. Lower it, or take a larger subsample."
             )
             raise InputError(msg)
-        self.seed = int(seed)
+        self.seed = self._checked_seed(seed)
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 

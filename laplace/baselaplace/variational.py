@@ -20,6 +20,7 @@ from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLineariza
 from laplace.gp.training import Parameters, Validation, train
 from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_factor, needs_covariance, triangular_root
 from laplace.likelihoods import AbstractLikelihood, resolve
+from laplace.likelihoods.base import check_outputs
 from laplace.network import Batch, evaluating, full_precision, iterate
 from laplace.network.batches import copied, to_device
 from laplace.predictive import Linearization
@@ -52,9 +53,9 @@ class VariationalPosterior(FeatureLaplace):
         checked = super()._checked_temperature(value)
         if "_fit" in self.__dict__ and float(checked) != float(self._temperature):
             msg = (
-                f"What was trained at the inducing points belongs to temperature={float(self._temperature):.4g} and does "
-                f"not scale: an assigned one would have no effect. Construct with temperature={float(checked):.4g}, and "
-                "fit. To soften predictions alone, assign output_temperature."
+                f"What was trained at the inducing points belongs to temperature={float(self._temperature):.4g} and "
+                f"does not scale: an assigned one would have no effect. Construct with temperature="
+                f"{float(checked):.4g}, and fit. To soften predictions alone, assign output_temperature."
             )
             raise UnsupportedError(msg)
         return checked
@@ -172,6 +173,12 @@ class VariationalPosterior(FeatureLaplace):
             return self._with_kernel(previous.tensors["inducing_locations"], previous.tensors["inducing_classes"])
         z = self._asked_locations
         if isinstance(z, str):
+            if isinstance(loader, Iterator):
+                msg = (
+                    f"inducing_locations={z!r} goes over the training data once more than training, and this loader "
+                    "can be used once only. Pass a DataLoader or a list of batches."
+                )
+                raise InputError(msg)
             z = choose_inducing(z, self.num_inducing, self._iterate(loader), self.seed)
         z = to_device(z, self._device)
         try:
@@ -182,6 +189,8 @@ class VariationalPosterior(FeatureLaplace):
                 "training loader yields, without targets."
             )
             raise InputError(msg) from error
+        check_outputs(f)
+        self._check_prior(self._prior_precision, self._prior_mean)
         if len(f) != self.num_inducing:
             msg = (
                 f"The model gives {len(f)} rows of outputs for {self.num_inducing} inducing inputs; one each is needed."

@@ -1,11 +1,12 @@
 """What ELLA and VaLLA share: models that change, batches that are overwritten, options that would have no effect."""
 
+import numpy as np
 import pytest
 import torch
 
 from laplace import Laplace
 from laplace.curvature import AutogradEF, AutogradHessian
-from laplace.errors import UnsupportedError
+from laplace.errors import InputError, NotFittedError, ShapeError, UnsupportedError
 from tests.functions import batches, build, new_inputs
 from tests.networks import named
 from tests.tools import assert_close
@@ -96,3 +97,35 @@ def test_back_ends_of_another_matrix_are_refused(approximation, options, says):
     with pytest.raises(UnsupportedError, match=says):
         build(named("mlp"), approximation, **OPTIONS[approximation], **options)
     build(named("mlp"), approximation, **OPTIONS[approximation], backend_kwargs={"stochastic": False})
+
+
+@both
+@pytest.mark.parametrize("seed", [-1, None, "a", 1.5, True])
+def test_seeds_are_whole_numbers(approximation, seed):
+    with pytest.raises(InputError, match="seed must be a whole number that is not negative; got"):
+        build(named("mlp"), approximation, **OPTIONS[approximation], seed=seed)
+
+
+@both
+def test_whole_numbers_of_numpy_are_whole_numbers(approximation):
+    numbers = {k: np.int64(v) if isinstance(v, int) else v for k, v in OPTIONS[approximation].items()}
+    la = fitted(approximation, **numbers, seed=np.int64(3))
+    assert_close(la(new_inputs(named("mlp"))), fitted(approximation, seed=3)(new_inputs(named("mlp"))))
+    assert all(type(value) is not np.int64 for value in la.state_dict().values())
+
+
+@both
+def test_a_prior_mean_of_another_length_is_refused_when_the_last_layer_is_found(approximation):
+    la = Laplace(
+        named("mlp").model(),
+        "classification",
+        "last_layer",
+        "gp",
+        functional_approximation=approximation,
+        prior_mean=torch.zeros(7),
+        **OPTIONS[approximation],
+    )
+    with pytest.raises(ShapeError, match=r"prior mean must be .* got \[7\]"):
+        la.fit(batches(named("mlp"), 2))
+    with pytest.raises(NotFittedError):
+        la(new_inputs(named("mlp")))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from laplace import VaLLA
-from laplace.errors import StateError, UnsupportedError
+from laplace.errors import InputError, StateError, UnsupportedError
 from laplace.network.batches import plain
 from tests.functions import DELTA, batches, build, new_inputs
 from tests.networks import named
@@ -134,3 +134,22 @@ def test_another_temperature_needs_another_training():
     other.load_state_dict(la.state_dict())
     assert other.temperature == 0.5
     assert torch.equal(other(x), la(x))
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_messages_name_the_cause():
+    thing = named("mlp")
+    data = batches(thing, 2)
+    with pytest.raises(InputError, match=r"outputs of the model.*NaN"):
+        approximation(thing, inducing_locations=torch.full((3, 3), torch.nan)).fit(data)
+    chosen = {"inducing_locations": "random", "num_inducing": 3}
+    with pytest.raises(InputError, match="The training loader is empty: there is nothing to choose"):
+        approximation(thing, **chosen).fit([])
+    with pytest.raises(InputError, match=r"this loader can be used once only\. Pass a DataLoader"):
+        approximation(thing, **chosen).fit(iter(data))
+    with pytest.raises(InputError, match=r"alpha must lie in \[0, 1\].*got 'a'"):
+        approximation(thing, alpha="a")
+    with pytest.raises(InputError, match="indices of outputs, whole numbers from 0 on; got 'abcd'"):
+        approximation(thing, inducing_classes="abcd")
