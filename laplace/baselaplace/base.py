@@ -211,12 +211,16 @@ class BaseLaplace(ABC):
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
+        checked = self._checked_temperature(value)
+        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
+        self._hyperparameters_changed()
+
+    def _checked_temperature(self, value: Any) -> Tensor:
         checked = self._checked("temperature", value, positive=True)
         if checked.numel() != 1:
             msg = f"temperature must be one number; got the shape {list(checked.shape)}."
             raise InputError(msg)
-        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
-        self._hyperparameters_changed()
+        return checked
 
     @property
     def output_temperature(self) -> float:

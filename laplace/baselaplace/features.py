@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from laplace import linalg
 from laplace.baselaplace.checkpoint import move
 from laplace.baselaplace.functional import BaseFunctionalLaplace
-from laplace.enums import CurvatureKind
 from laplace.errors import InputError, StateError, UnsupportedError
 from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import block_points, feature_points, tangents
@@ -23,7 +24,8 @@ from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLineariza
 from laplace.gp.tangents import Points, Tangents, WrittenTangents
 from laplace.gp.whole_network import BlockPoints
 from laplace.likelihoods import Positions
-from laplace.network import full_precision
+from laplace.network import evaluating, full_precision
+from laplace.network.batches import plain
 from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
 from laplace.prior import GaussianPrior
 from laplace.structures.dense_jacobian import check_jacobians
@@ -87,21 +89,54 @@ class FeatureLaplace(BaseFunctionalLaplace):
         return sigma
 
     def _check_kind(self) -> None:
-        """Raise if the back end stands for another curvature."""
-        if self._backend_cls.kind is not CurvatureKind.GGN:
+        """Raise if the back end stands for another curvature, or samples it: only its derivatives are used."""
+        if self._backend_cls.matrix != "GGN":
+            article = "a" if self._backend_cls.matrix == "Hessian" else "an"
             msg = (
-                f"{type(self).__name__} weighs features by the Hessian of the likelihood in the outputs; "
-                f"{self._backend_cls.__name__} computes an empirical Fisher. Use a GGN back end (backend=None)."
+                f"{type(self).__name__} weighs features by the Hessian of the likelihood in the outputs, which is a "
+                f"generalized Gauss-Newton matrix; {self._backend_cls.__name__} computes {article} "
+                f"{self._backend_cls.matrix}. Pass a GGN back end, or backend=None."
+            )
+            raise UnsupportedError(msg)
+        if self._backend_kwargs.get("stochastic"):
+            msg = (
+                f"{type(self).__name__} weighs features by exact Hessians in the outputs, and samples none: leave "
+                "stochastic=True out of backend_kwargs. A sampled matrix takes hessian_structure='diag', 'kron' or "
+                "'full'."
             )
             raise UnsupportedError(msg)
 
     @staticmethod
     def _whole_number(name: str, value: Any) -> int:
         """A positive whole number."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             msg = f"{name} must be a positive whole number; got {value!r}."
             raise InputError(msg)
-        return value
+        return int(value)
+
+    @staticmethod
+    def _checked_seed(seed: Any) -> int:
+        """A seed of ``numpy.random.default_rng``."""
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+            msg = f"seed must be a whole number that is not negative; got {seed!r}."
+            raise InputError(msg)
+        return int(seed)
+
+    @contextmanager
+    def _fitting(self) -> Generator[None]:
+        """The model as it predicts, on no graph, linearized at the weights it has now.
+
+        An earlier fit is out of sight: its weights may be others, and outputs would be said to have moved.
+        """
+        earlier: FeatureFit | None = self.__dict__.get("_fit")
+        if earlier is not None:
+            del self._fit
+        try:
+            with evaluating(self.model), torch.no_grad(), full_precision(self._device):
+                yield
+        finally:
+            if earlier is not None:
+                self._fit = earlier
 
     # -- what was learned ---------------------------------------------------------------------------------------------
 
@@ -203,6 +238,8 @@ class FeatureLaplace(BaseFunctionalLaplace):
     def _tangents_at(self, x: Inputs, y: Tensor) -> tuple[Tangents, Positions]:
         """Tangents at training data, of the logits of pairs where targets compare items; and their targets."""
         inputs, likelihood = self._linearize(x), self._frozen_likelihood
+        # The weights of a last layer without a name are known from here on.
+        self._check_prior(self._prior_precision, self._prior_mean)
         inputs = compare(inputs) if likelihood.n_items > 1 else inputs
         return tangents(inputs, self._dtype), likelihood.flatten(inputs.f, y).to(self._dtype)
 
@@ -275,6 +312,8 @@ class FeatureLaplace(BaseFunctionalLaplace):
         ------
         NotFittedError
             Before ``fit``.
+        UnsupportedError
+            If inputs of inducing points hold something else than tensors and plain values.
         """
         fit = self._fitted
         return {
@@ -284,7 +323,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
             "n_data": fit.n_data,
             "n_positions": fit.n_positions,
             "n_outputs": fit.n_outputs,
-            "learned": dict(fit.tensors),
+            "learned": plain(fit.tensors),
             "fit_history": {name: list(values) for name, values in self.fit_history_.items()},
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def count_inducing(locations: Inputs, number: Any) -> int:
     UnsupportedError
         If the way to choose locations is unknown.
     """
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+    if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
         msg = f"num_inducing must be a positive whole number; got {number!r}."
         raise InputError(msg)
     if isinstance(locations, str):
@@ -49,7 +50,7 @@ def count_inducing(locations: Inputs, number: Any) -> int:
         if number is None:
             msg = f"inducing_locations={locations!r} chooses from the training data: pass num_inducing= with it."
             raise InputError(msg)
-        return number
+        return int(number)
     if not _tensors_in(locations):
         msg = (
             "inducing_locations must be a batch of inputs (a tensor or any nesting of tensors), 'random' or 'kmeans'; "
@@ -92,7 +93,11 @@ def checked_classes(classes: Tensor | Sequence[int] | None, number: int) -> Tens
     """
     if classes is None:
         return None
-    tensor = torch.as_tensor(classes).detach()
+    try:
+        tensor = torch.as_tensor(classes).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"inducing_classes must be indices of outputs, whole numbers from 0 on; got {classes!r}."
+        raise InputError(msg) from error
     if tensor.shape != (number,):
         msg = (
             f"inducing_classes must hold one output for each of the {number} inducing points; got {list(tensor.shape)}."
@@ -131,6 +136,9 @@ def choose_inducing(strategy: str, number: int, batches: Iterator[Batch], seed: 
             msg = 'Cluster centers need inputs that are one floating-point tensor. Use "random", or pass locations.'
             raise InputError(msg)
         reservoir.add(batch.x, batch.y)
+    if not reservoir.n_seen:
+        msg = "The training loader is empty: there is nothing to choose inducing points from."
+        raise InputError(msg)
     if reservoir.n_seen < number:
         msg = (
             f"There are {reservoir.n_seen} training data, fewer than num_inducing={number}. Use fewer inducing points."

@@ -18,7 +18,7 @@ from laplace.errors import InputError, UnsupportedError
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions, log_det_ratio
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization
 from laplace.gp.subsample import Piece, Reservoir, choose_columns
-from laplace.network import Batch, evaluating, full_precision, iterate
+from laplace.network import Batch, iterate
 from laplace.predictive import Linearization, Options
 from laplace.types import Inputs, Scalar
 
@@ -68,7 +68,7 @@ class NystromPosterior(FeatureLaplace):
                 f"{n_eigenvalues} is above. Lower it, or take a larger subsample."
             )
             raise InputError(msg)
-        self.seed = int(seed)
+        self.seed = self._checked_seed(seed)
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -92,9 +92,11 @@ class NystromPosterior(FeatureLaplace):
             Validation batches: adding training data, which narrows the posterior, ends as soon as the negative log
             predictive density on these rises; the best posterior is kept (section 4.3 of the paper).
         val_steps
-            How many training batches there are between two looks at the validation data; 1 when ``None``.
+            How many training batches there are between two looks at the validation data; 1 when ``None``. The last look
+            is at the end of the data.
         balanced
             Draw the subsample with equal numbers of each class, and deal outputs to it in turn; else both at random.
+            Rows whose target is masked belong to no class and are not drawn.
         progress_bar
             Show a progress bar.
 
@@ -130,7 +132,7 @@ class NystromPosterior(FeatureLaplace):
         if balanced and self.likelihood is not Likelihood.CLASSIFICATION:
             msg = f"balanced=True draws equal numbers of each class; {self.likelihood.value} has none."
             raise UnsupportedError(msg)
-        with evaluating(self.model), torch.no_grad(), full_precision(self._device):
+        with self._fitting():
             directions = self._directions(train_loader, balanced)
             batches = self._iterate(train_loader, progress_bar)
             data = None if val_loader is None else self._validation(val_loader, directions)
@@ -150,10 +152,13 @@ class NystromPosterior(FeatureLaplace):
     def _directions(self, train_loader: Iterable[Any], balanced: bool) -> Tensor:
         """Vᵀ, ``[K, P]``, from a subsample of the data."""
         reservoir = Reservoir(self.subsample_size, self.seed, balanced=balanced)
+        n_rows = 0
         for batch in self._iterate(train_loader):
             reservoir.add(batch.x, batch.y)
+            n_rows += len(batch.y)
         if not reservoir.n_seen:
-            msg = "The training loader is empty: there is nothing to make features of."
+            what = f"All {n_rows} rows of training data are masked" if n_rows else "The training loader is empty"
+            msg = f"{what}: there is nothing to make features of."
             raise InputError(msg)
         parts: list[tuple[Inputs, Tensor]] = []
         start = 0
@@ -199,6 +204,17 @@ class NystromPosterior(FeatureLaplace):
                 self._center.to(self._dtype), learned, nll.to(self._dtype), *counts, self._count_outputs()
             )
 
+        def rises(data: tuning.CachedData) -> bool:
+            """Look at the validation data; what is there now is kept unless the score got worse."""
+            nonlocal best, kept
+            score = self._score(data, gram)
+            history["val_examples"].append(counts[0])
+            history["val_nll"].append(score)
+            if score > best:
+                return True
+            best, kept = score, now()
+            return False
+
         for number, batch in enumerate(batches, 1):
             at, positions = self._tangents_at(batch.x, batch.y)
             phi = features.features(at)
@@ -207,16 +223,14 @@ class NystromPosterior(FeatureLaplace):
             nll = nll + likelihood.nll(positions.f, positions.y)
             counts = counts[0] + len(batch.y), counts[1] + len(positions.f)
             history["processed_examples"].append(counts[0])
-            if data is not None and number % every == 0:
-                score = self._score(data, gram)
-                history["val_examples"].append(counts[0])
-                history["val_nll"].append(score)
-                if score > best:
-                    break
-                best, kept = score, now()
+            if data is not None and number % every == 0 and rises(data):
+                break
         if not counts[1]:
             msg = f"All {counts[0]} rows of training data are masked: there is nothing to learn from."
             raise InputError(msg)
+        if data is not None and history["val_examples"][-1:] != [counts[0]]:
+            # The batches after the last look: without another one they would be left out unseen.
+            rises(data)
         return now() if kept is None else kept, history
 
     # -- posterior ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import LIKELIHOODS
+from laplace.network.batches import copied
 from laplace.types import Inputs
 
 
@@ -35,7 +37,9 @@ class VaLLA(VariationalPosterior):
         when ``None``.
     sigma_noise, prior_precision
         Where training starts; the prior precision is one number.
-    prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs
+    temperature
+        As in ``BaseLaplace``; once fitted, another one needs a new object.
+    prior_mean, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs
         As in ``BaseLaplace``.
     seed
         Of chosen locations, and of ``mc_softmax_samples``.
@@ -105,20 +109,21 @@ class VaLLA(VariationalPosterior):
         )
         self._check_kind()
         self.num_inducing = count_inducing(inducing_locations, num_inducing)
-        self._asked_locations = inducing_locations
+        self._asked_locations = copied(inducing_locations)
         self._asked_classes = checked_classes(inducing_classes, self.num_inducing)
-        self.seed = int(seed)
-        if isinstance(alpha, bool) or not 0 <= alpha <= 1:
+        self.seed = self._checked_seed(seed)
+        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= alpha <= 1:
             msg = f"alpha must lie in [0, 1]: 0 is variational inference, 1 fits the predictive density; got {alpha!r}."
             raise InputError(msg)
         self.alpha = float(alpha)
-        if isinstance(mc_softmax_samples, bool) or not isinstance(mc_softmax_samples, int) or mc_softmax_samples < 0:
+        whole = isinstance(mc_softmax_samples, Integral) and not isinstance(mc_softmax_samples, bool)
+        if not whole or mc_softmax_samples < 0:
             msg = f"mc_softmax_samples must be a whole number, 0 for the closed form; got {mc_softmax_samples!r}."
             raise InputError(msg)
         if mc_softmax_samples and LIKELIHOODS[self.likelihood].has_noise:
             msg = "mc_softmax_samples draws logits; the objective of regression is exact without. Leave it at 0."
             raise UnsupportedError(msg)
-        self.mc_softmax_samples = mc_softmax_samples
+        self.mc_softmax_samples = int(mc_softmax_samples)
 
     def log_marginal_likelihood(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
         """Not available: what is trained is a bound or a divergence, and is found in ``fit_history_["objective"]``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from laplace import linalg, tuning
 from laplace.baselaplace.features import KEPT_ELEMENTS, FeatureFit, FeatureLaplace
 from laplace.baselaplace.inducing import choose_inducing
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import InputError
+from laplace.errors import InputError, UnsupportedError
 from laplace.gp.nystrom import feature_gram
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
 from laplace.gp.training import Parameters, Validation, train
 from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_factor, needs_covariance, triangular_root
 from laplace.likelihoods import AbstractLikelihood, resolve
+from laplace.likelihoods.base import check_outputs
 from laplace.network import Batch, evaluating, full_precision, iterate
-from laplace.network.batches import to_device
+from laplace.network.batches import copied, to_device
 from laplace.predictive import Linearization
 from laplace.types import Inputs
 
@@ -40,13 +41,24 @@ class VariationalPosterior(FeatureLaplace):
     def inducing_locations(self) -> Inputs:
         """Inputs of the inducing points; before ``fit`` what was asked for."""
         fit: FeatureFit | None = self.__dict__.get("_fit")
-        return self._asked_locations if fit is None else fit.tensors["inducing_locations"]
+        return copied(self._asked_locations if fit is None else fit.tensors["inducing_locations"])
 
     @property
     def inducing_classes(self) -> Tensor | None:
         """Output of each inducing point, ``[M]``; before ``fit`` what was asked for."""
         fit: FeatureFit | None = self.__dict__.get("_fit")
-        return self._asked_classes if fit is None else fit.tensors["inducing_classes"]
+        return copied(self._asked_classes if fit is None else fit.tensors["inducing_classes"])
+
+    def _checked_temperature(self, value: Any) -> Tensor:
+        checked = super()._checked_temperature(value)
+        if "_fit" in self.__dict__ and float(checked) != float(self._temperature):
+            msg = (
+                f"What was trained at the inducing points belongs to temperature={float(self._temperature):.4g} and "
+                f"does not scale: an assigned one would have no effect. Construct with temperature="
+                f"{float(checked):.4g}, and fit. To soften predictions alone, assign output_temperature."
+            )
+            raise UnsupportedError(msg)
+        return checked
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -80,7 +92,8 @@ class VariationalPosterior(FeatureLaplace):
         progress_bar
             Show a progress bar.
         override
-            Start again; ``False`` goes on from what was trained, with the inducing points it has.
+            Start again; ``False`` goes on from what was trained, with the inducing points it has. If the weights of the
+            model have changed since, that is where training starts, and all else is of the new weights.
         train_hyperparameters
             Train prior precision (and the noise of regression); ``False`` leaves them as they are.
 
@@ -119,7 +132,7 @@ class VariationalPosterior(FeatureLaplace):
             raise InputError(msg)
         every = iterations if val_steps is None else self._whole_number("val_steps", val_steps)
         previous: FeatureFit | None = None if override else self.__dict__.get("_fit")
-        with evaluating(self.model), torch.no_grad(), full_precision(self._device):
+        with self._fitting():
             z, features = self._inducing(train_loader, previous)
             kept, gram, fit = self._collect(train_loader, features, z, progress_bar)
             start = self._start(gram, previous)
@@ -156,9 +169,16 @@ class VariationalPosterior(FeatureLaplace):
     def _inducing(self, loader: Iterable[Any], previous: FeatureFit | None) -> tuple[dict[str, Any], InducingMap]:
         """The inducing points and their kernel, as state and as features."""
         if previous is not None:
-            return dict(previous.tensors), self._map_of(previous.tensors)
+            # Their kernel is made again: the model may have been trained, and R must be that of the derivatives.
+            return self._with_kernel(previous.tensors["inducing_locations"], previous.tensors["inducing_classes"])
         z = self._asked_locations
         if isinstance(z, str):
+            if isinstance(loader, Iterator):
+                msg = (
+                    f"inducing_locations={z!r} goes over the training data once more than training, and this loader "
+                    "can be used once only. Pass a DataLoader or a list of batches."
+                )
+                raise InputError(msg)
             z = choose_inducing(z, self.num_inducing, self._iterate(loader), self.seed)
         z = to_device(z, self._device)
         try:
@@ -169,6 +189,8 @@ class VariationalPosterior(FeatureLaplace):
                 "training loader yields, without targets."
             )
             raise InputError(msg) from error
+        check_outputs(f)
+        self._check_prior(self._prior_precision, self._prior_mean)
         if len(f) != self.num_inducing:
             msg = (
                 f"The model gives {len(f)} rows of outputs for {self.num_inducing} inducing inputs; one each is needed."
@@ -184,7 +206,9 @@ class VariationalPosterior(FeatureLaplace):
                 f"{int(classes.max())}."
             )
             raise InputError(msg)
-        classes = classes.to(self._device)
+        return self._with_kernel(z, classes.to(self._device))
+
+    def _with_kernel(self, z: Inputs, classes: Tensor) -> tuple[dict[str, Any], InducingMap]:
         points = self._points([(z, classes)])
         kernel_root = kernel_factor(points)
         learned = {"inducing_locations": z, "inducing_classes": classes, "kernel_root": kernel_root}
@@ -199,7 +223,8 @@ class VariationalPosterior(FeatureLaplace):
         left = rest.covariance if whole else rest.variance
         if positions.kept is not None:
             phi, left = phi[positions.kept], left[positions.kept]
-        return Statistics(positions.f, positions.y, phi, left)
+        # Targets are copied, since batches are kept and loaders may fill the same tensor again.
+        return Statistics(positions.f, positions.y.clone(), phi, left)
 
     def _collect(
         self, loader: Iterable[Any], features: InducingMap, z: dict[str, Any], progress_bar: bool
@@ -329,6 +354,12 @@ class VariationalPosterior(FeatureLaplace):
     def _choices(self) -> dict[str, Any]:
         own = {"num_inducing": self.num_inducing, "alpha": self.alpha, "seed": self.seed}
         return {**super()._choices(), **own, "mc_softmax_samples": self.mc_softmax_samples}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        # The temperature of a state comes with what was trained at it; when loading fails all comes back.
+        if "_fit" in self.__dict__:
+            del self._fit
+        super()._take(state)
 
     def _restore(self, state: Any) -> None:
         super()._restore(state)

@@ -5,7 +5,7 @@ Derivatives at the subset are kept while they fit a bound on memory, else made a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laplace.errors import UnsupportedError
 from laplace.gp.kernel import SubsetKernel, whitened_gram
-from laplace.network.batches import join_rows, signature
+from laplace.network.batches import join_rows, plain, signature
 from laplace.network.parameters import split_sizes
 from laplace.predictive import JacobianLinearization, Linearization
 from laplace.structures.jacobian import JacobianBlock, sum_parts
@@ -259,7 +259,7 @@ class NetworkKernel(SubsetKernel):
             If they hold something else than tensors and plain values.
         """
         return {
-            "inputs": [_plain(x) for x in self.batches],
+            "inputs": [plain(x) for x in self.batches],
             "sizes": [list(size) for size in self.sizes],
             "n_outputs": self.width,
             "n_params": self.weights,
@@ -286,23 +286,6 @@ class NetworkKernel(SubsetKernel):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling takes along: not the derivatives."""
         return {**self.__dict__, "_kept": {}}
-
-
-def _plain(x: Inputs) -> Any:
-    """Inputs as dictionaries, lists, tensors and plain values, which ``torch.load(weights_only=True)`` reads."""
-    if isinstance(x, Tensor):
-        return x.detach()
-    if isinstance(x, Mapping):
-        return {str(key): _plain(value) for key, value in x.items()}
-    if isinstance(x, Sequence) and not isinstance(x, str):
-        return [_plain(value) for value in x]
-    if isinstance(x, (bool, int, float, str, type(None))):
-        return x
-    msg = (
-        f"The inputs of the subset hold a {type(x).__name__}, which a state cannot: it holds tensors and plain values. "
-        "Pass such inputs through the model instead, or pickle the object."
-    )
-    raise UnsupportedError(msg)
 
 
 __all__ = ["KEPT_ELEMENTS", "NetworkKernel", "Piece", "pieces"]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.errors import InputError
+from laplace.likelihoods.categorical import IGNORED
 from laplace.network.batches import join_rows, rows_of, signature
 from laplace.types import Inputs
 
@@ -48,7 +49,7 @@ class Reservoir:
     seed
         Of ``numpy.random.default_rng``.
     balanced
-        As equal numbers of each class as there are data for.
+        As equal numbers of each class as there are data for; rows whose target is masked are left out.
 
     Raises
     ------
@@ -88,6 +89,12 @@ class Reservoir:
                 f"{y.dtype} of shape {list(y.shape)}. Leave it out."
             )
             raise InputError(msg)
+        if self.balanced and bool((y == IGNORED).any()):
+            # Masked is no class: such a row has no target to balance.
+            rows = (y != IGNORED).nonzero().flatten()
+            x, y = rows_of(x, rows, len(y)), y[rows]
+        if not len(y):
+            return
         self.n_seen += len(y)
         self._largest_batch = max(self._largest_batch, len(y))
         numbers = self._rng.random((len(y), 3))
@@ -110,9 +117,10 @@ class Reservoir:
         for piece, key in zip(self._pieces, self._keys, strict=True):
             rows = np.flatnonzero(kept[start : start + len(key)])
             start += len(key)
-            if len(rows) == len(key):
+            if len(rows) == len(key) and piece is not self._pieces[-1]:
                 pieces.append((piece, key))
             elif len(rows):
+                # The rows of a new batch are copied even if all are kept: loaders may fill the same tensor again.
                 index = torch.as_tensor(rows, device=piece.y.device)
                 x = rows_of(piece.x, index, piece.n_rows)
                 pieces.append((Piece(x, piece.y[index], piece.noise[rows]), key[rows]))
@@ -134,8 +142,9 @@ class Reservoir:
             If there were fewer data than are to be kept.
         """
         if self.n_seen < self.size and not at_most:
+            data = "unmasked training data" if self.balanced else "training data"
             msg = (
-                f"A subsample of {self.size} of {self.n_seen} training data was asked for; it can have between 1 and "
+                f"A subsample of {self.size} of {self.n_seen} {data} was asked for; it can have between 1 and "
                 f"{self.n_seen}."
             )
             raise InputError(msg)

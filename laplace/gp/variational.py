@@ -57,11 +57,18 @@ def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
     """
     kernel = points.gram()
     causes = "Likely causes: inducing points that repeat others, or more of them than random weights. Use fewer."
+    if not bool(kernel.isfinite().all()):
+        which = (~kernel.diagonal().isfinite()).nonzero().flatten().tolist()[:5]
+        msg = (
+            f"The kernel of the inducing points is not finite (at the points {which}): there is none to build on. Look "
+            "for NaN or infinite values in their inputs, in the weights, and in derivatives of the outputs."
+        )
+        raise NotPositiveDefiniteError(msg)
     if not bool((kernel.diagonal() > 0).all()):
         which = (kernel.diagonal() <= 0).nonzero().flatten().tolist()[:5]
         msg = (
-            f"The outputs do not depend on the random weights at the inducing points {which} (or derivatives are NaN): "
-            "there is no kernel to build on. Choose other inducing points."
+            f"The outputs do not depend on the random weights at the inducing points {which}: there is no kernel to "
+            "build on. Choose other inducing points."
         )
         raise NotPositiveDefiniteError(msg)
     try:
@@ -69,7 +76,7 @@ def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
             warnings.simplefilter("always")
             factor = linalg.cholesky(kernel, "kernel of the inducing points")
     except NotPositiveDefiniteError as error:
-        smallest = float(torch.linalg.eigvalsh(kernel.double()).min()) if bool(kernel.isfinite().all()) else torch.nan
+        smallest = float(torch.linalg.eigvalsh(kernel.double()).min())
         msg = (
             f"The kernel of the {len(kernel)} inducing points is not positive definite (smallest eigenvalue "
             f"{smallest:.3e}), and no small jitter makes it so. {causes}"

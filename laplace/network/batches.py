@@ -34,6 +34,39 @@ def to_device(value: Any, device: torch.device) -> Any:
     return _map(value, lambda item: item.to(device) if isinstance(item, Tensor) else item)
 
 
+def copied(value: Any) -> Any:
+    """The same nested structure with tensors of its own, on no graph: what becomes of the others does not matter."""
+    return _map(value, lambda item: item.detach().clone() if isinstance(item, Tensor) else item)
+
+
+def plain(x: Inputs) -> Any:
+    """Inputs as dictionaries, lists, tensors and plain values, which ``torch.load(weights_only=True)`` reads.
+
+    Parameters
+    ----------
+    x
+        A batch of inputs.
+
+    Raises
+    ------
+    UnsupportedError
+        If they hold something else than tensors and plain values.
+    """
+    if isinstance(x, Tensor):
+        return x.detach()
+    if isinstance(x, Mapping):
+        return {str(key): plain(value) for key, value in x.items()}
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        return [plain(value) for value in x]
+    if isinstance(x, (bool, int, float, str, type(None))):
+        return x
+    msg = (
+        f"The inputs that are to be saved hold a {type(x).__name__}, which a state cannot: it holds tensors and plain "
+        "values. Pass such inputs through the model instead, or pickle the object."
+    )
+    raise UnsupportedError(msg)
+
+
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to everything in a nested structure that is no container."""
     if isinstance(value, Mapping):

@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace.errors import InputError
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS
+from laplace.network.batches import copied
 from laplace.predictive.linearization import FeatureLinearization, Linearization
 from laplace.predictive.pairs import Pairs, compare
 from laplace.predictive.pushforward import Options, moments_of_each
@@ -79,7 +80,9 @@ class CachedData:
             # Targets of reward modeling are preferences between items.
             return compare(linearize(x)) if likelihood.n_items > 1 else linearize(x)
 
-        for x, y in batches:
+        for batch in batches:
+            # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
+            x, y = copied(batch[0]), copied(batch[1])
             inputs = compared(x)
             features = isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
             positions = likelihood.flatten(inputs.f, y)

@@ -184,8 +184,12 @@ def test_validation_data_stop_what_narrows_the_posterior():
     density = torch.distributions.Normal(mean, (cov.squeeze(-1) + 0.01).sqrt()).log_prob(y[:5] + 3)
     assert_close(-density.mean(), torch.tensor(history["val_nll"][0]))
     la.fit(data, val_loader=[(x[:5], y[:5])], val_steps=2)
-    assert la.fit_history_["val_examples"] == [16, 32]
-    assert la.n_data in (16, 32)
+    assert la.fit_history_["val_examples"] == [16, 32, 40]  # the last look is at the end
+    scores = la.fit_history_["val_nll"]
+    assert scores == sorted(scores, reverse=True)
+    assert la.n_data == 40
+    la.fit(data, val_loader=[(x[:5], y[:5])], val_steps=9)
+    assert (la.fit_history_["val_examples"], la.n_data) == ([40], 40)
 
 
 @pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")
@@ -366,8 +370,9 @@ def test_masked_data_alone_are_refused():
     thing = case_named("masked_rows")
     x, y = thing.data()
     la = LLELLA(thing.model(), "classification", 3, 2)
-    with pytest.raises(InputError, match="All 9 rows of training data are masked"):
-        la.fit([(x, torch.full_like(y, reference.IGNORED))])
+    for balanced in (False, True):
+        with pytest.raises(InputError, match="All 9 rows of training data are masked"):
+            la.fit([(x, torch.full_like(y, reference.IGNORED))], balanced=balanced)
 
 
 def test_single_precision_stays_single_and_close(device):

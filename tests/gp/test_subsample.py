@@ -58,6 +58,21 @@ def test_a_balanced_subset_has_as_equal_classes_as_there_are_data_for(size, expe
     assert int((counts[:2] - torch.tensor(expected[:2])).abs().max()) <= 1
 
 
+def test_masked_rows_are_no_class():
+    masked = torch.where(torch.arange(12) % 2 == 0, reference.IGNORED, Y)
+    for cuts in ((12,), (1, 4, 7)):
+        reservoir = Reservoir(5, 0, balanced=True)
+        for x, y in zip(X.tensor_split(cuts), masked.tensor_split(cuts), strict=True):
+            reservoir.add(x, y)
+        x, y, _ = joined(reservoir.pieces())
+        assert sorted(y.tolist()) == [0, 0, 1, 1, 2]
+        assert torch.equal(y, Y[(x[:, 0] / 2).long()])
+    reservoir = Reservoir(7, 0, balanced=True)
+    reservoir.add(X, masked)
+    with pytest.raises(InputError, match="subsample of 7 of 6 unmasked training data"):
+        reservoir.pieces()
+
+
 def test_nested_inputs_stay_nested():
 
     pieces = drawn(3, 8, x={"a": X, "b": [X[:, :1]]})
