@@ -130,6 +130,9 @@ class Spy(GGNInterface):
         shapes = [p.shape for p in self.params]
         return loss, Kron([[len(y) * torch.eye(size) for size in shape] for shape in shapes])
 
+    def ekfac(self, x, y, basis, shapes, **kwargs):
+        return self._record("ekfac", x, y)[0], super().ekfac(x, y, basis, shapes, **kwargs)[1]
+
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
 @basic_cases
