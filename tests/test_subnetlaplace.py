@@ -139,7 +139,7 @@ def test_predictions_are_those_of_the_network_linearized_in_the_subnetwork(name,
 
 
 @structures
-@basic
+@pytest.mark.parametrize("name", ["mlp", pytest.param("mlp_regression", marks=pytest.mark.slow)])
 def test_function_samples_have_the_joint_covariance_with_and_without_weight_samples(name, structure):
     network, model, index = named(name), named(name).model(), chosen(named(name), "shuffled")
     la, x = fitted(network, structure, index, model), network.data(shift=2, n_rows=3)[0]

@@ -21,6 +21,13 @@ NAMES = ("mlp", "mlp_regression", "conv2d", "positions", "embedding", "encoder",
 DENSE = {"full", "diag", "blockdiag", "lowrank"}
 networks = pytest.mark.parametrize("name", NAMES)
 basic = pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
+
+
+def slow(*names: str) -> list:
+    """Networks that thousands of samples take seconds for."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 SIGMA, DELTA = 0.7, 1.3
 
@@ -91,7 +98,7 @@ def test_predictions_are_those_of_the_linearized_network(name, structure):
 
 
 @every_structure
-@pytest.mark.parametrize("name", ["mlp", "mlp_regression", "conv2d", "embedding"])
+@pytest.mark.parametrize("name", ["mlp", *slow("mlp_regression", "conv2d", "embedding")])
 def test_function_samples_have_the_joint_covariance_with_and_without_weight_samples(name, structure):
     network, model = named(name), named(name).model()
     la, x = fitted(network, structure, model), inputs(network)

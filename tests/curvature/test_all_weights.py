@@ -77,7 +77,9 @@ def test_the_model_is_untouched(network):
             engine.kron(x, y, 1)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_regression", "conv2d", "positions"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp_regression", *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv2d", "positions"))]
+)
 def test_the_sampled_fisher_has_the_ggn_as_its_expectation(name):
     network = named(name)
     (x, y), problem, n = network.data(), network.problem(), 400

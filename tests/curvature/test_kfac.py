@@ -227,7 +227,7 @@ def test_recurrent_layers_get_diagonals_and_a_warning_that_names_them():
     assert {sides[0].dim() for name, sides in found.items() if name.startswith("recurrent")} == {1}
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv2d"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("conv2d", marks=pytest.mark.slow)])
 def test_sampled_factors_have_the_exact_ones_as_expectation(name):
     network = named(name)
     exact = blocks(backend(AutogradGGN, network), network)

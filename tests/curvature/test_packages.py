@@ -5,7 +5,6 @@
 
 import contextlib
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -158,14 +157,10 @@ def test_the_empirical_fisher_of_regression_is_that_of_the_likelihood(cls):
         assert_close(getattr(cls(model, "regression"), structure)(x, y)[1].sum(), expected)
 
 
-def timed(cls: type) -> Any:
-    """BackPACK takes fifteen to thirty seconds for the thousands of draws that a rate takes."""
-    return pytest.param(cls, id=cls.__name__, marks=[pytest.mark.slow] if cls is curvature.BackPackGGN else [])
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
-@pytest.mark.parametrize("cls", [timed(cls) for cls in SAMPLERS])
+@pytest.mark.parametrize("cls", SAMPLERS, ids=lambda cls: cls.__name__)
 def test_the_sampled_fisher_converges_to_the_ggn_at_the_monte_carlo_rate(cls, name, structure):
     network, (x, y) = named(name), named(name).data()
 
