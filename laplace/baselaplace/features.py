@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from laplace import linalg
 from laplace.baselaplace.checkpoint import move
 from laplace.baselaplace.functional import BaseFunctionalLaplace
-from laplace.errors import InputError, StateError, UnsupportedError
+from laplace.errors import StateError, UnsupportedError
 from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import block_points, feature_points, tangents
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
@@ -105,22 +104,6 @@ class FeatureLaplace(BaseFunctionalLaplace):
                 "'full'."
             )
             raise UnsupportedError(msg)
-
-    @staticmethod
-    def _whole_number(name: str, value: Any) -> int:
-        """A positive whole number."""
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            msg = f"{name} must be a positive whole number; got {value!r}."
-            raise InputError(msg)
-        return int(value)
-
-    @staticmethod
-    def _checked_seed(seed: Any) -> int:
-        """A seed of ``numpy.random.default_rng``."""
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-            msg = f"seed must be a whole number that is not negative; got {seed!r}."
-            raise InputError(msg)
-        return int(seed)
 
     @contextmanager
     def _fitting(self) -> Generator[None]:

@@ -7,6 +7,7 @@ Subclasses say what they know of the outputs at some inputs (``_functions_at``) 
 from __future__ import annotations
 
 from abc import abstractmethod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from laplace.baselaplace.checkpoint import Checkpointed
 from laplace.enums import LinkApprox, PredType, choose
-from laplace.errors import UnsupportedError
+from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
@@ -57,6 +58,22 @@ class BaseFunctionalLaplace(Checkpointed):
             "functional_samples(x, joint=True)."
         )
         raise UnsupportedError(msg)
+
+    @staticmethod
+    def _whole_number(name: str, value: Any) -> int:
+        """A positive whole number."""
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            msg = f"{name} must be a positive whole number; got {value!r}."
+            raise InputError(msg)
+        return int(value)
+
+    @staticmethod
+    def _checked_seed(seed: Any) -> int:
+        """A seed of ``numpy.random.default_rng``."""
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+            msg = f"seed must be a whole number that is not negative; got {seed!r}."
+            raise InputError(msg)
+        return int(seed)
 
     def _function_options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
         """How to predict, checked: of the process (``"gp"``), which is the linearized network (``"glm"``)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from laplace.baselaplace.subset_posterior import SubsetPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, PredType
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import UnsupportedError
 from laplace.gp.subset_curvature import SubsetCurvature
 from laplace.likelihoods import LIKELIHOODS
 
@@ -112,19 +111,13 @@ class FunctionalLaplace(SubsetPosterior):
             backend_kwargs,
             curvature_dtype=curvature_dtype,
         )
-        if isinstance(n_subset, bool) or not isinstance(n_subset, Integral) or n_subset < 1:
-            msg = f"n_subset must be a positive whole number, how many data to use; got {n_subset!r}."
-            raise InputError(msg)
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-            msg = f"seed must be a whole number that is not negative; got {seed!r}."
-            raise InputError(msg)
         if diagonal_hessian and LIKELIHOODS[self.likelihood].n_items > 1:
             msg = (
                 f"The Hessian of {self.likelihood.value} acts on the difference of two scores, and its diagonal means "
                 "nothing: leave out diagonal_hessian=True."
             )
             raise UnsupportedError(msg)
-        self.n_subset, self.seed = int(n_subset), int(seed)
+        self.n_subset, self.seed = self._whole_number("n_subset", n_subset), self._checked_seed(seed)
         self.independent_outputs, self.diagonal_hessian = bool(independent_outputs), bool(diagonal_hessian)
 
     @property
