@@ -26,7 +26,7 @@ from laplace.tuning.cached import CachedData
 from laplace.tuning.marglik import optimize
 from laplace.tuning.problem import Problem
 from laplace.tuning.result import Tuning
-from laplace.tuning.scores import Score
+from laplace.tuning.scores import Score, check_differentiable
 
 LIMITS: dict[str, tuple[float, float]] = {
     "prior_precision": (1e-8, 1e12),
@@ -123,6 +123,13 @@ class Joint:
         """Scores, which must be numbers that a gradient goes through."""
         return data.scores(self.score, posteriors, likelihoods, self.fresh_options, self.dtype)
 
+    def on_graph(self) -> Tensor:
+        """The score somewhere, on the graph of the hyperparameters."""
+        like = self.problem.fit.mean
+        value = like.new_ones(self.n_values if self.n_values > 1 else ()).requires_grad_()
+        with torch.enable_grad():
+            return self(like.new_ones(1).requires_grad_(), value)
+
 
 def tune(
     joint: Joint,
@@ -162,6 +169,7 @@ def tune(
     UserWarning
         If the best value stays at a limit, or no temperature is best for the network.
     """
+    check_differentiable(joint.score, joint.on_graph)
     unit = _unit(joint)
     within = {**LIMITS, **limits}
     least, most = within["sigma_noise"]
@@ -326,14 +334,7 @@ def _refine(
         return free, v[n_free:] if joint.n_values > 1 else v[n_free:].reshape(())
 
     def objective(v: Tensor) -> Tensor:
-        score = joint(*split(v))
-        if not score.requires_grad and v.requires_grad:
-            msg = (
-                f"tune needs a differentiable score: {joint.score.name!r} returned a number without a gradient. Use "
-                'torch operations, or optimize_prior_precision(method="gridsearch", loss=...), which needs none.'
-            )
-            raise InputError(msg)
-        return -score
+        return -joint(*split(v))
 
     low, high = (torch.full_like(start[:n_free], edge) for edge in limits["prior_precision"])
     if joint.second is not None and value is not None:

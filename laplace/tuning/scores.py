@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -175,6 +176,41 @@ def _metric(metric: RunningMetric, likelihood: AbstractLikelihood, pred_type: Pr
         return float(metric.compute())
 
     return Score(name, whole=whole, sign=-1 if getattr(metric, "higher_is_better", None) else 1)
+
+
+def check_differentiable(score: Score, evaluate: Callable[[], Tensor]) -> None:
+    """Raise if no gradient goes through a score: what it returns says so, before any search.
+
+    Parameters
+    ----------
+    score
+        The score.
+    evaluate
+        Computes it on the graph of hyperparameters.
+
+    Raises
+    ------
+    InputError
+        If so.
+    RuntimeError
+        What the score raises of its own.
+    """
+    if score.additive is not None:
+        return  # one of ours
+    msg = (
+        f"tune needs a differentiable score: {score.name!r} returned a number without a gradient. Use torch "
+        'operations, or optimize_prior_precision(method="gridsearch", loss=...), which needs none.'
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
+            found = evaluate()
+    except RuntimeError as error:
+        if "requires grad" not in str(error):  # torch's words where a tensor becomes an array of NumPy
+            raise
+        raise InputError(msg) from error
+    if not found.requires_grad:
+        raise InputError(msg)
 
 
 def takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:

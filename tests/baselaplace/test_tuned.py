@@ -208,6 +208,8 @@ def test_the_model_runs_once_a_batch(structure):
         ({"score": "ece"}, "proper score"),
         ({"score": "mse"}, "must be one of"),
         ({"score": lambda p, y: p.detach().sum()}, "without a gradient"),
+        ({"score": lambda p, y: float(p.sum())}, "without a gradient"),
+        ({"score": lambda p, y: p.numpy().sum()}, "without a gradient"),
         ({"score": lambda p, y: p.sum() * torch.nan}, "not finite at any"),
         ({"prior_structure": "diag"}, "evidence"),
         ({"limits": {"prior_precision": (2.0, 1.0)}}, "low < high"),
@@ -221,6 +223,19 @@ def test_what_makes_no_sense_is_refused_and_nothing_changes(options, says):
     with pytest.raises((InputError, UnsupportedError), match=says):
         la.tune(validation(BASIC[0]), **options)
     assert (float(la.prior_precision), la.output_temperature, la.tuning_) == (2.5, 1.0, None)
+
+
+def test_a_score_without_a_gradient_is_refused_before_any_search():
+    asked = []
+
+    def score(p, y):
+        asked.append(1)
+        return p.detach().sum()
+
+    la = fitted(BASIC[0], "diag")
+    with pytest.raises(InputError, match="without a gradient"):
+        la.tune(validation(BASIC[0]), score=score)
+    assert len(asked) == 1
 
 
 def test_validation_data_that_do_not_fit_are_refused():
