@@ -7,7 +7,6 @@ of tuples, lists and mappings of tensors.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from laplace.errors import InputError, UnsupportedError
+from laplace.network.signatures import misfit, takes_keyword, takes_several
 from laplace.types import Inputs
 
 
@@ -223,9 +223,24 @@ def arguments(
 
 
 def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
-    """Call ``model`` on inputs of any nesting, see ``arguments``."""
+    """Call ``model`` on inputs of any nesting, see ``arguments``.
+
+    Raises
+    ------
+    InputError
+        If ``forward`` does not take arguments in the form in which they were passed.
+    TypeError
+        If the model raises one itself.
+    """
     args, kwargs = arguments(model, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-    return model(*args, **kwargs, **model_kwargs)
+    kwargs = {**kwargs, **model_kwargs}
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        reason = misfit(model, args, kwargs, str(error))
+        if reason is None:  # an error of the model's own
+            raise
+        raise InputError(reason) from error
 
 
 def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
@@ -332,31 +347,3 @@ def output_tensor(outputs: Any) -> Tensor:
         )
         raise UnsupportedError(msg)
     return outputs
-
-
-def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
-    """The parameters of ``forward``, seen through wrappers that pass everything on."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    return list(inspect.signature(model.forward).parameters.values())
-
-
-def takes_keyword(model: nn.Module, name: str) -> bool:
-    """Whether ``forward`` has a parameter of that name, or passes all keywords on."""
-    parameters = parameters_of(model)
-    if any(p.name == name for p in parameters):
-        return True
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def takes_several(model: nn.Module) -> bool:
-    """Whether ``forward`` takes several inputs: any number, or two or more that have no default or ``None`` for one.
-
-    Parameters with another default are options, not inputs.
-    """
-    parameters = parameters_of(model)
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return True
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return sum(p.default is p.empty or p.default is None for p in positional) > 1

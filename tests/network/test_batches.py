@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
 from laplace.errors import InputError
-from laplace.network.batches import call, iterate, split, takes_several, to_device
+from laplace.network.batches import call, iterate, split, to_device
+from laplace.network.signatures import takes_several
 from tests.cases import stream
 
 CPU = torch.device("cpu")
