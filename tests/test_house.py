@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from laplace import enums
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "laplace"
-MAX_LINES = 400
+MAX_CODE = 300
+MAX_TEST_CODE = 350
+"""Lines of code in a file; docstrings, comments and blank lines are apart, so that nobody saves on them."""
 
 STOREYS = {
     0: {"enums", "linalg", "errors", "optional", "types"},
@@ -123,9 +126,27 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+NOT_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER
+}  # fmt: skip
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold more than a string that stands alone, a comment or nothing."""
+    lone = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+    prose = {line for node in lone for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in NOT_CODE]
+    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - prose)
+
+
 @pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
 def test_no_file_is_too_long(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    assert lines_of_code(path) <= (MAX_CODE if LIBRARY in path.parents else MAX_TEST_CODE)
 
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
