@@ -10,12 +10,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-all lint format types docs bench check clean
+.PHONY: help install demo test test-oldest test-slow test-all lint format types docs bench check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 $(BIN)/python:
+	@echo "Installing laplace and what it needs into $(VENV), which 'make clean' removes. pip takes the newest PyTorch"
+	@echo "unless PIP_CONSTRAINT names another; on Linux that is a build with CUDA: 6 GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each extra: $(VENV)/.test is newer than pyproject.toml when .[test] is installed.
@@ -23,6 +25,9 @@ $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision # BackPACK brings it and works without it
 	@touch $@
+	@echo "Installed .[$*]; $(VENV) takes $$(du -sh $(VENV) | cut -f1)."
+
+install: $(VENV)/.test $(VENV)/.lint $(VENV)/.docs ## all that tests, lint and docs need; other targets install what they need themselves
 
 demo: $(VENV)/.examples ## run the calibration example: prints a table, writes a picture
 	$(BIN)/python examples/calibration.py
@@ -54,7 +59,7 @@ format: $(VENV)/.lint ## repair what lint can repair
 	$(BIN)/ruff format .
 
 types: $(VENV)/.lint $(VENV)/.examples ## static types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -75,7 +80,7 @@ bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memor
 	$(BIN)/python benchmarks/tuning.py
 	$(BIN)/python benchmarks/tuning_cost.py --peer $(abspath $(VENV)-peer/bin/python)
 
-check: lint types docs demo test-slow test-oldest test ## what CI runs, in this order
+check: lint types docs demo test-slow test-oldest test ## what a change must pass; .ci/run adds other versions and packages
 
 clean: ## remove everything that these targets made
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer site build dist .pytest_cache .ruff_cache .hypothesis
