@@ -39,8 +39,6 @@ class Capabilities:
     """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
     takes_positions: ClassVar[bool] = True
     """Whether outputs may have axes between batch and classes."""
-    differentiable_in_x: ClassVar[bool] = True
-    """Whether Jacobians are on request: ``enable_backprop=True``."""
 
     weighs_outputs: ClassVar[bool] = True
     """Whether outputs can have different weights in the loss, as a noise for each of them gives."""

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, flat, outputs_of_known, private_head
@@ -56,7 +57,6 @@ class PackageInterface(CurvatureInterface):
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset({Likelihood.CLASSIFICATION, Likelihood.REGRESSION})
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
     takes_positions: ClassVar[bool] = False
-    differentiable_in_x: ClassVar[bool] = False
 
     def _check_capabilities(self) -> None:
         super()._check_capabilities()
@@ -115,32 +115,34 @@ class PackageInterface(CurvatureInterface):
         x
             A batch of inputs.
         enable_backprop
-            Of a last layer: keep the graph to the inputs.
+            Keep the graph to the inputs. Packages return values without one: the built-in engine gives these.
 
         Returns
         -------
         Jacobians and outputs.
-
-        Raises
-        ------
-        UnsupportedError
-            If ``enable_backprop`` is asked for all weights.
         """
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
-        if enable_backprop and not self.differentiable_in_x:
-            able = alternatives(self, lambda cls: cls.differentiable_in_x)
-            msg = (
-                f"The Jacobians of {type(self).__name__} cannot be differentiated in the inputs, which "
-                f"enable_backprop=True asks for; those of {able} can."
-            )
-            raise UnsupportedError(msg)
+        if enable_backprop:
+            return self._built_in.jacobians(x, enable_backprop)
         with self._private(x, None, None) as (_, batch):
             J = self._jacobians(batch)
             if self._check_is_due():
                 mix = mixing(batch.f)
                 self._compare(x, batch.datum, torch.einsum("nc,ncp->np", mix, J), mix)
             return self._restrict(J), batch.f
+
+    def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Any:
+        """Outputs and their derivatives for predictions, by the package; with a graph by the built-in engine."""
+        if enable_backprop and not self.last_layer:
+            return self._built_in.record(x, create_graph=True, **model_kwargs)
+        return super().derivatives(x, enable_backprop, **model_kwargs)
+
+    @cached_property
+    def _built_in(self) -> AllWeightsEngine:
+        """Gives Jacobians that can be differentiated: they do not depend on who computes the curvature."""
+        assert self.network is not None, "a last layer has features"
+        return AllWeightsEngine(self, self.network, reduce=False)
 
     def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""

@@ -229,13 +229,6 @@ def test_likelihoods_and_positions_that_a_package_lacks_are_refused(cls):
 
 
 @every_package
-def test_jacobians_that_would_have_to_be_differentiable_are_refused(cls):
-    network = named("mlp")
-    with pytest.raises(UnsupportedError, match=r"enable_backprop=True.*Autograd"):
-        cls(network.model(), network.likelihood).jacobians(network.data()[0], enable_backprop=True)
-
-
-@every_package
 def test_data_that_are_all_masked_say_nothing(cls):
     network, (x, y) = named("masked_rows"), named("masked_rows").data()
     engine = cls(network.model(), network.likelihood)
