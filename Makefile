@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-slow test-all lint format types docs bench check clean
+.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs bench check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -49,6 +49,20 @@ test-slow: $(VENV)/.test ## the tests marked slow, and only those
 test-all: $(VENV)/.test ## all tests
 	$(PYTEST) -m ""
 
+# Packages that were written for laplace-torch, with torch and torchvision as pip finds them. pip would install laplace-torch,
+# which has the import name of this library: so they come without dependencies, and what they import beside them.
+$(VENV)-clients/.ready: clients/with_dependencies.txt clients/without_dependencies.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-clients
+	PIP_CONSTRAINT= $(VENV)-clients/bin/python -m pip install --quiet --editable ".[backends]" --requirement $<
+	PIP_CONSTRAINT= $(VENV)-clients/bin/python -m pip install --quiet --no-deps --requirement $(word 2,$^)
+	@touch $@
+
+clients: $(VENV)-clients/.ready ## packages that use laplace-torch, unchanged, on this library
+	$(VENV)-clients/bin/python -m pytest clients
+
+peer-suite: $(VENV)-clients/.ready ## laplace-torch's own tests on this library: counts, and why those that fail do
+	$(VENV)-clients/bin/python clients/peer_suite.py
+
 lint: $(VENV)/.lint ## style, formatting, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +97,4 @@ bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memor
 check: lint types docs demo test-slow test-oldest test ## what a change must pass; .ci/run adds other versions and packages
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer $(VENV)-clients site build dist .pytest_cache .ruff_cache .hypothesis
