@@ -6,6 +6,10 @@ Messages say what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 
@@ -19,6 +23,16 @@ class InputError(ValueError):
 
 class ShapeError(InputError):
     """A tensor has another shape than the formula needs."""
+
+
+class MissingKeyError(InputError, KeyError):
+    """A mapping that a loader yields has no entry of the name that was expected."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
+class ModelError(InputError, RuntimeError, TypeError):
+    """The model raised an exception on its inputs, which is the cause of this one."""
 
 
 class StateError(InputError):
@@ -43,3 +57,28 @@ class NumericalWarning(UserWarning):
 
 class PerformanceWarning(UserWarning):
     """A result is exact, but took a way that is much slower than another; the message names both."""
+
+
+@contextmanager
+def numbered(index: int, x: Any = None) -> Generator[None]:
+    """Put the number of a batch, and what was taken for its targets, into the message of an ``InputError`` of the body.
+
+    Parameters
+    ----------
+    index
+        Of the batch, counting from 0.
+    x
+        Its inputs: a tuple where the loader yielded more than two items.
+    """
+    try:
+        yield
+    except InputError as error:
+        msg = f"Batch {index} of the loader (counting from 0): {error}"
+        if type(x) is tuple:
+            n = len(x)
+            msg += (
+                f" (The batch has {n + 1} items: the first {n} were taken for inputs of the model, the last one for "
+                "the targets. If they are (x, y, index) or in another order, let the loader yield (x, y): "
+                "[(x, y) for x, y, _ in loader].)"
+            )
+        raise type(error)(msg) from error

@@ -191,7 +191,7 @@ def marglik_training(
     la = approximation(**hyper.named())
     device = la.backend.params[0].device
     network = WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-    batches = partial(iterate, train_loader, dict_key_y=dict_key_y, device=device)
+    batches = partial(iterate, train_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, device=device)
     optimizer = make_optimizer(network.subset.parameters, optimizer_cls, optimizer_kwargs)
     scheduler = make_scheduler(optimizer, scheduler_cls, scheduler_kwargs)
     n_rows = sum(len(batch.y) for batch in batches())

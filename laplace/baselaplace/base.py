@@ -126,8 +126,9 @@ class BaseLaplace(ABC):
     @property
     def _first_parameter(self) -> Tensor:
         for parameter in self.model.parameters():
-            return parameter
-        msg = "The model has no parameters; a Laplace approximation is one over its weights."
+            if not parameter.is_meta:  # of an offloaded part
+                return parameter
+        msg = "The model has no parameters with values; a Laplace approximation is one over its weights."
         raise UnsupportedError(msg)
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
@@ -251,9 +252,10 @@ class BaseLaplace(ABC):
     @linalg.lasting
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
+        dtype, device = self._dtype, self._device
         try:
             # Straight into the precision of the evidence: a detour through the default dtype would round.
-            tensor = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+            tensor = torch.as_tensor(value, dtype=dtype, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             msg = f"{name} must be a number or a tensor; got {type(value).__name__}."
             raise InputError(msg) from error

@@ -14,7 +14,7 @@ from laplace import linalg, tuning
 from laplace.baselaplace.features import FeatureFit, FeatureLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, UnsupportedError, numbered
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions, log_det_ratio
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization
 from laplace.gp.subsample import Piece, Reservoir, choose_columns
@@ -143,6 +143,7 @@ class NystromPosterior(FeatureLaplace):
     def _iterate(self, loader: Iterable[Any], progress_bar: bool = False) -> Iterator[Batch]:
         return iterate(
             loader,
+            dict_key_x=self.dict_key_x,
             dict_key_y=self.dict_key_y,
             device=self._device,
             progress_bar=progress_bar,
@@ -216,7 +217,8 @@ class NystromPosterior(FeatureLaplace):
             return False
 
         for number, batch in enumerate(batches, 1):
-            at, positions = self._tangents_at(batch.x, batch.y)
+            with numbered(number - 1, batch.x):
+                at, positions = self._tangents_at(batch.x, batch.y)
             phi = features.features(at)
             phi = phi if positions.kept is None else phi[positions.kept]
             gram = gram + feature_gram(phi, positions.f, likelihood)

@@ -83,7 +83,7 @@ class WeightPosterior(RandomWeights):
         loader that can be read again, with the same data each time.
         """
         counts: dict[str, int] = {}
-        keys: dict[str, Any] = {"dict_key_y": self.dict_key_y, "device": self._device}
+        keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, "device": self._device}
         previous = None if override else self.__dict__.get("_fit")
         if previous is not None:
             self.curvature_type.check_merge()
@@ -97,6 +97,8 @@ class WeightPosterior(RandomWeights):
             learned = self._accumulate(train_loader, Passes(train_loader, read))
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
+            if isinstance(train_loader, Iterator):
+                msg += " It is an iterator, such as a generator, and may have been read before: pass a new one."
             raise InputError(msg)
         if not counts["positions"]:
             msg = (

@@ -77,7 +77,7 @@ class TunablePosterior(CheckpointedPosterior):
             msg = f"{what} scores hyperparameters on {which} data: pass {keyword}=."
             raise InputError(msg)
         with evaluating(self.model):
-            batches = iterate(loader, dict_key_y=self.dict_key_y, device=self._device)
+            batches = iterate(loader, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, device=self._device)
             linearize = partial(self._for_tuning, pred_type)
             what = "training" if training else "validation"
             return tuning.CachedData.collect(batches, linearize, self._frozen_likelihood, what)

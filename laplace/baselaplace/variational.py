@@ -14,7 +14,7 @@ from laplace import linalg, tuning
 from laplace.baselaplace.features import KEPT_ELEMENTS, FeatureFit, FeatureLaplace
 from laplace.baselaplace.inducing import choose_inducing
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, UnsupportedError, numbered
 from laplace.gp.nystrom import feature_gram
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
 from laplace.gp.training import Parameters, Validation, train
@@ -160,6 +160,7 @@ class VariationalPosterior(FeatureLaplace):
     def _iterate(self, loader: Iterable[Any], progress_bar: bool = False) -> Iterator[Batch]:
         return iterate(
             loader,
+            dict_key_x=self.dict_key_x,
             dict_key_y=self.dict_key_y,
             device=self._device,
             progress_bar=progress_bar,
@@ -235,8 +236,9 @@ class VariationalPosterior(FeatureLaplace):
         n = len(features.kernel_root)
         gram = features.kernel_root.new_zeros(n, n, dtype=torch.float64)
         nll, n_data, n_positions = torch.zeros_like(gram[0, 0]), 0, 0
-        for batch in self._iterate(loader, progress_bar):
-            some = self._statistics(batch, features)
+        for index, batch in enumerate(self._iterate(loader, progress_bar)):
+            with numbered(index, batch.x):
+                some = self._statistics(batch, features)
             n_data, n_positions = n_data + len(batch.y), n_positions + len(some.f)
             if not len(some.f):
                 continue

@@ -94,7 +94,7 @@ def fit_temperature(
     device = device_of(model)
     logits: list[Tensor] = []
     targets: list[Tensor] = []
-    for x, y in batches.iterate(val_loader, dict_key_y=dict_key_y, device=device):
+    for x, y in batches.iterate(val_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, device=device):
         f = plain.logits(x)
         logits.append(f.reshape(-1, f.shape[-1]))
         targets.append(y.reshape(-1))

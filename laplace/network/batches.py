@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace.errors import InputError, UnsupportedError
-from laplace.network.signatures import misfit, takes_keyword, takes_several
+from laplace.errors import InputError, MissingKeyError, UnsupportedError, numbered
+from laplace.network.failures import explained
+from laplace.network.signatures import takes_keyword, takes_several
+from laplace.network.targets import check_not_copied, check_targets
 from laplace.types import Inputs
 
 
@@ -27,11 +29,11 @@ class Batch(NamedTuple):
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Copy the tensors of a nested structure to ``device``; what is there already, and what is no tensor, is kept.
+    """Copy the tensors of a nested structure to ``device``; what is there already, or has no values, is kept.
 
     Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), as do named tuples.
     """
-    return _map(value, lambda item: item.to(device) if isinstance(item, Tensor) else item)
+    return _map(value, lambda item: item.to(device) if isinstance(item, Tensor) and not item.is_meta else item)
 
 
 def copied(value: Any) -> Any:
@@ -84,50 +86,66 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
+def split(batch: Any, dict_key_y: str, device: torch.device, dict_key_x: str = "input_ids") -> Batch:
     """Split what a loader yielded into inputs and targets.
 
     Raises
     ------
+    MissingKeyError
+        If it is a mapping without ``dict_key_y``.
     InputError
-        If it is neither a mapping with ``dict_key_y`` nor a sequence of at least two entries.
+        If it is neither a mapping nor a sequence of at least two entries, its targets are no batch of tensors, or they
+        are the inputs themselves.
     """
     if isinstance(batch, Mapping):
         if dict_key_y not in batch:
             keys = ", ".join(repr(key) for key in batch)
             msg = (
-                f"The loader yields mappings with the keys {keys}; the targets are expected under {dict_key_y!r}. "
-                "Pass dict_key_y= with the right key."
+                f"The loader yields mappings with {f'the keys {keys}' if keys else 'no key'}; the targets are expected "
+                f"under {dict_key_y!r}. Pass dict_key_y= with the right key."
             )
-            raise InputError(msg)
-        moved = to_device(batch, device)
-        x, y = moved, moved[dict_key_y]
+            raise MissingKeyError(msg)
+        check_targets(batch[dict_key_y], batch)
+        x = to_device(batch, device)
+        y = x[dict_key_y]
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        check_targets(batch[-1], batch)
         *inputs, y = to_device(tuple(batch), device)
         x = inputs[0] if len(inputs) == 1 else tuple(inputs)
     else:
+        hint = ""
+        if isinstance(batch, Tensor):
+            hint = (
+                " Inputs and targets belong together: DataLoader(TensorDataset(x, y)); one batch is a list, [(x, y)]."
+            )
         msg = (
             "The loader must yield (x, y), (x1, ..., xk, y), or a mapping that holds the targets under "
-            f"{dict_key_y!r}; got {type(batch).__name__}."
+            f"{dict_key_y!r}; got {type(batch).__name__}.{hint}"
         )
         raise InputError(msg)
-    if not isinstance(y, Tensor):
-        msg = f"Targets must be a tensor; the loader yields {type(y).__name__} for them."
-        raise InputError(msg)
+    check_not_copied(x[dict_key_x] if isinstance(x, Mapping) and dict_key_x in x else x, y)
     return Batch(x, y)
 
 
 def iterate(
-    loader: Any, *, dict_key_y: str, device: torch.device, progress_bar: bool = False, description: str = ""
+    loader: Any,
+    *,
+    dict_key_y: str,
+    device: torch.device,
+    dict_key_x: str = "input_ids",
+    progress_bar: bool = False,
+    description: str = "",
 ) -> Iterator[Batch]:
     """Iterate over a loader: a ``DataLoader``, a list of batches, anything that can be looped over.
+
+    Batches without rows are left out: there is nothing to learn from them.
 
     Parameters
     ----------
     loader
         Yields batches; needs neither a length nor a ``dataset``.
-    dict_key_y
-        Where mappings hold their targets.
+    dict_key_y, dict_key_x
+        Where mappings hold their targets, and their main input.
     device
         Where the tensors are sent.
     progress_bar
@@ -140,12 +158,19 @@ def iterate(
     InputError
         If it is no iterable or yields something else than batches.
     """
-    if not isinstance(loader, Iterable):
-        msg = f"Expected a DataLoader or another iterable of (x, y) batches; got {type(loader).__name__}."
+    if not isinstance(loader, Iterable) or isinstance(loader, Tensor) or hasattr(loader, "__array__"):
+        msg = (
+            f"Expected a DataLoader or another iterable of (x, y) batches; got {type(loader).__name__}. Data as "
+            "tensors are one batch, [(x, y)], or DataLoader(TensorDataset(x, y), batch_size=...)."
+        )
         raise InputError(msg)
     # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
-    for batch in tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar):
-        yield split(batch, dict_key_y, device)
+    bar = tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar)
+    for index, batch in enumerate(bar):
+        with numbered(index):
+            found = split(batch, dict_key_y, device, dict_key_x)
+        if len(found.y) or count_rows(found.x):
+            yield found
 
 
 class Passes:
@@ -204,7 +229,7 @@ def arguments(
 
     Raises
     ------
-    InputError
+    MissingKeyError
         If a mapping has no entry ``dict_key_x``.
     """
     if isinstance(x, Mapping):
@@ -214,7 +239,7 @@ def arguments(
                 f"The inputs are a mapping with the keys {keys}; the main input is expected under {dict_key_x!r}. "
                 "Pass dict_key_x= with the right key."
             )
-            raise InputError(msg)
+            raise MissingKeyError(msg)
         if takes_keyword(model, dict_key_x):
             return (), {key: value for key, value in x.items() if key != dict_key_y}
     elif isinstance(x, (tuple, list)) and takes_several(model):
@@ -229,18 +254,13 @@ def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **mod
     ------
     InputError
         If ``forward`` does not take arguments in the form in which they were passed.
-    TypeError
-        If the model raises one itself.
+    ModelError
+        If the model raises an exception of its own; see ``explained``.
     """
     args, kwargs = arguments(model, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
     kwargs = {**kwargs, **model_kwargs}
-    try:
+    with explained(model, x, args, kwargs):
         return model(*args, **kwargs)
-    except TypeError as error:
-        reason = misfit(model, args, kwargs, str(error))
-        if reason is None:  # an error of the model's own
-            raise
-        raise InputError(reason) from error
 
 
 def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
@@ -340,6 +360,11 @@ def output_tensor(outputs: Any) -> Tensor:
             msg = f"The model returns a mapping without 'logits' (its keys: {keys}); return the outputs under it."
             raise UnsupportedError(msg)
         outputs = outputs["logits"]
+    if isinstance(outputs, Tensor) and outputs.is_meta:
+        msg = (
+            "The outputs of the model are on the meta device, as inputs or weights are: they have no values. Load them."
+        )
+        raise UnsupportedError(msg)
     if not isinstance(outputs, Tensor):
         msg = (
             "The model must return a tensor, or a mapping with the tensor 'logits'; "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.batches import call, output_tensor
+from laplace.network.failures import check_weights
 from laplace.network.modes import full_precision
 from laplace.types import Inputs
 
@@ -44,7 +45,8 @@ class FeatureExtractor(nn.Module):
     Raises
     ------
     UnsupportedError
-        If ``last_layer_name`` or ``feature_reduction`` is unknown, or the layer is not linear.
+        If ``last_layer_name`` or ``feature_reduction`` is unknown, the layer is not linear, or the model is compiled by
+        ``torch.jit``.
     """
 
     def __init__(
@@ -58,9 +60,16 @@ class FeatureExtractor(nn.Module):
         dict_key_y: str = "labels",
     ) -> None:
         super().__init__()
+        if isinstance(model, torch.jit.ScriptModule):
+            msg = (
+                f"The model is a {type(model).__name__}: its layers are compiled, so that the features of the last one "
+                "cannot be read. Pass the module that it was made from (same weights: load_state_dict), or use "
+                'subset_of_weights="all" with hessian_structure="diag" or "full".'
+            )
+            raise UnsupportedError(msg)
         # A compiled module may run a graph that was made without our hooks: use the module it was compiled from, which
         # has the same weights.
-        original = model._modules.get("_orig_mod")
+        original = dict(model.named_children()).get("_orig_mod")
         self.model = model if original is None else original
         self.enable_backprop = enable_backprop
         self.feature_reduction = (
@@ -102,7 +111,7 @@ class FeatureExtractor(nn.Module):
             raise UnsupportedError(msg + self._candidates())
         self.last_layer_name = last_layer_name
         self._verified = False
-        self._warn_if_tied(layer)
+        self._check_head(layer)
 
     def find_last_layer(self, x: Inputs) -> Tensor:
         """Find the last linear layer by one forward pass.
@@ -187,7 +196,7 @@ class FeatureExtractor(nn.Module):
             if self.last_layer_name is None:
                 assert name is not None, "unnamed only when the layer was known"
                 self.last_layer_name = name
-                self._warn_if_tied(layer)
+                self._check_head(layer)
             self._verified = True
         return f, phi
 
@@ -279,8 +288,9 @@ class FeatureExtractor(nn.Module):
             msg = f"No linear layer runs as a module in the forward pass. {self._candidates()}"
         raise UnsupportedError(msg)
 
-    def _warn_if_tied(self, layer: nn.Linear) -> None:
-        """Warn when the weight of the head is used elsewhere, too."""
+    def _check_head(self, layer: nn.Linear) -> None:
+        """Raise if the head has no values; warn when its weight is used elsewhere, too."""
+        check_weights({f"{self.last_layer_name}.weight": layer.weight})
         owners = [
             f"{name}.{key}"
             for name, module in self.model.named_modules()

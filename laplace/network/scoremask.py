@@ -20,9 +20,7 @@ from laplace.enums import Likelihood, choose
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.network.subnetmask import SubnetMask
 from laplace.network.swag import fit_diagonal_swag_var
-
-IGNORED = -100
-"""Class index of a position without a label, as in ``torch.nn.functional.cross_entropy``."""
+from laplace.network.targets import IGNORED
 
 
 class ScoreBasedSubnetMask(SubnetMask):

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, UnsupportedError, numbered
 from laplace.linalg import lasting
 from laplace.network.batches import Batch, arguments, differentiable, iterate, output_tensor
+from laplace.network.failures import explained
 from laplace.network.modes import attributes_restored, training
 from laplace.network.whole_network import unwrap
 
@@ -89,8 +90,9 @@ def fit_diagonal_swag_var(
     path = Path(weights)
 
     def step(batch: Batch) -> None:
-        args, kwargs = arguments(module, differentiable(batch.x), dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        with attributes_restored(module):
+        x = differentiable(batch.x)
+        args, kwargs = arguments(module, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        with attributes_restored(module), explained(module, x, args, kwargs):
             f = output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
         loss = criterion(f, differentiable(batch.y))
         if not bool(torch.isfinite(loss)):
@@ -106,8 +108,9 @@ def fit_diagonal_swag_var(
     with training(module):
         for number in range(1, n_snapshots_total * snapshot_freq + 1):
             n_batches = 0
-            for batch in iterate(train_loader, dict_key_y=dict_key_y, device=trained[0].device):
-                step(batch)
+            for index, batch in enumerate(iterate(train_loader, dict_key_y=dict_key_y, device=trained[0].device)):
+                with numbered(index, batch.x):
+                    step(batch)
                 n_batches += 1
             if not n_batches:
                 msg = (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace.errors import UnsupportedError
 from laplace.network.batches import arguments, call, output_tensor
+from laplace.network.failures import check_weights, explained
 from laplace.network.modes import attributes_restored
 from laplace.network.parameters import ParameterSubset
 from laplace.types import Inputs
@@ -33,7 +34,7 @@ class WholeNetwork:
     Raises
     ------
     UnsupportedError
-        If no weight requires a gradient, or a chosen one does not.
+        If no weight requires a gradient, a chosen one does not, or one has no values (on the meta device).
     InputError
         If ``indices`` are not valid.
     """
@@ -60,6 +61,7 @@ class WholeNetwork:
         self.subset = whole if indices is None else ParameterSubset.indices(self.model, indices)
         touched = {id(parameter) for parameter in self.subset.parameters}
         self.names = tuple(name for name, parameter in named if id(parameter) in touched)
+        check_weights(dict(zip(self.names, self.subset.parameters, strict=True)))
 
     @property
     def constants(self) -> list[Tensor]:
@@ -90,7 +92,7 @@ class WholeNetwork:
     def owner(self, group: int) -> tuple[str, nn.Module]:
         """Name and module that a parameter group belongs to."""
         name = self.names[group].rpartition(".")[0]
-        return name, self.model.get_submodule(name)
+        return name, dict(self.model.named_modules(remove_duplicate=False))[name]  # scripted ones have no get_submodule
 
     def __call__(self, x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
         """Outputs, ``[batch, *positions, C]``; a model that returns ``[batch]`` gets an output axis.
@@ -101,7 +103,15 @@ class WholeNetwork:
             A batch of inputs.
         **model_kwargs
             Passed to ``forward``.
+
+        Raises
+        ------
+        UnsupportedError
+            If the inputs are sparse.
         """
+        if isinstance(x, Tensor) and x.layout is not torch.strided:
+            msg = f"The inputs are a tensor of layout {x.layout}; derivatives of all weights need x.to_dense()."
+            raise UnsupportedError(msg)
         keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
         return with_output_axis(output_tensor(call(self.model, x, **keys, **model_kwargs)))
 
@@ -119,8 +129,9 @@ class WholeNetwork:
         """
         weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
-        with attributes_restored(self.model):
-            outputs = torch.func.functional_call(self.model, weights, args, {**kwargs, **model_kwargs})
+        kwargs = {**kwargs, **model_kwargs}
+        with attributes_restored(self.model), explained(self.model, x, args, kwargs):
+            outputs = torch.func.functional_call(self.model, weights, args, kwargs)
         return with_output_axis(output_tensor(outputs))
 
 

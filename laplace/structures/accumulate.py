@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError
+from laplace.errors import InputError, numbered
 
 Summand = TypeVar("Summand")
 SAME = 1e-3
@@ -39,11 +39,8 @@ def add_up(
     """
     total: tuple[Tensor, Summand] | None = None
     for index, (x, y) in enumerate(batches):
-        try:
+        with numbered(index, x):
             nll, summand = of_batch(x, y)
-        except InputError as error:
-            msg = f"Batch {index} of the loader (counting from 0): {error}"
-            raise type(error)(msg) from error
         if not bool(torch.isfinite(nll).all()):
             msg = (
                 f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll.sum())}. Its inputs or "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError
+from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.network.batches import copied
@@ -71,7 +71,7 @@ class CachedData:
         Raises
         ------
         InputError
-            If there are none, or all are masked.
+            If there are none, all are masked, or one cannot be used; the message numbers it.
         """
         collected: list[tuple[Callable[[], Linearization], Positions]] = []
         left, features = KEPT_ELEMENTS, False
@@ -80,12 +80,13 @@ class CachedData:
             # Targets of reward modeling are preferences between items.
             return compare(linearize(x)) if likelihood.n_items > 1 else linearize(x)
 
-        for batch in batches:
+        for index, batch in enumerate(batches):
             # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
             x, y = copied(batch[0]), copied(batch[1])
-            inputs = compared(x)
+            with numbered(index, x):
+                inputs = compared(x)
+                positions = likelihood.flatten(inputs.f, y)
             features = isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
-            positions = likelihood.flatten(inputs.f, y)
             found = inputs.kept(left)
             if found is None:
                 collected.append((partial(compared, x), positions))
