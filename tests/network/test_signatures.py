@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from laplace import Laplace
-from laplace.errors import InputError
+from laplace.errors import InputError, ModelError
 from laplace.network.batches import call
 from laplace.network.signatures import innermost
 from tests import reference
@@ -170,6 +170,6 @@ class FailingInside(nn.Module):
 
 @pytest.mark.parametrize("kind", [Failing, FailingInside])
 def test_a_type_error_of_the_models_own_is_not_taken_for_ours(kind):
-    with pytest.raises(TypeError) as raised:
+    with pytest.raises(ModelError, match="raised TypeError: ") as raised:
         call(kind(), torch.randn(3, 4), **KEYS)
-    assert not isinstance(raised.value, InputError)
+    assert type(raised.value.__cause__) is TypeError
