@@ -54,7 +54,7 @@ class LLLaplace(LastLayer, ParametricLaplace):
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets.
     backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``.
+        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     last_layer_name
         Name of the last layer; found by one forward pass when ``None``.
     backend_kwargs
@@ -89,7 +89,7 @@ class LLLaplace(LastLayer, ParametricLaplace):
         feature_reduction: FeatureReduction | str | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
@@ -202,7 +202,7 @@ class KronLLLaplace(LLLaplace, KronLaplace):
         feature_reduction: FeatureReduction | str | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
         damping: bool = False,
         backend_kwargs: dict[str, Any] | None = None,
@@ -257,7 +257,7 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
         feature_reduction: FeatureReduction | str | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
@@ -319,7 +319,7 @@ class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         last_layer_name: str | None = None,
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         independent_outputs: bool = False,
         seed: int = 0,

@@ -42,7 +42,7 @@ def marglik_training(
     train_loader: Iterable[Any],
     likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
     hessian_structure: HessianStructure | str = HessianStructure.KRON,
-    backend: type[CurvatureInterface] | None = None,
+    backend: type[CurvatureInterface] | CurvatureInterface | None = None,
     optimizer_cls: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     optimizer_kwargs: dict[str, Any] | None = None,
     scheduler_cls: Callable[..., LRScheduler] | None = None,
@@ -87,7 +87,7 @@ def marglik_training(
     hessian_structure
         ``"full"``, ``"kron"`` or ``"diag"``.
     backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``.
+        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     optimizer_cls, optimizer_kwargs
         A class of ``torch.optim``, called with the weights and these keywords. Its ``step`` is given a closure, so that
         LBFGS works. It must not decay weights: the prior does.

@@ -48,7 +48,7 @@ class SubnetLaplace(ParametricLaplace):
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
     backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``.
+        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     backend_kwargs
         Passed to it on construction.
     asdl_fisher_kwargs
@@ -90,7 +90,7 @@ class SubnetLaplace(ParametricLaplace):
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace import linalg
-from laplace.baselaplace.options import prediction_options
-from laplace.curvature import AutogradGGN, CurvatureInterface
+from laplace.baselaplace.options import chosen_backend, prediction_options
+from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, NotFittedError, UnsupportedError
 from laplace.fit import Fit
@@ -45,7 +45,7 @@ class BaseLaplace(ABC):
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets.
     backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``.
+        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     backend_kwargs
         Passed to it on construction.
     asdl_fisher_kwargs
@@ -75,7 +75,7 @@ class BaseLaplace(ABC):
         enable_backprop: bool = False,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
@@ -91,11 +91,7 @@ class BaseLaplace(ABC):
             msg = f"curvature_dtype must be torch.float32 or torch.float64; got {curvature_dtype!r}."
             raise UnsupportedError(msg)
         self._curvature_dtype = curvature_dtype
-        self._backend_cls = AutogradGGN if backend is None else backend
-        if not (isinstance(self._backend_cls, type) and issubclass(self._backend_cls, CurvatureInterface)):
-            msg = f"backend must be a subclass of CurvatureInterface (the class, not an object); got {backend!r}."
-            raise UnsupportedError(msg)
-        self._backend_kwargs = dict(backend_kwargs or {})
+        self._backend_cls, self._backend_kwargs = chosen_backend(backend, backend_kwargs, self.likelihood)
         self._asdl_fisher_kwargs = dict(asdl_fisher_kwargs or {})
         if self._asdl_fisher_kwargs and not self._backend_cls.accepts_fisher_kwargs:
             msg = (
@@ -301,6 +297,21 @@ class BaseLaplace(ABC):
         if self._backend is None:
             self._backend = self._make_backend()
         return self._backend
+
+    @property
+    def backend_kwargs(self) -> dict[str, Any]:
+        """What the back end is constructed with, a copy."""
+        return dict(self._backend_kwargs)
+
+    @property
+    def asdl_fisher_kwargs(self) -> dict[str, Any]:
+        """What methods of an ASDL back end are given, a copy."""
+        return dict(self._asdl_fisher_kwargs)
+
+    @property
+    def curvature_dtype(self) -> torch.dtype | None:
+        """The precision that was asked for; ``None`` for that of the model, at least float32."""
+        return self._curvature_dtype
 
     @abstractmethod
     def _make_backend(self) -> CurvatureInterface:

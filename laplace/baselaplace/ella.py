@@ -225,7 +225,7 @@ class LLELLA(LastLayer, ELLA):
         feature_reduction: FeatureReduction | str | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         seed: int = 1234,

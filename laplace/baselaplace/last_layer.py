@@ -69,6 +69,16 @@ class LastLayer(Checkpointed):
         self.model.enable_backprop = bool(value)
 
     @property
+    def last_layer_name(self) -> str | None:
+        """Name of the last layer; ``None`` before it is known."""
+        return self.model.last_layer_name
+
+    @property
+    def feature_reduction(self) -> FeatureReduction | None:
+        """How the model reduces features over positions; ``None`` when it does not."""
+        return self.model.feature_reduction
+
+    @property
     def _first_parameter(self) -> Tensor:
         """The head decides device and precision, once it is known: the backbone may have others."""
         layer = self.model.last_layer

@@ -64,7 +64,7 @@ class LowRankLaplace(ParametricLaplace):
         self,
         model: nn.Module,
         likelihood: Likelihood | str,
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -118,14 +118,14 @@ class LowRankLaplace(ParametricLaplace):
         return curvature
 
     @property
-    def rank(self) -> int:
-        """Number of eigenpairs that are kept."""
-        return len(self._curvature.values)
+    def rank(self) -> int | None:
+        """Number of eigenpairs that are kept; before ``fit`` the one that was asked for."""
+        return self._truncation.rank if "_fit" not in vars(self) else len(self._curvature.values)
 
     @property
     def captured_trace(self) -> float | None:
-        """Share of the trace of the curvature that they hold; ``None`` where the trace is not known."""
-        return self._curvature.captured
+        """Share of the trace that they hold, ``None`` where that is not known; before ``fit`` what was asked for."""
+        return self._truncation.captured_trace if "_fit" not in vars(self) else self._curvature.captured
 
     @property
     def n_passes(self) -> int:

@@ -1,15 +1,58 @@
-"""The border of predictions: option names become members, and combinations without a meaning are refused in words."""
+"""What users choose by name, checked: the back end, and how to predict. What has no meaning is refused in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
+from typing import Any
 
 import torch
 
+from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import LIKELIHOODS
 from laplace.predictive import Options
+
+
+def chosen_backend(
+    backend: Any, backend_kwargs: Mapping[str, Any] | None, likelihood: Likelihood
+) -> tuple[type[CurvatureInterface], dict[str, Any]]:
+    """The class of a back end and its options; of an object those that it was made with, never its model.
+
+    Parameters
+    ----------
+    backend, backend_kwargs, likelihood
+        As in ``BaseLaplace``.
+
+    Raises
+    ------
+    UnsupportedError
+        If ``backend`` is no back end, or an object that contradicts the options or the likelihood beside it.
+    """
+    given = dict(backend_kwargs or {})
+    if backend is None:
+        return AutogradGGN, given
+    if isinstance(backend, type) and issubclass(backend, CurvatureInterface):
+        return backend, given
+    if not isinstance(backend, CurvatureInterface):
+        msg = f"backend must be a subclass of CurvatureInterface, or an object of one; got {backend!r}."
+        raise UnsupportedError(msg)
+    cls, own = type(backend), backend.made_with
+    changed = [name for name in given if name not in own or (given[name] is not own[name] and given[name] != own[name])]
+    if changed:
+        msg = (
+            f"The {cls.__name__} object given as backend was made with {own or 'no options'}, and backend_kwargs says "
+            f"otherwise of {', '.join(map(repr, changed))}. Pass the class with backend_kwargs, or the object alone."
+        )
+        raise UnsupportedError(msg)
+    if backend.likelihood is not likelihood:
+        msg = (
+            f"The {cls.__name__} object given as backend is one for likelihood={backend.likelihood.value!r}; this "
+            f"approximation has {likelihood.value!r}. Pass the class: backend={cls.__name__}."
+        )
+        raise UnsupportedError(msg)
+    return cls, own
 
 
 def prediction_options(

@@ -45,7 +45,8 @@ class FunctionalLaplace(SubsetPosterior):
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets.
     backend
-        Class that provides derivatives, of a GGN; ``AutogradGGN`` when ``None``.
+        Class that provides derivatives, of a GGN; ``AutogradGGN`` when ``None``. Of an object its class and options are
+        taken.
     backend_kwargs
         Passed to the back end on construction.
     independent_outputs
@@ -89,7 +90,7 @@ class FunctionalLaplace(SubsetPosterior):
         enable_backprop: bool = False,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         independent_outputs: bool = False,
         seed: int = 0,

@@ -6,8 +6,11 @@ computes comes with the negative log-likelihood, at unit noise, summed over the 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +25,25 @@ from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures.dense_jacobian import head_jacobians
 from laplace.types import Inputs, Jacobians
+
+B = TypeVar("B", bound="CurvatureInterface")
+
+OF_ONE_MODEL = ("model", "likelihood", "last_layer", "subnetwork_indices", "dict_key_x", "dict_key_y")
+"""Arguments of back ends that belong to the model and its data; the others are options."""
+
+
+def positional_names(cls: type) -> list[str]:
+    """The names of a constructor's positional arguments, those included that it passes on as ``*args``."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())
+        here = [p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names += here[len(names) :]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            break
+    return names
 
 
 class CurvatureInterface(StructuredInterface, ABC):
@@ -49,6 +71,16 @@ class CurvatureInterface(StructuredInterface, ABC):
     InputError
         If ``subnetwork_indices`` are not valid.
     """
+
+    _given: Mapping[str, Any] = MappingProxyType({})
+
+    def __new__(cls: type[B], *args: Any, **kwargs: Any) -> B:
+        """Remember the options, by which another one can be made for another model."""
+        self = object.__new__(cls)
+        self._given = {**dict(zip(positional_names(cls), args, strict=False)), **kwargs}
+        for name in OF_ONE_MODEL:
+            self._given.pop(name, None)
+        return self
 
     def __init__(
         self,
@@ -85,6 +117,11 @@ class CurvatureInterface(StructuredInterface, ABC):
         self.curvature_dtype = curvature_dtype
         self.output_likelihood: AbstractLikelihood = resolve(self.likelihood)
         self.lossfunc, self.factor = self.output_likelihood.torch_loss()
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The options of the constructor that were given, without model, likelihood and which weights are random."""
+        return dict(self._given)
 
     @property
     def params(self) -> list[Tensor]:
