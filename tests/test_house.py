@@ -116,7 +116,9 @@ def broken_rules(source: str, module: str) -> list[str]:
 
 LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
 ALL_FILES = sorted(
-    path for folder in ("laplace", "tests", "benchmarks", "clients", "examples") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("laplace", "tests", "benchmarks", "clients", "examples")
+    for path in (ROOT / folder).rglob("*.py")
 )
 MODULES = ["laplace", *sorted(module.name for module in pkgutil.walk_packages(laplace.__path__, "laplace."))]
 

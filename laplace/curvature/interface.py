@@ -131,6 +131,17 @@ class CurvatureInterface(StructuredInterface, ABC):
         layer = self._head
         return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
+    @property
+    def params_dict(self) -> dict[str, Tensor]:
+        """The same by their names in the model; of a last layer by those in that layer, ``weight`` and ``bias``."""
+        names = ("weight", "bias") if self.network is None else self.network.names
+        return dict(zip(names, self.params, strict=False))
+
+    @property
+    def buffers_dict(self) -> dict[str, Tensor]:
+        """The buffers of the model by their names."""
+        return dict(self.model.named_buffers())
+
     def zeros(self) -> Float[Tensor, " params"]:
         """As many zeros as there are random weights, ``[P]``, where curvature is computed and in its precision."""
         parameters = self.params

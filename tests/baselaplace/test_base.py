@@ -93,7 +93,7 @@ def test_a_prior_with_a_gradient_may_be_given(structure):
 def test_what_is_no_model_or_back_end_is_refused():
     with pytest.raises(UnsupportedError, match="Module"):
         estimator(BASIC[0], "diag", model=lambda x: x)
-    for wrong in ("AutogradGGN", AutogradGGN(BASIC[0].extractor(), "classification", last_layer=True), dict):
+    for wrong in ("AutogradGGN", dict, BASIC[0].model()):
         with pytest.raises(UnsupportedError, match="CurvatureInterface"):
             estimator(BASIC[0], "diag", backend=wrong)
     with pytest.raises(UnsupportedError, match="'regression', 'classification'"):

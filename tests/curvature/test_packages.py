@@ -14,6 +14,7 @@ from laplace.curvature import BACKENDS, AutogradEF, AutogradGGN
 from laplace.curvature.package import PackageInterface
 from laplace.enums import HessianStructure, Likelihood
 from laplace.errors import UnsupportedError
+from laplace.network import FeatureExtractor
 from tests import reference
 from tests.cases import CASES, Case
 from tests.networks import NETWORKS, Network, named
@@ -237,3 +238,27 @@ def test_data_that_are_all_masked_say_nothing(cls):
         H = getattr(engine, structure.value)(x, masked, **({"N": 1} if structure is HessianStructure.KRON else {}))[1]
         assert float((H.to_matrix() if structure is HessianStructure.KRON else H).abs().max()) == 0
     assert float(engine.gradients(x, masked)[0].abs().max()) == 0
+
+
+@pytest.mark.parametrize("cls", BACKENDS, ids=lambda cls: cls.__name__)
+def test_what_client_code_reads_off_a_back_end_is_there(cls):
+    """The attributes of laplace-torch: a functional call by the names of random weights and buffers is the model."""
+    network, x = named("batch_norm_1d"), named("batch_norm_1d").data()[0]
+    model = network.model()
+    index = torch.tensor([1, 3])
+    whole, part = cls(model, network.likelihood), cls(model, network.likelihood, subnetwork_indices=index)
+    assert torch.equal(
+        torch.func.functional_call(whole.model, {**whole.params_dict, **whole.buffers_dict}, x), model(x)
+    )
+    assert list(map(id, whole.params)) == list(map(id, whole.params_dict.values())) == list(map(id, model.parameters()))
+    assert (whole.likelihood, whole.last_layer, whole.subnetwork_indices) == (network.likelihood, False, None)
+    assert (whole.dict_key_x, whole.dict_key_y, whole.factor) == ("input_ids", "labels", 1.0)
+    f, y = model(x), network.data()[1]
+    assert_close(whole.factor * whole.lossfunc(f, y), named("batch_norm_1d").problem().nll())
+    assert part.subnetwork_indices is index
+    assert list(part.params_dict) == [next(iter(whole.params_dict))]
+    head = cls(FeatureExtractor(model), network.likelihood, last_layer=True)
+    head.model.find_last_layer(x)
+    assert [value is own for value, own in zip(head.params, head.params_dict.values(), strict=True)] == [True, True]
+    assert list(head.params_dict) == ["weight", "bias"]
+    assert head.last_layer
