@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -25,8 +27,7 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
     Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
     """
     build_graph = enable_backprop and torch.is_grad_enabled()
-    with _modes_restored(model):
-        model.eval()
+    with _modes_restored(model, model.eval):
         with torch.inference_mode(False), torch.set_grad_enabled(build_graph):
             yield
 
@@ -46,27 +47,84 @@ def training(model: nn.Module) -> Generator[None, None, None]:
     -----
     Leaves ``torch.no_grad`` and ``torch.inference_mode`` for the duration.
     """
-    with _modes_restored(model):
-        if not model.training:
-            model.train()
+    with _modes_restored(model, lambda: model.training or model.train()):
         with torch.inference_mode(False), torch.enable_grad():
             yield
 
 
+Holder = tuple[int, object]
+
+
+@dataclass
+class _Held:
+    """A module whose mode is not its own at present.
+
+    Attributes
+    ----------
+    module
+        It is kept, so that its id is not used again.
+    flag
+        Its own mode.
+    holders
+        Threads and their calls, which leave it as they found it; the first of them found its own mode.
+    """
+
+    module: nn.Module
+    flag: bool
+    holders: list[Holder] = field(default_factory=list)
+
+
+_HELD: dict[int, _Held] = {}
+"""By the id of a module. Several threads may evaluate one model: the last one out brings it back."""
+_LOCK = threading.RLock()
+
+
 @contextmanager
-def _modes_restored(model: nn.Module) -> Generator[None, None, None]:
-    """Bring each module of a model back into its mode on every exit."""
-    flags = [(module, module.training) for module in model.modules()]
+def _modes_restored(model: nn.Module, mode: Callable[[], object]) -> Generator[None, None, None]:
+    """Set a mode; bring each module of a model back into its own when nobody needs another."""
+    this: Holder = threading.get_ident(), object()
+    found: list[tuple[nn.Module, bool]] = []
     try:
+        with _LOCK:
+            found = [(module, module.training) for module in model.modules()]
+            for module, flag in found:
+                _HELD.setdefault(id(module), _Held(module, flag)).holders.append(this)
+            mode()
         yield
     finally:
-        # A module may do more in train() than set its flag (merge adapters, say): undo it the same way. The flags below
-        # are then set one by one, since train() reaches the children, too.
-        for module, flag in flags:
-            if module.training is not flag:
-                module.train(flag)
-        for module, flag in flags:
-            module.training = flag
+        with _LOCK:
+            modes = [(module, _released(module, flag, this)) for module, flag in found]
+            _restore([(module, flag) for module, flag in modes if flag is not None], this[0])
+
+
+def _released(module: nn.Module, flag: bool, holder: Holder) -> bool | None:
+    """The mode that a module gets when a call no longer holds it; ``None`` if that is for others to say."""
+    held = _HELD.get(id(module))
+    if held is None or holder not in held.holders:
+        return None  # interrupted before it was held
+    first = held.holders[0] is holder
+    held.holders.remove(holder)
+    if not held.holders:
+        del _HELD[id(module)]
+        return held.flag
+    # A call within another brings back what it found; the first one may leave while others go on.
+    return None if first else flag
+
+
+def _restore(modes: Sequence[tuple[nn.Module, bool]], me: int) -> None:
+    """Bring modules back into modes."""
+
+    def is_busy(module: nn.Module) -> bool:
+        held = _HELD.get(id(module))
+        return held is not None and any(thread != me for thread, _ in held.holders)
+
+    # A module may do more in train() than set its flag (merge adapters, say): undo it the same way, unless it reaches
+    # children that other threads run. The flags below are then set one by one, since it reaches the children, too.
+    for module, flag in modes:
+        if module.training is not flag and not any(map(is_busy, module.modules())):
+            module.train(flag)
+    for module, flag in modes:
+        module.training = flag
 
 
 @contextmanager
@@ -87,10 +145,12 @@ def attributes_restored(model: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     finally:
+        # One by one: other threads never see a module without its attributes.
         for attributes, kept in before:
-            if len(attributes) != len(kept) or any(attributes.get(name) is not value for name, value in kept.items()):
-                attributes.clear()
-                attributes.update(kept)
+            for name in [name for name in attributes if name not in kept]:
+                del attributes[name]
+            for name in [name for name, value in kept.items() if attributes.get(name) is not value]:
+                attributes[name] = kept[name]
 
 
 def full_precision(device: torch.device) -> torch.autocast:

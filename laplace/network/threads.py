@@ -1,0 +1,82 @@
+"""Who may run a model: many threads together where its weights stay, one alone where a pass puts others in their place.
+
+A functional call swaps the weights of the modules for its length, and some layers make a weight again in each pass:
+other threads would see those.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+
+from torch import nn
+
+
+class _State(Enum):
+    """What a pass does with a module."""
+
+    TOGETHER, ALONE, WAITS = "runs it together with others", "runs it alone", "waits to run it alone"
+
+
+_PASSES: dict[int, dict[object, tuple[int, _State]]] = {}
+"""By the id of a module the passes of its users: which thread, and what it does."""
+_CHANGED = threading.Condition(threading.RLock())
+
+
+@contextmanager
+def together(model: nn.Module) -> Generator[None, None, None]:
+    """Run a model as it is, while others may do the same.
+
+    Parameters
+    ----------
+    model
+        Any module; what holds for it holds for each of its submodules.
+    """
+    with _running(model, _State.TOGETHER):
+        yield
+
+
+@contextmanager
+def alone(model: nn.Module) -> Generator[None, None, None]:
+    """Run a model in a pass that changes what others would see.
+
+    Parameters
+    ----------
+    model
+        Any module; what holds for it holds for each of its submodules.
+    """
+    with _running(model, _State.ALONE):
+        yield
+
+
+@contextmanager
+def _running(model: nn.Module, state: _State) -> Generator[None, None, None]:
+    """Wait until nobody is in the way; a thread that is in a pass already goes on, or it would wait for itself."""
+    me, keys, this = threading.get_ident(), [id(module) for module in model.modules()], object()
+    in_the_way = {_State.ALONE, _State.TOGETHER if state is _State.ALONE else _State.WAITS}
+
+    def others(key: int) -> bool:
+        return any(thread != me and found in in_the_way for thread, found in _PASSES.get(key, {}).values())
+
+    def mark(now: _State) -> None:
+        for key in keys:
+            _PASSES.setdefault(key, {})[this] = me, now
+
+    try:
+        with _CHANGED:
+            inside = any(thread == me for key in keys for thread, _ in _PASSES.get(key, {}).values())
+            if not inside and any(map(others, keys)):
+                if state is _State.ALONE:
+                    mark(_State.WAITS)  # nobody else begins meanwhile
+                _CHANGED.wait_for(lambda: not any(map(others, keys)))
+            mark(state)
+        yield
+    finally:
+        with _CHANGED:
+            for key in keys:
+                _PASSES.get(key, {}).pop(this, None)
+                if not _PASSES.get(key, {this: None}):
+                    del _PASSES[key]
+            _CHANGED.notify_all()
