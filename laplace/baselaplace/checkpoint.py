@@ -309,7 +309,7 @@ class Checkpointed(RandomWeights):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take along: not the back end, the cache, or the graph of a hyperparameter."""
         state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
-        return {**state, "_backend": None, "_posterior_cache": None}
+        return {**state, "_backend": None, "_posterior_cache": {}}
 
 
 class CheckpointedPosterior(WeightPosterior, Checkpointed):

@@ -173,7 +173,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
         """A, at the present noise and temperature."""
 
     def _hyperparameters_changed(self) -> None:
-        self._posterior_cache: FeaturePrecision | None = None
+        self._posterior_cache: dict[str, FeaturePrecision] = {}  # replaced, not emptied, as in WeightPosterior
 
     @property
     def _posterior(self) -> FeaturePrecision:
@@ -183,10 +183,11 @@ class FeatureLaplace(BaseFunctionalLaplace):
     @property
     @linalg.lasting
     def _frozen_posterior(self) -> FeaturePrecision:
-        if self._posterior_cache is None:
+        cache = self._posterior_cache
+        if "posterior" not in cache:
             with torch.no_grad(), full_precision(self._device):
-                self._posterior_cache = self._posterior
-        return self._posterior_cache
+                cache["posterior"] = self._posterior
+        return cache["posterior"]
 
     def _functions_at(self, x: Inputs, **model_kwargs: Any) -> Linearization:
         return FunctionLinearization.of(self._linearize(x, **model_kwargs), self._feature_map(), self._dtype)

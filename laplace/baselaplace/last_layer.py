@@ -11,6 +11,7 @@ from laplace.baselaplace.checkpoint import Checkpointed
 from laplace.enums import FeatureReduction, PredType
 from laplace.errors import StateError, UnsupportedError
 from laplace.network import FeatureExtractor, ParameterSubset
+from laplace.network.threads import together
 from laplace.predictive import FeatureLinearization, Linearization
 from laplace.types import Inputs
 
@@ -86,7 +87,10 @@ class LastLayer(Checkpointed):
 
     def _select_parameters(self) -> ParameterSubset | None:
         layer = self.model.last_layer
-        return None if layer is None else ParameterSubset.last_layer(layer)
+        if layer is None:
+            return None
+        with together(layer):
+            return ParameterSubset.last_layer(layer)
 
     @property
     def _network(self) -> nn.Module:

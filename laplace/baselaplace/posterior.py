@@ -228,7 +228,8 @@ class WeightPosterior(RandomWeights):
     # -- posterior ----------------------------------------------------------------------------------------------------
 
     def _hyperparameters_changed(self) -> None:
-        self._posterior_cache: AbstractPrecision | None = None
+        # Replaced, not emptied: a thread that is just making one for what was before puts it where nobody looks.
+        self._posterior_cache: dict[str, AbstractPrecision] = {}
 
     @property
     @linalg.lasting
@@ -243,12 +244,13 @@ class WeightPosterior(RandomWeights):
     @linalg.lasting
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
-        if self._posterior_cache is None:
+        cache = self._posterior_cache
+        if "posterior" not in cache:
             with torch.no_grad(), full_precision(self._device):
                 scale = self._output_likelihood.curvature_scale(self.backend.kind)
                 curvature = self._fitted.scaled(scale)
-                self._posterior_cache = curvature.posterior(self._prior, **self._posterior_options())
-        return self._posterior_cache
+                cache["posterior"] = curvature.posterior(self._prior, **self._posterior_options())
+        return cache["posterior"]
 
     @property
     def posterior_precision(self) -> Any:

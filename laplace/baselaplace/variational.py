@@ -339,13 +339,14 @@ class VariationalPosterior(FeatureLaplace):
 
     @linalg.lasting
     def _feature_map(self) -> FeatureMap:
-        if self._map_cache is None:
-            self._map_cache = self._map_of(self._fitted.tensors)
-        return self._map_cache
+        cache = self._map_cache
+        if "map" not in cache:
+            cache["map"] = self._map_of(self._fitted.tensors)
+        return cache["map"]
 
     def _fit_changed(self) -> None:
         super()._fit_changed()
-        self._map_cache: InducingMap | None = None
+        self._map_cache: dict[str, InducingMap] = {}
 
     def _learned(self) -> Tensor:
         root = self._fitted.tensors["root"]
@@ -370,7 +371,7 @@ class VariationalPosterior(FeatureLaplace):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling takes along: not the derivatives of the inducing points."""
-        return {**super().__getstate__(), "_map_cache": None}
+        return {**super().__getstate__(), "_map_cache": {}}
 
 
 __all__ = ["VariationalPosterior"]

@@ -25,6 +25,7 @@ from laplace.errors import PerformanceWarning, UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, differentiable
 from laplace.network.modes import full_precision
+from laplace.network.threads import alone
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures import Kron
 from laplace.structures.dense_jacobian import dense_rows
@@ -68,18 +69,19 @@ class AllWeightsEngine:
         UnsupportedError
             If a random weight was frozen meanwhile.
         """
-        self.network.check_still_random()
-        return Recording(
-            # Keywords travel with the inputs, so that single rows get their own.
-            lambda rows: self.backend.outputs(rows[0], **rows[1]),
-            differentiable((x, model_kwargs)),
-            self.network.subset,
-            self.network.constants,
-            count_rows(x),
-            self.memory,
-            create_graph=create_graph,
-            dtype=self.backend.curvature_dtype,
-        )
+        with alone(self.network.model):
+            self.network.check_still_random()
+            return Recording(
+                # Keywords travel with the inputs, so that single rows get their own.
+                lambda rows: self.backend.outputs(rows[0], **rows[1]),
+                differentiable((x, model_kwargs)),
+                self.network.subset,
+                self.network.constants,
+                count_rows(x),
+                self.memory,
+                create_graph=create_graph,
+                dtype=self.backend.curvature_dtype,
+            )
 
     def full(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and dense curvature ``[P, P]``."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from laplace.errors import ShapeError
 from laplace.network.parameters import ParameterSubset
+from laplace.network.threads import alone
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 from laplace.types import Inputs, Jacobians
 
@@ -49,14 +50,15 @@ def by_functorch(
     """
     caller = _Caller(model, function)
     chosen = {id(parameter) for parameter in parameters}
-    weights = {name: p for name, p in caller.named_parameters() if id(p) in chosen}
 
     def one(weights: dict[str, Tensor], row: Inputs) -> tuple[Tensor, Tensor]:
         batch_of_one = tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, row)
         f = functional_call(caller, weights, (batch_of_one,)).squeeze(0)
         return f, f
 
-    J, f = vmap(jacrev(one, has_aux=True), in_dims=(None, 0))(weights, x)
+    with alone(model):
+        weights = {name: p for name, p in caller.named_parameters() if id(p) in chosen}
+        J, f = vmap(jacrev(one, has_aux=True), in_dims=(None, 0))(weights, x)
     flat = [part.flatten(f.dim()) if part.dim() > f.dim() else part.unsqueeze(-1) for part in J.values()]
     together, n_outputs = torch.cat(flat, -1), f.shape[-1]
     return together.reshape(-1, n_outputs, together.shape[-1]), f.reshape(-1, n_outputs)

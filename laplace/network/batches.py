@@ -18,6 +18,7 @@ from laplace.errors import InputError, MissingKeyError, UnsupportedError, number
 from laplace.network.failures import explained
 from laplace.network.signatures import takes_keyword, takes_several
 from laplace.network.targets import check_not_copied, check_targets
+from laplace.network.threads import together
 from laplace.types import Inputs
 
 
@@ -259,7 +260,7 @@ def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **mod
     """
     args, kwargs = arguments(model, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
     kwargs = {**kwargs, **model_kwargs}
-    with explained(model, x, args, kwargs):
+    with explained(model, x, args, kwargs), together(model):
         return model(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ outputs *are* the last layer applied to the features, is checked on the first pa
 from __future__ import annotations
 
 import difflib
+import threading
 import warnings
 from collections import Counter
 from typing import Any
@@ -14,13 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.batches import call, output_tensor
 from laplace.network.failures import check_weights
 from laplace.network.modes import full_precision
+from laplace.network.threads import together
 from laplace.types import Inputs
+
+_HOOKS = threading.RLock()
+"""Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
 
 
 class FeatureExtractor(nn.Module):
@@ -158,25 +164,37 @@ class FeatureExtractor(nn.Module):
         ShapeError
             If outputs and features have positions that do not match.
         """
-        known = self.last_layer
+        with together(self.model):
+            return self._watched_pass(x, model_kwargs)
+
+    def _watched_pass(self, x: Inputs, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The same, while nobody has other weights in place."""
+        known, here = self.last_layer, threading.get_ident()
         watched = {self.last_layer_name: known} if known is not None else self._linear_layers()
         calls: Counter[str | None] = Counter()
         seen: dict[str | None, tuple[Tensor, Tensor]] = {}
 
         def watch(name: str | None) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
+                if threading.get_ident() != here:
+                    return  # the pass of another thread; it may find half of a hook that is just removed
+                kwargs, output = others
                 calls[name] += 1
                 seen.clear()
                 seen[name] = (args[0] if args else kwargs["input"], output)
 
             return hook
 
-        handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in watched.items()]
+        handles: list[RemovableHandle] = []
         try:
+            with _HOOKS:
+                for name, layer in watched.items():
+                    handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
             outputs = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
+            with _HOOKS:
+                for handle in handles:
+                    handle.remove()
         f = output_tensor(outputs)
         if not seen:
             self._explain_unseen()

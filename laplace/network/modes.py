@@ -27,9 +27,8 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
     Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
     """
     build_graph = enable_backprop and torch.is_grad_enabled()
-    with _modes_restored(model, model.eval):
-        with torch.inference_mode(False), torch.set_grad_enabled(build_graph):
-            yield
+    with _modes_restored(model, model.eval), torch.inference_mode(False), torch.set_grad_enabled(build_graph):
+        yield
 
 
 @contextmanager
@@ -47,9 +46,13 @@ def training(model: nn.Module) -> Generator[None, None, None]:
     -----
     Leaves ``torch.no_grad`` and ``torch.inference_mode`` for the duration.
     """
-    with _modes_restored(model, lambda: model.training or model.train()):
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+
+    def train() -> None:
+        if not model.training:
+            model.train()
+
+    with _modes_restored(model, train), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 Holder = tuple[int, object]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from laplace.errors import UnsupportedError
+from laplace.network.threads import together
 
 
 def structural_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -39,6 +40,12 @@ def structural_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     UnsupportedError
         If an attribute of the model cannot be copied.
     """
+    with together(model):
+        return _copied(model, dtype)
+
+
+def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The copy, made while nobody has other weights in place."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         # Such as caches, and weights that a hook computes again before each pass.

@@ -14,6 +14,7 @@ from laplace.linalg import lasting
 from laplace.network.batches import Batch, arguments, differentiable, iterate, output_tensor
 from laplace.network.failures import explained
 from laplace.network.modes import attributes_restored, training
+from laplace.network.threads import alone
 from laplace.network.whole_network import unwrap
 
 
@@ -92,7 +93,7 @@ def fit_diagonal_swag_var(
     def step(batch: Batch) -> None:
         x = differentiable(batch.x)
         args, kwargs = arguments(module, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        with attributes_restored(module), explained(module, x, args, kwargs):
+        with alone(module), attributes_restored(module), explained(module, x, args, kwargs):
             f = output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
         loss = criterion(f, differentiable(batch.y))
         if not bool(torch.isfinite(loss)):

@@ -16,6 +16,7 @@ from laplace.network.batches import arguments, call, output_tensor
 from laplace.network.failures import check_weights, explained
 from laplace.network.modes import attributes_restored
 from laplace.network.parameters import ParameterSubset
+from laplace.network.threads import alone, together
 from laplace.types import Inputs
 
 
@@ -50,7 +51,8 @@ class WholeNetwork:
         self.model = unwrap(model)
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        with together(self.model):
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
             msg = (
                 "No weight of the model requires a gradient, so none is random. Unfreeze the weights that should be "
@@ -58,7 +60,8 @@ class WholeNetwork:
             )
             raise UnsupportedError(msg)
         whole = ParameterSubset(tuple(parameter for _, parameter in named))
-        self.subset = whole if indices is None else ParameterSubset.indices(self.model, indices)
+        with together(self.model):
+            self.subset = whole if indices is None else ParameterSubset.indices(self.model, indices)
         touched = {id(parameter) for parameter in self.subset.parameters}
         self.names = tuple(name for name, parameter in named if id(parameter) in touched)
         check_weights(dict(zip(self.names, self.subset.parameters, strict=True)))
@@ -67,8 +70,9 @@ class WholeNetwork:
     def constants(self) -> list[Tensor]:
         """Tensors of the model without random weights: other parameters and buffers."""
         random = {id(parameter) for parameter in self.subset.parameters}
-        others = [parameter for parameter in self.model.parameters() if id(parameter) not in random]
-        return [*others, *self.model.buffers()]
+        with together(self.model):
+            others = [parameter for parameter in self.model.parameters() if id(parameter) not in random]
+            return [*others, *self.model.buffers()]
 
     def check_still_random(self) -> None:
         """Raise if other weights require a gradient than when this object was made.
@@ -78,7 +82,8 @@ class WholeNetwork:
         UnsupportedError
             If so.
         """
-        now = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        with together(self.model):
+            now = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if self.subset.choice is not None:  # other weights than the chosen ones do not matter
             now &= set(self.names)
         changed = sorted(now ^ set(self.names))
@@ -113,7 +118,9 @@ class WholeNetwork:
             msg = f"The inputs are a tensor of layout {x.layout}; derivatives of all weights need x.to_dense()."
             raise UnsupportedError(msg)
         keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
-        return with_output_axis(output_tensor(call(self.model, x, **keys, **model_kwargs)))
+        # Alone: layers may assign tensors made of their weights to themselves, and derivatives go through their graph.
+        with alone(self.model):
+            return with_output_axis(output_tensor(call(self.model, x, **keys, **model_kwargs)))
 
     def at(self, theta: Float[Tensor, " params"], x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
         """Outputs with other weights, by a functional call: the model is not touched.
@@ -130,7 +137,7 @@ class WholeNetwork:
         weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
         kwargs = {**kwargs, **model_kwargs}
-        with attributes_restored(self.model), explained(self.model, x, args, kwargs):
+        with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs):
             outputs = torch.func.functional_call(self.model, weights, args, kwargs)
         return with_output_axis(output_tensor(outputs))
 
