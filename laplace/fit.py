@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, NotFittedError, ShapeError, UnsupportedError
 from laplace.structures import AbstractCurvature
 from laplace.types import Scalar
 
@@ -24,13 +24,14 @@ class Fit:
     curvature
         Of the data term at unit noise and temperature.
     nll
-        Negative log-likelihood at unit noise and temperature, summed, in nats.
+        Negative log-likelihood at unit noise and temperature, summed, in nats; NaN where it is not known, since weights
+        were assigned by hand.
     n_data
-        Rows that the loaders yielded.
+        Rows that the loaders yielded; 0 where all was assigned by hand.
     n_positions
         Unmasked positions in them.
     n_outputs
-        C.
+        C; 0 where it is not known.
     output_nll
         The same negative log-likelihood for each output of a regression; ``None`` where it is not known.
     head_bias
@@ -48,6 +49,87 @@ class Fit:
     output_nll: Float[Tensor, " outputs"] | None = None
     head_bias: bool | None = None
     noise_shape: Float[Tensor, " outputs"] | None = None
+
+    @classmethod
+    def by_hand(
+        cls,
+        mean: Float[Tensor, " params"],
+        curvature: AbstractCurvature,
+        sigma_noise: Tensor,
+        n_outputs: int | None,
+        head_bias: bool | None,
+    ) -> Fit:
+        """A posterior of which a user gave weights and curvature, without data.
+
+        Parameters
+        ----------
+        mean, curvature, head_bias
+            As above.
+        sigma_noise
+            ``[]``, or ``[C]``; where outputs share weights, the curvature is that at their relative noise.
+        n_outputs
+            C; ``None`` where it is not known.
+
+        Raises
+        ------
+        ShapeError
+            If there is a noise for another number of outputs.
+        """
+        if n_outputs is None:
+            n_outputs = len(sigma_noise) if sigma_noise.dim() else 0
+        if sigma_noise.dim() and len(sigma_noise) != n_outputs:
+            msg = f"sigma_noise has {len(sigma_noise)} values, one for each output; the model has {n_outputs}."
+            raise ShapeError(msg)
+        shape = (sigma_noise / sigma_noise[0]).detach() if sigma_noise.dim() and head_bias is None else None
+        unknown = mean.new_full((), torch.nan)
+        return cls(mean, curvature, unknown, 0, 0, n_outputs, head_bias=head_bias, noise_shape=shape)
+
+    def at(self, mean: Float[Tensor, " params"]) -> Fit:
+        """The same curvature around other weights, whose loss nobody computed.
+
+        Parameters
+        ----------
+        mean
+            ``[P]``.
+        """
+        if torch.equal(mean, self.mean):
+            return self
+        return replace(self, mean=mean, nll=torch.full_like(self.nll, torch.nan), output_nll=None)
+
+    @property
+    def known_nll(self) -> Scalar:
+        """The negative log-likelihood.
+
+        Raises
+        ------
+        NotFittedError
+            If nobody computed it at these weights.
+        """
+        if bool(torch.isnan(self.nll)):
+            msg = (
+                "Weights or curvature were assigned by hand (la.mean, la.H), so that the loss of the training data at "
+                "these weights is not known, which evidence and log-likelihood need. Call fit(train_loader) with the "
+                "model at these weights and assign la.H afterwards. Predictions, samples and validation scores "
+                '(method="gridsearch", tune) need no loss.'
+            )
+            raise NotFittedError(msg)
+        return self.nll
+
+    def check_merge(self) -> None:
+        """Raise where a later fit cannot be added.
+
+        Raises
+        ------
+        UnsupportedError
+            If the structure does not add, or there are no data to add to.
+        """
+        self.curvature.check_merge()
+        if not self.n_data:
+            msg = (
+                "override=False adds to what was learned from data; la.H was assigned by hand without a fit. Pass "
+                "override=True to start again, or call fit first and assign la.H after it."
+            )
+            raise UnsupportedError(msg)
 
     @property
     def nll_of_outputs(self) -> Float[Tensor, " outputs"]:
@@ -103,6 +185,9 @@ class Fit:
         """
         if scale.dim() == 0 and self.noise_shape is None:
             return scale
+        if not self.n_outputs:
+            msg = "The number of outputs is not known before fit: assign one sigma_noise for all, or call fit."
+            raise UnsupportedError(msg)
         shape = scale.new_ones(self.n_outputs) if self.noise_shape is None else self.noise_shape.to(scale)
         scale = scale.expand(self.n_outputs)
         relative = scale / scale[0]

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -20,7 +20,7 @@ from laplace.enums import Likelihood
 from laplace.errors import ShapeError, StateError
 from laplace.network import WholeNetwork
 
-ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec"}
+ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
 """Options that may hold a value for each weight."""
 
 
@@ -100,7 +100,7 @@ class SubnetLaplace(ParametricLaplace):
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
         # Checked as soon as the first prior is.
-        self.subnetwork_indices = subnetwork_indices
+        self._indices = subnetwork_indices
         super().__init__(
             model,
             likelihood,
@@ -117,21 +117,21 @@ class SubnetLaplace(ParametricLaplace):
             curvature_dtype=curvature_dtype,
         )
         # A copy: changing the user's tensor must not change what is random.
-        self.subnetwork_indices = subnetwork_indices.detach().clone().to(self._device)
+        self._indices = subnetwork_indices.detach().clone().to(self._device)
 
     @cached_property
     def _whole(self) -> WholeNetwork:
-        indices = self.subnetwork_indices
+        indices = self._indices
         return WholeNetwork(self.model, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, indices=indices)
 
     def _chosen_indices(self) -> dict[str, Tensor]:
-        return {"subnetwork_indices": self.subnetwork_indices}
+        return {"subnetwork_indices": self._indices}
 
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """As for all weights; of values for each weight of the network those of the subnetwork are kept."""
         checked = super()._checked(name, value, positive=positive)
         if name in ONE_A_WEIGHT and checked.shape == (self.n_params,) and self.n_params != self.n_params_subnet:
-            return checked[self.subnetwork_indices.to(checked.device)]
+            return checked[self._indices.to(checked.device)]
         return checked
 
     # -- the network and its subnetwork -------------------------------------------------------------------------------
@@ -148,13 +148,25 @@ class SubnetLaplace(ParametricLaplace):
 
     @property
     def mean(self) -> Float[Tensor, " params"]:
-        """The weights of the network, ``[P]``: random ones as they were in ``fit``, the others as they are."""
-        return self.assemble_full_samples(self.mean_subnet.unsqueeze(0)).squeeze(0)
+        """The weights of the network, ``[P]``: random ones as they were in ``fit``, the others as they are. A copy.
+
+        May be assigned, as in ``ParametricLaplace``: ``[P]``, of which the random ones are kept, or ``[S]``.
+        """
+        return self.assemble_full_samples(self._mean.unsqueeze(0)).squeeze(0)
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self._assign_mean(value)
 
     @property
     def mean_subnet(self) -> Float[Tensor, " chosen"]:
-        """The random weights at which the curvature was taken, ``[S]``."""
-        return self._fitted.mean
+        """The random weights at which the curvature was taken, ``[S]``; before ``fit`` the prior mean. A copy."""
+        return self._mean.clone()
+
+    @property
+    def subnetwork_indices(self) -> Int[Tensor, " chosen"]:
+        """Positions of the random weights among those of the network, ``[S]``; a copy."""
+        return self._indices.clone()
 
     def assemble_full_samples(self, subnet_samples: Float[Tensor, "samples chosen"]) -> Float[Tensor, "samples params"]:
         """Put weights of the subnetwork among those of the network.
@@ -181,7 +193,7 @@ class SubnetLaplace(ParametricLaplace):
             raise ShapeError(msg)
         weights = parameters_to_vector(self.model.parameters()).detach().to(subnet_samples)
         full = weights.expand(len(subnet_samples), -1)
-        return full.index_copy(1, self.subnetwork_indices.to(full.device), subnet_samples)
+        return full.index_copy(1, self._indices.to(full.device), subnet_samples)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
         """Draw weights of the network, ``[n_samples, P]``; those outside the subnetwork are the same in all draws.
@@ -223,7 +235,7 @@ class SubnetLaplace(ParametricLaplace):
             If there are neither P nor S weights.
         """
         if value.shape[-1:] == (self.n_params,):
-            return super().square_norm(value[..., self.subnetwork_indices.to(value.device)])
+            return super().square_norm(value[..., self._indices.to(value.device)])
         if value.shape[-1:] != (self.n_params_subnet,):
             msg = (
                 f"Expected weights of the network, [..., {self.n_params}], or of the subnetwork, "
@@ -235,11 +247,11 @@ class SubnetLaplace(ParametricLaplace):
     # -- saving and moving --------------------------------------------------------------------------------------------
 
     def _choices(self) -> dict[str, Any]:
-        return {**super()._choices(), "subnetwork_indices": self.subnetwork_indices}
+        return {**super()._choices(), "subnetwork_indices": self._indices}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
-        there, here = state["subnetwork_indices"], self.subnetwork_indices
+        there, here = state["subnetwork_indices"], self._indices
         if not isinstance(there, Tensor) or not torch.equal(there.to(here.device), here):
             msg = (
                 "The state was saved for another subnetwork: construct the object with "
@@ -261,7 +273,7 @@ class SubnetLaplace(ParametricLaplace):
         """
         vars(self).pop("_whole", None)  # it knows where on the device the chosen weights are
         super().to(device)
-        self.subnetwork_indices = self.subnetwork_indices.to(self._device)
+        self._indices = self._indices.to(self._device)
         return self
 
 

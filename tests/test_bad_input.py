@@ -296,7 +296,7 @@ def test_noise_in_classification():
 @basic_cases
 def test_whatever_needs_a_fit_before_there_is_one(case, structure):
     la, x = estimator(case, structure), case.test_inputs()
-    properties = "mean H loss n_data n_outputs n_params posterior_precision log_likelihood scatter prior_precision_diag"
+    properties = "mean H loss n_outputs n_params posterior_precision log_likelihood scatter prior_precision_diag"
     requests = [lambda name=name: getattr(la, name) for name in properties.split()]
     requests += [la.sample, la.log_marginal_likelihood, la.optimize_prior_precision, la.state_dict]
     requests += [

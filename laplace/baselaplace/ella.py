@@ -154,7 +154,7 @@ class ELLA(NystromPosterior):
 
     def _evidence(self, precision: Tensor) -> Scalar:
         """The log marginal likelihood at a prior precision ``[1]``; nothing is assigned."""
-        gram, shift = self._fitted.tensors["gram"], self.mean - self._prior_mean.detach().to(self._dtype)
+        gram, shift = self._fitted.tensors["gram"], self._fitted.mean - self._prior_mean.detach().to(self._dtype)
         likelihood = self._frozen_likelihood
         posterior = FeaturePrecision.of(gram * likelihood.scale, precision.squeeze(0))
         penalty = log_det_ratio(posterior) + precision.squeeze(0) * shift.square().sum()

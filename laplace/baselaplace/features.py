@@ -133,13 +133,13 @@ class FeatureLaplace(BaseFunctionalLaplace):
 
     @property
     def mean(self) -> Float[Tensor, " params"]:
-        """The weights at which the network was linearized, ``[P]``."""
-        return self._fitted.mean
+        """The weights at which the network was linearized, ``[P]``; a copy."""
+        return self._fitted.mean.clone()
 
     @property
     def loss(self) -> Scalar:
         """Negative log-likelihood of the training data at σ = T = 1, without constants, in nats."""
-        return self._fitted.nll
+        return self._fitted.nll.clone()
 
     @property
     def n_data(self) -> int:
@@ -160,7 +160,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
     @property
     def scatter(self) -> Scalar:
         """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
-        return self._prior.scatter(self.mean)
+        return self._prior.scatter(self._fitted.mean)
 
     # -- posterior ----------------------------------------------------------------------------------------------------
 

@@ -23,13 +23,13 @@ class FullLaplace(ParametricLaplace):
     @property
     def posterior_scale(self) -> Float[Tensor, "params params"]:
         """Lower-triangular ``L`` with ``L Lᵀ`` the posterior covariance, ``[P, P]``."""
-        posterior = self._posterior
+        posterior = self._in_form
         assert isinstance(posterior, FullPrecision), "made by FullCurvature"
-        return posterior.root
+        return posterior.root.clone()
 
     @property
     def posterior_covariance(self) -> Float[Tensor, "params params"]:
         """Posterior covariance, ``[P, P]``."""
-        posterior = self._posterior
+        posterior = self._in_form
         assert isinstance(posterior, FullPrecision), "made by FullCurvature"
-        return posterior.covariance
+        return posterior.covariance.clone()

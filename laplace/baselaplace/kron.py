@@ -14,6 +14,7 @@ from laplace.enums import Likelihood
 from laplace.errors import InputError
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
+from laplace.structures.by_hand import independent
 
 
 class KronLaplace(ParametricLaplace):
@@ -112,7 +113,7 @@ class KronLaplace(ParametricLaplace):
 
     @property
     def H_facs(self) -> Kron:  # noqa: N802 - the recorded name
-        """The Kronecker factors of the curvature."""
-        curvature = self._fitted.curvature
+        """The Kronecker factors of the curvature; zero before ``fit``. A copy."""
+        curvature = self._zero_curvature if self._is_prior else self._fitted.curvature
         assert isinstance(curvature, KronCurvature), "made by this class"
-        return curvature.factors
+        return independent(curvature.factors)

@@ -135,13 +135,13 @@ class LowRankLaplace(ParametricLaplace):
     @property
     def V(self) -> Float[Tensor, "params rank"]:  # noqa: N802 - the recorded name
         """``diag(1/δ) U``, ``[P, r]``: the posterior covariance is ``diag(1/δ) − V Kinv Vᵀ`` (Woodbury)."""
-        (vectors, _), delta = self.posterior_precision
+        (vectors, _), delta = self._in_form.public
         return vectors / delta.unsqueeze(1)
 
     @property
     def Kinv(self) -> Float[Tensor, "rank rank"]:  # noqa: N802 - the recorded name
         """``(diag(1/(s λ)) + Uᵀ diag(1/δ) U)⁻¹``, ``[r, r]``."""
-        (vectors, values), delta = self.posterior_precision
+        (vectors, values), delta = self._in_form.public
         root = values.sqrt()
         inner = (vectors * root).mT @ (vectors * root / delta.unsqueeze(1))
         eye = torch.eye(len(root), dtype=root.dtype, device=root.device)

@@ -25,7 +25,7 @@ class ParametricLaplace(TunedPosterior):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹). See ``BaseLaplace`` for the parameters."""
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
-        """Draw weights from the posterior, ``θ* + A^(−½) ε`` with standard normal ε.
+        """Draw weights from the posterior, ``θ* + A^(−½) ε`` with standard normal ε; before ``fit`` from the prior.
 
         Parameters
         ----------
@@ -41,7 +41,7 @@ class ParametricLaplace(TunedPosterior):
         Raises
         ------
         NotFittedError
-            Before ``fit``.
+            Before ``fit``, where the last layer is not known yet.
         InputError
             If ``n_samples`` is not positive, or the generator is on another device.
 
@@ -51,7 +51,7 @@ class ParametricLaplace(TunedPosterior):
         """
         self._options(PredType.NN, n_samples=n_samples, generator=generator)
         with torch.no_grad():
-            return self._fitted.mean + self._frozen_posterior.sample(n_samples, generator)
+            return self._mean + self._gaussian.sample(n_samples, generator)
 
     def functional_variance(self, Js: Tensor) -> Float[Tensor, "batch outputs outputs"]:
         """Covariance of the linearized outputs at each input, ``J Σ Jᵀ``, in output units squared.
@@ -74,7 +74,7 @@ class ParametricLaplace(TunedPosterior):
         -----
         The Jacobian dominates time and memory; calling the object never builds it.
         """
-        return self._frozen_posterior.functional_variance(Js.to(self._dtype))
+        return self._gaussian.functional_variance(Js.to(self._dtype))
 
     def functional_covariance(self, Js: Tensor) -> Float[Tensor, "joint joint"]:
         """Covariance of the linearized outputs across inputs, ``[batch·outputs, batch·outputs]``.
@@ -97,7 +97,7 @@ class ParametricLaplace(TunedPosterior):
         -----
         Memory O((batch · outputs)²) beside the Jacobians.
         """
-        return self._frozen_posterior.functional_covariance(Js.to(self._dtype))
+        return self._gaussian.functional_covariance(Js.to(self._dtype))
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 

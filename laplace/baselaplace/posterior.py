@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,8 @@ from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
 from laplace.likelihoods import GaussianLikelihood
 from laplace.network import Batch, Passes, evaluating, full_precision, iterate
-from laplace.structures import AbstractCurvature, AbstractPrecision
+from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision
+from laplace.structures.by_hand import BY_HAND, assigned_curvature, independent, zero_curvature, zero_form
 from laplace.types import Scalar
 
 
@@ -33,6 +35,8 @@ class WeightPosterior(RandomWeights):
 
     curvature_type: ClassVar[type[AbstractCurvature]]
     """Declared by a structure class."""
+    _mean_by_hand: Tensor | None = None
+    """Assigned before there is a curvature."""
 
     def _posterior_options(self) -> dict[str, Any]:
         """Options of the structure's ``posterior``."""
@@ -84,9 +88,9 @@ class WeightPosterior(RandomWeights):
         """
         counts: dict[str, int] = {}
         keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, "device": self._device}
-        previous = None if override else self.__dict__.get("_fit")
+        previous: Fit | None = None if override else self.__dict__.get("_fit")
         if previous is not None:
-            self.curvature_type.check_merge()
+            previous.check_merge()
 
         def read() -> Iterator[Batch]:
             counts.update(data=0, positions=0)
@@ -198,32 +202,112 @@ class WeightPosterior(RandomWeights):
             raise self._not_fitted(message)
         return fit
 
+    @property
+    def _is_prior(self) -> bool:
+        """Whether there was no fit, and the object is the prior over its weights."""
+        return "_fit" not in self.__dict__ and self.curvature_type in BY_HAND
+
     # -- what was learned ---------------------------------------------------------------------------------------------
 
     @property
+    def _mean(self) -> Float[Tensor, " params"]:
+        """The mean of the weights, in our memory."""
+        if not self._is_prior:
+            return self._fitted.mean
+        prior, by_hand = self._prior, self._mean_by_hand
+        return prior.mean.expand(prior.n_params) if by_hand is None else by_hand.to(self._device)
+
+    @property
     def mean(self) -> Float[Tensor, " params"]:
-        """The weights at which the curvature was taken, ``[P]``."""
-        return self._fitted.mean
+        """The weights at which the curvature was taken, ``[P]``; before ``fit`` the prior mean. A copy.
+
+        May be assigned: the posterior is then one around these weights. Before ``fit`` assign ``H`` with it. The
+        evidence needs the loss at the mean, which is known for the weights of ``fit`` alone. An assigned value must be
+        finite (``InputError``) and hold a number for each random weight (``ShapeError``).
+        """
+        return self._mean.clone()
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self._assign_mean(value)
+
+    @linalg.lasting
+    def _assign_mean(self, value: Tensor) -> None:
+        """Put the posterior around given weights."""
+        self._check_by_hand("mean")
+        n_params = self._known_parameters("The mean").n_params
+        mean = self._checked("mean", value).detach()
+        if mean.shape != (n_params,):
+            msg = f"mean must hold the {n_params} random weights, [{n_params}]; got {list(mean.shape)}."
+            raise ShapeError(msg)
+        if self._is_prior:
+            self._mean_by_hand = mean
+        else:
+            self._fit = self._fitted.at(mean)
+        self._hyperparameters_changed()
 
     @property
     def H(self) -> Any:
-        """Curvature of the data term at unit noise and temperature, in the form of the structure."""
-        return self._fitted.curvature.public
+        """Curvature of the data term at unit noise and temperature, in the form of the structure; a copy.
+
+        Before ``fit`` it is zero. May be assigned, after a fit and without one: posterior, predictions, samples and
+        evidence are then those of the given curvature. An assigned value must have the form that is read here (of a
+        Kronecker structure also ``H_facs``), fit the weights (``ShapeError``), be finite, symmetric (``InputError``).
+        """
+        if self._is_prior:
+            return zero_form(self._zero_curvature)
+        return independent(self._fitted.curvature.public)
+
+    @H.setter
+    @linalg.lasting
+    def H(self, value: Any) -> None:
+        self._check_by_hand("H")
+        subset, known = self._known_parameters("H"), None if self._is_prior else self._fitted
+        now = None if known is None else known.curvature
+        curvature = assigned_curvature(self.curvature_type, value, subset.shapes, self._checked, now)
+        if known is None:
+            mean = subset.vector().to(self._dtype) if self._mean_by_hand is None else self._mean_by_hand
+            n_outputs = self._count_outputs() if self._last_layer else None
+            self._fit = Fit.by_hand(mean, curvature, self._sigma_noise, n_outputs, self._head_bias)
+            self._mean_by_hand = None
+        else:
+            self._fit = replace(known, curvature=curvature)
+        self._hyperparameters_changed()
+
+    def _check_by_hand(self, name: str) -> None:
+        if self.curvature_type not in BY_HAND:
+            msg = (
+                f"{type(self).__name__} is made of data, and its {name} cannot be assigned: call fit(train_loader). "
+                "Posteriors over weights (hessian_structure='full', 'diag', 'kron', ...) take one."
+            )
+            raise UnsupportedError(msg)
+
+    @property
+    def _zero_curvature(self) -> AbstractCurvature:
+        """The curvature of no data."""
+        subset = self._known_parameters("H")
+        self._check_memory()
+        like = torch.zeros((), dtype=self._dtype, device=self._device)
+        return zero_curvature(self.curvature_type, subset.shapes, like)
 
     @property
     def loss(self) -> Scalar:
-        """Negative log-likelihood of the training data at σ = T = 1, without constants, in nats."""
-        return self._fitted.nll
+        """Negative log-likelihood of the training data at σ = T = 1, without constants, in nats; 0 before ``fit``."""
+        return self._prior.precision.new_zeros(()) if self._is_prior else self._fitted.known_nll.clone()
 
     @property
     def n_data(self) -> int:
         """Number of rows that the training loaders yielded."""
-        return self._fitted.n_data
+        return 0 if self._is_prior else self._fitted.n_data
 
     @property
     def n_outputs(self) -> int:
         """C."""
-        return self._fitted.n_outputs
+        n_outputs = self._fitted.n_outputs
+        if not n_outputs:
+            message = "n_outputs"
+            raise self._not_fitted(message)
+        return n_outputs
 
     # -- posterior ----------------------------------------------------------------------------------------------------
 
@@ -235,6 +319,8 @@ class WeightPosterior(RandomWeights):
     @linalg.lasting
     def _posterior(self) -> AbstractPrecision:
         """Factorized posterior precision; the cached one unless hyperparameters are being differentiated."""
+        if self._is_prior:
+            return DiagPrecision(self._prior.diagonal())
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
         if not (torch.is_grad_enabled() and (scale.requires_grad or self._prior_precision.requires_grad)):
             return self._frozen_posterior
@@ -253,9 +339,21 @@ class WeightPosterior(RandomWeights):
         return cache["posterior"]
 
     @property
+    def _gaussian(self) -> AbstractPrecision:
+        """What is known of the weights, on no graph of hyperparameters: the posterior, or before ``fit`` the prior."""
+        return DiagPrecision(self._prior.diagonal().detach()) if self._is_prior else self._frozen_posterior
+
+    @property
+    def _in_form(self) -> AbstractPrecision:
+        """The posterior precision, or before ``fit`` that of the prior, as the structure keeps it."""
+        if not self._is_prior:
+            return self._posterior
+        return self._zero_curvature.posterior(self._prior, **self._posterior_options())
+
+    @property
     def posterior_precision(self) -> Any:
-        """Posterior precision in the form of the structure."""
-        return self._posterior.public
+        """Posterior precision in the form of the structure; before ``fit`` that of the prior. A copy."""
+        return independent(self._in_form.public)
 
     def log_prob(self, value: Float[Tensor, "*batch params"], normalized: bool = True) -> Float[Tensor, "*batch"]:
         """Log density of weights under the posterior, ``−½ (θ − θ*)ᵀ A (θ − θ*) + ½ log|A| − ½ P log 2π``, in nats.
@@ -279,7 +377,7 @@ class WeightPosterior(RandomWeights):
         quadratic = -0.5 * self.square_norm(value)
         if not normalized:
             return quadratic
-        return quadratic + 0.5 * (self.log_det_posterior_precision - len(self._fitted.mean) * math.log(2 * math.pi))
+        return quadratic + 0.5 * (self.log_det_posterior_precision - len(self._mean) * math.log(2 * math.pi))
 
     def square_norm(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
         """(θ − θ*)ᵀ A (θ − θ*) with A the posterior precision.
@@ -298,7 +396,7 @@ class WeightPosterior(RandomWeights):
         ShapeError
             If P differs from the number of random weights.
         """
-        mean = self._fitted.mean
+        mean = self._mean
         if value.shape[-1:] != mean.shape:
             msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
             raise ShapeError(msg)
@@ -314,7 +412,7 @@ class WeightPosterior(RandomWeights):
     @property
     def scatter(self) -> Scalar:
         """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
-        return self._prior.scatter(self._fitted.mean)
+        return self._prior.scatter(self._mean)
 
     @property
     def log_det_prior_precision(self) -> Scalar:
@@ -324,12 +422,16 @@ class WeightPosterior(RandomWeights):
     @property
     def log_det_posterior_precision(self) -> Scalar:
         """Log |s·H + P₀|."""
+        if self._is_prior:
+            return self._prior.logdet()
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
         return self._fitted.scaled(scale).posterior_logdet(self._prior, **self._posterior_options())
 
     @property
     def log_det_ratio(self) -> Scalar:
         """Log |s·H + P₀| − log |P₀|."""
+        if self._is_prior:
+            return torch.zeros_like(self._prior.logdet())
         curvature = self._fitted.scaled(self._output_likelihood.curvature_scale(self.backend.kind))
         return curvature.log_det_ratio(self._prior, **self._posterior_options())
 

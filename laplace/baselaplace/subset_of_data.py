@@ -205,7 +205,7 @@ class FunctionalLaplace(SubsetPosterior):
         """
         self._options(PredType.NN, n_samples=n_samples, generator=generator)
         with torch.no_grad():
-            return self.mean + self._frozen_posterior.sample(n_samples, generator)
+            return self._mean + self._frozen_posterior.sample(n_samples, generator)
 
 
 __all__ = ["FunctionalLaplace"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from laplace.baselaplace.base import BaseLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
-from laplace.errors import UnsupportedError
+from laplace.errors import NotFittedError, UnsupportedError
 from laplace.network import ParameterSubset, WholeNetwork
 from laplace.predictive import JacobianLinearization, Linearization
 from laplace.prior import GaussianPrior
@@ -42,7 +42,11 @@ class RandomWeights(BaseLaplace):
     def _known_parameters(self, what: str) -> ParameterSubset:
         subset = self._select_parameters()
         if subset is None:
-            raise self._not_fitted(what)
+            msg = (
+                f"{what} needs the last layer, which is found by the first batch: name it (last_layer_name=), or call "
+                "fit(train_loader) first."
+            )
+            raise NotFittedError(msg)
         return subset
 
     def _count_outputs(self) -> int:
@@ -83,7 +87,7 @@ class RandomWeights(BaseLaplace):
     @property
     def prior_precision_diag(self) -> Float[Tensor, " params"]:
         """Prior precision of each weight, ``[P]``."""
-        return self._prior.diagonal()
+        return self._prior.diagonal().clone()
 
     # -- back end and outputs -----------------------------------------------------------------------------------------
 
@@ -145,7 +149,7 @@ class RandomWeights(BaseLaplace):
         if not self._known_parameters("fit").equals(fit.mean):
             which = "weights of the last layer" if self._last_layer else "random weights"
             msg = (
-                f"The {which} have changed since fit: predictions are centered at the new ones, their uncertainty "
-                "belongs to the old ones. Fit again."
+                f"The {which} have changed since fit, or la.mean was assigned: predictions are centered at the weights "
+                "of the model, their uncertainty belongs to la.mean. Fit again."
             )
             warnings.warn(msg, UserWarning, stacklevel=4)

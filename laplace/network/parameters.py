@@ -65,6 +65,13 @@ class ParameterSubset:
         return tuple(parameter.numel() for parameter in self.parameters)
 
     @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the parameter groups; single weights of a tensor have none of their own."""
+        if self.choice is not None:
+            return [(size,) for size in self.choice.sizes]
+        return [tuple(parameter.shape) for parameter in self.parameters]
+
+    @property
     def n_params(self) -> int:
         """P, the number of random weights."""
         return sum(self.sizes)

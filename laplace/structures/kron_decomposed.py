@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from laplace.errors import ShapeError
 from laplace.structures.rotated import RotatedPrecision
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KronDecomposed(RotatedPrecision):
     """Eigenvectors and eigenvalues of each factor, and one prior precision a block.
+
+    Estimators hand out copies: assigning to one (tensors on another device, say) changes what it is, and nothing else.
 
     Attributes
     ----------
@@ -41,7 +42,7 @@ class KronDecomposed(RotatedPrecision):
         """Fill in zero deltas."""
         if self.deltas is None:
             first = self.eigenvalues[0][0]
-            object.__setattr__(self, "deltas", torch.zeros(len(self), dtype=first.dtype, device=first.device))
+            self.deltas = torch.zeros(len(self), dtype=first.dtype, device=first.device)
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -92,13 +93,10 @@ class KronDecomposed(RotatedPrecision):
     @property
     def spectrum(self) -> list[Tensor]:
         """Eigenvalues of each block with the prior added: ``[rows, columns]``, or ``[rows]`` with one factor."""
-        return self._spectrum
-
-    @cached_property
-    def _spectrum(self) -> list[Tensor]:
         assert self.deltas is not None, "filled in on construction"
-        spectrum = []
+        spectrum: list[Tensor] = []
         for block, delta in zip(self.eigenvalues, self.deltas, strict=True):
+            delta = delta.to(block[0].device)  # factors may have been moved by hand
             if len(block) == 1:
                 spectrum.append(block[0] + delta)
             elif self.damping:

@@ -112,10 +112,10 @@ class Problem:
         per_output
             One for each output.
         """
-        fit = self.fit
+        fit, nll = self.fit, self.fit.known_nll
         if per_output:
             return (2 * fit.nll_of_outputs / fit.n_positions).sqrt()
-        return (2 * fit.nll / (fit.n_positions * fit.n_outputs)).sqrt()
+        return (2 * nll / (fit.n_positions * fit.n_outputs)).sqrt()
 
 
 def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:
@@ -136,11 +136,11 @@ def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:
     -----
     Exact at the trained weights; O(1), from what ``fit`` summed.
     """
-    scale = likelihood.scale
+    scale, nll = likelihood.scale, fit.known_nll
     if scale.dim() and fit.head_bias is not None:
         nll = (scale * fit.nll_of_outputs).sum()
     else:
-        nll = fit.common(scale) * fit.nll if fit.head_bias is None else scale * fit.nll
+        nll = (fit.common(scale) if fit.head_bias is None else scale) * nll
     return -nll - likelihood.log_normalizer(fit.n_positions, fit.n_outputs)
 
 
