@@ -10,6 +10,8 @@ arXiv:2305.04684.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -89,6 +91,27 @@ class AsdlInterface(PackageInterface):
 
         return require("asdl", "asdl").batch_gradient(batch.model, closure).detach()
 
+    def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
+        """Raise for options that say which matrix, or that ASDL does not have.
+
+        Raises
+        ------
+        UnsupportedError
+            If there is one.
+        """
+        if not self.accepts_fisher_kwargs:
+            return super()._check_options(structure, options)
+        known = list(inspect.signature(require("asdl", "asdl").FisherConfig).parameters)
+        for name in options:
+            if name in OURS:
+                msg = f"asdl_fisher_kwargs cannot set {name!r}: that is said by {OURS[name]}."
+                raise UnsupportedError(msg)
+            if name not in known:
+                choices = ", ".join(repr(choice) for choice in known if choice not in OURS)
+                msg = f"{type(self).__name__} has no option {name!r} (asdl_fisher_kwargs); ASDL knows {choices}."
+                raise UnsupportedError(msg)
+        return None
+
     # -- Fisher matrices ----------------------------------------------------------------------------------------------
 
     @property
@@ -124,17 +147,7 @@ class AsdlInterface(PackageInterface):
         ]
 
     def _compute_fisher(self, batch: PrivateBatch, shape: str) -> None:
-        """Leave a Fisher matrix on the modules of the copy.
-
-        Raises
-        ------
-        UnsupportedError
-            For options that say which matrix.
-        """
-        for name in batch.options:
-            if name in OURS:
-                msg = f"asdl_fisher_kwargs cannot set {name!r}: that is said by {OURS[name]}."
-                raise UnsupportedError(msg)
+        """Leave a Fisher matrix on the modules of the copy."""
         asdl = require("asdl", "asdl")
         options = {"fisher_shapes": [getattr(asdl, shape)], "loss_type": self.loss_type, "data_size": 1}
         maker = asdl.get_fisher_maker(

@@ -21,7 +21,7 @@ from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInte
 from laplace.curvature.last_layer_engine import LastLayerEngine
 from laplace.curvature.recording import Recording
 from laplace.curvature.replay import Replay
-from laplace.curvature.structured import Basis
+from laplace.curvature.structured import Basis, check_count, without_count
 from laplace.enums import HessianStructure, KfacApprox, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
 from laplace.structures import Kron
@@ -42,12 +42,12 @@ class AutogradInterface(CurvatureInterface):
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · P²), for all weights times the number of columns."""
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         return self._engine.full(x, y)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal ``[P]``: O(rows · P), for all weights times the number of columns."""
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         return self._engine.diag(x, y)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
@@ -59,6 +59,7 @@ class AutogradInterface(CurvatureInterface):
         would cost as much as all else; eigenvalues at the level of its rounding count as zero.
         """
         self._refuse(kwargs, HessianStructure.KRON)
+        check_count(N)
         loss, sums = self._engine.kron(x, y)
         if N == 1:
             return loss, sums
@@ -139,7 +140,7 @@ class AutogradHessian(AutogradInterface):
         """Loss ``[]`` and Hessian ``[P, P]``."""
         if self.last_layer:
             return super().full(x, y, **kwargs)
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         with torch.inference_mode(False):
             loss, rows = self._rows(x, y)
             return self._widen(loss.detach()), torch.stack([self._widen(row) for row in rows])
@@ -148,7 +149,7 @@ class AutogradHessian(AutogradInterface):
         """Loss ``[]`` and the diagonal of the Hessian ``[P]``."""
         if self.last_layer:
             return super().diag(x, y, **kwargs)
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         with torch.inference_mode(False):
             loss, rows = self._rows(x, y)
             return self._widen(loss.detach()), torch.stack([self._widen(row[index]) for index, row in enumerate(rows)])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace.curvature.columns import ColumnsInterface, dense_columns
 from laplace.curvature.interface import CurvatureInterface
+from laplace.curvature.structured import without_count
 from laplace.enums import CurvatureKind, Likelihood
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import OutputHessian, Positions
@@ -87,13 +88,13 @@ class GGNInterface(ColumnsInterface):
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss and ``Σ Jᵀ Λ J`` from Jacobians."""
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         loss, J, Lambda = self._jacobians_and_hessians(x, y)
         return loss, torch.einsum("ncp,nck,nkq->pq", J, Lambda, J)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss and the diagonal of ``Σ Jᵀ Λ J`` from Jacobians."""
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         loss, J, Lambda = self._jacobians_and_hessians(x, y)
         return loss, torch.einsum("ncp,nck,nkp->p", J, Lambda, J)
 
@@ -106,10 +107,12 @@ class GGNInterface(ColumnsInterface):
 
     def output_hessian(self, positions: Positions) -> OutputHessian:
         """The likelihood's Hessian, or the mean of ``num_samples`` outer products with that expectation."""
-        if not self.stochastic:
-            return super().output_hessian(positions)
-        draws = self.output_likelihood.sample_gradient(positions.f, self.num_samples, self.generator)
-        return OutputHessian(positions.f.shape[-1], root=draws.permute(1, 2, 0) / self.num_samples**0.5)
+        return self._sampled(positions, self.num_samples) if self.stochastic else super().output_hessian(positions)
+
+    def _sampled(self, positions: Positions, num_samples: int) -> OutputHessian:
+        """The mean of outer products of gradients at sampled labels."""
+        draws = self.output_likelihood.sample_gradient(positions.f, num_samples, self.generator)
+        return OutputHessian(positions.f.shape[-1], root=draws.permute(1, 2, 0) / num_samples**0.5)
 
     def _jacobians_and_hessians(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, Jacobians and output Hessians of the unmasked positions."""
@@ -142,13 +145,13 @@ class EFInterface(ColumnsInterface):
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss and ``Σ g gᵀ`` from gradients."""
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         gradients, loss = self.gradients(x, y)
         return loss, gradients.T @ gradients
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss and ``Σ g²`` from gradients."""
-        self._refuse(kwargs)
+        self._refuse(without_count(kwargs))
         gradients, loss = self.gradients(x, y)
         return loss, gradients.square().sum(0)
 

@@ -11,8 +11,9 @@ democratized via linear operators", arXiv:2501.19183.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.package import PackageInterface, mixing
 from laplace.curvature.private_batch import PrivateBatch
-from laplace.enums import HessianStructure
-from laplace.errors import UnsupportedError
+from laplace.enums import HessianStructure, KfacApprox, Likelihood, choose
+from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, rows_of
 from laplace.optional import require
@@ -102,13 +103,32 @@ class CurvlinopsInterface(PackageInterface):
         """All columns."""
         return torch.cat([columns for _, columns in self._columns(operator, batch)], 1)
 
+    kfac_approx: KfacApprox = KfacApprox.EXPAND
+    """How positions that share a weight enter Kronecker factors."""
+    options_of: ClassVar[Mapping[HessianStructure, frozenset[str]]] = {}
+    """Options of curvlinops that a method takes, by structure."""
+
+    def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
+        known = frozenset[str]() if structure is None else self.options_of.get(structure, frozenset())
+        self._refuse({name: value for name, value in options.items() if name not in known})
+        if "kfac_approx" in options:
+            choose(KfacApprox, options["kfac_approx"], "kfac_approx")
+
     def _factors(self, batch: PrivateBatch, y: Tensor, fisher_type: str, scale: float, **options: Any) -> list[Any]:
         """Kronecker factors in the order of the weights, the inputs' one a sum over data."""
+        approx = choose(KfacApprox, batch.options.get("kfac_approx", self.kfac_approx), "kfac_approx")
         curvlinops = require("curvlinops", "curvlinops")
         whole = replace(batch, model=nn.Sequential(batch.model))  # a layer needs a name
         kind = getattr(curvlinops.FisherType, fisher_type)
         operator = self._operator(
-            "KFACLinearOperator", whole, batch.x, y, fisher_type=kind, num_per_example_loss_terms=1, **options
+            "KFACLinearOperator",
+            whole,
+            batch.x,
+            y,
+            fisher_type=kind,
+            kfac_approx=getattr(curvlinops.KFACType, approx.name),
+            num_per_example_loss_terms=1,
+            **options,
         )
         operator.compute_kronecker_factors()
         state = operator.state_dict()
@@ -119,25 +139,101 @@ class CurvlinopsInterface(PackageInterface):
 
 
 class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):
-    """Generalized Gauss–Newton matrix by curvlinops, exact or sampled; see ``GGNInterface`` for the parameters."""
+    """Generalized Gauss–Newton matrix by curvlinops, exact or sampled.
+
+    ``full``, ``diag`` and ``kron`` take ``mc_samples``, the number of samples of that call, and ``kron`` takes
+    ``kfac_approx``; see ``GGNInterface`` for the parameters.
+
+    Parameters
+    ----------
+    model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, num_samples, generator
+        As in ``GGNInterface``.
+    curvature_dtype
+        As in ``CurvatureInterface``.
+    kfac_approx
+        As in ``AutogradGGN``.
+    """
+
+    options_of: ClassVar[Mapping[HessianStructure, frozenset[str]]] = {
+        HessianStructure.FULL: frozenset({"mc_samples"}),
+        HessianStructure.DIAG: frozenset({"mc_samples"}),
+        HessianStructure.KRON: frozenset({"mc_samples", "kfac_approx"}),
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        num_samples: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        curvature_dtype: torch.dtype | None = None,
+        kfac_approx: KfacApprox | str = KfacApprox.EXPAND,
+    ) -> None:
+        self.kfac_approx = choose(KfacApprox, kfac_approx, "kfac_approx")
+        super().__init__(
+            model,
+            likelihood,
+            last_layer,
+            subnetwork_indices,
+            dict_key_x,
+            dict_key_y,
+            stochastic,
+            num_samples,
+            generator=generator,
+            curvature_dtype=curvature_dtype,
+        )
+
+    def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
+        super()._check_options(structure, options)
+        n = options.get("mc_samples", 1)
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+            msg = f"mc_samples must be a positive whole number; got {n!r}."
+            raise InputError(msg)
+        if "mc_samples" in options and not self.stochastic:
+            msg = "mc_samples belongs to the sampled Fisher: construct the back end with stochastic=True."
+            raise UnsupportedError(msg)
+
+    def _n_samples(self, batch: PrivateBatch) -> int:
+        """Number of samples of a call."""
+        return int(batch.options.get("mc_samples", self.num_samples))
+
+    def _root(self, batch: PrivateBatch) -> Float[Tensor, "rows outputs columns"]:
+        """Roots of the output Hessians, exact or sampled."""
+        positions = Positions(batch.f, batch.y)
+        root = self._sampled(positions, self._n_samples(batch)).root if self.stochastic else self.output_root(positions)
+        assert root is not None, "samples are roots"
+        return root
 
     def _full(self, batch: PrivateBatch) -> Tensor:
-        root = self.output_root(Positions(batch.f, batch.y))
+        root = self._root(batch)
         rows = (part.flatten(0, 1) for part in self._pull_back(batch, root))
         return sum((part.T @ part for part in rows), batch.zeros(2))
 
     def _diag(self, batch: PrivateBatch) -> Tensor:
-        root = self.output_root(Positions(batch.f, batch.y))
+        root = self._root(batch)
         return sum((part.square().sum((0, 1)) for part in self._pull_back(batch, root)), batch.zeros(1))
 
     def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
-        options = {"mc_samples": self.num_samples, "seed": self._seed()} if self.stochastic else {}
+        options = {"mc_samples": self._n_samples(batch), "seed": self._seed()} if self.stochastic else {}
         kind = "MC" if self.stochastic else "TYPE2"
         return self._factors(batch, batch.labels, kind, self.factor, **options)
 
 
 class CurvlinopsEF(CurvlinopsInterface, EFInterface):
-    """Empirical Fisher by curvlinops; of regression it is that of the likelihood, not of the squared error."""
+    """Empirical Fisher by curvlinops; of regression it is that of the likelihood, not of the squared error.
+
+    ``kron`` takes ``kfac_approx``, see ``AutogradGGN``.
+    """
+
+    options_of: ClassVar[Mapping[HessianStructure, frozenset[str]]] = {
+        HessianStructure.KRON: frozenset({"kfac_approx"})
+    }
 
     def _full(self, batch: PrivateBatch) -> Tensor:
         gradients = batch.sum_positions(self._gradients(batch))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, flat, outputs_of_known, private_head
+from laplace.curvature.structured import check_count, without_count
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import Positions
@@ -89,17 +90,18 @@ class PackageInterface(CurvatureInterface):
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and dense curvature ``[P, P]`` of a batch, by the package."""
         FullCurvature.check_memory(self.params, self._compute_dtype)
-        with self._private(x, y, HessianStructure.FULL, kwargs) as (loss, batch):
+        with self._private(x, y, HessianStructure.FULL, without_count(kwargs)) as (loss, batch):
             matrix = self._full(batch) if len(batch.y) else batch.zeros(2)
             return loss, self._restrict(self._restrict(matrix).mT).mT
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch, by the package."""
-        with self._private(x, y, HessianStructure.DIAG, kwargs) as (loss, batch):
+        with self._private(x, y, HessianStructure.DIAG, without_count(kwargs)) as (loss, batch):
             return loss, self._restrict(self._diag(batch) if len(batch.y) else batch.zeros(1))
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors by the package; the inputs' side divided by ``N`` (1 for raw sums)."""
+        check_count(N)
         with self._private(x, y, HessianStructure.KRON, kwargs) as (loss, batch):
             if not len(batch.y):
                 return loss, Kron.init_from_model(batch.parameters, loss.device, batch.f.dtype)
@@ -151,6 +153,10 @@ class PackageInterface(CurvatureInterface):
                 return self._restrict(batch.zeros(1).repeat(batch.n_data, 1)), loss
             return self._restrict(batch.sum_positions(self._gradients(batch))), loss
 
+    def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
+        """Raise for options of a method that the package does not have, or has under our names."""
+        self._refuse(dict(options))
+
     # -- what it can take ---------------------------------------------------------------------------------------------
 
     @classmethod
@@ -177,8 +183,7 @@ class PackageInterface(CurvatureInterface):
         """Loss and private batch; in the body autograd is on and autocast off, whatever the caller has set."""
         if structure is not None and not self.provides(structure):
             raise self.cannot(structure)
-        if options and not self.accepts_fisher_kwargs:
-            self._refuse(options)
+        self._check_options(structure, options or {})
         prepare = self._private_head if self.last_layer else self._private_network
         with torch.inference_mode(False):
             with torch.no_grad():

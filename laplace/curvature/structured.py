@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -10,11 +11,37 @@ from torch import Tensor
 from laplace.curvature.capabilities import Capabilities
 from laplace.curvature.replay import check_repeatable
 from laplace.enums import HessianStructure, SubsetOfWeights
+from laplace.errors import InputError
 from laplace.structures import Kron
 from laplace.types import Inputs
 
 Basis: TypeAlias = "Sequence[Sequence[Tensor | None]]"
 """For each parameter group one or two orthogonal matrices; ``None`` is the identity."""
+
+
+def without_count(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without ``N``, the number of training data, which has no effect on what is a plain sum over a batch.
+
+    Parameters
+    ----------
+    options
+        Of ``full`` or ``diag``; callers that go through all structures pass ``N`` to each of them.
+
+    Raises
+    ------
+    InputError
+        If ``N`` is no positive whole number.
+    """
+    if "N" in options:
+        check_count(options["N"])
+    return {name: value for name, value in options.items() if name != "N"}
+
+
+def check_count(N: Any) -> None:
+    """Raise unless ``N`` is a positive whole number."""
+    if isinstance(N, bool) or not isinstance(N, Integral) or N < 1:
+        msg = f"N is the number of training data, a positive whole number; got {N!r}."
+        raise InputError(msg)
 
 
 class StructuredInterface(Capabilities):
@@ -36,11 +63,11 @@ class StructuredInterface(Capabilities):
         return super().can(structure, subset) and not missing
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and dense curvature ``[P, P]`` of a batch."""
+        """Loss ``[]`` and dense curvature ``[P, P]`` of a batch; ``N`` may be given, and divides nothing."""
         raise self.cannot(HessianStructure.FULL)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch."""
+        """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch; ``N`` as for ``full``."""
         raise self.cannot(HessianStructure.DIAG)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
