@@ -19,8 +19,9 @@ from laplace.curvature import columns as by_columns
 from laplace.curvature import kfac
 from laplace.curvature.curvature import CurvatureInterface
 from laplace.curvature.memory import Memory
-from laplace.curvature.recording import MixedBlock, Recording
+from laplace.curvature.recording import Recording
 from laplace.curvature.structured import Basis
+from laplace.curvature.uses import MixedBlock
 from laplace.errors import PerformanceWarning, UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, differentiable
@@ -79,6 +80,7 @@ class AllWeightsEngine:
                 self.network.constants,
                 count_rows(x),
                 self.memory,
+                names=self.network.names,
                 create_graph=create_graph,
                 dtype=self.backend.curvature_dtype,
             )

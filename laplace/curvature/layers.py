@@ -267,3 +267,5 @@ READERS.update(dict.fromkeys((torch.add, Tensor.add, Tensor.add_), (addition, SI
 READERS.update(dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_), (subtraction, SIDES)))
 READERS.update(dict.fromkeys((torch.mul, Tensor.mul), (multiplication, SIDES)))  # mul_ writes over what it multiplies
 READERS.update(dict.fromkeys((Tensor.matmul, Tensor.__matmul__), (matmul, SIDES)))
+READER_NAMES = {getattr(function, "__name__", "") for function in READERS}
+"""What these functions are called."""

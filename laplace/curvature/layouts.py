@@ -1,25 +1,50 @@
 """Which datum each row of a layer's inputs belongs to.
 
 Layers see their rows in any order: batch first, batch second (attention), flattened with positions (windows, frames).
-Instead of guessing from shapes, the layout is read off two backward passes, one of them with every datum weighed by a
-number of its own: the ratio of the two gradients at a row names the datum. Rows that mix data are recognized as such.
+Instead of guessing from shapes, the layout is read off a few backward passes, all but the first with every datum
+weighed by a number of its own: the ratios of gradients at a row name the datum. Weights are powers of two, positive or
+negative: scaling by them commutes with rounding, so that ratios are exact in whatever precision the model computes
+(TF32 on a GPU, bfloat16, float16). Rows that mix data have other ratios and are recognized as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+WIDE = (tuple(range(-32, 32)), 1e-24)
+"""Exponents of the weights, and the gradients below which scaling may not be exact: for float32 and its exponents."""
+NARROW = (tuple(range(-3, 1)), 3e-5)
+"""The same for float16, whose gradients overflow and vanish."""
+TOLERANCE = 2e-3
+"""Of ratios, which are a power of two; that nothing at all deviates cannot be asked of sums in a random order."""
+SMALL = 1e-4
+"""Rows this much smaller than the largest may be rounding."""
 
-def datum_weights(n_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A weight for each datum, all different by a half at least, in a fixed random order."""
-    noise = torch.Generator().manual_seed(n_rows)
-    order = torch.randperm(n_rows, generator=noise)
-    return (order + 1 + 0.5 * torch.rand(n_rows, generator=noise, dtype=torch.float64)).to(device, dtype)
+
+def datum_weights(n_rows: int, narrow: bool, device: torch.device) -> Float[Tensor, "passes batch"]:
+    """Weights of each datum, one for each of as many passes as it takes to tell all data apart, in a random order.
+
+    Parameters
+    ----------
+    n_rows
+        B, the number of data.
+    narrow
+        Whether part of the model computes in float16: fewer numbers a pass, so that gradients do not vanish.
+    device
+        Of the result.
+    """
+    powers = sorted((NARROW if narrow else WIDE)[0], key=abs)
+    numbers = torch.tensor([sign * 2.0**power for power in powers for sign in (1, -1)], dtype=torch.float32)
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(n_rows))
+    passes = [numbers[order % len(numbers)]]
+    while (order := order // len(numbers)).any():
+        passes.append(numbers[order % len(numbers)])
+    return torch.stack(passes).to(device)
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,9 @@ class Layout:
         return rows * (self.index >= 0).reshape(shape)
 
 
-def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> tuple[Layout | None, bool]:
+def find(
+    plain: Tensor, weighed: Sequence[Tensor], weights: Float[Tensor, "passes batch"], n_lead: int, eps: float
+) -> tuple[Layout | None, bool]:
     """The layout of rows, from their gradients.
 
     Parameters
@@ -78,39 +105,47 @@ def find(plain: Tensor, weighed: Tensor, weights: Tensor, n_lead: int) -> tuple[
     plain
         Gradients in a random direction of the outputs, ``[*lead, *after]``.
     weighed
-        The same with the outputs of each datum multiplied by its weight.
+        The same with the outputs of each datum multiplied by its weight, one of each pass.
     weights
-        ``[batch]``, all different.
+        By ``datum_weights``.
     n_lead
         How many leading axes there are.
+    eps
+        Precision that the model computes in.
 
     Returns
     -------
     The layout, ``None`` when a row mixes data; and whether it is the only one that these gradients allow.
     """
-    lead, n_rows = tuple(plain.shape[:n_lead]), len(weights)
+    lead, n_rows = tuple(plain.shape[:n_lead]), weights.shape[1]
     if n_rows == 1:
         return Layout((1, *lead)), True
-    rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, weighed)]
+    dtype = torch.promote_types(plain.dtype, torch.float32)
+    rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, *weighed)]
     # A few random projections of a row say as much as the row: what holds for them holds for it.
     noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    flat, target = ((row @ noise.to(row)).double() for row in rows)
-    size = flat.abs().amax(1, keepdim=True)
-    # Rounding grows with the weight, and does not spare rows that are small.
-    rounding = 4 * torch.finfo(plain.dtype).eps * n_rows
-    allowed = (1e-3 + rounding) * size + 10 * rounding * size.max()
+    flat, *targets = (row.to(dtype) @ noise.to(row.device, dtype) for row in rows)
+    target = torch.stack(targets)
+    size = torch.linalg.vector_norm(rows[0].to(dtype), dim=1, keepdim=True)
+    least = (NARROW if plain.dtype == torch.float16 else WIDE)[1]
+    allowed = max(TOLERANCE, 8 * eps) * size + max(SMALL, eps) * size.max() + least
     fitting: list[tuple[float, Layout]] = []
     for candidate in candidates(lead, n_rows):
         data = candidate.apply(torch.arange(len(flat), device=flat.device).reshape(lead), n_lead)
-        expected = torch.empty_like(flat[:, :1])
-        expected[data.flatten()] = weights.double().repeat_interleave(data.shape[1]).unsqueeze(1)
-        residual = (target - expected * flat).abs()
+        datum = torch.empty_like(data.flatten())
+        datum[data.flatten()] = torch.arange(n_rows, device=flat.device).repeat_interleave(data.shape[1])
+        residual = deviation(flat, target, weights[:, datum])
         if bool((residual <= allowed).all()):
             fitting.append((float(residual.sum()), candidate))
     if not fitting:
-        return scattered(flat, target, weights.double(), allowed), True
+        return scattered(flat, target, weights, allowed), True
     best = min(fitting, key=lambda found: found[0])[1]
-    return best, len(fitting) == 1 and bool(flat.any())
+    return best, len(fitting) == 1 and bool((size > least).any())
+
+
+def deviation(flat: Tensor, target: Tensor, weights: Tensor) -> Float[Tensor, "passes rows projections"]:
+    """By how much weighed gradients differ from what the weights of their data say, in units of plain gradients."""
+    return (target / weights.to(target).unsqueeze(-1) - flat).abs()
 
 
 def lead_size(lead: tuple[int, ...]) -> int:
@@ -131,13 +166,21 @@ def candidates(lead: tuple[int, ...], n_rows: int) -> Iterator[Layout]:
 
 
 def scattered(flat: Tensor, target: Tensor, weights: Tensor, allowed: Tensor) -> Layout | None:
-    """Rows in no order: each names its datum by the ratio of its gradients.
+    """Rows in no order: each names its datum by the ratios of its gradients.
 
     Rows without gradient name none; they are given to any, which changes no derivative, and count as inputs.
     """
-    ratio = (flat * target).sum(1) / flat.square().sum(1).clamp(min=torch.finfo(flat.dtype).tiny)
-    nearest = (ratio.unsqueeze(1) - weights).abs().argmin(1)
-    if bool(((target - weights[nearest].unsqueeze(1) * flat).abs() > allowed).any()):
+    ratio = (flat * target).sum(-1) / flat.square().sum(-1).clamp(min=torch.finfo(flat.dtype).tiny)
+    names, order = names_of(weights).sort()
+    datum = order[torch.searchsorted(names, names_of(ratio)).clamp(max=len(order) - 1)]
+    if not bool((deviation(flat, target, weights[:, datum]) <= allowed).all()):
         return None
-    rows = [torch.nonzero(nearest == datum).flatten() for datum in range(len(weights))]
+    rows = [torch.nonzero(datum == number).flatten() for number in range(len(order))]
     return Layout((), None, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
+
+
+def names_of(ratios: Float[Tensor, "passes rows"]) -> Int[Tensor, " rows"]:
+    """One number for the powers of two, and signs, that are nearest to the ratios of a row."""
+    powers = ratios.abs().clamp(2.0**-64, 2.0**63).log2().round().nan_to_num().long() + 64
+    places = 256 ** torch.arange(len(ratios), device=ratios.device).unsqueeze(1)
+    return ((2 * powers + (ratios < 0)) * places).sum(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ ATTEMPTS = 4
 """In how many passes a weight is looked at whose gradient is zero, so that it proves nothing."""
 READ_AGAIN = {4**k for k in range(1, 16)}
 """After how many passes of equal shapes layouts are read again."""
+KEPT = 64
+"""How many sequences of calls, with their shapes, are remembered."""
+Known = TypeVar("Known")
 
 
 @dataclass
@@ -49,7 +52,18 @@ class Memory:
         By the sequence of calls: what was found, and how many passes may still be asked.
     layouts
         By the sequence of calls and their shapes: the layouts, and how often they were used.
+    warned
+        Groups that a warning named already, since they are differentiated one datum at a time.
     """
 
     verdicts: dict[Any, tuple[Verdict, int]] = field(default_factory=dict)
     layouts: dict[Any, tuple[Found, int]] = field(default_factory=dict)
+    warned: set[int] = field(default_factory=set)
+
+
+def remember(known: dict[Any, Known], key: Any, value: Known) -> None:
+    """Keep a value as the one that was used last, and forget the one that was not used for longest."""
+    known.pop(key, None)
+    known[key] = value
+    for oldest in list(known)[:-KEPT]:
+        known.pop(oldest, None)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,16 +18,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from laplace.curvature import layouts
+from laplace.curvature.check import agrees, proves
+from laplace.curvature.layers import READER_NAMES
 from laplace.curvature.layouts import Layout
-from laplace.curvature.memory import ATTEMPTS, READ_AGAIN, Found, Memory, Verdict
+from laplace.curvature.memory import ATTEMPTS, READ_AGAIN, Found, Memory, Verdict, remember
 from laplace.curvature.roles import Kept
-from laplace.curvature.row_by_row import along, dense, row_by_row
+from laplace.curvature.row_by_row import along, dense, row_by_row, warn_of_slow
 from laplace.curvature.tape import Call, Tape, row_view, transposed_view
+from laplace.curvature.uses import combined
 from laplace.errors import UnsupportedError
 from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.network.parameters import ParameterSubset
 from laplace.structures.entries import chosen
-from laplace.structures.gather import GatherBlock, looked_up
+from laplace.structures.gather import looked_up
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
 
@@ -35,11 +38,6 @@ NO_DEPENDENCE = (
     "The outputs of the model do not depend on any weight that is random. Unfreeze the weights that should be with "
     "requires_grad_(True), or choose others for a subnetwork; is part of forward under torch.no_grad()?"
 )
-
-
-@dataclass(frozen=True)
-class MixedBlock(DenseBlock):
-    """A group used in ways that have no common factors, such as an embedding tied to a linear layer; written out."""
 
 
 class Recording:
@@ -59,6 +57,8 @@ class Recording:
         Number of data in the batch.
     memory
         Shared between passes of the same model.
+    names
+        Of the random weights, for messages.
     create_graph
         Keep derivatives differentiable in the inputs.
     mask
@@ -81,6 +81,7 @@ class Recording:
         n_rows: int,
         memory: Memory,
         *,
+        names: Sequence[str],
         create_graph: bool = False,
         mask: Bool[Tensor, "batch positions"] | None = None,
         dtype: torch.dtype | None = None,
@@ -102,7 +103,7 @@ class Recording:
         self.dtype = dtype or torch.promote_types(self.outputs.dtype, torch.float32)
         self.calls: list[Call] = tape.calls
         self._tracked, self._opaque = tape.tracked, tape.opaque
-        self._memory = memory
+        self._memory, self.names = memory, names
         self._kept = Kept(2 * CHUNK_ELEMENTS)
         self._lookups, self._reorders = tape.lookups, tape.reorders
         self.mask = mask
@@ -132,6 +133,16 @@ class Recording:
         return torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs)
 
     @cached_property
+    def _dtypes(self) -> set[torch.dtype]:
+        """What layers compute in, also where autocasting chooses it."""
+        return {self.outputs.dtype, *(call.dtype for call in self.calls)}
+
+    @cached_property
+    def _eps(self) -> float:
+        """The coarsest precision of any layer."""
+        return max(torch.finfo(dtype).eps for dtype in self._dtypes)
+
+    @cached_property
     def layouts(self) -> Found:
         """For each role of each call, which datum its rows belong to, and which of them count.
 
@@ -143,35 +154,37 @@ class Recording:
         lasting = self.mask is None and not self._reorders
         known, uses = self._memory.layouts.get(key, ([], 0))
         if lasting and known and uses not in READ_AGAIN:
-            self._memory.layouts[key] = (known, uses + 1)
+            remember(self._memory.layouts, key, (known, uses + 1))
             return known
         found, certain = self._find_layouts()
         regular = all(
             item is not None and item[0] is not None and item[0].axis is not None for r in found for item in r
         )
         if lasting and certain and regular:
-            self._memory.layouts[key] = (found, uses + 1)
+            remember(self._memory.layouts, key, (found, uses + 1))
         return found
 
     def _find_layouts(self) -> tuple[Found, bool]:
-        """Two backward passes, one of them with weighed data; a third where some are masked."""
-        weights = layouts.datum_weights(self.n_rows, self.outputs.dtype, self.outputs.device)
-        weighed = self._direction * weights.reshape(-1, *[1] * (self.outputs.dim() - 1))
+        """A plain backward pass, some with weighed data, and one where some are masked."""
+        narrow = torch.float16 in self._dtypes
+        weights = layouts.datum_weights(self.n_rows, narrow, self.outputs.device)
+        shape = (-1, *[1] * (self.outputs.dim() - 1))
+        weighed = [self._direction * each.to(self.outputs).reshape(shape) for each in weights if self.n_rows > 1]
         found: Found = []
         all_certain = True
         with torch.no_grad():
-            plain, heavy = self._gradients(self._direction), self._gradients(weighed)
+            plain, *heavy = (self._gradients(direction) for direction in (self._direction, *weighed))
             seen = plain if self.mask is None else self._gradients(self._direction * self._spread(self.mask))
-            for call, *grads in zip(self.calls, plain, heavy, seen, strict=True):
+            for call, *grads in zip(self.calls, plain, seen, *heavy, strict=True):
                 row: list[tuple[Layout | None, Tensor | None] | None] = []
                 for _, role in call.roles:
                     if any(g is None for g in grads):
                         row.append(None)
                         continue
-                    first, second, third = (role.rows(g.unsqueeze(0)).squeeze(0) for g in grads if g is not None)
-                    layout, certain = layouts.find(first, second, weights, role.n_lead)
+                    first, unmasked, *others = (role.rows(g.unsqueeze(0)).squeeze(0) for g in grads if g is not None)
+                    layout, certain = layouts.find(first, others, weights, role.n_lead, self._eps)
                     all_certain &= certain
-                    row.append((layout, None if layout is None else self._counted(third, layout, role.n_lead)))
+                    row.append((layout, None if layout is None else self._counted(unmasked, layout, role.n_lead)))
                 found.append(row)
         return found, all_certain
 
@@ -202,7 +215,7 @@ class Recording:
         known, attempts = self._memory.verdicts.get(key, (None, ATTEMPTS))
         if known is None or attempts:
             known, proven = self._judge(known)
-            self._memory.verdicts[key] = (known, 0 if proven else attempts - 1)
+            remember(self._memory.verdicts, key, (known, 0 if proven else attempts - 1))
         mixing = {
             group: "its use mixes the data of a batch" for group in range(len(self.parameters)) if self._mixes(group)
         }
@@ -224,7 +237,7 @@ class Recording:
             along(self.outputs, self._direction), self.parameters, retain_graph=True, allow_unused=True
         )
         exact = [None if truth is None else dense(truth) for truth in exact]
-        norms = [0.0 if truth is None else float(truth.norm()) for truth in exact]
+        norms = [0.0 if truth is None else float(truth.to(self.dtype).norm()) for truth in exact]
         if all(truth is None for truth in exact):
             raise UnsupportedError(NO_DEPENDENCE)
         # A gradient that is zero but for rounding (attention does not see the bias of its keys) agrees with any other.
@@ -242,9 +255,11 @@ class Recording:
                 elif not blocks and not self._mixes(group):
                     verdict.unseen.add(group)
                     verdict.slow[group] = "it is used by a function that cannot be watched"
-                elif blocks and not self._mixes(group) and not self._agrees(truth, blocks, largest, noise):
-                    verdict.slow[group] = "part of its use cannot be watched"
-                proven &= truth is None or norms[group] > 1e3 * torch.finfo(self.outputs.dtype).eps * largest
+                elif blocks and not self._mixes(group):
+                    scale = partial(self._scale, group)
+                    if not agrees(truth, blocks, scale, largest, self._eps, noise):
+                        verdict.slow[group] = "part of its use cannot be watched"
+                proven &= truth is None or proves(norms[group], largest, self._eps)
         # What was made here has no graph.
         self._kept = Kept(2 * CHUNK_ELEMENTS)
         return verdict, proven and largest > 0
@@ -255,15 +270,12 @@ class Recording:
         uses = (use for call, row in rows for use in zip(call.roles, row, strict=True))
         return any(found == (None, None) and group in self._tracked[id(tensor)][1] for (tensor, _), found in uses)
 
-    def _agrees(self, truth: Tensor, blocks: list[JacobianBlock], largest: float, noise: torch.Generator) -> bool:
-        """Whether derivatives add up to autograd's gradient; the largest of any group gives the level of rounding."""
-        v = torch.randn(1, truth.numel(), generator=noise, dtype=torch.float32).to(truth.device, self.dtype)
-        terms = torch.stack([block.apply(v).flatten() for block in blocks]).sum(0)
-        expected = truth.reshape(-1).to(self.dtype) @ v[0]
-        size = terms.abs().sum() + truth.to(self.dtype).norm() * v.norm() / len(v[0]) ** 0.5
-        eps = torch.finfo(self.outputs.dtype).eps
-        allowed = 3 * eps**0.5 * size + 100 * eps * largest * len(v[0]) ** 0.5
-        return bool((terms.sum() - expected).abs() <= allowed)
+    def _scale(self, group: int) -> float:
+        """Norm of the terms that the gradient of a group is a sum of."""
+        calls = zip(self.calls, self._gradients(self._direction), strict=True)
+        uses = [(role, g, tensor) for call, g in calls if g is not None for tensor, role in call.roles]
+        own = [role.scale(g.unsqueeze(0)) for role, g, tensor in uses if group in self._tracked[id(tensor)][1]]
+        return float(torch.stack([term.to(torch.float32) for term in own]).norm()) if own else 0.0
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
@@ -293,11 +305,15 @@ class Recording:
             parts = self._parts(directions, set(slow))
             wanted = {group: self.parameters[group] for group in sorted(slow)}
             slowly = row_by_row(
-                self.run, self.x, self.outputs, wanted, directions, self.dtype, create_graph=self.create_graph
+                self.run, self.x, self.outputs, wanted, directions, self.dtype, self._eps, create_graph=self.create_graph
             )
             for group, block in slowly.items():
                 parts[group] = [block]
-            whole = [self._combine(blocks, group, len(directions)) for group, blocks in enumerate(parts)]
+            known = {group: slow[group] for group in slowly if self._opaque.get(group) in {None, *READER_NAMES}}
+            warn_of_slow(known, self.names, self._memory.warned)
+            sizes = (parameter.numel() for parameter in self.parameters)
+            zeros = torch.zeros(len(directions), self.n_rows, 1, dtype=self.dtype, device=self.outputs.device)
+            whole = [combined(blocks, zeros, size) for blocks, size in zip(parts, sizes, strict=True)]
             return chosen(whole, self.subset)
 
     def columns(self, mix: Tensor) -> list[JacobianBlock]:
@@ -376,25 +392,3 @@ class Recording:
                 tensor, [parameter], rows, retain_graph=True, create_graph=self.create_graph, is_grads_batched=True
             )
         return DenseBlock(pulled.reshape(*J.shape[:2], -1).to(self.dtype))
-
-    def _combine(self, blocks: list[JacobianBlock], group: int, n_columns: int) -> JacobianBlock:
-        """Add the uses of a group."""
-        parameter = self.parameters[group]
-        if not blocks:
-            zeros = torch.zeros(n_columns, self.n_rows, parameter.numel(), dtype=self.dtype, device=parameter.device)
-            return DenseBlock(zeros)
-        first = blocks[0]
-        if len(blocks) == 1:
-            return first
-        if all(isinstance(b, SumBlock) for b in blocks):
-            left = torch.cat([b.left for b in blocks if isinstance(b, SumBlock)], 2)
-            return SumBlock(left.sum(2), left)
-        products = [b for b in blocks if isinstance(b, ProductBlock)]
-        if len(products) == len(blocks) and len({(b.transposed, b.left.shape[2]) for b in products}) == 1:
-            left, right = (torch.cat([getattr(b, side) for b in products], -2) for side in ("left", "right"))
-            return ProductBlock(left, right, products[0].transposed, ProductBlock.counted_together(products))
-        tables = [b for b in blocks if isinstance(b, GatherBlock)]
-        if len(tables) == len(blocks):
-            return GatherBlock.union(tables)
-        total = torch.stack([b.dense() for b in blocks]).sum(0)
-        return DenseBlock(total) if all(isinstance(b, DenseBlock) for b in blocks) else MixedBlock(total)

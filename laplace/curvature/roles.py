@@ -47,6 +47,11 @@ class Kept:
         return inputs, fits
 
 
+def wide(values: Tensor) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 class Role(ABC):
     """How one argument of one call acts on its output.
 
@@ -61,6 +66,10 @@ class Role(ABC):
     @abstractmethod
     def rows(self, g: Tensor) -> Tensor:
         """Gradients at the output ``[columns, *output]`` as ``[columns, *lead, *rest]``."""
+
+    @abstractmethod
+    def scale(self, g: Tensor) -> Tensor:
+        """Norm ``[]`` of the terms that the derivative is a sum of: what its rounding is relative to."""
 
     @abstractmethod
     def block(
@@ -108,6 +117,11 @@ class Product(Role):
         """By ``outputs``."""
         return self.outputs(g)
 
+    def scale(self, g: Tensor) -> Tensor:
+        """√Σ |g_t|² |a_t|²."""
+        left, right = (torch.linalg.vector_norm(v, dim=-1, dtype=wide(v)) for v in (self.outputs(g), self.inputs()))
+        return torch.linalg.vector_norm(left * right)
+
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> ProductBlock:
         """Gradients and inputs."""
         left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
@@ -141,6 +155,10 @@ class Sum(Role):
         """By ``outputs``."""
         return self.outputs(g)
 
+    def scale(self, g: Tensor) -> Tensor:
+        """That of the gradients."""
+        return torch.linalg.vector_norm(g, dtype=wide(g))
+
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> SumBlock:
         """Gradients, and their sum."""
         left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
@@ -173,6 +191,10 @@ class Gather(Role):
     def rows(self, g: Tensor) -> Tensor:
         """As they are."""
         return g
+
+    def scale(self, g: Tensor) -> Tensor:
+        """That of the gradients."""
+        return torch.linalg.vector_norm(g, dtype=wide(g))
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> GatherBlock:
         """Gradients, summed over the positions of a datum that hold the same token."""
@@ -232,6 +254,11 @@ class Elementwise(Role):
         shared = [axis + 1 for axis, size in enumerate(self.target) if size == 1]
         own = [axis + 1 for axis, size in enumerate(self.target) if size != 1]
         return g.permute(0, *shared, *own)
+
+    def scale(self, g: Tensor) -> Tensor:
+        """That of the gradients times what the argument multiplies."""
+        values = g.to(wide(g))
+        return torch.linalg.vector_norm(values if self.factor is None else values * self._factor())
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> DenseBlock:
         """Written out: as many numbers as the argument has, for each column and datum."""

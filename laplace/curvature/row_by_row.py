@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError
+from laplace.errors import InputError, PerformanceWarning
 from laplace.network.batches import rows_of
 from laplace.structures.jacobian import DenseBlock
 
@@ -26,6 +27,7 @@ def row_by_row(
     parameters: Mapping[int, Tensor],
     directions: Sequence[Tensor],
     dtype: torch.dtype,
+    eps: float,
     *,
     create_graph: bool,
 ) -> dict[int, DenseBlock]:
@@ -45,6 +47,8 @@ def row_by_row(
         ``[batch, *positions, C]`` each.
     dtype
         Of the result.
+    eps
+        Precision that the model computes in.
     create_graph
         Keep derivatives differentiable in the inputs.
 
@@ -67,7 +71,7 @@ def row_by_row(
         except (ValueError, RuntimeError) as error:
             msg = f"The model does not run on one row of a batch ({error}). {DEPENDENT}"
             raise InputError(msg) from error
-        check_row(f, outputs[b : b + 1])
+        check_row(f, outputs[b : b + 1], eps)
         columns = [
             torch.autograd.grad(
                 along(f, direction[b : b + 1]),
@@ -85,7 +89,36 @@ def row_by_row(
     return {group: DenseBlock(torch.stack(values, 1)) for group, values in rows.items()}
 
 
-def check_row(f: Tensor, there: Tensor) -> None:
+def warn_of_slow(reasons: Mapping[int, str], names: Sequence[str], warned: set[int]) -> None:
+    """Name weights that went this way although their function is known, or could not be watched; once each.
+
+    Parameters
+    ----------
+    reasons
+        Why, by group.
+    names
+        Of the groups.
+    warned
+        Groups that were named before; those that are named now are added.
+
+    Warns
+    -----
+    PerformanceWarning
+        If there are any.
+    """
+    new = {group: reason for group, reason in sorted(reasons.items()) if group not in warned}
+    if not new:
+        return
+    warned.update(new)
+    listed = "; ".join(f"{names[group]!r}: {reason}" for group, reason in new.items())
+    msg = (
+        "Some weights are differentiated one datum at a time, which is exact but many times slower than the formula of "
+        f"their layer: {listed}."
+    )
+    warnings.warn(msg, PerformanceWarning, stacklevel=2)
+
+
+def check_row(f: Tensor, there: Tensor, eps: float) -> None:
     """Raise if a datum alone gets other outputs than in its batch.
 
     Raises
@@ -93,7 +126,8 @@ def check_row(f: Tensor, there: Tensor) -> None:
     InputError
         If so.
     """
-    limit = 10 * torch.finfo(f.dtype).eps ** 0.5 * max(1.0, float(there.detach().abs().max()))
+    relative = max(10 * min(eps, torch.finfo(torch.float32).eps) ** 0.5, 16 * eps)
+    limit = relative * max(1.0, float(there.detach().abs().max()))
     if f.shape != there.shape or bool(((f - there).detach().abs() > limit).any()):
         raise InputError(DEPENDENT)
 

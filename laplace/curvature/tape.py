@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -38,7 +39,7 @@ class Call:
     ----------
     name
         Of the function.
-    shape
+    shape, dtype
         Of its output.
     edge
         Where gradients at its output are to be had.
@@ -50,6 +51,7 @@ class Call:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     edge: GradientEdge
     roles: list[tuple[Tensor, Role]]
     inputs: list[tuple[Tensor, int]]
@@ -158,7 +160,9 @@ class Tape(TorchFunctionMode):
         if roles:
             out = made[0]
             inputs = [(tensor, tensor._version) for tensor in data if tensor is not out]
-            self.calls.append(Call(name, tuple(out.shape), get_gradient_edge(seen_whole(out)), roles, inputs))
+            self.calls.append(
+                Call(name, tuple(out.shape), out.dtype, get_gradient_edge(seen_whole(out)), roles, inputs)
+            )
 
     def _inside(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the Python body of a function so that the functions it calls are watched in turn."""

@@ -243,6 +243,7 @@ class Kron:
         # A factor that two blocks share (the bias has the weight's G) stays shared: stored and decomposed once.
         sums: dict[tuple[int, int], Tensor] = {}
         blocks = []
+        check_forms(self, other)
         for ours, theirs in zip(self.kfacs, other.kfacs, strict=True):
             pairs = list(zip(ours, theirs, strict=True))
             for a, b in pairs:
@@ -344,6 +345,28 @@ class Kron:
         """The block-diagonal matrix, ``[P, P]``."""
         blocks = [[densify(side) for side in block] for block in self.kfacs]
         return torch.block_diag(*(b[0] if len(b) == 1 else torch.kron(b[0], b[1]) for b in blocks))
+
+
+def check_forms(first: Kron, second: Kron) -> None:
+    """Raise unless two matrices have the same factors, so that adding them factor by factor has a meaning.
+
+    Raises
+    ------
+    ShapeError
+        If not; the first block that differs is named.
+    """
+    forms = [[[list(side.shape) for side in block] for block in kron.kfacs] for kron in (first, second)]
+    if len(first) != len(second):
+        msg = f"Kronecker factors of {len(first)} and of {len(second)} parameters do not add up."
+        raise ShapeError(msg)
+    for number, (ours, theirs) in enumerate(zip(*forms, strict=True)):
+        if ours != theirs:
+            msg = (
+                f"The factors of parameter {number} have the shapes {ours} and {theirs}, which do not add up. If both "
+                "are of one model, a layer has Kronecker factors in some batches only, because its rows mix data in "
+                'others, say: use hessian_structure="diag", or batches in which the layer is used alike.'
+            )
+            raise ShapeError(msg)
 
 
 def densify(side: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ def repeated() -> nn.Module:
     )  # fmt: skip
 
 
+mixing = pytest.mark.filterwarnings(
+    "ignore:Some weights are differentiated one datum:laplace.errors.PerformanceWarning"
+)
+
+
+@mixing
 def test_a_first_batch_of_one_row_does_not_decide_for_later_ones():
     model, x, y = repeated(), torch.randn(6, 3), torch.randint(3, (6,))
     engine = AutogradGGN(model, "classification")
@@ -40,6 +46,7 @@ def test_a_first_batch_of_one_row_does_not_decide_for_later_ones():
     assert_close(one(x), many(x))
 
 
+@mixing
 @pytest.mark.parametrize("masked", [6, 5])
 def test_a_first_batch_that_is_masked_does_not_decide_for_later_ones(masked):
     model, x, y = repeated(), torch.randn(6, 3), torch.randint(3, (6,))

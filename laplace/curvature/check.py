@@ -1,0 +1,63 @@
+"""Whether the formulas of a recorded pass hold: its derivatives against autograd's, at the precision of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from laplace.structures.jacobian import JacobianBlock
+
+LOW_PRECISION = 1e-3
+"""Precision from which on several projections are compared: one agrees by chance where much has to be allowed."""
+PROJECTIONS = 8
+"""How many."""
+
+
+def agrees(
+    truth: Tensor,
+    blocks: Sequence[JacobianBlock],
+    scale: Callable[[], float],
+    largest: float,
+    eps: float,
+    noise: torch.Generator,
+) -> bool:
+    """Whether derivatives add up to autograd's gradient, projected on random weights.
+
+    Parameters
+    ----------
+    truth
+        The gradient in one group of weights, of any shape.
+    blocks
+        The derivatives of each datum in the same direction, for each use of the group.
+    scale
+        Norm of all the terms that the gradient is a sum of, which its rounding is relative to; asked for in doubt.
+    largest
+        Norm of the largest gradient of any group.
+    eps
+        Precision that the model computes in.
+    noise
+        Of the projections.
+    """
+    like = blocks[0].sample
+    tolerance = max(3 * min(eps, torch.finfo(torch.float32).eps) ** 0.5, 16 * eps)
+    # Sums of terms that cancel everywhere, such as the gradient of the bias of attention's keys, are rounding alone.
+    floor = min(100 * eps, 1e-4) * largest * truth.numel() ** 0.5
+    flat = truth.reshape(-1).to(like.dtype)
+    differences, sizes = [], []
+    for _ in range(PROJECTIONS if eps >= LOW_PRECISION else 1):
+        v = torch.randn(1, truth.numel(), generator=noise, dtype=torch.float32).to(like.device, like.dtype)
+        terms = torch.stack([block.apply(v).flatten() for block in blocks]).sum(0)
+        differences.append(terms.sum() - flat @ v[0])
+        sizes.append(torch.linalg.vector_norm(terms))
+    difference, size = (float(torch.stack(values).square().mean().sqrt()) for values in (differences, sizes))
+    # A difference that is no number agrees with nothing.
+    if difference <= tolerance * (size + float(flat.norm())) + floor:
+        return True
+    return difference <= tolerance * scale() + floor
+
+
+def proves(norm: float, largest: float, eps: float) -> bool:
+    """Whether a gradient is large enough to judge by, beside the largest of any group."""
+    return norm > min(1e3 * eps, 0.1) * largest
