@@ -304,9 +304,8 @@ class Recording:
         with torch.set_grad_enabled(self.create_graph):
             parts = self._parts(directions, set(slow))
             wanted = {group: self.parameters[group] for group in sorted(slow)}
-            slowly = row_by_row(
-                self.run, self.x, self.outputs, wanted, directions, self.dtype, self._eps, create_graph=self.create_graph
-            )
+            precision, create = (self.dtype, self._eps), self.create_graph
+            slowly = row_by_row(self.run, self.x, self.outputs, wanted, directions, *precision, create_graph=create)
             for group, block in slowly.items():
                 parts[group] = [block]
             known = {group: slow[group] for group in slowly if self._opaque.get(group) in {None, *READER_NAMES}}
