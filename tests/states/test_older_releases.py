@@ -1,0 +1,40 @@
+"""States that earlier releases saved load ever after, and give the numbers that were seen then."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import laplace
+from laplace.laplace import ESTIMATORS, FUNCTIONAL
+from tests.states.situations import SITUATIONS, build, seen
+
+FOLDERS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_dir())
+SAVED = [pytest.param(folder, name, id=f"{folder.name}-{name}") for folder in FOLDERS for name in SITUATIONS]
+
+
+@pytest.mark.parametrize(("folder", "name"), SAVED)
+def test_a_state_of_an_earlier_release_gives_the_numbers_that_were_seen(folder, name):
+    la = build(name)
+    la.load(folder / f"{name}.pt")
+    expected = json.loads((folder / "expected.json").read_text())[name]
+    found = seen(la, name)
+    assert found.keys() == expected.keys()
+    single = name == "single_precision"
+    for key, value in expected.items():
+        if isinstance(value, (str, int)):
+            assert found[key] == value, key
+        else:
+            ours, theirs = torch.tensor(found[key]), torch.tensor(value)
+            rtol, atol = (1e-4, 1e-5) if single or name == "double_curvature" else (1e-9, 1e-11)
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_there_is_a_state_of_every_class():
+    classes = {cls.__name__ for cls in [*ESTIMATORS.values(), *FUNCTIONAL.values()]}
+    assert len(classes) == 20
+    for folder in FOLDERS:
+        recorded = json.loads((folder / "expected.json").read_text())
+        assert classes <= {entry["class"] for entry in recorded.values()}
+        assert all(hasattr(laplace, entry["class"]) for entry in recorded.values())
