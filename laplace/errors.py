@@ -36,7 +36,11 @@ class ModelError(InputError, RuntimeError, TypeError):
 
 
 class StateError(InputError):
-    """A saved state cannot be loaded here: it is no state, or was saved for another object."""
+    """A saved state cannot be loaded here: it is no state, is refuse, or was saved for another object."""
+
+
+class StateNotFoundError(StateError, FileNotFoundError):
+    """There is no such file, or no folder to save a state in."""
 
 
 class UnsupportedError(ValueError):

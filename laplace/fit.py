@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.errors import InputError, NotFittedError, ShapeError, UnsupportedError
+from laplace.schema import Table, anything, optional, tensor, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Scalar
 
@@ -243,3 +244,16 @@ class Fit:
             other.head_bias,
             other.noise_shape,
         )
+
+
+FIT_ENTRIES: Table = {
+    "n_outputs": whole(1, "C"),
+    "n_data": whole(1),
+    "n_positions": whole(1),
+    "mean": tensor(("P",)),
+    "loss": tensor((), low=0),
+    "output_loss": optional(tensor(("C",), low=0)),
+    "noise_shape": optional(tensor(("C",), above=0)),
+    "H": anything,
+}
+"""What the entries of a saved ``Fit`` must be; of the curvature (``"H"``) its structure says it (``entries``)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
 from laplace.errors import ShapeError, StateError
 from laplace.network import WholeNetwork
+from laplace.schema import Table, indices
 
 ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
 """Options that may hold a value for each weight."""
@@ -245,6 +246,8 @@ class SubnetLaplace(ParametricLaplace):
         return super().square_norm(value)
 
     # -- saving and moving --------------------------------------------------------------------------------------------
+
+    state_entries: ClassVar[Table] = {"subnetwork_indices": indices("P")}
 
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "subnetwork_indices": self._indices}

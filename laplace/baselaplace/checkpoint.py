@@ -1,140 +1,70 @@
 """Saving and moving a fitted approximation: ``state_dict``, ``save``, ``load``, ``to``, pickling.
 
 A state holds tensors and plain values only, so that ``torch.load(..., weights_only=True)`` reads it; it holds no data.
-It names its schema version and the fingerprint of the model's weights, and is refused where either differs.
+It names its schema version and the fingerprint of the model's weights, and is refused where either differs, where its
+digest is not that of its entries, or where an entry is not what the tables say (``state_entries`` of each class).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
-import secrets
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace import linalg
 from laplace.baselaplace.posterior import WeightPosterior
+from laplace.baselaplace.statefile import (
+    SCHEMA_VERSION,
+    check_origin,
+    fingerprint,
+    move,
+    read,
+    save,
+    signed,
+    warn_without_digest,
+)
 from laplace.baselaplace.weights import RandomWeights
-from laplace.errors import StateError
-from laplace.fit import Fit
+from laplace.errors import NotPositiveDefiniteError, StateError
+from laplace.fit import FIT_ENTRIES, Fit
 from laplace.prior import GaussianPrior
+from laplace.schema import Known, Table, anything, check_entries, flag, nested, number, tensor, text
 from laplace.structures import AbstractCurvature
 
 Own = TypeVar("Own", bound="Checkpointed")
 
-SCHEMA_VERSION = 3
-"""Version of the layout of a state; raised when it changes."""
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of everything in ``model.state_dict()``, in hexadecimal.
-
-    A model that was trained further has another one. Buffers that are not persistent, such as caches, do not count.
-
-    Parameters
-    ----------
-    model
-        Any module; read.
-
-    Returns
-    -------
-    64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()
-
-
-def check(state: Any, expected: Mapping[str, Any]) -> None:
-    """Raise unless a state can be loaded: complete, of this schema, and made by the same kind of object.
-
-    Parameters
-    ----------
-    state
-        What is to be loaded.
-    expected
-        Entries that must be equal: class, likelihood, curvature, fingerprint.
-
-    Raises
-    ------
-    StateError
-        If it cannot; the message says what differs and what to do.
-    """
-    if not isinstance(state, Mapping) or "schema_version" not in state:
-        msg = "This is no state of a Laplace approximation: it has no 'schema_version'. Save one with la.save(path)."
-        raise StateError(msg)
-    if state["schema_version"] != SCHEMA_VERSION:
-        msg = (
-            f"The state has schema version {state['schema_version']}, this release reads {SCHEMA_VERSION}. Load it "
-            "with the release that saved it, or fit again."
-        )
-        raise StateError(msg)
-    for key, value in expected.items():
-        if state.get(key) != value:
-            advice = "Construct the object with what was saved."
-            if key == "fingerprint":
-                advice = "The weights of the model differ: give it those it had when it was fitted, or fit again."
-            there = state.get(key)
-            if key == "fingerprint":
-                there, value = str(there)[:12], value[:12]
-            msg = f"The state was saved for another object: {key} is {there!r} there, {value!r} here. {advice}"
-            raise StateError(msg)
-
-
-def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a state atomically: the file is complete or not there, whatever happens meanwhile.
-
-    Parameters
-    ----------
-    state
-        Made by ``state_dict``.
-    path
-        Of the file; it is replaced.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def move(value: Any, device: torch.device, known: dict[int, Tensor] | None = None) -> Any:
-    """Copies of the tensors of nested mappings and lists on a device, each in its own precision.
-
-    A tensor that occurs twice (the factor that weight and bias share) stays one tensor.
-    """
-    known = {} if known is None else known
-    if isinstance(value, Tensor):
-        if id(value) not in known:
-            known[id(value)] = value.detach().to(device, copy=True)
-        return known[id(value)]
-    if isinstance(value, Mapping):
-        return {key: move(item, device, known) for key, item in value.items()}
-    if isinstance(value, list):
-        return [move(item, device, known) for item in value]
-    return value
-
 
 class Checkpointed(RandomWeights):
     """What a fit learned can be saved, loaded, moved and pickled."""
+
+    state_entries: ClassVar[Table] = {
+        "schema_version": anything,
+        "cls_name": text,
+        "likelihood": text,
+        "curvature_kind": text,
+        "fingerprint": text,
+        "temperature": number(above=0),
+        "output_temperature": number(above=0),
+        "enable_backprop": flag,
+        "prior_precision": tensor((1,), ("L",), ("P",), above=0),
+        "prior_mean": tensor((), (1,), ("P",)),
+        "sigma_noise": tensor((), ("C",), above=0),
+    }
+    """What the entries of a state must be that this class adds; its bases say so of theirs."""
+
+    def _entries(self) -> Table:
+        """A check for every entry of a state."""
+        found: dict[str, Any] = {}
+        for cls in type(self).__mro__:
+            found = {
+                **found,
+                **{key: check for key, check in vars(cls).get("state_entries", {}).items() if key not in found},
+            }
+        return found
 
     def _identity(self) -> dict[str, Any]:
         """What a state and the object that loads it must agree on."""
@@ -148,6 +78,11 @@ class Checkpointed(RandomWeights):
     def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:  # noqa: ARG002 - subset classes read it
         """Sizes of the parameter groups that are random in a state."""
         return self._known_parameters("load_state_dict").sizes
+
+    def _known_of(self, state: Mapping[str, Any]) -> Known:
+        """Sizes that the entries of a state must have."""
+        sizes = self._sizes_in(state)
+        return {"dtype": self._dtype, "sizes": tuple(sizes), "P": sum(sizes), "L": len(sizes)}
 
     def _choices(self) -> dict[str, Any]:
         """Plain settings that a state carries and restores."""
@@ -180,8 +115,8 @@ class Checkpointed(RandomWeights):
 
         Returns
         -------
-        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads; its tensors are those
-        of this object, not copies.
+        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads. All in it are copies;
+        its ``"digest"`` tells whether an entry was changed afterwards.
 
         Raises
         ------
@@ -201,26 +136,31 @@ class Checkpointed(RandomWeights):
         Raises
         ------
         StateError
-            If it is no state, of another schema, class, likelihood or curvature, or the weights of the model differ.
-            This object is then what it was.
+            If it is no state, of another schema, class, likelihood or curvature, an entry is not what it must be or
+            not what was saved, or the weights of the model differ. This object is then what it was.
+
+        Warns
+        -----
+        UserWarning
+            If the state has no digest, as those of earlier releases.
         """
-        check(state_dict, self._identity())
+        check_origin(state_dict, self._identity())
         before = [(holder, dict(vars(holder))) for holder in self._changed_by_loading]
         try:
-            self._take(move(dict(state_dict), self._device))
+            state = {key: value for key, value in state_dict.items() if key != "digest"}
+            known = self._known_of(state)
+            check_entries(state, self._entries(), known)
+            warn_without_digest(state_dict)
+            self._take(move(state, self._device))
+            self._check_taken(known)
         except BaseException as error:
             for holder, attributes in before:
                 vars(holder).clear()
                 vars(holder).update(attributes)
-            if isinstance(error, StateError):
+            if isinstance(error, (StateError, Warning)) or not isinstance(error, Exception):
                 raise
-            if isinstance(error, KeyError):
-                msg = f"The state is incomplete: it has no entry {error}."
-                raise StateError(msg) from error
-            if isinstance(error, ValueError):
-                msg = f"The state holds what this object cannot take: {error}"
-                raise StateError(msg) from error
-            raise
+            msg = f"The state holds what this object cannot take: {error}"
+            raise StateError(msg) from error
 
     @property
     def _changed_by_loading(self) -> tuple[object, ...]:
@@ -230,6 +170,10 @@ class Checkpointed(RandomWeights):
     @abstractmethod
     def _take(self, state: Mapping[str, Any]) -> None:
         """Assign everything in a state, on the right device."""
+
+    @abstractmethod
+    def _check_taken(self, known: Known) -> None:
+        """Raise if what was assigned cannot be used."""
 
     def _take_hyperparameters(self, state: Mapping[str, Any]) -> GaussianPrior:
         """Assign settings and noise; return the prior, which is assigned when it has been checked."""
@@ -253,6 +197,8 @@ class Checkpointed(RandomWeights):
         ------
         NotFittedError
             Before ``fit``.
+        StateError
+            If the folder does not exist (then it is a ``FileNotFoundError``, too), or the path is a folder.
         """
         save(self.state_dict(), path)
 
@@ -269,18 +215,10 @@ class Checkpointed(RandomWeights):
         Raises
         ------
         StateError
-            If the file is no state, and as in ``load_state_dict``.
+            If the file cannot be read (a ``FileNotFoundError``, too, where there is none), and as in
+            ``load_state_dict``.
         """
-        location = self._device if map_location is None else map_location
-        try:
-            state = torch.load(path, map_location=location, weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            msg = (
-                f"The file {os.fspath(path)!r} cannot be read as a state: {reason} States are written by la.save(path)."
-            )
-            raise StateError(msg) from error
-        self.load_state_dict(state)
+        self.load_state_dict(read(path, self._device if map_location is None else map_location))
 
     @linalg.lasting
     def to(self: Own, device: torch.device | str) -> Own:
@@ -320,8 +258,8 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
 
         Returns
         -------
-        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads; its tensors are those
-        of this object, not copies.
+        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads. All in it are copies;
+        its ``"digest"`` tells whether an entry was changed afterwards.
 
         Raises
         ------
@@ -329,45 +267,59 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
             Before ``fit``.
         """
         fit = self._fitted
-        return {
-            **self._header(),
-            "mean": fit.mean,
-            "loss": fit.nll,
-            "n_data": fit.n_data,
-            "n_positions": fit.n_positions,
-            "n_outputs": fit.n_outputs,
-            "output_loss": fit.output_nll,
-            "noise_shape": fit.noise_shape,
-            "H": fit.curvature.state(),
-        }
+        return signed(
+            {
+                **self._header(),
+                "mean": fit.mean,
+                "loss": fit.nll,
+                "n_data": fit.n_data,
+                "n_positions": fit.n_positions,
+                "n_outputs": fit.n_outputs,
+                "output_loss": fit.output_nll,
+                "noise_shape": fit.noise_shape,
+                "H": fit.curvature.state(),
+            }
+        )
+
+    state_entries: ClassVar[Table] = FIT_ENTRIES
+
+    def _entries(self) -> Table:
+        return {**super()._entries(), "H": nested(self._curvature_entries)}
+
+    @property
+    def _curvature_entries(self) -> Table:
+        """What the entries of a saved curvature must be."""
+        return self.curvature_type.entries
 
     def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
         """The curvature that a state describes."""
         return self.curvature_type.from_state(state, self._dtype)
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int, "H": Mapping}
-        for key, kind in kinds.items():
-            if not isinstance(state[key], kind):
-                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
-                raise StateError(msg)
         curvature = self._curvature_from(state["H"])
         prior = self._take_hyperparameters(state)
-        if {len(state["mean"]), curvature.n_params} != {prior.n_params}:
-            msg = (
-                f"The state holds {len(state['mean'])} weights and a curvature of {curvature.n_params}; the model has "
-                f"{prior.n_params} random weights."
-            )
-            raise StateError(msg)
         self._prior_mean, self._prior_precision = prior.mean, prior.precision
         counts = state["n_data"], state["n_positions"], state["n_outputs"]
-        others = (
+        by_output, shape = (
             None if value is None else value.to(self._dtype) for value in (state["output_loss"], state["noise_shape"])
         )
-        by_output, shape = others
         mean, loss = state["mean"].to(self._dtype), state["loss"].to(self._dtype)
         self._fit = Fit(mean, curvature, loss, *counts, by_output, self._head_bias, shape)
         self._hyperparameters_changed()
+
+    def _check_taken(self, known: Known) -> None:
+        scale = self._output_likelihood.curvature_scale(self.backend.kind)
+        usable = self._fitted.scaled(scale).is_finite and bool(torch.isfinite(self.log_likelihood))
+        if usable and known.get("negative"):
+            try:  # the Hessian of a network may be negative somewhere, as long as the prior makes up for it
+                self._frozen_posterior.logdet()
+            except NotPositiveDefiniteError:
+                usable = False
+        if not usable:
+            msg = (
+                "The state is damaged: its curvature and hyperparameters make no posterior that is finite and positive."
+            )
+            raise StateError(msg)
 
     def _move_fit(self) -> None:
         fit: Fit | None = self.__dict__.get("_fit")

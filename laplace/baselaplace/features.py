@@ -7,16 +7,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
-from laplace.baselaplace.checkpoint import move
 from laplace.baselaplace.functional import BaseFunctionalLaplace
+from laplace.baselaplace.statefile import move, signed
 from laplace.errors import StateError, UnsupportedError
+from laplace.fit import FIT_ENTRIES
 from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import block_points, feature_points, tangents
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
@@ -27,12 +28,15 @@ from laplace.network import evaluating, full_precision
 from laplace.network.batches import plain
 from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
 from laplace.prior import GaussianPrior
+from laplace.schema import Known, Table, nested
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs, Scalar
 
 KEPT_ELEMENTS = 2**29
 """Numbers kept of derivatives of points and of training data: 2 GB in float32."""
+FEATURE_FIT = ("n_outputs", "n_data", "n_positions", "mean", "loss")
+"""Entries of a state that are those of other fits, too."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +293,8 @@ class FeatureLaplace(BaseFunctionalLaplace):
 
         Returns
         -------
-        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads; its tensors are those
-        of this object, not copies.
+        A dictionary that ``torch.save`` writes and ``torch.load(..., weights_only=True)`` reads. All in it are copies;
+        its ``"digest"`` tells whether an entry was changed afterwards.
 
         Raises
         ------
@@ -300,42 +304,43 @@ class FeatureLaplace(BaseFunctionalLaplace):
             If inputs of inducing points hold something else than tensors and plain values.
         """
         fit = self._fitted
-        return {
-            **self._header(),
-            "mean": fit.mean,
-            "loss": fit.nll,
-            "n_data": fit.n_data,
-            "n_positions": fit.n_positions,
-            "n_outputs": fit.n_outputs,
-            "learned": plain(fit.tensors),
-            "fit_history": {name: list(values) for name, values in self.fit_history_.items()},
-        }
+        return signed(
+            {
+                **self._header(),
+                "mean": fit.mean,
+                "loss": fit.nll,
+                "n_data": fit.n_data,
+                "n_positions": fit.n_positions,
+                "n_outputs": fit.n_outputs,
+                "learned": plain(fit.tensors),
+                "fit_history": {name: list(values) for name, values in self.fit_history_.items()},
+            }
+        )
 
-    @property
-    @abstractmethod
-    def _learned_names(self) -> tuple[str, ...]:
-        """Names of the tensors that a fit holds."""
+    state_entries: ClassVar[Table] = {name: check for name, check in FIT_ENTRIES.items() if name in FEATURE_FIT}
+    _learned_entries: ClassVar[Table]
+    """What the entries of what was learned must be."""
+    _history_entries: ClassVar[Table]
+
+    def _entries(self) -> Table:
+        own = {"learned": nested(self._learned_entries), "fit_history": nested(self._history_entries)}
+        return {**super()._entries(), **own}
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        kinds = {"mean": Tensor, "loss": Tensor, "n_data": int, "n_positions": int, "n_outputs": int}
-        for key, kind in {**kinds, "learned": Mapping, "fit_history": Mapping}.items():
-            if not isinstance(state[key], kind):
-                msg = f"The state is damaged: {key!r} must be a {kind.__name__}; it is a {type(state[key]).__name__}."
-                raise StateError(msg)
-        missing = [name for name in self._learned_names if name not in state["learned"]]
-        if missing:
-            msg = f"The state is incomplete: what was learned has no {', '.join(map(repr, missing))}."
-            raise StateError(msg)
         prior = self._take_hyperparameters(state)
-        if len(state["mean"]) != prior.n_params:
-            msg = f"The state holds {len(state['mean'])} weights; the model has {prior.n_params} random weights."
-            raise StateError(msg)
         self._prior_mean, self._prior_precision = prior.mean, prior.precision
         counts = state["n_data"], state["n_positions"], state["n_outputs"]
         mean, nll = (state[key].to(self._dtype) for key in ("mean", "loss"))
         self._fit = FeatureFit(mean, dict(state["learned"]), nll, *counts)
         self.fit_history_ = {name: list(values) for name, values in state["fit_history"].items()}
         self._fit_changed()
+
+    def _check_taken(self, known: Known) -> None:  # noqa: ARG002
+        with torch.no_grad():
+            self._frozen_posterior.logdet()
+            if not bool(torch.isfinite(self.log_likelihood)):
+                msg = "The state is damaged: with the loss and the hyperparameters in it the likelihood is not finite."
+                raise StateError(msg)
 
     def _fit_changed(self) -> None:
         """Forget what depends on the fit."""

@@ -13,6 +13,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
 from laplace.errors import InputError
 from laplace.prior import GaussianPrior
+from laplace.schema import Table, flag
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
 from laplace.structures.by_hand import independent
 
@@ -100,6 +101,8 @@ class KronLaplace(ParametricLaplace):
 
     def _posterior_options(self) -> dict[str, Any]:
         return {"damping": self._damping}
+
+    state_entries: ClassVar[Table] = {"damping": flag}
 
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "damping": self._damping}

@@ -13,6 +13,7 @@ from laplace.errors import StateError, UnsupportedError
 from laplace.network import FeatureExtractor, ParameterSubset
 from laplace.network.threads import together
 from laplace.predictive import FeatureLinearization, Linearization
+from laplace.schema import Known, Table, check_entries, optional, text
 from laplace.types import Inputs
 
 
@@ -53,12 +54,16 @@ def as_extractor(
     )
 
 
+_NAME: Table = {"last_layer_name": text}
+
+
 class LastLayer(Checkpointed):
     """Which weights are random: those of the last linear layer, whose inputs are features."""
 
     model: FeatureExtractor
 
     _last_layer: ClassVar[bool] = True
+    state_entries: ClassVar[Table] = {"feature_reduction": optional(text), **_NAME}
 
     @property
     def enable_backprop(self) -> bool:
@@ -108,21 +113,29 @@ class LastLayer(Checkpointed):
         return (self, self.model)
 
     def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
-        layer = dict(self._network.named_modules())[state["last_layer_name"]]
-        assert isinstance(layer, nn.Linear), "_restore checks this"
-        return ParameterSubset.last_layer(layer).sizes
+        return ParameterSubset.last_layer(self._layer_in(state)).sizes
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        super()._restore(state)
+    def _layer_in(self, state: Mapping[str, Any]) -> nn.Linear:
+        """The layer that a state was saved for."""
+        check_entries({key: state[key] for key in state if key in _NAME}, _NAME, {})
         name, known = state["last_layer_name"], self.model.last_layer_name
         if known not in (None, name):
             msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
             raise StateError(msg)
-        if not isinstance(dict(self._network.named_modules()).get(name), nn.Linear):
+        layer = dict(self._network.named_modules()).get(name)
+        if not isinstance(layer, nn.Linear):
             msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
             raise StateError(msg)
-        if known is None:
-            self.model.set_last_layer(name)
+        return layer
+
+    def _known_of(self, state: Mapping[str, Any]) -> Known:
+        layer = self._layer_in(state)
+        return {**super()._known_of(state), "C": layer.out_features, "bias": layer.bias is not None}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        if self.model.last_layer_name is None:
+            self.model.set_last_layer(state["last_layer_name"])
 
     def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:  # noqa: ARG002
         f, phi = self.model.forward_with_features(x, **model_kwargs)

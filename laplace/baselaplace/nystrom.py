@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLineariza
 from laplace.gp.subsample import Piece, Reservoir, choose_columns
 from laplace.network import Batch, iterate
 from laplace.predictive import Linearization, Options
+from laplace.schema import Table, listed, nested, number, real, symmetric, tensor, whole
 from laplace.types import Inputs, Scalar
 
 
@@ -216,8 +217,8 @@ class NystromPosterior(FeatureLaplace):
             best, kept = score, now()
             return False
 
-        for number, batch in enumerate(batches, 1):
-            with numbered(number - 1, batch.x):
+        for count, batch in enumerate(batches, 1):
+            with numbered(count - 1, batch.x):
                 at, positions = self._tangents_at(batch.x, batch.y)
             phi = features.features(at)
             phi = phi if positions.kept is None else phi[positions.kept]
@@ -225,7 +226,7 @@ class NystromPosterior(FeatureLaplace):
             nll = nll + likelihood.nll(positions.f, positions.y)
             counts = counts[0] + len(batch.y), counts[1] + len(positions.f)
             history["processed_examples"].append(counts[0])
-            if data is not None and number % every == 0 and rises(data):
+            if data is not None and count % every == 0 and rises(data):
                 break
         if not counts[1]:
             msg = f"All {counts[0]} rows of training data are masked: there is nothing to learn from."
@@ -236,10 +237,6 @@ class NystromPosterior(FeatureLaplace):
         return now() if kept is None else kept, history
 
     # -- posterior ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _learned_names(self) -> tuple[str, ...]:
-        return ("directions", "gram")
 
     def _feature_map(self) -> FeatureMap:
         return NystromMap(self._fitted.tensors["directions"])
@@ -311,6 +308,15 @@ class NystromPosterior(FeatureLaplace):
         return data.scores(score, precisions, [likelihood] * len(precisions), fresh, self._dtype)
 
     # -- saving -------------------------------------------------------------------------------------------------------
+
+    state_entries: ClassVar[Table] = {"subsample_size": whole(1), "n_eigenvalues": whole(1), "seed": whole(0)}
+    _learned_entries: ClassVar[Table] = {"directions": tensor(("features", "P")), "gram": symmetric("features")}
+    _history_entries: ClassVar[Table] = {
+        "processed_examples": listed(whole(0)),
+        "val_examples": listed(whole(0)),
+        "val_nll": listed(real),
+        "tuning": listed(nested({"prior_precision": number(above=0), "val_nll": real})),
+    }
 
     def _choices(self) -> dict[str, Any]:
         sizes = {"subsample_size": self.subsample_size, "n_eigenvalues": self.n_eigenvalues, "seed": self.seed}

@@ -14,7 +14,7 @@ from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.tuned import TunedPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, StateError, UnsupportedError
 from laplace.gp.network_kernel import NetworkKernel
 from laplace.gp.process import ProcessLinearization
 from laplace.gp.subset import Subset, expected_rows
@@ -23,6 +23,7 @@ from laplace.network import Batch, evaluating
 from laplace.network.batches import to_device
 from laplace.predictive import Linearization, Options
 from laplace.prior import GaussianPrior
+from laplace.schema import Known, Table, flag, nested, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
@@ -217,6 +218,34 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         )
 
     # -- saving -------------------------------------------------------------------------------------------------------
+
+    state_entries: ClassVar[Table] = {
+        "n_subset": whole(1),
+        "seed": whole(0),
+        "independent_outputs": flag,
+        "diagonal_hessian": flag,
+    }
+
+    @property
+    def _curvature_entries(self) -> Table:
+        if self._last_layer:
+            return super()._curvature_entries
+        return {**super()._curvature_entries, "kernel": nested(NetworkKernel.entries)}
+
+    def _check_taken(self, known: Known) -> None:
+        super()._check_taken(known)
+        curvature = self._fitted.curvature
+        assert isinstance(curvature, SubsetCurvature), "declared above"
+        if not bool(torch.isfinite(curvature.root.square().sum())):
+            msg = "The state is damaged: the squares of 'H'['root'] are not finite."
+            raise StateError(msg)
+        if isinstance(curvature.kernel, NetworkKernel):
+            with evaluating(self.model), torch.no_grad():
+                for x, (data, rows) in zip(curvature.kernel.batches, curvature.kernel.sizes, strict=True):
+                    f = self._whole(x)
+                    if f.numel() != data * rows * curvature.kernel.width or not bool(torch.isfinite(f).all()):
+                        msg = "The state is damaged: at its inputs the model has other outputs than in the fit."
+                        raise StateError(msg)
 
     def _choices(self) -> dict[str, Any]:
         own = ("n_subset", "seed", "independent_outputs", "diagonal_hessian")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_fa
 from laplace.likelihoods import AbstractLikelihood, resolve
 from laplace.likelihoods.base import check_outputs
 from laplace.network import Batch, evaluating, full_precision, iterate
-from laplace.network.batches import copied, to_device
+from laplace.network.batches import copied, count_rows, to_device
 from laplace.predictive import Linearization
+from laplace.schema import Known, Table, anything, indices, listed, number, real, refuse, tensor, whole
 from laplace.types import Inputs
 
 
@@ -328,10 +329,6 @@ class VariationalPosterior(FeatureLaplace):
 
     # -- posterior ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _learned_names(self) -> tuple[str, ...]:
-        return ("inducing_locations", "inducing_classes", "kernel_root", "root")
-
     def _map_of(self, learned: Any) -> InducingMap:
         with evaluating(self.model), torch.no_grad(), full_precision(self._device):
             points = self._points([(learned["inducing_locations"], learned["inducing_classes"])])
@@ -353,6 +350,31 @@ class VariationalPosterior(FeatureLaplace):
         return root @ root.T
 
     # -- saving -------------------------------------------------------------------------------------------------------
+
+    state_entries: ClassVar[Table] = {
+        "num_inducing": whole(1, "points"),
+        "alpha": number(low=0, high=1),
+        "seed": whole(0),
+        "mc_softmax_samples": whole(0),
+    }
+    _learned_entries: ClassVar[Table] = {
+        "inducing_locations": anything,
+        "inducing_classes": indices("points"),
+        "kernel_root": tensor(("points", "points")),
+        "root": tensor(("points", "points")),
+    }
+    _history_entries: ClassVar[Table] = {"objective": listed(real), "val_nll": listed(real)}
+
+    def _check_taken(self, known: Known) -> None:
+        learned = self._fitted.tensors
+        if count_rows(learned["inducing_locations"]) != known["points"]:
+            refuse("'learned'['inducing_locations']", f"{known['points']} inputs", learned["inducing_locations"])
+        if not bool((learned["kernel_root"].diagonal() > 0).all()):
+            refuse("'learned'['kernel_root']", "a triangular root with a positive diagonal", learned["kernel_root"])
+        self._feature_map()
+        with evaluating(self.model), torch.no_grad():
+            check_outputs(self._linearize(learned["inducing_locations"]).f)
+        super()._check_taken(known)
 
     def _choices(self) -> dict[str, Any]:
         own = {"num_inducing": self.num_inducing, "alpha": self.alpha, "seed": self.seed}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,20 @@ from torch import Tensor
 from laplace.errors import UnsupportedError
 from laplace.network.parameters import head_views
 from laplace.predictive import FeatureLinearization, Linearization
+from laplace.schema import Known, Table, refuse, tensor, whole
+
+
+def _width(value: Any, where: str, known: Known) -> None:
+    """The saved number of outputs, each of which has a weight for each feature."""
+    whole(1, "width")(value, where, known)
+    if value * known["augmented"] != known["P"]:
+        refuse(where, f"outputs with {known['augmented']} of {known['P']} weights each", value)
+
+
+def _bias(value: Any, where: str, known: Known) -> None:
+    """Whether the last feature is the constant of a bias."""
+    if value is not known["bias"]:
+        refuse(where, f"{known['bias']}, as the last layer of the model says", value)
 
 
 class SubsetKernel(ABC):
@@ -263,6 +277,8 @@ class FeatureKernel(SubsetKernel):
     def union(self, other: FeatureKernel) -> FeatureKernel:
         """Features one after the other."""
         return FeatureKernel(torch.cat([self.phi, other.phi]), self.width, self.bias)
+
+    entries: ClassVar[Table] = {"phi": tensor(("rows", "augmented")), "n_outputs": _width, "bias": _bias}
 
     def state(self) -> dict[str, Any]:
         """Features."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from laplace.errors import UnsupportedError
 from laplace.gp.kernel import SubsetKernel, whitened_gram
-from laplace.network.batches import join_rows, plain, signature
+from laplace.network.batches import count_rows, join_rows, plain, signature
 from laplace.network.parameters import split_sizes
 from laplace.predictive import JacobianLinearization, Linearization
+from laplace.schema import Known, Table, flag, refuse, whole
 from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Inputs
 
@@ -90,6 +91,22 @@ def pieces(
             yield Piece(index.flatten(), number, blocks)
         else:
             yield Piece((start * width + data * n_columns + columns).flatten(), 0, blocks)
+
+
+def _sizes(value: Any, where: str, known: Known) -> None:
+    """Saved sizes of batches, of which the number of rows becomes known."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        refuse(where, "a list of pairs of numbers", value)
+    for index, pair in enumerate(value):
+        for each in pair:
+            whole(1)(each, f"{where}[{index}]", known)
+    known["batches"], known["rows"] = [data for data, _ in value], sum(data * rows for data, rows in value)
+
+
+def _inputs(value: Any, where: str, known: Known) -> None:
+    """Saved inputs, as many in each batch as its size says."""
+    if not isinstance(value, list) or [count_rows(x) for x in value] != known["batches"]:
+        refuse(where, f"a list of batches with {known['batches']} inputs", value)
 
 
 @dataclass(frozen=True)
@@ -249,6 +266,14 @@ class NetworkKernel(SubsetKernel):
         )
         sizes = tuple((sum(self.sizes[i][0] for i in group), self.sizes[group[0]][1]) for group in groups)
         return replace(self, batches=batches, sizes=sizes, _kept={})
+
+    entries: ClassVar[Table] = {
+        "sizes": _sizes,
+        "inputs": _inputs,
+        "n_outputs": whole(1, "width"),
+        "n_params": whole(1, "P"),
+        "separates": flag,
+    }
 
     def state(self) -> dict[str, Any]:
         """The inputs of the subset.

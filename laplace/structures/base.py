@@ -18,6 +18,7 @@ from laplace import linalg
 from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
 from laplace.prior import GaussianPrior
+from laplace.schema import Table
 from laplace.structures.accumulate import add_up, require_finite
 from laplace.structures.dense_jacobian import check_jacobians, dense_rows, head_jacobians
 from laplace.structures.jacobian import JacobianBlock
@@ -32,6 +33,8 @@ class AbstractCurvature(ABC):
     """
 
     name: ClassVar[HessianStructure]
+    entries: ClassVar[Table]
+    """What the entries of ``state`` must be."""
 
     @classmethod
     @abstractmethod

@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace.enums import HessianStructure
 from laplace.network.parameters import split_sizes
 from laplace.prior import GaussianPrior
+from laplace.schema import Table, groups, symmetric
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.structures.full import FullCurvature, FullPrecision
@@ -65,6 +66,8 @@ class BlockDiagCurvature(AbstractCurvature):
     def public(self) -> list[Tensor]:
         """The blocks, ``[p, p]`` each."""
         return [part.public for part in self.parts]
+
+    entries: ClassVar[Table] = {"blocks": groups(symmetric("p"))}
 
     def state(self) -> dict[str, Any]:
         """The blocks."""

@@ -18,6 +18,7 @@ from laplace.enums import HessianStructure
 from laplace.errors import NotPositiveDefiniteError
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
+from laplace.schema import Table, signed_vector
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.structures.jacobian import JacobianBlock, sum_parts
@@ -63,6 +64,8 @@ class DiagCurvature(AbstractCurvature):
     def public(self) -> Float[Tensor, " params"]:
         """The vector, ``[P]``."""
         return self.vector
+
+    entries: ClassVar[Table] = {"vector": signed_vector("P")}
 
     def state(self) -> dict[str, Any]:
         """The vector."""

@@ -26,12 +26,34 @@ from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
 from laplace.network.parameters import split_sizes
 from laplace.prior import GaussianPrior
+from laplace.schema import Known, Table, groups, refuse, tensor
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron import KronCurvature
 from laplace.structures.rotated import RotatedPrecision
 from laplace.types import Scalar
+
+
+def _diagonal(value: Any, where: str, known: Known) -> None:
+    """The saved diagonal of a group."""
+    tensor(("rows",), ("rows", "columns"), low=0)(value, where, {"dtype": known["dtype"]})
+    if value.numel() != known["p"]:
+        refuse(where, f"one number for each of the {known['p']} weights", value)
+    known[f"shape {known['group']}"] = list(value.shape)
+
+
+def _basis(value: Any, where: str, known: Known) -> None:
+    """The saved eigenvectors of a group, which go with its diagonal."""
+    shape = known[f"shape {known['group']}"]
+    if not isinstance(value, list) or len(value) != len(shape):
+        refuse(where, f"a list of {len(shape)} matrices", value)
+    for index, (vectors, size) in enumerate(zip(value, shape, strict=True)):
+        if vectors is not None:
+            tensor((size, size))(vectors, f"{where}[{index}]", known)
+            eye = torch.eye(size, dtype=vectors.dtype, device=vectors.device)
+            if not torch.allclose(vectors.mT @ vectors, eye, atol=1e-2):
+                refuse(f"{where}[{index}]", "an orthogonal matrix", vectors)
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,8 @@ class EKFACCurvature(AbstractCurvature):
     def public(self) -> EKFACPrecision:
         """The matrix in its eigenbasis."""
         return EKFACPrecision(self.eigenvectors, self.diagonals)
+
+    entries: ClassVar[Table] = {"diagonals": groups(_diagonal), "eigenvectors": groups(_basis)}
 
     def state(self) -> dict[str, Any]:
         """Bases and diagonals."""

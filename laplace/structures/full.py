@@ -20,6 +20,7 @@ from laplace.enums import HessianStructure
 from laplace.errors import NotPositiveDefiniteError
 from laplace.network.parameters import augment, output_index
 from laplace.prior import GaussianPrior
+from laplace.schema import Table, symmetric
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
 from laplace.structures.basis import DenseBasis
 from laplace.structures.diag import DiagPrecision
@@ -69,6 +70,8 @@ class FullCurvature(AbstractCurvature):
     def public(self) -> Float[Tensor, "params params"]:
         """The matrix, ``[P, P]``."""
         return self.matrix
+
+    entries: ClassVar[Table] = {"matrix": symmetric("P")}
 
     def state(self) -> dict[str, Any]:
         """The matrix."""

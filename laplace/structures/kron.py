@@ -21,11 +21,21 @@ from laplace import linalg
 from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
+from laplace.schema import Known, Table, factor, groups, number, refuse, whole
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron_decomposed import KronDecomposed
 from laplace.structures.rotated import apply_blocks
 from laplace.types import Scalar
+
+
+def _factors(value: Any, where: str, known: Known) -> None:
+    """One or two sides of a saved block, whose sizes multiply to the number of weights."""
+    if not isinstance(value, list) or len(value) not in (1, 2):
+        refuse(where, "a list of one or two factors", value)
+    lengths = [factor(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
+    if math.prod(lengths) != known["p"]:
+        refuse(where, f"factors of {known['p']} weights", math.prod(lengths))
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,11 @@ class KronCurvature(AbstractCurvature):
         """The matrix in its eigenbasis."""
         return self.decomposed
 
+    entries: ClassVar[Table] = {"sums": groups(_factors), "counts": groups(whole(0)), "resolution": number(low=0)}
+
     def state(self) -> dict[str, Any]:
         """Raw sums and their counts."""
-        return {"sums": self.sums.kfacs, "counts": list(self.counts), "resolution": self.sums.resolution}
+        return {"sums": self.sums.kfacs, "counts": list(self.counts), "resolution": float(self.sums.resolution)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:

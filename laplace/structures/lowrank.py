@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.enums import HessianStructure
-from laplace.errors import NumericalWarning, StateError, UnsupportedError
+from laplace.errors import NumericalWarning, UnsupportedError
 from laplace.prior import GaussianPrior
+from laplace.schema import Table, number, optional, tensor, whole
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.lowrank_precision import LowRankPrecision
@@ -296,6 +297,15 @@ class LowRankCurvature(AbstractCurvature):
             return None
         return float(self.values.sum() / self.trace) if float(self.trace) > 0 else 1.0
 
+    entries: ClassVar[Table] = {
+        "vectors": tensor(("P", "rank")),
+        "values": tensor(("rank",), low=0),
+        "trace": optional(tensor((), low=0)),
+        "rank": optional(whole(1)),
+        "captured_trace": optional(number(above=0, high=1)),
+        "n_passes": whole(0),
+    }
+
     def state(self) -> dict[str, Any]:
         """Eigenpairs, and how they were chosen."""
         return {
@@ -310,12 +320,6 @@ class LowRankCurvature(AbstractCurvature):
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> LowRankCurvature:
         """From eigenpairs."""
-        if state["values"].shape != state["vectors"].shape[1:]:
-            msg = (
-                f"The state is damaged: it holds {len(state['values'])} eigenvalues and eigenvectors of the shape "
-                f"{list(state['vectors'].shape)}."
-            )
-            raise StateError(msg)
         trace = None if state["trace"] is None else state["trace"].to(dtype)
         truncation = Truncation(state["rank"], state["captured_trace"])
         return cls(state["vectors"].to(dtype), state["values"].to(dtype), trace, truncation, state["n_passes"])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from laplace import FullLLLaplace, Laplace
+from laplace.baselaplace.statefile import digest
 from laplace.curvature import AutogradEF
 from laplace.errors import NotFittedError, StateError
 from tests.cases import BASIC, Net, tensor_loader
@@ -70,8 +71,12 @@ def replaced(key: str, value):
     return lambda state: state.__setitem__(key, value)
 
 
+def first_factor(value):
+    return lambda state: state["H"]["sums"][0].__setitem__(0, value)
+
+
 DAMAGE = {
-    "schema": (replaced("schema_version", 99), "schema version 99, this release reads 3.*release that saved it"),
+    "schema": (replaced("schema_version", 99), "schema version 99, this release reads 3 and 4.*release that saved it"),
     "no schema": (without("schema_version"), "no state of a Laplace approximation.*la.save"),
     "no curvature": (without("H"), "incomplete.*'H'"),
     "no factors": (without("H", "sums"), "incomplete.*'sums'"),
@@ -81,12 +86,13 @@ DAMAGE = {
     "no damping": (without("damping"), "incomplete.*'damping'"),
     "no layer": (without("last_layer_name"), "incomplete.*'last_layer_name'"),
     "no class": (without("cls_name"), "cls_name is None"),
-    "mean too short": (replaced("mean", torch.zeros(3)), "3 weights"),
-    "mean without values": (replaced("mean", None), "'mean' must be a Tensor; it is a NoneType"),
-    "wrong factors": (replaced("H", {"sums": [[torch.eye(3)]], "counts": [3], "resolution": 0.0}), "curvature of 3"),
-    "factors not square": (replaced("H", {"sums": [[torch.zeros(2, 3)]], "counts": [3], "resolution": 0.0}), "square"),
-    "curvature without entries": (replaced("H", 3), "'H' must be a Mapping"),
-    "prior of another shape": (replaced("prior_precision", torch.ones(5)), "prior precision"),
+    "mean too short": (replaced("mean", torch.zeros(3)), r"'mean' must be a tensor of the shape \[28\]"),
+    "mean without values": (replaced("mean", None), "'mean' must be a tensor.*it is None"),
+    "wrong factors": (first_factor(torch.eye(3)), r"'sums'.*factors of 24 weights"),
+    "factors not square": (first_factor(torch.zeros(2, 3)), r"'sums'.*of the shape \[2, 2\]"),
+    "factors too few": (replaced("H", {"sums": [[torch.eye(3)]], "counts": [3], "resolution": 0.0}), "list of 2 entries"),
+    "curvature without entries": (replaced("H", 3), "'H' must be a mapping"),
+    "prior of another shape": (replaced("prior_precision", torch.ones(5)), "prior_precision"),
     "prior without meaning": (replaced("prior_precision", torch.tensor([-1.0])), "prior_precision"),
     "a precision a weight": (replaced("prior_precision", torch.ones(28)), "Kronecker"),
     "noise without meaning": (replaced("sigma_noise", torch.tensor(0.5)), "sigma_noise"),
@@ -102,6 +108,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage, says, fresh):
     case = BASIC[0]
     state = copy.deepcopy(fitted(case, "kron", prior_precision=9.0, temperature=2.0, enable_backprop=True).state_dict())
     damage(state)
+    state["digest"] = digest(state)
     la = estimator(case, "kron") if fresh else fitted(case, "kron", prior_precision=0.7)
     before = None if fresh else everything(la, case)
     hyperparameters = (float(la.prior_precision), float(la.prior_mean), la.temperature, la.damping, la.enable_backprop)
@@ -137,8 +144,17 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path):
     torch.save(la.model.model.state_dict(), path)
     with pytest.raises(StateError, match="no state of a Laplace approximation"):
         la.load(path)
-    with pytest.raises(FileNotFoundError):
-        la.load(tmp_path / "missing")
+    path.write_bytes(b"")
+    with pytest.raises(StateError, match="cannot be read"):
+        la.load(path)
+    with pytest.raises(StateError, match="cannot be read"):
+        la.load(tmp_path)
+    for wrong in (lambda: la.load(tmp_path / "missing"), lambda: la.save(tmp_path / "missing" / "state")):
+        with pytest.raises(FileNotFoundError, match="missing") as error:
+            wrong()
+        assert isinstance(error.value, StateError)
+    with pytest.raises(StateError, match="is a folder"):
+        la.save(tmp_path)
     assert_same(everything(la, BASIC[0]), before)
 
 
