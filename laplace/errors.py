@@ -36,7 +36,7 @@ class ModelError(InputError, RuntimeError, TypeError):
 
 
 class StateError(InputError):
-    """A saved state cannot be loaded here: it is no state, is refuse, or was saved for another object."""
+    """A saved state cannot be loaded here: it is no state, is damaged, or was saved for another object."""
 
 
 class StateNotFoundError(StateError, FileNotFoundError):

@@ -247,11 +247,11 @@ class Fit:
 
 
 FIT_ENTRIES: Table = {
-    "n_outputs": whole(1, "C"),
-    "n_data": whole(1),
-    "n_positions": whole(1),
+    "n_outputs": whole(0, "C"),
+    "n_data": whole(0),
+    "n_positions": whole(0),
     "mean": tensor(("P",)),
-    "loss": tensor((), low=0),
+    "loss": optional(tensor((), low=0)),  # None where it is not known
     "output_loss": optional(tensor(("C",), low=0)),
     "noise_shape": optional(tensor(("C",), above=0)),
     "H": anything,

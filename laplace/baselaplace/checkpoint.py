@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from laplace import linalg
+from laplace.baselaplace.peer_states import PEER_STRUCTURES, check_peer, is_peer, translated
 from laplace.baselaplace.posterior import WeightPosterior
 from laplace.baselaplace.statefile import (
     SCHEMA_VERSION,
@@ -131,7 +132,8 @@ class Checkpointed(RandomWeights):
         Parameters
         ----------
         state_dict
-            Made by ``state_dict``; its tensors may be on any device.
+            Made by ``state_dict``, here or of a parametric class of laplace-torch 0.2.2 or 0.3 (``full``, ``kron``,
+            ``diag``); its tensors may be on any device.
 
         Raises
         ------
@@ -144,13 +146,17 @@ class Checkpointed(RandomWeights):
         UserWarning
             If the state has no digest, as those of earlier releases.
         """
-        check_origin(state_dict, self._identity())
         before = [(holder, dict(vars(holder))) for holder in self._changed_by_loading]
         try:
-            state = {key: value for key, value in state_dict.items() if key != "digest"}
+            if is_peer(state_dict):
+                state = self._translated(state_dict)
+            else:
+                check_origin(state_dict, self._identity())
+                state = {key: value for key, value in state_dict.items() if key != "digest"}
             known = self._known_of(state)
             check_entries(state, self._entries(), known)
-            warn_without_digest(state_dict)
+            if not is_peer(state_dict):
+                warn_without_digest(state_dict)
             self._take(move(state, self._device))
             self._check_taken(known)
         except BaseException as error:
@@ -161,6 +167,17 @@ class Checkpointed(RandomWeights):
                 raise
             msg = f"The state holds what this object cannot take: {error}"
             raise StateError(msg) from error
+
+    def _translated(self, state: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """A state of laplace-torch as one of this class."""
+        msg = (
+            f"The state was saved by laplace-torch, from which {type(self).__name__} cannot be made. Those of its "
+            "classes with hessian_structure 'full', 'kron' and 'diag' can be read; fit others again."
+        )
+        raise StateError(msg)
+
+    def _know_weights(self, state: Mapping[str, Any]) -> None:
+        """Find out from a state of laplace-torch which weights are random; the last layer does."""
 
     @property
     def _changed_by_loading(self) -> tuple[object, ...]:
@@ -271,7 +288,7 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
             {
                 **self._header(),
                 "mean": fit.mean,
-                "loss": fit.nll,
+                "loss": None if bool(torch.isnan(fit.nll)) else fit.nll,
                 "n_data": fit.n_data,
                 "n_positions": fit.n_positions,
                 "n_outputs": fit.n_outputs,
@@ -291,6 +308,25 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
         """What the entries of a saved curvature must be."""
         return self.curvature_type.entries
 
+    def _translated(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        structure = self.curvature_type.name.value
+        if structure not in PEER_STRUCTURES:
+            return super()._translated(state)
+        check_peer(state, self._identity(), {"dtype": self._dtype}, last_layer=self._last_layer)
+        self._know_weights(state)
+        chosen = self._chosen_indices().get("subnetwork_indices")
+        mean, subset = state["mean"].detach().to(self._device), self._known_parameters("load_state_dict")
+        if chosen is not None and len(mean) > int(chosen.max()):
+            mean = mean[chosen]
+        if len(mean) != subset.n_params or not subset.equals(mean):
+            msg = (
+                "The weights of the model are not those in the state, 'mean': give it those it had when it was fitted "
+                "by laplace-torch, or fit again."
+            )
+            raise StateError(msg)
+        own = {"schema_version": SCHEMA_VERSION, **self._identity(), **self._choices()}
+        return translated(state, own, mean, structure)
+
     def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
         """The curvature that a state describes."""
         return self.curvature_type.from_state(state, self._dtype)
@@ -303,13 +339,16 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
         by_output, shape = (
             None if value is None else value.to(self._dtype) for value in (state["output_loss"], state["noise_shape"])
         )
-        mean, loss = state["mean"].to(self._dtype), state["loss"].to(self._dtype)
+        mean = state["mean"].to(self._dtype)
+        loss = mean.new_full((), torch.nan) if state["loss"] is None else state["loss"].to(self._dtype)
         self._fit = Fit(mean, curvature, loss, *counts, by_output, self._head_bias, shape)
         self._hyperparameters_changed()
 
     def _check_taken(self, known: Known) -> None:
-        scale = self._output_likelihood.curvature_scale(self.backend.kind)
-        usable = self._fitted.scaled(scale).is_finite and bool(torch.isfinite(self.log_likelihood))
+        scale = self._output_likelihood.curvature_scale(self._backend_cls.kind)
+        usable = self._fitted.scaled(scale).is_finite
+        if not bool(torch.isnan(self._fitted.nll)):
+            usable = usable and bool(torch.isfinite(self.log_likelihood))
         if usable and known.get("negative"):
             try:  # the Hessian of a network may be negative somewhere, as long as the prior makes up for it
                 self._frozen_posterior.logdet()

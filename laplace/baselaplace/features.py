@@ -28,15 +28,13 @@ from laplace.network import evaluating, full_precision
 from laplace.network.batches import plain
 from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, nested
+from laplace.schema import Known, Table, nested, tensor, whole
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs, Scalar
 
 KEPT_ELEMENTS = 2**29
 """Numbers kept of derivatives of points and of training data: 2 GB in float32."""
-FEATURE_FIT = ("n_outputs", "n_data", "n_positions", "mean", "loss")
-"""Entries of a state that are those of other fits, too."""
 
 
 @dataclass(frozen=True)
@@ -317,7 +315,13 @@ class FeatureLaplace(BaseFunctionalLaplace):
             }
         )
 
-    state_entries: ClassVar[Table] = {name: check for name, check in FIT_ENTRIES.items() if name in FEATURE_FIT}
+    state_entries: ClassVar[Table] = {
+        "mean": FIT_ENTRIES["mean"],
+        "loss": tensor((), low=0),
+        "n_data": whole(1),
+        "n_positions": whole(1),
+        "n_outputs": whole(1, "C"),
+    }
     _learned_entries: ClassVar[Table]
     """What the entries of what was learned must be."""
     _history_entries: ClassVar[Table]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from laplace.baselaplace.checkpoint import Checkpointed
+from laplace.baselaplace.statefile import move
 from laplace.enums import FeatureReduction, PredType
 from laplace.errors import StateError, UnsupportedError
-from laplace.network import FeatureExtractor, ParameterSubset
+from laplace.network import FeatureExtractor, ParameterSubset, evaluating
 from laplace.network.threads import together
 from laplace.predictive import FeatureLinearization, Linearization
 from laplace.schema import Known, Table, check_entries, optional, text
@@ -127,6 +129,21 @@ class LastLayer(Checkpointed):
             msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
             raise StateError(msg)
         return layer
+
+    def _know_weights(self, state: Mapping[str, Any]) -> None:
+        name, known, data = state["_last_layer_name"], self.model.last_layer_name, state["data"]
+        if known is not None or name is not None:
+            self._layer_in({"last_layer_name": known if name is None else name})
+        if known is None and name is not None:
+            self.model.set_last_layer(name)
+        elif known is None:
+            if data is None:
+                msg = (
+                    "The state of laplace-torch does not say which layer is the last: construct with last_layer_name=."
+                )
+                raise StateError(msg)
+            with evaluating(self.model), torch.no_grad():
+                self.model.find_last_layer(move(data[0] if isinstance(data, (list, tuple)) else data, self._device))
 
     def _known_of(self, state: Mapping[str, Any]) -> Known:
         layer = self._layer_in(state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping
@@ -173,7 +174,7 @@ def _check_digest(state: Mapping[str, Any]) -> None:
     if not isinstance(there, str) or not there.startswith(f"{DIGEST_VERSION}:"):
         msg = (
             f"The digest of the state is {describe(there)}; this release makes those that begin with "
-            f"{DIGEST_VERSION!r}. The state is refuse, or of a later release."
+            f"{DIGEST_VERSION!r}. The state is damaged, or of a later release."
         )
         raise StateError(msg)
     if there != digest(state):
@@ -253,6 +254,11 @@ def read(path: Any, location: Any) -> Any:
             f"The file {name} cannot be read as a state: {reason} It is damaged, or something else: states are written "
             "by la.save(path)."
         )
+        if isinstance(error, pickle.UnpicklingError):
+            msg += (
+                " If it is a state of laplace-torch that holds other objects, and you trust it: "
+                "la.load_state_dict(torch.load(path, weights_only=False))."
+            )
         raise StateError(msg) from error
 
 

@@ -101,9 +101,18 @@ SITUATIONS: dict[str, Situation] = {
 }  # fmt: skip
 
 
+PEER: dict[str, Situation] = {
+    f"{kind.__name__}_{s}_{h}": kind(s, h, **(SUBNETWORK if s == "subnetwork" else {}))
+    for kind in (classify, regress)
+    for s, h in [(s, h) for s in ("all", "last_layer") for h in ("full", "kron", "diag")]
+    + [("subnetwork", "full"), ("subnetwork", "diag")]
+}
+"""Those of which laplace-torch saves states."""
+
+
 def build(name: str) -> Any:
     """The estimator of a situation, not fitted."""
-    model, likelihood, options, *_ = SITUATIONS[name]
+    model, likelihood, options, *_ = {**SITUATIONS, **PEER}[name]
     return Laplace(model(), likelihood, **options)
 
 
@@ -115,7 +124,7 @@ def inputs(la: Any, x: Tensor) -> Tensor:
 
 def fitted(name: str) -> Any:
     """The same, fitted in two batches."""
-    *_, x, y, _ = SITUATIONS[name]
+    *_, x, y, _ = {**SITUATIONS, **PEER}[name]
     la = build(name)
     x, y = inputs(la, x), inputs(la, y)
     la.fit([(x[:5], y[:5]), (x[5:], y[5:])])

@@ -8,7 +8,7 @@ import torch
 
 import laplace
 from laplace.laplace import ESTIMATORS, FUNCTIONAL
-from tests.states.situations import SITUATIONS, build, seen
+from tests.states.situations import SITUATIONS, build, fitted, seen
 
 FOLDERS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_dir())
 SAVED = [pytest.param(folder, name, id=f"{folder.name}-{name}") for folder in FOLDERS for name in SITUATIONS]
@@ -42,3 +42,15 @@ def test_there_is_a_state_of_every_class():
         recorded = json.loads((folder / "expected.json").read_text())
         assert classes <= {entry["class"] for entry in recorded.values()}
         assert all(hasattr(laplace, entry["class"]) for entry in recorded.values())
+
+
+@pytest.mark.parametrize("name", ["all_full", "all_kron", "last_layer_ekfac", "all_lowrank", "subnetwork_diag"])
+def test_what_was_assigned_by_hand_is_saved_though_its_loss_is_not_known(name):
+    la, again = fitted(name), build(name)
+    la.H = la.H
+    la.mean = getattr(la, "mean_subnet", la.mean) + 0.125
+    again.load_state_dict(la.state_dict())
+    assert torch.equal(again.mean, la.mean)
+    assert again.state_dict()["digest"] == la.state_dict()["digest"]
+    with pytest.raises(AttributeError, match="assigned by hand"):
+        again.log_marginal_likelihood()
