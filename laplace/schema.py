@@ -122,7 +122,7 @@ def flag(value: Any, where: str, known: Known) -> None:  # noqa: ARG001 - a chec
         refuse(where, "True or False", value)
 
 
-def number(*, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> Check:
+def finite(*, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> Check:
     """A finite float within bounds: above the one, at least the other."""
 
     def check(value: Any, where: str, known: Known) -> None:  # noqa: ARG001 - a check

@@ -33,7 +33,7 @@ from laplace.baselaplace.weights import RandomWeights
 from laplace.errors import NotPositiveDefiniteError, StateError
 from laplace.fit import FIT_ENTRIES, Fit
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, anything, check_entries, flag, nested, number, tensor, text
+from laplace.schema import Known, Table, anything, check_entries, finite, flag, nested, tensor, text
 from laplace.structures import AbstractCurvature
 
 Own = TypeVar("Own", bound="Checkpointed")
@@ -48,8 +48,8 @@ class Checkpointed(RandomWeights):
         "likelihood": text,
         "curvature_kind": text,
         "fingerprint": text,
-        "temperature": number(above=0),
-        "output_temperature": number(above=0),
+        "temperature": finite(above=0),
+        "output_temperature": finite(above=0),
         "enable_backprop": flag,
         "prior_precision": tensor((1,), ("L",), ("P",), above=0),
         "prior_mean": tensor((), (1,), ("P",)),

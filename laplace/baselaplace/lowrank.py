@@ -14,7 +14,7 @@ from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
 from laplace.errors import InputError
-from laplace.schema import Table, number, optional, whole
+from laplace.schema import Table, finite, optional, whole
 from laplace.structures import AbstractCurvature, LowRankCurvature, Truncation
 
 
@@ -104,7 +104,7 @@ class LowRankLaplace(ParametricLaplace):
     def _refitted_type(self) -> type[AbstractCurvature]:
         return LowRankCurvature.choosing(self._truncation)
 
-    state_entries: ClassVar[Table] = {"rank": optional(whole(1)), "captured_trace": optional(number(above=0, high=1))}
+    state_entries: ClassVar[Table] = {"rank": optional(whole(1)), "captured_trace": optional(finite(above=0, high=1))}
 
     def _choices(self) -> dict[str, Any]:
         chosen = {"rank": self._truncation.rank, "captured_trace": self._truncation.captured_trace}

@@ -20,7 +20,7 @@ from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLineariza
 from laplace.gp.subsample import Piece, Reservoir, choose_columns
 from laplace.network import Batch, iterate
 from laplace.predictive import Linearization, Options
-from laplace.schema import Table, listed, nested, number, real, symmetric, tensor, whole
+from laplace.schema import Table, finite, listed, nested, real, symmetric, tensor, whole
 from laplace.types import Inputs, Scalar
 
 
@@ -315,7 +315,7 @@ class NystromPosterior(FeatureLaplace):
         "processed_examples": listed(whole(0)),
         "val_examples": listed(whole(0)),
         "val_nll": listed(real),
-        "tuning": listed(nested({"prior_precision": number(above=0), "val_nll": real})),
+        "tuning": listed(nested({"prior_precision": finite(above=0), "val_nll": real})),
     }
 
     def _choices(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from laplace.likelihoods.base import check_outputs
 from laplace.network import Batch, evaluating, full_precision, iterate
 from laplace.network.batches import copied, count_rows, to_device
 from laplace.predictive import Linearization
-from laplace.schema import Known, Table, anything, indices, listed, number, real, refuse, tensor, whole
+from laplace.schema import Known, Table, anything, finite, indices, listed, real, refuse, tensor, whole
 from laplace.types import Inputs
 
 
@@ -353,7 +353,7 @@ class VariationalPosterior(FeatureLaplace):
 
     state_entries: ClassVar[Table] = {
         "num_inducing": whole(1, "points"),
-        "alpha": number(low=0, high=1),
+        "alpha": finite(low=0, high=1),
         "seed": whole(0),
         "mc_softmax_samples": whole(0),
     }

@@ -18,7 +18,7 @@ from laplace.gp.kernel import FeatureKernel, SubsetKernel
 from laplace.gp.subset import Subset
 from laplace.gp.subset_of_data import SubsetPrecision, weight_rows
 from laplace.prior import GaussianPrior
-from laplace.schema import Table, nested, number, tensor
+from laplace.schema import Table, finite, nested, tensor
 from laplace.structures import AbstractCurvature, DiagPrecision
 from laplace.structures.basis import Basis
 from laplace.structures.supports import SupportsCurvature
@@ -82,7 +82,7 @@ class SubsetCurvature(AbstractCurvature):
     entries: ClassVar[Table] = {
         "kernel": nested(FeatureKernel.entries),
         "root": tensor(("rows", "width"), ("rows", 1), ("rows", "width", "columns")),
-        "ratio": number(above=0),
+        "ratio": finite(above=0),
     }
 
     def state(self) -> dict[str, Any]:

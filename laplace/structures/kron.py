@@ -21,7 +21,7 @@ from laplace import linalg
 from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, factor, groups, number, refuse, whole
+from laplace.schema import Known, Table, factor, finite, groups, refuse, whole
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron_decomposed import KronDecomposed
@@ -109,7 +109,7 @@ class KronCurvature(AbstractCurvature):
         """The matrix in its eigenbasis."""
         return self.decomposed
 
-    entries: ClassVar[Table] = {"sums": groups(_factors), "counts": groups(whole(0)), "resolution": number(low=0)}
+    entries: ClassVar[Table] = {"sums": groups(_factors), "counts": groups(whole(0)), "resolution": finite(low=0)}
 
     def state(self) -> dict[str, Any]:
         """Raw sums and their counts."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, UnsupportedError
 from laplace.prior import GaussianPrior
-from laplace.schema import Table, number, optional, tensor, whole
+from laplace.schema import Table, finite, optional, tensor, whole
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.lowrank_precision import LowRankPrecision
@@ -302,7 +302,7 @@ class LowRankCurvature(AbstractCurvature):
         "values": tensor(("rank",), low=0),
         "trace": optional(tensor((), low=0)),
         "rank": optional(whole(1)),
-        "captured_trace": optional(number(above=0, high=1)),
+        "captured_trace": optional(finite(above=0, high=1)),
         "n_passes": whole(0),
     }
 

@@ -119,7 +119,7 @@ def test_a_last_layer_is_found_by_the_saved_batch_or_named():
     named = Laplace(model(), "classification", "last_layer", "full", last_layer_name="2")
     named.load_state_dict({**state, "data": None})
     build(name).load_state_dict({**state, "data": None, "_last_layer_name": "2"})
-    with pytest.raises(StateError, match="'0'.*'2'"):
+    with pytest.raises(StateError, match=r"'0'.*'2'"):
         named.load_state_dict({**state, "_last_layer_name": "0"})
 
 
