@@ -337,6 +337,13 @@ def count_rows(x: Inputs) -> int:
     return sizes[0] if sizes else 1
 
 
+def one_row(x: Inputs) -> bool:
+    """Whether inputs are a single row for sure: there are tensors, and each is."""
+    sizes: list[int] = []
+    _map(x, lambda value: sizes.append(len(value)) if isinstance(value, Tensor) and value.dim() else None)
+    return set(sizes) == {1}
+
+
 def differentiable(x: Inputs) -> Inputs:
     """Inputs that may be saved for a backward pass: tensors made under ``torch.inference_mode`` are copied."""
     return _map(x, lambda value: value.clone() if isinstance(value, Tensor) and value.is_inference() else value)

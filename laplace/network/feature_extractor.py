@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import ShapeError, UnsupportedError
-from laplace.network.batches import call, output_tensor
+from laplace.network.batches import call, one_row, output_tensor
 from laplace.network.failures import check_weights
 from laplace.network.modes import full_precision
 from laplace.network.threads import together
@@ -208,6 +208,8 @@ class FeatureExtractor(nn.Module):
         if not self.enable_backprop:
             phi = phi.detach()
         layer = watched[name]
+        if one_row(x):
+            f, phi = unsqueezed(f, phi, layer)
         f, phi = self._align(f, phi, layer, name)
         self._verify(f, phi, head_outputs, layer, name)
         if not self._verified:
@@ -321,6 +323,13 @@ class FeatureExtractor(nn.Module):
                 "It is treated as the weight of the last layer alone: features do not change with it."
             )
             warnings.warn(msg, UserWarning, stacklevel=3)
+
+
+def unsqueezed(f: Tensor, phi: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Outputs and features of one row with the axis of the batch, where the model squeezes all axes of one entry."""
+    phi = phi.unsqueeze(0) if phi.dim() == 1 else phi
+    squeezed = tuple(size for size in (*phi.shape[:-1], layer.out_features) if size != 1)
+    return (f.unsqueeze(0) if tuple(f.shape) == squeezed and len(phi) == 1 else f), phi
 
 
 def reduce(phi: Tensor, reduction: FeatureReduction) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.errors import UnsupportedError
-from laplace.network.batches import arguments, call, output_tensor
+from laplace.errors import ShapeError, UnsupportedError
+from laplace.network.batches import arguments, call, count_rows, one_row, output_tensor
 from laplace.network.failures import check_weights, explained
 from laplace.network.modes import attributes_restored
 from laplace.network.parameters import ParameterSubset
@@ -120,7 +120,7 @@ class WholeNetwork:
         keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
         # Alone: layers may assign tensors made of their weights to themselves, and derivatives go through their graph.
         with alone(self.model):
-            return with_output_axis(output_tensor(call(self.model, x, **keys, **model_kwargs)))
+            return with_axes(output_tensor(call(self.model, x, **keys, **model_kwargs)), x)
 
     def at(self, theta: Float[Tensor, " params"], x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
         """Outputs with other weights, by a functional call: the model is not touched.
@@ -139,7 +139,7 @@ class WholeNetwork:
         kwargs = {**kwargs, **model_kwargs}
         with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs):
             outputs = torch.func.functional_call(self.model, weights, args, kwargs)
-        return with_output_axis(output_tensor(outputs))
+        return with_axes(output_tensor(outputs), x)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -153,6 +153,21 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = original
 
 
-def with_output_axis(f: Tensor) -> Tensor:
-    """Outputs with at least two axes."""
-    return f.unsqueeze(-1) if f.dim() == 1 else f
+def with_axes(f: Tensor, x: Inputs) -> Tensor:
+    """Outputs with at least two axes: those that a model squeezes away, of one output or of a batch of one row.
+
+    Raises
+    ------
+    ShapeError
+        If there is one number for several rows.
+    """
+    if f.dim() >= 2:
+        return f
+    single = one_row(x)
+    if f.dim() == 0 and not single:
+        msg = (
+            f"The model returns one number for a batch of {count_rows(x)} rows. Return the outputs of each row, "
+            "[batch, outputs], not their loss or mean."
+        )
+        raise ShapeError(msg)
+    return f.reshape(1, -1) if single else f.unsqueeze(-1)
