@@ -11,7 +11,7 @@ arXiv:2305.04684.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -47,6 +47,7 @@ class AsdlInterface(PackageInterface):
     package: ClassVar[str] = "asdl"
     extra: ClassVar[str] = "asdl"
     accepts_fisher_kwargs: ClassVar[bool] = True
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]]:
@@ -71,7 +72,7 @@ class AsdlInterface(PackageInterface):
     def loss_type(self) -> str:
         """ASDL's name of the loss."""
         asdl = require("asdl", "asdl")
-        return asdl.LOSS_CROSS_ENTROPY if self.likelihood is Likelihood.CLASSIFICATION else asdl.LOSS_MSE
+        return asdl.LOSS_MSE if self.likelihood is Likelihood.REGRESSION else asdl.LOSS_CROSS_ENTROPY
 
     def _jacobians(self, batch: PrivateBatch) -> Jacobians:
         n_outputs = batch.f.shape[1]
@@ -89,7 +90,8 @@ class AsdlInterface(PackageInterface):
             value.backward()
             return value
 
-        return require("asdl", "asdl").batch_gradient(batch.model, closure).detach()
+        gradients = require("asdl", "asdl").batch_gradient(batch.model, closure).detach()
+        return gradients.unflatten(0, (-1, batch.items)).sum(1)
 
     def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
         """Raise for options that say which matrix, or that ASDL does not have.
@@ -125,18 +127,23 @@ class AsdlInterface(PackageInterface):
         return 1.0
 
     def _full(self, batch: PrivateBatch) -> Tensor:
+        if batch.items > 1:
+            return sum((gradient.T @ gradient for gradient in self._columns(batch)), batch.zeros(2))
         self._compute_fisher(batch, "SHAPE_FULL")
         return self._scale * cast(Any, batch.model).fisher.data
 
     def _diag(self, batch: PrivateBatch) -> Tensor:
-        if any(isinstance(layer, nn.Conv2d) for layer, _ in owners(batch)):
+        if batch.items > 1 or any(isinstance(layer, nn.Conv2d) for layer, _ in owners(batch)):
             # Its diagonal of a convolution is not exact where the layer has few positions (up to 60 % off).
-            self._refuse(dict(batch.options))
-            root = self.output_root(Positions(batch.f, batch.y))
-            gradients = (self._batch_gradient(batch, lambda f, r=r: (f * r).sum()) for r in root.unbind(-1))
-            return sum((gradient.square().sum(0) for gradient in gradients), batch.zeros(1))
+            return sum((gradient.square().sum(0) for gradient in self._columns(batch)), batch.zeros(1))
         self._compute_fisher(batch, "SHAPE_DIAG")
         return self._scale * flat([getattr(layer.fisher.diag, name) for layer, name in owners(batch)])
+
+    def _columns(self, batch: PrivateBatch) -> Iterator[Float[Tensor, "rows params"]]:
+        """Gradients of each row, or of each pair, along the columns of the output Hessians' roots."""
+        self._refuse(dict(batch.options))
+        root = self.output_root(Positions(batch.f, batch.y))
+        return (self._batch_gradient(batch, lambda f, r=r: (f * r).sum()) for r in root.unbind(-1))
 
     def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
         self._compute_fisher(batch, "SHAPE_KRON")

@@ -42,6 +42,7 @@ class CurvlinopsInterface(PackageInterface):
 
     package: ClassVar[str] = "curvlinops"
     extra: ClassVar[str] = "curvlinops"
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,12 +24,20 @@ from torch.utils._pytree import tree_map
 from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
-from laplace.curvature.private_batch import PrivateBatch, PrivateNetwork, flat, outputs_of_known, private_head
+from laplace.curvature.private_batch import (
+    PairHead,
+    PrivateBatch,
+    PrivateNetwork,
+    PrivatePairs,
+    flat,
+    outputs_of_known,
+    private_head,
+)
 from laplace.curvature.structured import check_count, without_count
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import Positions
-from laplace.network.batches import differentiable, rows_of
+from laplace.network.batches import count_rows, differentiable, items_of, rows_of
 from laplace.network.modes import full_precision
 from laplace.optional import require
 from laplace.structures import FullCurvature, Kron
@@ -92,22 +101,34 @@ class PackageInterface(CurvatureInterface):
         FullCurvature.check_memory(self.params, self._compute_dtype)
         with self._private(x, y, HessianStructure.FULL, without_count(kwargs)) as (loss, batch):
             matrix = self._full(batch) if len(batch.y) else batch.zeros(2)
-            return loss, self._restrict(self._restrict(matrix).mT).mT
+            return loss, self._with_bias(self._restrict(self._restrict(matrix).mT).mT, 2)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch, by the package."""
         with self._private(x, y, HessianStructure.DIAG, without_count(kwargs)) as (loss, batch):
-            return loss, self._restrict(self._diag(batch) if len(batch.y) else batch.zeros(1))
+            return loss, self._with_bias(self._restrict(self._diag(batch) if len(batch.y) else batch.zeros(1)), 1)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors by the package; the inputs' side divided by ``N`` (1 for raw sums)."""
         check_count(N)
         with self._private(x, y, HessianStructure.KRON, kwargs) as (loss, batch):
             if not len(batch.y):
-                return loss, Kron.init_from_model(batch.parameters, loss.device, batch.f.dtype)
+                return loss, Kron.init_from_model(self.params, loss.device, batch.f.dtype)
             factors = self._kron(batch)
-            sums = Kron(factors, [len(batch.y)] * len(factors), torch.finfo(batch.f.dtype).eps)
-            return loss, sums if N == 1 else sums.divide_inputs(N)
+            if self._bias_cancels:
+                factors.append([batch.f.new_zeros(1, 1)])
+            rows = len(batch.y) * batch.items
+            sums = Kron(factors, [rows] * len(factors), torch.finfo(batch.f.dtype).eps)
+            return loss, sums if N == 1 else sums.divide_inputs(N * batch.items)
+
+    @property
+    def _bias_cancels(self) -> bool:
+        """Whether the bias of a last layer is not given to the package: it cancels in the difference of two scores."""
+        return self.last_layer and self.output_likelihood.n_items > 1 and self._head.bias is not None
+
+    def _with_bias(self, values: Tensor, n_axes: int) -> Tensor:
+        """Zeros for a bias that cancels, along the last axes."""
+        return F.pad(values, (0, 1) * n_axes) if self._bias_cancels else values
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features.
@@ -150,8 +171,8 @@ class PackageInterface(CurvatureInterface):
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
         with self._private(x, y, None) as (loss, batch):
             if not len(batch.y):
-                return self._restrict(batch.zeros(1).repeat(batch.n_data, 1)), loss
-            return self._restrict(batch.sum_positions(self._gradients(batch))), loss
+                return self._with_bias(self._restrict(batch.zeros(1).repeat(batch.n_data, 1)), 1), loss
+            return self._with_bias(self._restrict(batch.sum_positions(self._gradients(batch))), 1), loss
 
     def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
         """Raise for options of a method that the package does not have, or has under our names."""
@@ -224,6 +245,7 @@ class PackageInterface(CurvatureInterface):
             If they differ by more than rounding.
         """
         f = self.outputs(differentiable(x))
+        f = f.reshape(-1, direction.shape[-1])
         total = (f[datum].to(direction) * direction).sum()
         parts = torch.autograd.grad(total, self.params, allow_unused=True)
         zeros = [torch.zeros_like(parameter) for parameter in self.params]
@@ -248,6 +270,9 @@ class PackageInterface(CurvatureInterface):
         f, phi = self.model.forward_with_features(x)
         positions = self.positions(f, y)
         rows = positions.select(phi.to(self._compute_dtype))
+        if positions.n_items > 1:
+            first, second = rows.chunk(2, -1)
+            return positions, self._batch(PairHead(self._head, self._compute_dtype), first - second, positions, len(f))
         return positions, self._batch(private_head(self._head, self._compute_dtype), rows, positions, len(f))
 
     def _private_network(
@@ -265,12 +290,26 @@ class PackageInterface(CurvatureInterface):
         able = self._takers_of_any_layer(structure)
         with full_precision(self.params[0].device), sdpa_kernel(SDPBackend.MATH):
             objection, originals = partial(self.objection, structure), list(self.network.model.parameters())
-            f = outputs_of_known(model, x, known, originals, objection, type(self).__name__, able)
+            scores = model(x) if self.output_likelihood.n_items > 1 else None
+            paired = scores is not None and scores.numel() == 2 * count_rows(x)
+            items = items_of(x) if paired else x
+            f = outputs_of_known(model, items, known, originals, objection, type(self).__name__, able)
+            size = float(f.abs().max()) if f.numel() else 0.0
+            if scores is not None and not torch.allclose(f.flatten(), scores.flatten(), rtol=0, atol=1e-3 * size):
+                msg = (
+                    f"{type(self).__name__} runs the items of pairs as rows, and this model gives them other scores "
+                    f"then. Use one of {able}."
+                )
+                raise UnsupportedError(msg)
         if f.dim() != 2:
             able = alternatives(self, lambda cls: cls.takes_positions)
             msg = f"{type(self).__name__} takes outputs [batch, C]; got {list(f.shape)}. {able} take positions."
             raise UnsupportedError(msg)
         self.n_outputs = f.shape[1]
+        if paired and y is not None:
+            positions = self.positions(f.reshape(-1, 2), y)
+            return positions, self._batch(PrivatePairs(model), x, positions, len(y))
+        x = items
         positions = Positions(f, f) if y is None else self.positions(f, y)
         rows = x if positions.kept is None else rows_of(x, positions.kept, len(f))
         return positions, self._batch(model, rows, positions, len(f))

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace.errors import UnsupportedError
-from laplace.network.batches import rows_of
+from laplace.network.batches import items_of, rows_of
 from laplace.network.structural_copy import Uses, structural_copy
 from laplace.network.whole_network import WholeNetwork
 from laplace.types import Inputs
@@ -58,6 +58,11 @@ class PrivateBatch:
         """The parameters of the copy that hold random weights, in public order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    @property
+    def items(self) -> int:
+        """How many rows of layers belong to a row of outputs: 2 where pairs are compared."""
+        return 2 if isinstance(self.model, PrivatePairs) else 1
+
     @cached_property
     def one_row_a_datum(self) -> bool:
         """Whether no two rows belong to the same datum."""
@@ -100,6 +105,46 @@ class PrivateNetwork(nn.Module):
     def forward(self, x: Inputs) -> Tensor:
         """Outputs."""
         return self._network[0](x)
+
+
+class PrivatePairs(nn.Module):
+    """A private network as a module from pairs to their two scores, ``[pairs, 2]``; its layers see the items as rows.
+
+    Parameters
+    ----------
+    network
+        From items to scores ``[items, 1]``.
+    """
+
+    def __init__(self, network: PrivateNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Inputs) -> Tensor:
+        """Scores."""
+        return self.network(items_of(x)).reshape(-1, 2)
+
+
+class PairHead(nn.Module):
+    """A head without bias, from differences of features to the scores (Δ, 0): all that the likelihood sees of a pair.
+
+    Parameters
+    ----------
+    layer
+        The user's.
+    dtype
+        Of the copy.
+    """
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Linear(layer.in_features, 1, bias=False, device="meta")
+        self.layer.weight = nn.Parameter(layer.weight.detach().to(dtype))
+
+    def forward(self, differences: Tensor) -> Tensor:
+        """Scores ``[pairs, 2]``."""
+        ahead = self.layer(differences)
+        return torch.cat([ahead, torch.zeros_like(ahead)], -1)
 
 
 def private_head(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:

@@ -330,6 +330,15 @@ def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
     return _map(parts[0], join)
 
 
+def items_of(x: Inputs) -> Inputs:
+    """The items of pairs in a row: tensors ``[pairs, 2, ...]`` become ``[2 · pairs, ...]``, others are kept."""
+
+    def flatten(value: Any) -> Any:
+        return value.flatten(0, 1) if isinstance(value, Tensor) and value.shape[1:2] == (2,) else value
+
+    return _map(x, flatten)
+
+
 def count_rows(x: Inputs) -> int:
     """Number of rows of the first tensor among nested inputs; 1 where there is none."""
     sizes: list[int] = []

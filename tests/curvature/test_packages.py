@@ -221,9 +221,9 @@ def test_low_precision_is_computed_in_single_or_in_what_is_asked(cls):
 
 @every_package
 def test_likelihoods_and_positions_that_a_package_lacks_are_refused(cls):
-    with pytest.raises(UnsupportedError, match=r"reward_modeling.*'classification', 'regression'.*Autograd"):
-        cls(named("mlp").model(), "reward_modeling")
-    assert Likelihood.REWARD_MODELING not in cls.likelihoods
+    if Likelihood.REWARD_MODELING not in cls.likelihoods:
+        with pytest.raises(UnsupportedError, match=r"reward_modeling.*'classification', 'regression'.*Autograd"):
+            cls(named("mlp").model(), "reward_modeling")
     network = named("positions")
     with pytest.raises(UnsupportedError, match=r"\[batch, C\]|rows of its input|is expected"):
         cls(network.model(), network.likelihood).full(*network.data())
