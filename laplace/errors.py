@@ -47,6 +47,12 @@ class UnsupportedError(ValueError):
     """An option, or a combination of options, that does not exist here; the message lists those that do."""
 
 
+class MissingModuleError(UnsupportedError, KeyError):
+    """The model has no module of the name that was given; the message lists those that it has."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
 class BackendUnavailableError(ImportError):
     """An optional package is needed; the message names the extra to install."""
 

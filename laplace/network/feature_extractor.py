@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from laplace.enums import FeatureReduction, choose
-from laplace.errors import ShapeError, UnsupportedError
+from laplace.errors import MissingModuleError, ShapeError, UnsupportedError
 from laplace.network.batches import call, one_row, output_tensor
 from laplace.network.failures import check_weights
 from laplace.network.modes import full_precision
@@ -102,15 +102,17 @@ class FeatureExtractor(nn.Module):
 
         Raises
         ------
+        MissingModuleError
+            If there is no such module; an ``UnsupportedError`` and a ``KeyError``.
         UnsupportedError
-            If there is no such module, or it is no ``torch.nn.Linear``; the message lists the candidates.
+            If it is no ``torch.nn.Linear``; the message lists the candidates.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if last_layer_name not in modules:
             near = difflib.get_close_matches(last_layer_name, modules, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             msg = f"The model has no module {last_layer_name!r}.{hint} {self._candidates()}"
-            raise UnsupportedError(msg)
+            raise MissingModuleError(msg)
         layer = modules[last_layer_name]
         if not isinstance(layer, nn.Linear):
             msg = f"The last layer must be a torch.nn.Linear; {last_layer_name!r} is a {type(layer).__name__}. "

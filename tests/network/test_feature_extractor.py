@@ -81,6 +81,12 @@ def test_a_name_chooses_the_layer_when_another_runs_last():
     assert_close(FeatureExtractor(model, last_layer_name="head")(X), model(X))
 
 
+def test_a_name_that_the_model_lacks_is_a_key_error_whose_message_has_no_quotes():
+    with pytest.raises(KeyError) as error:
+        FeatureExtractor(Backwards().double(), last_layer_name="heat")
+    assert str(error.value).startswith("The model has no module 'heat'")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
