@@ -53,6 +53,10 @@ class MissingModuleError(UnsupportedError, KeyError):
     __str__ = Exception.__str__  # a KeyError shows its message in quotes
 
 
+class UnknownAttributeError(UnsupportedError, AttributeError):
+    """A name was assigned that an object does not have; the message says the nearest."""
+
+
 class BackendUnavailableError(ImportError):
     """An optional package is needed; the message names the extra to install."""
 

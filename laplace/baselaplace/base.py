@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace import linalg
+from laplace.attributes import check_attribute
 from laplace.baselaplace.options import chosen_backend, prediction_options
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
@@ -61,6 +62,10 @@ class BaseLaplace(ABC):
         If a hyperparameter is not finite or not positive.
     """
 
+    _prior_precision: Tensor
+    _prior_mean: Tensor
+    _sigma_noise: Tensor
+    _temperature: float | Tensor
     _output_temperature: float = 1.0
     _last_layer: ClassVar[bool] = False
 
@@ -107,6 +112,17 @@ class BaseLaplace(ABC):
         self.prior_mean = prior_mean
         self.sigma_noise = sigma_noise
         self.temperature = temperature
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute that the class knows; what it does not know would have no effect.
+
+        Raises
+        ------
+        UnknownAttributeError
+            If it does not know the name, or computes its value.
+        """
+        check_attribute(self, name)
+        super().__setattr__(name, value)
 
     # -- where and in which precision ---------------------------------------------------------------------------------
 

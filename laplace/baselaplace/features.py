@@ -66,6 +66,9 @@ class FeatureLaplace(BaseFunctionalLaplace):
 
     fit_history_: dict[str, list[Any]]
     """What happened during ``fit``, by name."""
+    _fit: FeatureFit
+    """There once it was fitted."""
+    _posterior_cache: dict[str, FeaturePrecision]
 
     # -- the border ---------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ class WeightPosterior(RandomWeights):
 
     curvature_type: ClassVar[type[AbstractCurvature]]
     """Declared by a structure class."""
+    _fit: Fit
+    """There once it was fitted."""
+    _posterior_cache: dict[str, AbstractPrecision]
     _mean_by_hand: Tensor | None = None
     """Assigned before there is a curvature."""
 
@@ -313,7 +316,7 @@ class WeightPosterior(RandomWeights):
 
     def _hyperparameters_changed(self) -> None:
         # Replaced, not emptied: a thread that is just making one for what was before puts it where nobody looks.
-        self._posterior_cache: dict[str, AbstractPrecision] = {}
+        self._posterior_cache = {}
 
     @property
     @linalg.lasting

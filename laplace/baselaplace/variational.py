@@ -37,6 +37,7 @@ class VariationalPosterior(FeatureLaplace):
     mc_softmax_samples: int
     _asked_locations: Inputs
     _asked_classes: Tensor | None
+    _map_cache: dict[str, InducingMap]
 
     @property
     def inducing_locations(self) -> Inputs:
@@ -343,7 +344,7 @@ class VariationalPosterior(FeatureLaplace):
 
     def _fit_changed(self) -> None:
         super()._fit_changed()
-        self._map_cache: dict[str, InducingMap] = {}
+        self._map_cache = {}
 
     def _learned(self) -> Tensor:
         root = self._fitted.tensors["root"]

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from laplace.attributes import check_attribute, is_own
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
 from laplace.curvature.structured import StructuredInterface
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
-from laplace.errors import UnsupportedError
+from laplace.errors import UnknownAttributeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
@@ -117,6 +118,25 @@ class CurvatureInterface(StructuredInterface, ABC):
         self.curvature_dtype = curvature_dtype
         self.output_likelihood: AbstractLikelihood = resolve(self.likelihood)
         self.lossfunc, self.factor = self.output_likelihood.torch_loss()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute that this back end knows; one that is not ours may have others.
+
+        Raises
+        ------
+        UnknownAttributeError
+            If it does not know the name, or replacing the value would have no effect.
+        """
+        check_attribute(self, name)
+        if name in ("lossfunc", "factor") and is_own(type(self)) and name in vars(self):
+            msg = (
+                f"{type(self).__name__}.{name} says which loss of PyTorch the likelihood is, and is not called: another"
+                " would change nothing. Give targets the shape that the likelihood takes in the data loader (those "
+                "of regression have the shape of the outputs). For another loss derive a back end of your own from "
+                "CurvatureInterface, and pass it as backend=."
+            )
+            raise UnknownAttributeError(msg)
+        super().__setattr__(name, value)
 
     @property
     def made_with(self) -> dict[str, Any]:

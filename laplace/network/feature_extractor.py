@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from laplace.attributes import check_attribute
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import MissingModuleError, ShapeError, UnsupportedError
 from laplace.network.batches import call, one_row, output_tensor
@@ -88,14 +89,47 @@ class FeatureExtractor(nn.Module):
         if last_layer_name is not None:
             self.set_last_layer(last_layer_name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute; frameworks may add some of theirs, near misses of ours raise.
+
+        Raises
+        ------
+        UnknownAttributeError
+            If the name is one of ours, misspelt.
+        """
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+            return
+        check_attribute(self, name, takes_others=True)
+        super().__setattr__(name, value)
+
     @property
     def last_layer(self) -> nn.Linear | None:
-        """The last linear layer, or ``None`` before it is known."""
+        """The last linear layer, or ``None`` before it is known; assign a layer of the model, or ``None`` to forget it.
+
+        An assigned value must be a linear layer of the model (``UnsupportedError``).
+        """
         if self.last_layer_name is None:
             return None
         layer = self.model.get_submodule(self.last_layer_name)
         assert isinstance(layer, nn.Linear), "set_last_layer checks this"
         return layer
+
+    @last_layer.setter
+    def last_layer(self, layer: nn.Linear | None) -> None:
+        if layer is None:
+            self.last_layer_name, self._verified = None, False
+            return
+        names = [name for name, module in self.model.named_modules() if module is layer]
+        if not names:
+            msg = f"The last layer must be a layer of the model. {self._candidates()}"
+            raise UnsupportedError(msg)
+        self.set_last_layer(names[0])
+
+    @property
+    def _last_layer_name(self) -> str | None:
+        """The name that laplace-torch gives to ``last_layer_name``."""
+        return self.last_layer_name
 
     def set_last_layer(self, last_layer_name: str) -> None:
         """Choose the last layer by name.

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace import linalg
+from laplace.attributes import check_attribute
 from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
@@ -211,6 +212,11 @@ class Kron:
                 shapes = [list(side.shape) for side in block]
                 msg = f"Each block takes one or two factors, square matrices or diagonals; got the shapes {shapes}."
                 raise ShapeError(msg)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute that a ``Kron`` has; others raise ``UnknownAttributeError``."""
+        check_attribute(self, name)
+        super().__setattr__(name, value)
 
     @classmethod
     def init_from_model(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace.attributes import check_attribute
 from laplace.errors import ShapeError
 from laplace.structures.rotated import RotatedPrecision
 
@@ -43,6 +45,11 @@ class KronDecomposed(RotatedPrecision):
         if self.deltas is None:
             first = self.eigenvalues[0][0]
             self.deltas = torch.zeros(len(self), dtype=first.dtype, device=first.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute that a ``KronDecomposed`` has; others raise ``UnknownAttributeError``."""
+        check_attribute(self, name)
+        super().__setattr__(name, value)
 
     def __len__(self) -> int:
         """Number of blocks."""
