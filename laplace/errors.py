@@ -57,6 +57,10 @@ class UnknownAttributeError(UnsupportedError, AttributeError):
     """A name was assigned that an object does not have; the message says the nearest."""
 
 
+class UnknownOptionError(UnsupportedError, TypeError):
+    """A keyword that is no option here, often a misspelt one; the message names the nearest."""
+
+
 class BackendUnavailableError(ImportError):
     """An optional package is needed; the message names the extra to install."""
 

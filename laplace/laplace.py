@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from typing import Any
 
 from torch import nn
 
+from laplace import checks
 from laplace.baselaplace import (
     ELLA,
     LLELLA,
@@ -103,8 +102,8 @@ def Laplace(
     ------
     UnsupportedError
         If the combination does not exist; the message lists those that do.
-    TypeError
-        If the estimator has no such argument; the message lists those it has.
+    UnknownOptionError
+        If the estimator has no such argument; the message lists those it has and the nearest. It is a ``TypeError``.
     """
     subset = choose(SubsetOfWeights, subset_of_weights, "subset_of_weights")
     structure = choose(HessianStructure, hessian_structure, "hessian_structure")
@@ -124,11 +123,6 @@ def Laplace(
             f"functional_approximation: {processes}."
         )
         raise UnsupportedError(msg)
-    options = [name for name in inspect.signature(cls).parameters if name != "model"]
-    for key in kwargs:
-        if key not in options:
-            near = difflib.get_close_matches(key, options, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            msg = f"{cls.__name__} has no option {key!r}; its options are {', '.join(options)}.{hint}"
-            raise TypeError(msg)
+    options = [name for name in checks.options_of(cls) if name != "model"]
+    checks.known_options(cls.__name__, kwargs, options)
     return cls(model, likelihood, *args, **kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import trange
 
-from laplace import linalg
+from laplace import checks, linalg
 from laplace.baselaplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
@@ -160,7 +160,12 @@ def marglik_training(
     Immer, Bauer, Fortuin, Rätsch & Khan (2021), "Scalable marginal likelihood estimation for model selection in deep
     learning", algorithm 1. arXiv:2104.04975
     """
+    checks.loader("train_loader", train_loader)
     _check_epochs(n_epochs, n_epochs_burnin, n_hypersteps, marglik_frequency)
+    checks.flags(fix_sigma_noise=fix_sigma_noise, progress_bar=progress_bar)
+    optimizer_kwargs = checks.keywords("optimizer_kwargs", optimizer_kwargs)
+    scheduler_kwargs = checks.keywords("scheduler_kwargs", scheduler_kwargs)
+    lr_hyp = checks.number("lr_hyp", lr_hyp, positive=True)
     _check_again_readable(train_loader)
     if choose(HessianStructure, hessian_structure, "hessian_structure") is HessianStructure.GP:
         msg = (
@@ -319,9 +324,7 @@ def _check_epochs(n_epochs: int, n_epochs_burnin: int, n_hypersteps: int, margli
         ("n_hypersteps", n_hypersteps, 1),
         ("marglik_frequency", marglik_frequency, 1),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            msg = f"{name} must be a whole number, at least {least}; got {value!r}."
-            raise InputError(msg)
+        checks.whole(name, value, least)
     last_fit = n_epochs - n_epochs % marglik_frequency
     if last_fit < max(n_epochs_burnin, 1):
         msg = (

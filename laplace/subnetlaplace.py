@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from laplace import checks
 from laplace.baselaplace import DiagLaplace, FullLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
-from laplace.errors import ShapeError, StateError
+from laplace.errors import InputError, ShapeError, StateError
 from laplace.network import WholeNetwork
 from laplace.schema import Table, indices
 
@@ -100,6 +101,12 @@ class SubnetLaplace(ParametricLaplace):
         dict_key_y: str = "labels",
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
+        if subnetwork_indices is None:  # pyright: ignore[reportUnnecessaryComparison] - what users pass
+            msg = (
+                "subnetwork_indices says which weights are random, and None says of none: pass a torch.LongTensor, or "
+                "what mask.select() returns. All weights are subset_of_weights='all'."
+            )
+            raise InputError(msg)
         # Checked as soon as the first prior is.
         self._indices = subnetwork_indices
         super().__init__(
@@ -186,6 +193,7 @@ class SubnetLaplace(ParametricLaplace):
         ShapeError
             If there are not S weights a sample.
         """
+        checks.tensor("subnet_samples", subnet_samples, "weights of the subnetwork, a tensor [n_samples, S]")
         if subnet_samples.dim() != 2 or subnet_samples.shape[1] != self.n_params_subnet:
             msg = (
                 f"Samples of the subnetwork have the shape [n_samples, {self.n_params_subnet}]; "
@@ -235,6 +243,7 @@ class SubnetLaplace(ParametricLaplace):
         ShapeError
             If there are neither P nor S weights.
         """
+        value = checks.tensor("value", value, "weights, a tensor [..., P]")
         if value.shape[-1:] == (self.n_params,):
             return super().square_norm(value[..., self._indices.to(value.device)])
         if value.shape[-1:] != (self.n_params_subnet,):
@@ -274,6 +283,7 @@ class SubnetLaplace(ParametricLaplace):
         -------
         This object.
         """
+        device = checks.device("device", device)
         vars(self).pop("_whole", None)  # it knows where on the device the chosen weights are
         super().to(device)
         self._indices = self._indices.to(self._device)

@@ -352,9 +352,12 @@ def test_unknown_keywords(structure):
     model = CLASSIFICATION.model()
     with pytest.raises(TypeError, match=r"no option 'prior_prec'; its options are .*Did you mean 'prior_precision'\?"):
         Laplace(model, "classification", hessian_structure=structure, prior_prec=3.0)
-    la = estimator(CLASSIFICATION, structure, backend_kwargs={"num_sample": 3})
-    with model_untouched(model), pytest.raises(TypeError, match="num_sample"):
-        la.fit(CLASSIFICATION.batches(4))
+    for keywords, hint in (
+        ({"num_sample": 3}, "Did you mean 'num_samples'?"),
+        ({"last_layer": True}, "no option 'last_layer'"),
+    ):
+        with model_untouched(model), pytest.raises(TypeError, match=hint.replace("?", r"\?")):
+            estimator(CLASSIFICATION, structure, backend_kwargs=keywords)
 
 
 class Elsewhere(torch.Generator):

@@ -148,9 +148,9 @@ def test_data_that_cannot_be_used_are_refused(loader, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"n_epochs": 0}, "n_epochs must be a whole number, at least 1; got 0"),
-        ({"n_epochs": 2.0}, "n_epochs must be a whole number, at least 1; got 2.0"),
-        ({"n_epochs_burnin": -1}, "n_epochs_burnin must be a whole number, at least 0"),
+        ({"n_epochs": 0}, "n_epochs must be a positive whole number; got 0"),
+        ({"n_epochs": 2.0}, "n_epochs must be a positive whole number; got 2.0"),
+        ({"n_epochs_burnin": -1}, "n_epochs_burnin must be a whole number that is not negative"),
         ({"n_hypersteps": 0}, "n_hypersteps must be"),
         ({"marglik_frequency": True}, "marglik_frequency must be"),
         ({"n_epochs": 5, "marglik_frequency": 6}, "no epoch ends with a fit"),

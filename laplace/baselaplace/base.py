@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from laplace import linalg
+from laplace import checks, linalg
 from laplace.attributes import check_attribute
 from laplace.baselaplace.options import chosen_backend, prediction_options
 from laplace.curvature import CurvatureInterface
@@ -20,6 +20,7 @@ from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, Tuni
 from laplace.errors import InputError, NotFittedError, UnsupportedError
 from laplace.fit import Fit
 from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood, resolve
+from laplace.network.failures import check_model
 from laplace.predictive import Options
 from laplace.types import Inputs, Scalar
 
@@ -86,18 +87,16 @@ class BaseLaplace(ABC):
         *,
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
-            raise UnsupportedError(msg)
+        check_model(model)
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
         resolve(self.likelihood)
         self.model = model
-        if curvature_dtype not in (None, torch.float32, torch.float64):
+        if not (curvature_dtype is None or curvature_dtype is torch.float32 or curvature_dtype is torch.float64):
             msg = f"curvature_dtype must be torch.float32 or torch.float64; got {curvature_dtype!r}."
             raise UnsupportedError(msg)
         self._curvature_dtype = curvature_dtype
         self._backend_cls, self._backend_kwargs = chosen_backend(backend, backend_kwargs, self.likelihood)
-        self._asdl_fisher_kwargs = dict(asdl_fisher_kwargs or {})
+        self._asdl_fisher_kwargs = checks.keywords("asdl_fisher_kwargs", asdl_fisher_kwargs)
         if self._asdl_fisher_kwargs and not self._backend_cls.accepts_fisher_kwargs:
             msg = (
                 f"asdl_fisher_kwargs are options of the ASDL back ends; {self._backend_cls.__name__} does not read "
@@ -105,9 +104,9 @@ class BaseLaplace(ABC):
             )
             raise UnsupportedError(msg)
         self._backend: CurvatureInterface | None = None
-        self.enable_backprop = bool(enable_backprop)
-        self.dict_key_x = dict_key_x
-        self.dict_key_y = dict_key_y
+        self.enable_backprop = checks.flag("enable_backprop", enable_backprop)
+        self.dict_key_x = checks.key("dict_key_x", dict_key_x)
+        self.dict_key_y = checks.key("dict_key_y", dict_key_y)
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
         self.sigma_noise = sigma_noise
@@ -161,9 +160,6 @@ class BaseLaplace(ABC):
 
     def _checked_prior_precision(self, value: Any) -> Tensor:
         precision = self._checked("prior_precision", value, positive=True)
-        if precision.dim() > 1:
-            msg = f"prior_precision must be a number or a vector; got the shape {list(precision.shape)}."
-            raise InputError(msg)
         precision = precision.reshape(-1)
         self._check_prior(precision, getattr(self, "_prior_mean", precision.new_zeros(())))
         return precision
@@ -264,25 +260,7 @@ class BaseLaplace(ABC):
     @linalg.lasting
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """A hyperparameter as a tensor on the model's device, finite and, if asked, positive."""
-        dtype, device = self._dtype, self._device
-        try:
-            # Straight into the precision of the evidence: a detour through the default dtype would round.
-            tensor = torch.as_tensor(value, dtype=dtype, device=device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            msg = f"{name} must be a number or a tensor; got {type(value).__name__}."
-            raise InputError(msg) from error
-        if tensor.is_inference():
-            tensor = tensor.clone()
-        bad = ~torch.isfinite(tensor.detach())
-        if positive:
-            bad |= tensor.detach() <= 0
-        if bool(bad.any()) or tensor.numel() == 0:
-            need = "positive and finite" if positive else "finite"
-            got = tensor.detach().flatten()[bad.flatten()][:3].tolist() if tensor.numel() else "an empty tensor"
-            msg = f"{name} must be {need}; got {got}."
-            raise InputError(msg)
-        # A copy: changing the user's tensor in place, or ours through the getter, would go past these checks.
-        return tensor.clone()
+        return checks.hyperparameter(name, value, self._dtype, self._device, positive=positive)
 
     @abstractmethod
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from laplace import linalg
+from laplace import checks, linalg
 from laplace.baselaplace.peer_states import PEER_STRUCTURES, check_peer, is_peer, translated
 from laplace.baselaplace.posterior import WeightPosterior
 from laplace.baselaplace.statefile import (
@@ -249,8 +249,13 @@ class Checkpointed(RandomWeights):
         Returns
         -------
         This object.
+
+        Raises
+        ------
+        InputError
+            If there is no such device; nothing is moved then.
         """
-        self.model.to(device)
+        self.model.to(checks.device("device", device))
         self._backend = None
         self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
         self.prior_precision = self._prior_precision

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace import linalg, tuning
 from laplace.baselaplace.last_layer import LastLayer, as_extractor
 from laplace.baselaplace.nystrom import NystromPosterior
+from laplace.baselaplace.tunable import checked_grid, checked_steps
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
@@ -118,6 +119,9 @@ class ELLA(NystromPosterior):
         One pass over the validation data, whatever the size of the grid. When something is raised the prior precision
         is what it was.
         """
+        verbose, n_steps, lr = checked_steps(verbose, progress_bar, n_steps, lr)
+        grid = checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+        start = self._checked_prior_precision(init_prior_prec).detach()
         how = choose(TuningMethod, method, "method")
         fit = self._fitted
         if choose(PriorStructure, prior_structure, "prior_structure") is not PriorStructure.SCALAR:
@@ -126,7 +130,6 @@ class ELLA(NystromPosterior):
         self._function_options(pred_type)
         options = self._grid_options(link_approx, n_samples, generator)
         if how is TuningMethod.MARGLIK:
-            start = self._checked_prior_precision(init_prior_prec).detach()
             best, value = tuning.optimize(
                 self._evidence, start, n_steps=n_steps, lr=lr, bounds=tuning.BOUNDS, progress_bar=progress_bar
             )
@@ -135,7 +138,6 @@ class ELLA(NystromPosterior):
             if val_loader is None:
                 msg = 'method="gridsearch" scores prior precisions on validation data: pass val_loader=.'
                 raise InputError(msg)
-            grid = tuning.log_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
             grid = grid.to(self._device, self._dtype)
             with evaluating(self.model), torch.no_grad(), full_precision(self._device):
                 data = self._validation(val_loader, fit.tensors["directions"])

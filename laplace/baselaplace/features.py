@@ -234,8 +234,9 @@ class FeatureLaplace(BaseFunctionalLaplace):
 
     def _written(self, jacobians: Tensor) -> FunctionLinearization:
         """Functions with Jacobians of a user."""
+        jacobians = self._checked_jacobians(jacobians)
         check_jacobians(jacobians, self.n_params)
-        at, features = WrittenTangents(jacobians.to(self._dtype)), self._feature_map()
+        at, features = WrittenTangents(jacobians), self._feature_map()
         phi = features.features(at)
         return FunctionLinearization(jacobians[..., 0], phi, Rest(at, phi) if features.has_rest else None)
 

@@ -7,18 +7,20 @@ Subclasses say what they know of the outputs at some inputs (``_functions_at``) 
 from __future__ import annotations
 
 from abc import abstractmethod
-from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import checks
 from laplace.baselaplace.checkpoint import Checkpointed
+from laplace.baselaplace.options import check_model_keywords
 from laplace.enums import LinkApprox, PredType, choose
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import UnsupportedError
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
+from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
 from laplace.predictive.gaussian import draw
 from laplace.structures import AbstractPrecision
@@ -59,22 +61,6 @@ class BaseFunctionalLaplace(Checkpointed):
         )
         raise UnsupportedError(msg)
 
-    @staticmethod
-    def _whole_number(name: str, value: Any) -> int:
-        """A positive whole number."""
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            msg = f"{name} must be a positive whole number; got {value!r}."
-            raise InputError(msg)
-        return int(value)
-
-    @staticmethod
-    def _checked_seed(seed: Any) -> int:
-        """A seed of ``numpy.random.default_rng``."""
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-            msg = f"seed must be a whole number that is not negative; got {seed!r}."
-            raise InputError(msg)
-        return int(seed)
-
     def _function_options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
         """How to predict, checked: of the process (``"gp"``), which is the linearized network (``"glm"``)."""
         kind = choose(PredType, pred_type, "pred_type")
@@ -88,6 +74,7 @@ class BaseFunctionalLaplace(Checkpointed):
 
     def _checked_functions(self, x: Inputs, options: Options, **model_kwargs: Any) -> Linearization:
         """At inputs of a user, whose outputs must be finite."""
+        require_rows(x)
         inputs = self._functions_at(x, **model_kwargs)
         check_outputs(inputs.f)
         return compare(inputs) if options.fitting else inputs
@@ -141,6 +128,7 @@ class BaseFunctionalLaplace(Checkpointed):
             If the model's outputs are not finite.
         """
         options = self._function_options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
+        check_model_keywords(self._network, type(self).__call__, model_kwargs)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_functions(x, options, **model_kwargs)
@@ -169,7 +157,7 @@ class BaseFunctionalLaplace(Checkpointed):
         InputError
             If the model's outputs are not finite.
         """
-        posterior = self._frozen_posterior
+        joint, posterior = checks.flag("joint", joint), self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_functions(x, Options())
             with full_precision(self._device):
@@ -222,6 +210,7 @@ class BaseFunctionalLaplace(Checkpointed):
         -----
         ``joint`` may need a matrix ``[batch·C, batch·C]`` and its root.
         """
+        joint, diagonal_output = checks.flag("joint", joint), checks.flag("diagonal_output", diagonal_output)
         if joint and diagonal_output:
             msg = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
             raise UnsupportedError(msg)
@@ -272,12 +261,13 @@ class BaseFunctionalLaplace(Checkpointed):
         UnsupportedError
             If options do not exist or do not go together.
         """
-        if not fitting:
+        if not checks.flag("fitting", fitting):
             samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator, joint)
             return self._output_likelihood.expectation(samples)
         options = self._function_options(
             pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator, fitting=True
         )
+        joint = checks.flag("joint", joint)
         return (self._samples(x, options, joint=joint) / self.output_temperature).softmax(-1)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace import checks
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.gp.subsample import Reservoir, k_means
 from laplace.network import Batch
@@ -39,9 +39,8 @@ def count_inducing(locations: Inputs, number: Any) -> int:
     UnsupportedError
         If the way to choose locations is unknown.
     """
-    if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
-        msg = f"num_inducing must be a positive whole number; got {number!r}."
-        raise InputError(msg)
+    if number is not None:
+        checks.whole("num_inducing", number)
     if isinstance(locations, str):
         if locations not in STRATEGIES:
             names = ", ".join(map(repr, STRATEGIES))

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
-from laplace.errors import InputError
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, flag
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
@@ -93,10 +93,7 @@ class KronLaplace(ParametricLaplace):
 
     @damping.setter
     def damping(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            msg = f"damping must be True or False; got {value!r}."
-            raise InputError(msg)
-        self._damping = value
+        self._damping = checks.flag("damping", value)
         self._hyperparameters_changed()
 
     def _posterior_options(self) -> dict[str, Any]:

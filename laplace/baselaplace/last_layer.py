@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.baselaplace.checkpoint import Checkpointed
 from laplace.baselaplace.statefile import move
-from laplace.enums import FeatureReduction, PredType
+from laplace.enums import FeatureReduction, PredType, choose
 from laplace.errors import StateError, UnsupportedError
 from laplace.network import FeatureExtractor, ParameterSubset, evaluating
+from laplace.network.failures import check_model
 from laplace.network.threads import together
 from laplace.predictive import FeatureLinearization, Linearization
 from laplace.schema import Known, Table, check_entries, optional, text
@@ -41,6 +43,13 @@ def as_extractor(
     UnsupportedError
         If it is no module.
     """
+    enable_backprop = checks.flag("enable_backprop", enable_backprop)
+    dict_key_x, dict_key_y = checks.key("dict_key_x", dict_key_x), checks.key("dict_key_y", dict_key_y)
+    if not isinstance(last_layer_name, (str, type(None))):
+        msg = f"last_layer_name must be the name of a module, as in model.named_modules(); got {last_layer_name!r}."
+        raise UnsupportedError(msg)
+    if feature_reduction is not None:
+        feature_reduction = choose(FeatureReduction, feature_reduction, "feature_reduction")
     if isinstance(model, FeatureExtractor):
         last_layer_name = last_layer_name or model.last_layer_name
         feature_reduction = feature_reduction or model.feature_reduction
@@ -48,11 +57,9 @@ def as_extractor(
         dict_key_x = model.dict_key_x if dict_key_x == "input_ids" else dict_key_x
         dict_key_y = model.dict_key_y if dict_key_y == "labels" else dict_key_y
         model = model.model
-    if not isinstance(model, nn.Module):
-        msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
-        raise UnsupportedError(msg)
+    check_model(model)
     return FeatureExtractor(
-        model, last_layer_name, bool(enable_backprop), feature_reduction, dict_key_x=dict_key_x, dict_key_y=dict_key_y
+        model, last_layer_name, enable_backprop, feature_reduction, dict_key_x=dict_key_x, dict_key_y=dict_key_y
     )
 
 
@@ -74,7 +81,7 @@ class LastLayer(Checkpointed):
 
     @enable_backprop.setter
     def enable_backprop(self, value: bool) -> None:
-        self.model.enable_backprop = bool(value)
+        self.model.enable_backprop = checks.flag("enable_backprop", value)
 
     @property
     def last_layer_name(self) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
@@ -165,9 +166,8 @@ def checked_truncation(rank: Any, captured_trace: Any) -> Truncation:
     InputError
         If a value makes no sense, or both are given.
     """
-    if rank is not None and (not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1):
-        msg = f"rank must be a positive integer, or None to go by captured_trace; got {rank!r}."
-        raise InputError(msg)
+    if rank is not None:
+        rank = checks.whole("rank", rank)
     is_share = (
         isinstance(captured_trace, Real) and not isinstance(captured_trace, bool) and 0 < float(captured_trace) <= 1
     )

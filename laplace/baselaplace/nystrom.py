@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from laplace import linalg, tuning
+from laplace import checks, linalg, tuning
 from laplace.baselaplace.features import FeatureFit, FeatureLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType
@@ -61,15 +61,15 @@ class NystromPosterior(FeatureLaplace):
             curvature_dtype=curvature_dtype,
         )
         self._check_kind()
-        self.subsample_size = self._whole_number("subsample_size", subsample_size)
-        self.n_eigenvalues = self._whole_number("n_eigenvalues", n_eigenvalues)
+        self.subsample_size = checks.whole("subsample_size", subsample_size)
+        self.n_eigenvalues = checks.whole("n_eigenvalues", n_eigenvalues)
         if self.n_eigenvalues > self.subsample_size:
             msg = (
                 f"A kernel of subsample_size={subsample_size} data has as many eigenvalues; n_eigenvalues="
                 f"{n_eigenvalues} is above. Lower it, or take a larger subsample."
             )
             raise InputError(msg)
-        self.seed = self._checked_seed(seed)
+        self.seed = checks.whole("seed", seed, 0)
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,8 @@ class NystromPosterior(FeatureLaplace):
         data ``val_examples`` and ``val_nll`` (mean, in nats). The model is left as it was found. When something is
         raised, so is this object.
         """
-        if iter(train_loader) is train_loader:
+        checks.loader("train_loader", train_loader)
+        if isinstance(train_loader, Iterator):
             msg = (
                 "fit goes over the training data twice, and this loader can be used once only. Pass a DataLoader or a "
                 "list of batches."
@@ -129,7 +130,8 @@ class NystromPosterior(FeatureLaplace):
         if val_steps is not None and val_loader is None:
             msg = "val_steps says how often to look at validation data: pass val_loader= with it."
             raise InputError(msg)
-        every = 1 if val_steps is None else self._whole_number("val_steps", val_steps)
+        every = 1 if val_steps is None else checks.whole("val_steps", val_steps)
+        checks.flags(balanced=balanced, progress_bar=progress_bar)
         if balanced and self.likelihood is not Likelihood.CLASSIFICATION:
             msg = f"balanced=True draws equal numbers of each class; {self.likelihood.value} has none."
             raise UnsupportedError(msg)
@@ -324,8 +326,8 @@ class NystromPosterior(FeatureLaplace):
 
     def _restore(self, state: Any) -> None:
         super()._restore(state)
-        self.subsample_size = self._whole_number("subsample_size", state["subsample_size"])
-        self.n_eigenvalues = self._whole_number("n_eigenvalues", state["n_eigenvalues"])
+        self.subsample_size = checks.whole("subsample_size", state["subsample_size"])
+        self.n_eigenvalues = checks.whole("n_eigenvalues", state["n_eigenvalues"])
         self.seed = state["seed"]
 
 

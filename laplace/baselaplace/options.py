@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from numbers import Integral
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from laplace import checks
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, choose
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import UnsupportedError
 from laplace.likelihoods import LIKELIHOODS
+from laplace.network.signatures import innermost, passes_on
 from laplace.predictive import Options
 
 
@@ -28,12 +31,15 @@ def chosen_backend(
     Raises
     ------
     UnsupportedError
-        If ``backend`` is no back end, or an object that contradicts the options or the likelihood beside it.
+        If ``backend`` is no back end, or an object that contradicts the options or the likelihood beside it; or an
+        option is unknown to the class (``UnknownOptionError``).
+    InputError
+        If ``backend_kwargs`` are no mapping.
     """
-    given = dict(backend_kwargs or {})
-    if backend is None:
-        return AutogradGGN, given
+    given = checks.keywords("backend_kwargs", backend_kwargs)
+    backend = AutogradGGN if backend is None else backend
     if isinstance(backend, type) and issubclass(backend, CurvatureInterface):
+        check_backend_keywords(backend, given)
         return backend, given
     if not isinstance(backend, CurvatureInterface):
         msg = f"backend must be a subclass of CurvatureInterface, or an object of one; got {backend!r}."
@@ -82,10 +88,13 @@ def prediction_options(
     UnsupportedError
         If a name is unknown, or options do not go together.
     InputError
-        If ``n_samples`` is no positive whole number, or the generator none on the model's device.
+        If a flag is neither ``True`` nor ``False``, ``n_samples`` is no positive whole number, or the generator none
+        on the model's device.
     """
     kind = choose(PredType, pred_type, "pred_type")
     link = choose(LinkApprox, link_approx, "link_approx")
+    joint, fitting = checks.flag("joint", joint), checks.flag("fitting", fitting)
+    diagonal_output = checks.flag("diagonal_output", diagonal_output)
     # Scores are predicted as they are; probabilities of pairs pass the link.
     has_link = LIKELIHOODS[likelihood].has_link or fitting
     bridge = link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
@@ -112,13 +121,71 @@ def prediction_options(
         problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
     if problem:
         raise UnsupportedError(problem)
-    if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
-        msg = f"n_samples must be a positive whole number; got {n_samples!r}."
-        raise InputError(msg)
-    if not isinstance(generator, (torch.Generator, type(None))):
-        msg = f"generator must be a torch.Generator or None; got {type(generator).__name__}."
-        raise InputError(msg)
-    if generator is not None and generator.device.type != device.type:
-        msg = f"The generator is on {generator.device}, the model on {device}; create it on the model's device."
-        raise InputError(msg)
-    return Options(kind, link, joint, int(n_samples), diagonal_output, generator, fitting)
+    n_samples, generator = checks.whole("n_samples", n_samples), checks.generator(generator, device)
+    return Options(kind, link, joint, n_samples, diagonal_output, generator, fitting)
+
+
+def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: Iterable[str]) -> None:
+    """Raise where keywords for the user's model are misspelt options, or none that it takes.
+
+    Parameters
+    ----------
+    model
+        Of the user.
+    predict
+        The method that passes the keywords on; its signature is the table of options.
+    given
+        The keywords.
+
+    Raises
+    ------
+    UnknownOptionError
+        If one is; the message names the nearest option.
+    """
+    names = list(given)
+    if names:
+        options = [name for name in checks.options_of(predict) if name != "x"]
+        inside = innermost(model)
+        # A wrapper that is not known may pass keywords on to what it holds.
+        modules = (inside, *inside.children()) if passes_on(inside) else (inside,)
+        parameters = [p for module in modules for p in inspect.signature(module.forward).parameters.values()]
+        checks.model_keywords(names, options, parameters)
+
+
+PASSED_BY_ESTIMATORS = {"model", "likelihood", "last_layer", "dict_key_x", "dict_key_y"}
+"""What a back end is told by the estimator, and never in ``backend_kwargs``."""
+
+
+def check_backend_keywords(backend: type[CurvatureInterface], given: Mapping[str, Any]) -> None:
+    """Raise where ``backend_kwargs`` hold what the back end does not take.
+
+    Parameters
+    ----------
+    backend
+        Its class; what the constructors of its bases take is found through ``*args, **kwargs``.
+    given
+        The keywords.
+
+    Raises
+    ------
+    UnknownOptionError
+        If one is unknown; a class from elsewhere may take any but near misses.
+    """
+    options: dict[str, inspect.Parameter] = {}
+    any_keyword = False
+    for base in backend.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters
+        options = {**parameters, **options}
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        any_keyword |= passes_on and not base.__module__.startswith("laplace.")
+        if not passes_on:
+            break
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [n for n, p in options.items() if p.kind not in kinds and n not in {"self", *PASSED_BY_ESTIMATORS}]
+    if not any_keyword:
+        checks.known_options(f"backend_kwargs: {backend.__name__}", given, names)
+    elif given:
+        unknown = [name for name in given if name not in names]
+        checks.model_keywords(unknown, names, list(inspect.signature(backend).parameters.values()))

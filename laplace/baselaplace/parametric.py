@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.baselaplace.options import check_model_keywords
 from laplace.baselaplace.tuned import TunedPosterior
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import UnsupportedError
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
+from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, compare, functional_samples, predict
 from laplace.types import Inputs
 
@@ -74,7 +76,7 @@ class ParametricLaplace(TunedPosterior):
         -----
         The Jacobian dominates time and memory; calling the object never builds it.
         """
-        return self._gaussian.functional_variance(Js.to(self._dtype))
+        return self._gaussian.functional_variance(self._checked_jacobians(Js))
 
     def functional_covariance(self, Js: Tensor) -> Float[Tensor, "joint joint"]:
         """Covariance of the linearized outputs across inputs, ``[batch·outputs, batch·outputs]``.
@@ -97,7 +99,7 @@ class ParametricLaplace(TunedPosterior):
         -----
         Memory O((batch · outputs)²) beside the Jacobians.
         """
-        return self._gaussian.functional_covariance(Js.to(self._dtype))
+        return self._gaussian.functional_covariance(self._checked_jacobians(Js))
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -149,9 +151,10 @@ class ParametricLaplace(TunedPosterior):
         NotFittedError
             Before ``fit``.
         UnsupportedError
-            If options do not exist or do not go together.
+            If options do not exist or do not go together, or a keyword for the model is a misspelt option.
         InputError
-            If the model's outputs are not finite, or those of pairs have another shape.
+            If a flag is neither ``True`` nor ``False``, or the model's outputs are not finite, or those of pairs have
+            another shape.
 
         Notes
         -----
@@ -167,6 +170,7 @@ class ParametricLaplace(TunedPosterior):
         arXiv:2008.08400
         """
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
+        check_model_keywords(self._network, type(self).__call__, model_kwargs)
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
@@ -177,7 +181,8 @@ class ParametricLaplace(TunedPosterior):
     def _checked_linearization(
         self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any
     ) -> Linearization:
-        """Outputs at inputs of a user, which must be finite."""
+        """Outputs at inputs of a user: some, and finite."""
+        require_rows(x)
         inputs = self._linearize(x, pred_type, **model_kwargs)
         check_outputs(inputs.f)
         return inputs

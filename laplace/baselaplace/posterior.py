@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg, tuning
+from laplace import checks, linalg, tuning
 from laplace.baselaplace.weights import RandomWeights
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
@@ -89,6 +89,8 @@ class WeightPosterior(RandomWeights):
         Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a
         loader that can be read again, with the same data each time.
         """
+        checks.loader("train_loader", train_loader)
+        override, progress_bar = checks.flag("override", override), checks.flag("progress_bar", progress_bar)
         counts: dict[str, int] = {}
         keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, "device": self._device}
         previous: Fit | None = None if override else self.__dict__.get("_fit")
@@ -377,7 +379,7 @@ class WeightPosterior(RandomWeights):
         ShapeError
             If P differs from the number of random weights.
         """
-        quadratic = -0.5 * self.square_norm(value)
+        normalized, quadratic = checks.flag("normalized", normalized), -0.5 * self.square_norm(value)
         if not normalized:
             return quadratic
         return quadratic + 0.5 * (self.log_det_posterior_precision - len(self._mean) * math.log(2 * math.pi))
@@ -400,6 +402,7 @@ class WeightPosterior(RandomWeights):
             If P differs from the number of random weights.
         """
         mean = self._mean
+        value = checks.tensor("value", value, "weights, a tensor [..., P]").to(mean)
         if value.shape[-1:] != mean.shape:
             msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
             raise ShapeError(msg)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.baselaplace.subset_posterior import SubsetPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, PredType
@@ -112,14 +113,15 @@ class FunctionalLaplace(SubsetPosterior):
             backend_kwargs,
             curvature_dtype=curvature_dtype,
         )
-        if diagonal_hessian and LIKELIHOODS[self.likelihood].n_items > 1:
+        self.independent_outputs = checks.flag("independent_outputs", independent_outputs)
+        self.diagonal_hessian = checks.flag("diagonal_hessian", diagonal_hessian)
+        if self.diagonal_hessian and LIKELIHOODS[self.likelihood].n_items > 1:
             msg = (
                 f"The Hessian of {self.likelihood.value} acts on the difference of two scores, and its diagonal means "
                 "nothing: leave out diagonal_hessian=True."
             )
             raise UnsupportedError(msg)
-        self.n_subset, self.seed = self._whole_number("n_subset", n_subset), self._checked_seed(seed)
-        self.independent_outputs, self.diagonal_hessian = bool(independent_outputs), bool(diagonal_hessian)
+        self.n_subset, self.seed = checks.whole("n_subset", n_subset), checks.whole("seed", seed, 0)
 
     @property
     def gp_kernel_prior_variance(self) -> Tensor:
@@ -151,7 +153,7 @@ class FunctionalLaplace(SubsetPosterior):
         -----
         The Jacobian dominates time and memory; calling the object never builds it.
         """
-        return self._frozen_posterior.functional_variance(Js_star.to(self._dtype))
+        return self._frozen_posterior.functional_variance(self._checked_jacobians(Js_star))
 
     def functional_covariance(self, Js_star: Tensor) -> Float[Tensor, "joint joint"]:
         """Covariance of the outputs across inputs, ``[batch·outputs, batch·outputs]``, input by input.
@@ -174,7 +176,7 @@ class FunctionalLaplace(SubsetPosterior):
         UnsupportedError
             With ``independent_outputs`` of a whole network: its outputs have no weights in common.
         """
-        return self._frozen_posterior.functional_covariance(Js_star.to(self._dtype))
+        return self._frozen_posterior.functional_covariance(self._checked_jacobians(Js_star))
 
     def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
         """Draw weights whose linearized network is a draw from the process.

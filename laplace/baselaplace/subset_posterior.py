@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from laplace import tuning
+from laplace import checks, tuning
 from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.tuned import TunedPosterior
 from laplace.curvature import CurvatureInterface
@@ -190,6 +190,8 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         One eigendecomposition of the Gram matrix of the subset serves all precisions. Evidence then takes O(M C) a
         step, a grid one pass over the validation data and products with their kernels.
         """
+        ours = checks.options_of(TunedPosterior.optimize_prior_precision)
+        checks.known_options("optimize_prior_precision", further, ours)
         how = choose(TuningMethod, method, "method")
         if how not in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH):
             msg = (
@@ -254,8 +256,8 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
         self.n_subset, self.seed = int(state["n_subset"]), int(state["seed"])
-        self.independent_outputs = bool(state["independent_outputs"])
-        self.diagonal_hessian = bool(state["diagonal_hessian"])
+        for name in ("independent_outputs", "diagonal_hessian"):
+            setattr(self, name, checks.flag(name, state[name]))
 
     def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
         if self._last_layer:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from laplace import tuning
+from laplace import checks, tuning
 from laplace.baselaplace.checkpoint import CheckpointedPosterior
 from laplace.enums import CurvatureKind, LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace.errors import InputError, UnsupportedError
@@ -139,10 +139,13 @@ class TunablePosterior(CheckpointedPosterior):
 
         return refitted
 
-    def _initial_noise(self, problem: tuning.Problem, noise: Noise) -> Tensor | None:
+    def _initial_noise(self, problem: tuning.Problem, noise: Noise | None) -> Tensor | None:
         """The residuals' size, if the noise is to be chosen."""
         if noise == "keep":
             return None
+        if noise is None:
+            msg = "noise must be 'keep', 'scalar' or 'per_output'; got None."
+            raise UnsupportedError(msg)
         self._second(noise, None)
         found = problem.residual_noise(per_output=noise == "per_output")
         if not bool((found > 0).all()):
@@ -154,9 +157,11 @@ class TunablePosterior(CheckpointedPosterior):
 
     def _second(self, noise: Noise | None, output_temperature: bool | None) -> tuple[str | None, int]:
         """The hyperparameter that goes with the prior precision, and whether it has one value or several."""
-        if noise not in (None, "keep", "scalar", "per_output"):
+        if not (noise is None or (isinstance(noise, str) and noise in ("keep", "scalar", "per_output"))):
             msg = f"noise must be 'keep', 'scalar' or 'per_output'; got {noise!r}."
             raise UnsupportedError(msg)
+        if output_temperature is not None:
+            output_temperature = checks.flag("output_temperature", output_temperature)
         has_noise = LIKELIHOODS[self.likelihood].has_noise
         if not has_noise and noise not in (None, "keep"):
             msg = f"noise={noise!r} is the observation noise of regression; {self.likelihood.value} has none."
@@ -190,10 +195,26 @@ class TunablePosterior(CheckpointedPosterior):
         return found
 
 
-def checked_limits(name: str, edges: tuple[float, float]) -> tuple[float, float]:
+def checked_steps(verbose: Any, progress_bar: Any, n_steps: Any, lr: Any = 1.0) -> tuple[bool, int, float]:
+    """What every way of tuning is told: ``verbose``, ``n_steps`` and ``lr``; ``progress_bar`` must be a flag, too."""
+    checks.flag("progress_bar", progress_bar)
+    return checks.flag("verbose", verbose), checks.whole("n_steps", n_steps, 0), checks.number("lr", lr, positive=True)
+
+
+def checked_grid(low: Any, high: Any, size: Any, base: Any) -> Tensor:
+    """The grid of prior precisions that exponents, a number of points and a base of a user say."""
+    return tuning.log_grid(
+        checks.number("log_prior_prec_min", low),
+        checks.number("log_prior_prec_max", high),
+        checks.whole("grid_size", size),
+        checks.number("log_prior_prec_base", base, positive=True),
+    )
+
+
+def checked_limits(name: str, edges: Any) -> tuple[float, float]:
     """Two positive finite numbers in order."""
     try:
-        low, high = (float(edge) for edge in edges)
+        low, high = (checks.number(name, edge) for edge in edges)
     except (TypeError, ValueError) as error:
         msg = f"{name} must be two numbers (low, high); got {edges!r}."
         raise InputError(msg) from error
@@ -203,4 +224,4 @@ def checked_limits(name: str, edges: tuple[float, float]) -> tuple[float, float]
     return low, high
 
 
-__all__ = ["Noise", "TunablePosterior", "checked_limits"]
+__all__ = ["Noise", "TunablePosterior", "checked_grid", "checked_limits", "checked_steps"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace import linalg, tuning
-from laplace.baselaplace.tunable import Noise, TunablePosterior, checked_limits
+from laplace import checks, linalg, tuning
+from laplace.baselaplace.tunable import Noise, TunablePosterior, checked_grid, checked_limits, checked_steps
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
 from laplace.network import full_precision
@@ -107,7 +107,11 @@ class TunedPosterior(TunablePosterior):
         O(P) a step once eigenvalues are known; one precision a weight of a diagonal curvature has a closed form. Grid
         search runs the model over the validation data once; each point then costs matrix products.
         """
-        if temperature:
+        verbose, n_steps, lr = checked_steps(verbose, progress_bar, n_steps, lr)
+        grid = checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+        start = self._checked("init_prior_prec", init_prior_prec, positive=True)
+        bounds, n_folds = checked_limits("bounds", bounds), checks.whole("n_folds", n_folds, 2)
+        if checks.flag("temperature", temperature):
             msg = (
                 "The evidence grows without end with the temperature of the likelihood, which is not normalized: no "
                 "value is best. Choose the output temperature on validation data instead: tune(val_loader)."
@@ -121,7 +125,7 @@ class TunedPosterior(TunablePosterior):
             msg = f"noise={noise!r} goes with method='marglik'; by validation tune(val_loader) chooses it, too."
             raise UnsupportedError(msg)
         if how is TuningMethod.MARGLIK:
-            start = spread(self._checked("init_prior_prec", init_prior_prec, positive=True))
+            start = spread(start)
             self._fits_structure(problem.prior(start))
             best, sigma, value, n_clipped = tuning.maximize_evidence(
                 problem,
@@ -129,7 +133,7 @@ class TunedPosterior(TunablePosterior):
                 self._initial_noise(problem, noise),
                 n_steps=n_steps,
                 lr=lr,
-                bounds=checked_limits("bounds", bounds),
+                bounds=bounds,
                 progress_bar=progress_bar,
             )
             chosen = {"prior_precision": best} if sigma is None else {"prior_precision": best, "sigma_noise": sigma}
@@ -137,7 +141,6 @@ class TunedPosterior(TunablePosterior):
             found = tuning.Tuning("marglik", "log marginal likelihood", value, chosen, *curve, n_clipped=n_clipped)
         else:
             score = tuning.choose_score(loss, problem.likelihood(), options.pred_type)
-            grid = tuning.log_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
             grid = grid.to(self._device, self._dtype)
             self._fits_structure(problem.prior(spread(grid[:1])))
             loader = val_loader if how is TuningMethod.GRIDSEARCH else train_loader
@@ -226,6 +229,7 @@ class TunedPosterior(TunablePosterior):
         One pass over the validation data; every evaluation then costs matrix products (a full structure with several
         prior precisions factorizes each time). When something is raised, hyperparameters are what they were.
         """
+        verbose, n_steps, _ = checked_steps(verbose, progress_bar, n_steps)
         structure = choose(PriorStructure, prior_structure, "prior_structure")
         if structure is PriorStructure.DIAG:
             msg = (
@@ -244,7 +248,7 @@ class TunedPosterior(TunablePosterior):
             )
             raise UnsupportedError(msg)
         given = {}
-        for name, edges in (limits or {}).items():
+        for name, edges in checks.keywords("limits", limits).items():
             if name not in tuning.LIMITS:
                 msg = f"limits has no hyperparameter {name!r}; it may hold {', '.join(map(repr, tuning.LIMITS))}."
                 raise UnsupportedError(msg)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.baselaplace.inducing import checked_classes, count_inducing
 from laplace.baselaplace.last_layer import LastLayer, as_extractor
 from laplace.baselaplace.variational import VariationalPosterior
@@ -111,19 +112,15 @@ class VaLLA(VariationalPosterior):
         self.num_inducing = count_inducing(inducing_locations, num_inducing)
         self._asked_locations = copied(inducing_locations)
         self._asked_classes = checked_classes(inducing_classes, self.num_inducing)
-        self.seed = self._checked_seed(seed)
+        self.seed = checks.whole("seed", seed, 0)
         if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= alpha <= 1:
             msg = f"alpha must lie in [0, 1]: 0 is variational inference, 1 fits the predictive density; got {alpha!r}."
             raise InputError(msg)
         self.alpha = float(alpha)
-        whole = isinstance(mc_softmax_samples, Integral) and not isinstance(mc_softmax_samples, bool)
-        if not whole or mc_softmax_samples < 0:
-            msg = f"mc_softmax_samples must be a whole number, 0 for the closed form; got {mc_softmax_samples!r}."
-            raise InputError(msg)
+        self.mc_softmax_samples = checks.whole("mc_softmax_samples", mc_softmax_samples, 0)
         if mc_softmax_samples and LIKELIHOODS[self.likelihood].has_noise:
             msg = "mc_softmax_samples draws logits; the objective of regression is exact without. Leave it at 0."
             raise UnsupportedError(msg)
-        self.mc_softmax_samples = int(mc_softmax_samples)
 
     def log_marginal_likelihood(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
         """Not available: what is trained is a bound or a divergence, and is found in ``fit_history_["objective"]``.

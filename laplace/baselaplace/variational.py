@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from laplace import linalg, tuning
+from laplace import checks, linalg, tuning
 from laplace.baselaplace.features import KEPT_ELEMENTS, FeatureFit, FeatureLaplace
 from laplace.baselaplace.inducing import choose_inducing
 from laplace.enums import LinkApprox, PredType
@@ -125,14 +124,15 @@ class VariationalPosterior(FeatureLaplace):
         estimated from the batch) and ``val_nll``. The model is left as it was found. When something is raised, so is
         this object.
         """
-        iterations = self._whole_number("iterations", iterations)
-        if not (math.isfinite(lr) and lr > 0):
-            msg = f"lr must be positive and finite; got {lr!r}."
-            raise InputError(msg)
+        checks.loader("train_loader", train_loader)
+        iterations = checks.whole("iterations", iterations)
+        lr = checks.number("lr", lr, positive=True)
+        override = checks.flag("override", override)
+        checks.flags(train_hyperparameters=train_hyperparameters, progress_bar=progress_bar)
         if val_steps is not None and val_loader is None:
             msg = "val_steps says how often to look at validation data: pass val_loader= with it."
             raise InputError(msg)
-        every = iterations if val_steps is None else self._whole_number("val_steps", val_steps)
+        every = iterations if val_steps is None else checks.whole("val_steps", val_steps)
         previous: FeatureFit | None = None if override else self.__dict__.get("_fit")
         with self._fitting():
             z, features = self._inducing(train_loader, previous)

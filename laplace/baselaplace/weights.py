@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.baselaplace.base import BaseLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
@@ -140,6 +141,10 @@ class RandomWeights(BaseLaplace):
         differentiable = self.enable_backprop and torch.is_grad_enabled()
         derivatives = self.backend.derivatives(x, differentiable, **model_kwargs)
         return JacobianLinearization(derivatives.f, derivatives, evaluate, self._center)
+
+    def _checked_jacobians(self, jacobians: Any) -> Tensor:
+        """Jacobians of a user in the precision of the posterior; their shape is checked where they are used."""
+        return checks.tensor("Jacobians", jacobians, "a tensor [batch, outputs, P]").to(self._device, self._dtype)
 
     def _warn_if_moved(self) -> None:
         """Warn when weights are not what they were in ``fit``: outputs and posterior then belong to different ones."""

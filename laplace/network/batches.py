@@ -353,6 +353,24 @@ def one_row(x: Inputs) -> bool:
     return set(sizes) == {1}
 
 
+def require_rows(x: Inputs) -> None:
+    """Raise where inputs that are to be predicted at are an empty batch.
+
+    Parameters
+    ----------
+    x
+        A batch of inputs.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    if not count_rows(x):
+        msg = "The inputs are an empty batch: there is nothing to predict. Leave such batches out."
+        raise InputError(msg)
+
+
 def differentiable(x: Inputs) -> Inputs:
     """Inputs that may be saved for a backward pass: tensors made under ``torch.inference_mode`` are copied."""
     return _map(x, lambda value: value.clone() if isinstance(value, Tensor) and value.is_inference() else value)
@@ -369,7 +387,7 @@ def output_tensor(outputs: Any) -> Tensor:
     Raises
     ------
     UnsupportedError
-        If there is none.
+        If there is none, or it holds no real numbers.
     """
     if isinstance(outputs, Mapping):
         if "logits" not in outputs:
@@ -387,5 +405,9 @@ def output_tensor(outputs: Any) -> Tensor:
             "The model must return a tensor, or a mapping with the tensor 'logits'; "
             f"it returns {type(outputs).__name__}."
         )
+        raise UnsupportedError(msg)
+    if outputs.dim() == 0 or not outputs.is_floating_point():
+        what = f"of {outputs.dtype}" if outputs.dim() else "one number, without an axis for the batch"
+        msg = f"The model must return real numbers [batch, ..., outputs]; it returns a tensor that is {what}."
         raise UnsupportedError(msg)
     return outputs

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from laplace.errors import InputError, ModelError, UnsupportedError
 from laplace.network.signatures import misfit
@@ -74,6 +75,31 @@ def check_weights(named: Mapping[str, Tensor]) -> None:
             "them onto a device (for transformers leave out device_map, or pass one that fits the memory)."
         )
         raise UnsupportedError(msg)
+
+
+def check_model(model: Any) -> None:
+    """Raise unless it is a model with weights of real numbers.
+
+    Parameters
+    ----------
+    model
+        Of the user.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is no module, its weights are not made yet (lazy layers), or some are complex.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
+        raise UnsupportedError(msg)
+    for name, weight in model.named_parameters():
+        if is_lazy(weight):
+            msg = f"The weight {name!r} is made in the first forward pass: run the model on a batch, and train it."
+            raise UnsupportedError(msg)
+        if weight.is_complex():
+            msg = f"The weight {name!r} is complex; a Laplace approximation is one over real weights."
+            raise UnsupportedError(msg)
 
 
 def described(value: Any) -> str:

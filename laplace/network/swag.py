@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.errors import InputError, UnsupportedError, numbered
 from laplace.linalg import lasting
 from laplace.network.batches import Batch, arguments, differentiable, iterate, output_tensor
@@ -168,15 +169,9 @@ def check(n_snapshots_total: int, snapshot_freq: int, lr: float, min_var: float)
     InputError
         If a number is out of range.
     """
-    if n_snapshots_total < 2:
-        msg = f"n_snapshots_total must be at least 2, since one snapshot has no variance; got {n_snapshots_total}."
-        raise InputError(msg)
-    if snapshot_freq < 1:
-        msg = f"snapshot_freq must be at least 1 pass over the data for each snapshot; got {snapshot_freq}."
-        raise InputError(msg)
-    if not lr > 0:
-        msg = f"lr must be positive, or the weights do not move; got {lr}."
-        raise InputError(msg)
-    if not min_var >= 0:
+    checks.whole("n_snapshots_total", n_snapshots_total, 2)  # one snapshot has no variance
+    checks.whole("snapshot_freq", snapshot_freq)
+    checks.number("lr", lr, positive=True)
+    if not checks.number("min_var", min_var) >= 0:
         msg = f"min_var is a lower bound of variances and must not be negative; got {min_var}."
         raise InputError(msg)

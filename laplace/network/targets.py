@@ -35,6 +35,9 @@ def check_targets(y: Any, batch: Any) -> None:
     if y.is_meta:
         msg = "The targets are on the meta device, where tensors have no values: let the loader yield data."
         raise InputError(msg)
+    if y.layout is not torch.strided:
+        msg = f"Targets must be a dense tensor; the loader yields one of {y.layout}. Pass y.to_dense()."
+        raise InputError(msg)
     if y.dim() == 0:
         msg = (
             "The loader yields single data, whose targets have no axis for a batch, in place of batches. Wrap the data "

@@ -132,7 +132,7 @@ def choose_score(loss: Any, likelihood: AbstractLikelihood, pred_type: PredType,
         return _named(loss, likelihood, keyword)
     if isinstance(loss, RunningMetric):
         return _metric(loss, likelihood, pred_type)
-    if not callable(loss):
+    if not callable(loss) or isinstance(loss, type):
         msg = f"{keyword} must be a name, a function or a metric with update() and compute(); got {loss!r}."
         raise InputError(msg)
     return Score(getattr(loss, "__name__", type(loss).__name__), whole=loss)

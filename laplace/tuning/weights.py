@@ -158,12 +158,21 @@ def make_optimizer(parameters: Iterable[Tensor], cls: Any, options: dict[str, An
     ------
     UnsupportedError
         If it is no class, or the optimizer decays weights.
+    InputError
+        If it cannot be constructed with these keywords.
     """
     construct: Callable[..., torch.optim.Optimizer] = cls
     if not callable(cls):
         msg = f"optimizer_cls must be a class of torch.optim, such as torch.optim.Adam; got {cls!r}."
         raise UnsupportedError(msg)
-    optimizer = construct(list(parameters), **(options or {}))
+    try:
+        optimizer = construct(list(parameters), **(options or {}))
+    except (TypeError, ValueError) as error:
+        msg = f"optimizer_cls={cls!r} cannot be constructed with the weights and optimizer_kwargs={options}: {error}"
+        raise InputError(msg) from error
+    if not hasattr(optimizer, "param_groups"):
+        msg = f"optimizer_cls must be a class of torch.optim, such as torch.optim.Adam; it makes a {type(optimizer)}."
+        raise UnsupportedError(msg)
     decay = [group["weight_decay"] for group in optimizer.param_groups if group.get("weight_decay")]
     if decay:
         msg = (
@@ -192,6 +201,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, cls: Any, options: dict[str
     ------
     UnsupportedError
         If it is no class, its steps need an argument, or there are keywords without a class.
+    InputError
+        If it cannot be constructed with these keywords.
     """
     if cls is None:
         if options:
@@ -199,7 +210,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, cls: Any, options: dict[str
             raise UnsupportedError(msg)
         return None
     construct: Callable[..., LRScheduler] = cls
-    scheduler = construct(optimizer, **(options or {})) if callable(cls) else None
+    try:
+        scheduler = construct(optimizer, **(options or {})) if callable(cls) else None
+    except (TypeError, ValueError) as error:
+        msg = f"scheduler_cls={cls!r} cannot be constructed with the optimizer and scheduler_kwargs={options}: {error}"
+        raise InputError(msg) from error
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         msg = (
             "scheduler_cls must be a class of torch.optim.lr_scheduler that steps after each batch, without arguments, "

@@ -113,9 +113,9 @@ def test_mappings_enter_by_their_keys():
     ("options", "message"),
     [
         ({"n_snapshots_total": 1}, "at least 2"),
-        ({"snapshot_freq": 0}, "at least 1 pass"),
-        ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": float("nan")}, "lr must be positive"),
+        ({"snapshot_freq": 0}, "snapshot_freq must be a positive whole number"),
+        ({"lr": 0.0}, "lr must be one positive finite number"),
+        ({"lr": float("nan")}, "lr must be one positive finite number"),
         ({"min_var": -1.0}, "min_var"),
         ({"lr": 1e200}, "smaller lr"),
     ],

@@ -1,0 +1,352 @@
+"""What users pass for options, checked at the border: flags, whole numbers, numbers, keys, keywords.
+
+Each function is given the keyword, which opens the message, and returns the value in its plain form.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laplace.errors import InputError, UnknownOptionError
+
+NEAR = 0.75
+"""From which similarity on a keyword is taken for a misspelt option: ``num_samples`` is ``n_samples`` to 0.9."""
+
+
+def flag(name: str, value: Any) -> bool:
+    """``True`` or ``False``; 0 and 1 and NumPy's flags stand for them, and nothing else: ``"no"`` would count as true.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Integral) and value in (0, 1)):
+        return bool(value)
+    msg = f"{name} must be True or False; got {shown(value)}."
+    raise InputError(msg)
+
+
+def flags(**values: Any) -> None:
+    """Several flags, by name.
+
+    Raises
+    ------
+    InputError
+        If one is neither ``True`` nor ``False``.
+    """
+    for name, value in values.items():
+        flag(name, value)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number that is not below ``least``.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        kinds = {0: "a whole number that is not negative", 1: "a positive whole number"}
+        msg = f"{name} must be {kinds.get(least, f'a whole number, at least {least}')}; got {shown(value)}."
+        raise InputError(msg)
+    return int(value)
+
+
+def number(name: str, value: Any, *, positive: bool = False) -> float:
+    """One finite number, maybe a tensor or an array of one element.
+
+    Raises
+    ------
+    InputError
+        If it is something else, or not positive where it must be.
+    """
+    found = math.nan
+    single = isinstance(value, Real) or (isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1)
+    if single and what_is_no_number(value) is None:
+        found = float(value)
+    if not math.isfinite(found) or (positive and found <= 0):
+        msg = f"{name} must be one {'positive ' if positive else ''}finite number; got {shown(value)}."
+        raise InputError(msg)
+    return found
+
+
+def what_is_no_number(value: Any) -> str | None:
+    """What keeps a value, or an entry of it, from being real numbers; ``None`` if nothing is seen."""
+    if isinstance(value, (bool, np.bool_)):
+        return repr(value)
+    if isinstance(value, (str, bytes, complex, Mapping)) or value is None:
+        return shown(value)
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.device.type == "meta":
+            return "a tensor on the meta device" if value.device.type == "meta" else f"a {value.layout} tensor"
+        return f"a tensor of {value.dtype}" if value.dtype is torch.bool or value.is_complex() else None
+    if isinstance(value, np.ndarray):
+        return None if value.dtype.kind in "iuf" else f"an array of {value.dtype}"
+    if isinstance(value, (list, tuple)):
+        return next((found for found in map(what_is_no_number, value) if found is not None), None)
+    return None
+
+
+def hyperparameter(name: str, value: Any, dtype: torch.dtype, device: torch.device, *, positive: bool) -> Tensor:
+    """A copy of a hyperparameter as a finite tensor: later changes of the user's tensor would go past these checks.
+
+    Parameters
+    ----------
+    name, value
+        The argument.
+    dtype, device
+        Of the tensor; a gradient is kept.
+    positive
+        Whether it must be.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    wrong = what_is_no_number(value)
+    try:
+        # Straight into the precision of the evidence: a detour through the default dtype would round.
+        tensor = None if wrong else torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        wrong, tensor = f"a {type(value).__name__}", None
+    if tensor is None:
+        msg = f"{name} must be a number or a tensor; got {wrong}."
+        raise InputError(msg)
+    if tensor.dim() > 1:
+        msg = f"{name} must be a number or a vector; got the shape {list(tensor.shape)}."
+        raise InputError(msg)
+    if tensor.is_inference():
+        tensor = tensor.clone()
+    bad = ~torch.isfinite(tensor.detach())
+    if positive:
+        bad |= tensor.detach() <= 0
+    if bool(bad.any()) or tensor.numel() == 0:
+        need = "positive and finite" if positive else "finite"
+        got = tensor.detach().flatten()[bad.flatten()][:3].tolist() if tensor.numel() else "an empty tensor"
+        msg = f"{name} must be {need}; got {got}."
+        raise InputError(msg)
+    return tensor.clone()
+
+
+def key(name: str, value: Any) -> str:
+    """The name of an entry of mapping batches.
+
+    Raises
+    ------
+    InputError
+        If it is no text.
+    """
+    if not isinstance(value, str):
+        msg = f"{name} must be the name of an entry of mapping batches, a text; got {shown(value)}."
+        raise InputError(msg)
+    return value
+
+
+def keywords(name: str, value: Any) -> dict[str, Any]:
+    """Keyword arguments in a mapping; ``None`` stands for none.
+
+    Raises
+    ------
+    InputError
+        If it is no mapping with texts for keys.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        msg = f"{name} must be a mapping from the names of options to their values, or None; got {shown(value)}."
+        raise InputError(msg)
+    return dict(value)
+
+
+def loader(name: str, value: Any) -> None:
+    """Raise where tensors or arrays come instead of a loader of batches, as in ``fit(x, y)``.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    if isinstance(value, (Tensor, np.ndarray, str, bytes, Mapping)):
+        msg = (
+            f"{name} must be a loader that yields batches (x, y), such as a DataLoader or the list [(x, y)]; got "
+            f"{shown(value)}. Not fit(x, y): fit(DataLoader(TensorDataset(x, y), batch_size=64))."
+        )
+        raise InputError(msg)
+
+
+def generator(value: Any, device: torch.device) -> torch.Generator | None:
+    """A source of randomness on the model's device, or ``None``.
+
+    Raises
+    ------
+    InputError
+        If it is something else, such as a seed.
+    """
+    if not isinstance(value, (torch.Generator, type(None))):
+        msg = f"generator must be a torch.Generator or None; got {type(value).__name__}."
+        raise InputError(msg)
+    if value is not None and value.device.type != device.type:
+        msg = f"The generator is on {value.device}, the model on {device}; create it on the model's device."
+        raise InputError(msg)
+    return value
+
+
+def device(name: str, value: Any) -> torch.device:
+    """A device of this machine that holds numbers.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    try:
+        found = torch.device(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+        if isinstance(found, torch.device) and found.type != "meta":
+            torch.empty(0, device=found)
+            return found
+        reason = "no number can be kept there" if isinstance(found, torch.device) else "no device"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+    msg = f"{name} must be a device of this machine, such as 'cpu'; got {shown(value)} ({reason})."
+    raise InputError(msg)
+
+
+def tensor(name: str, value: Any, what: str) -> Tensor:
+    """A tensor of real numbers that are there to be computed with.
+
+    Parameters
+    ----------
+    name, value
+        The argument.
+    what
+        What it should be, in words.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    if not isinstance(value, Tensor):
+        msg = f"{name} must be {what}; got {shown(value)}."
+        raise InputError(msg)
+    wrong = what_is_no_number(value)
+    if wrong is not None:
+        msg = f"{name} must be {what}; got {wrong}."
+        raise InputError(msg)
+    return value
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that another may have been meant for, if one is near."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+
+
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """Names of the options of a function, read off its signature."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def known_options(what: str, given: Iterable[str], options: Iterable[str]) -> None:
+    """Raise unless all keywords are options.
+
+    Parameters
+    ----------
+    what
+        Has the options.
+    given
+        Keywords.
+    options
+        Names of all options.
+
+    Raises
+    ------
+    UnknownOptionError
+        If one is not; the message names the nearest.
+    """
+    names = list(options)
+    for name in given:
+        if name not in names:
+            near = nearest(name, names)
+            hint = "" if near is None else f" Did you mean {near!r}?"
+            msg = f"{what} has no option {name!r}; its options are {', '.join(names)}.{hint}"
+            raise UnknownOptionError(msg)
+
+
+def model_keywords(given: Iterable[str], options: Iterable[str], parameters: Iterable[inspect.Parameter]) -> None:
+    """Raise where keywords for a model are misspelt options of ours, or none that the model takes.
+
+    Parameters
+    ----------
+    given
+        Keywords that are to be passed on.
+    options
+        Ours.
+    parameters
+        Of the model's ``forward``; what it names is its own, however near.
+
+    Raises
+    ------
+    UnknownOptionError
+        If one is; the message names the nearest option.
+    """
+    parameters, options = list(parameters), list(options)
+    own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in given:
+        if name in own:
+            continue
+        near = nearest(name, options, NEAR)
+        if near is not None:
+            msg = (
+                f"There is no option {name!r}. Did you mean {near!r}? To pass {name!r} on to the model, name it in the "
+                "signature of its forward."
+            )
+            raise UnknownOptionError(msg)
+        if not takes_any:
+            msg = (
+                f"{name!r} is neither an option ({', '.join(options)}) nor a keyword of the model's forward, which "
+                f"takes {', '.join(own)}."
+            )
+            raise UnknownOptionError(msg)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short."""
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) > 3:
+        return f"a {type(value).__name__} of the shape {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+__all__ = [
+    "device",
+    "flag",
+    "flags",
+    "generator",
+    "hyperparameter",
+    "key",
+    "keywords",
+    "known_options",
+    "loader",
+    "model_keywords",
+    "nearest",
+    "number",
+    "options_of",
+    "shown",
+    "tensor",
+    "what_is_no_number",
+    "whole",
+]
