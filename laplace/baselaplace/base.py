@@ -274,13 +274,15 @@ class BaseLaplace(ABC):
     def _output_likelihood(self) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(self.likelihood, self._sigma_noise.to(self._dtype), temperature, self._output_temperature)
+        return resolve(
+            self.likelihood, self._sigma_noise.to(self._device, self._dtype), temperature, self._output_temperature
+        )
 
     @property
     def _frozen_likelihood(self) -> AbstractLikelihood:
         """The same, cut off the graph of its hyperparameters."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
-        sigma_noise = self._sigma_noise.detach().to(self._dtype)
+        sigma_noise = self._sigma_noise.detach().to(self._device, self._dtype)
         return resolve(self.likelihood, sigma_noise, temperature, self._output_temperature)
 
     # -- back end -----------------------------------------------------------------------------------------------------

@@ -256,15 +256,19 @@ class Checkpointed(RandomWeights):
             If there is no such device; nothing is moved then.
         """
         self.model.to(checks.device("device", device))
+        self._follow_model()
+        return self
+
+    def _follow_model(self) -> None:
+        """Bring what was learned, and the hyperparameters, to where the model is, and to its precision."""
         self._backend = None
         self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
         self.prior_precision = self._prior_precision
         self._move_fit()
-        return self
 
     @abstractmethod
     def _move_fit(self) -> None:
-        """What was learned, on the device of the model."""
+        """What was learned, on the device of the model and in the precision of the curvature."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take along: not the back end, the cache, or the graph of a hyperparameter."""
@@ -370,13 +374,13 @@ class CheckpointedPosterior(WeightPosterior, Checkpointed):
         if fit is not None:
             self._fit = replace(
                 fit,
-                mean=fit.mean.to(self._device),
-                nll=fit.nll.to(self._device),
-                output_nll=None if fit.output_nll is None else fit.output_nll.to(self._device),
-                noise_shape=None if fit.noise_shape is None else fit.noise_shape.to(self._device),
+                mean=fit.mean.to(self._device, self._dtype),
+                nll=fit.nll.to(self._device, self._dtype),
+                output_nll=None if fit.output_nll is None else fit.output_nll.to(self._device, self._dtype),
+                noise_shape=None if fit.noise_shape is None else fit.noise_shape.to(self._device, self._dtype),
                 curvature=self._moved(fit.curvature),
             )
 
     def _moved(self, curvature: AbstractCurvature) -> AbstractCurvature:
-        """A curvature on the device of the model."""
+        """A curvature on the device of the model, in its precision."""
         return self._curvature_from(move(curvature.state(), self._device))

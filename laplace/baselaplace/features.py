@@ -25,7 +25,7 @@ from laplace.gp.tangents import Points, Tangents, WrittenTangents
 from laplace.gp.whole_network import BlockPoints
 from laplace.likelihoods import Positions
 from laplace.network import evaluating, full_precision
-from laplace.network.batches import plain
+from laplace.network.batches import in_precision, plain
 from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, nested, tensor, whole
@@ -129,12 +129,15 @@ class FeatureLaplace(BaseFunctionalLaplace):
     # -- what was learned ---------------------------------------------------------------------------------------------
 
     @property
+    @linalg.lasting
     def _fitted(self) -> FeatureFit:
         fit: FeatureFit | None = self.__dict__.get("_fit")
         if fit is None:
             message = "This attribute or call"
             raise self._not_fitted(message)
-        return fit
+        if self._left_behind(fit.mean):
+            self._follow_model()
+        return self._fit
 
     @property
     def mean(self) -> Float[Tensor, " params"]:
@@ -188,6 +191,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
     @property
     @linalg.lasting
     def _frozen_posterior(self) -> FeaturePrecision:
+        self._fitted  # noqa: B018 - follows the model, which may have been moved
         cache = self._posterior_cache
         if "posterior" not in cache:
             with torch.no_grad(), full_precision(self._device):
@@ -357,7 +361,8 @@ class FeatureLaplace(BaseFunctionalLaplace):
     def _move_fit(self) -> None:
         fit: FeatureFit | None = self.__dict__.get("_fit")
         if fit is not None:
-            mean, tensors, nll = move([fit.mean, dict(fit.tensors), fit.nll], self._device)
+            moved = move([fit.mean, dict(fit.tensors), fit.nll], self._device)
+            mean, tensors, nll = in_precision(moved, fit.mean.dtype, self._dtype)
             self._fit = replace(fit, mean=mean, tensors=tensors, nll=nll)
         self._fit_changed()
 

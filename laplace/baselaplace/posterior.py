@@ -93,7 +93,7 @@ class WeightPosterior(RandomWeights):
         override, progress_bar = checks.flag("override", override), checks.flag("progress_bar", progress_bar)
         counts: dict[str, int] = {}
         keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, "device": self._device}
-        previous: Fit | None = None if override else self.__dict__.get("_fit")
+        previous: Fit | None = None if override or self.__dict__.get("_fit") is None else self._fitted
         if previous is not None:
             previous.check_merge()
 
@@ -200,12 +200,15 @@ class WeightPosterior(RandomWeights):
             raise backend.cannot(self.curvature_type.name)
 
     @property
+    @linalg.lasting
     def _fitted(self) -> Fit:
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is None:
             message = "This attribute or call"
             raise self._not_fitted(message)
-        return fit
+        if self._left_behind(fit.mean):
+            self._follow_model()
+        return self._fit
 
     @property
     def _is_prior(self) -> bool:
@@ -326,20 +329,22 @@ class WeightPosterior(RandomWeights):
         """Factorized posterior precision; the cached one unless hyperparameters are being differentiated."""
         if self._is_prior:
             return DiagPrecision(self._prior.diagonal())
+        fit = self._fitted
         scale = self._output_likelihood.curvature_scale(self.backend.kind)
         if not (torch.is_grad_enabled() and (scale.requires_grad or self._prior_precision.requires_grad)):
             return self._frozen_posterior
-        return self._fitted.scaled(scale).posterior(self._prior, **self._posterior_options())
+        return fit.scaled(scale).posterior(self._prior, **self._posterior_options())
 
     @property
     @linalg.lasting
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
+        fit = self._fitted
         cache = self._posterior_cache
         if "posterior" not in cache:
             with torch.no_grad(), full_precision(self._device):
                 scale = self._output_likelihood.curvature_scale(self.backend.kind)
-                curvature = self._fitted.scaled(scale)
+                curvature = fit.scaled(scale)
                 cache["posterior"] = curvature.posterior(self._prior, **self._posterior_options())
         return cache["posterior"]
 

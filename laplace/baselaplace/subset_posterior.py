@@ -20,7 +20,7 @@ from laplace.gp.process import ProcessLinearization
 from laplace.gp.subset import Subset, expected_rows
 from laplace.gp.subset_curvature import SubsetCurvature
 from laplace.network import Batch, evaluating
-from laplace.network.batches import to_device
+from laplace.network.batches import in_precision, to_device
 from laplace.predictive import Linearization, Options
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, flag, nested, whole
@@ -271,9 +271,10 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         if not isinstance(kernel, NetworkKernel):
             return super()._moved(curvature)
         # Not by way of a state, which holds plain containers: the model is given what the loader yielded.
-        batches = tuple(to_device(x, self._device) for x in kernel.batches)
-        kernel = replace(kernel, batches=batches, linearize=self._derive, _kept={})
-        return replace(curvature, kernel=kernel, root=curvature.root.to(self._device), _cache={})
+        old, new = kernel.dtype, self._dtype
+        batches = tuple(in_precision(to_device(x, self._device), old, new) for x in kernel.batches)
+        kernel = replace(kernel, batches=batches, dtype=new, linearize=self._derive, _kept={})
+        return replace(curvature, kernel=kernel, root=curvature.root.to(self._device, new), _cache={})
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take along: not what was made of the subset, which is made again."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any
 
@@ -83,7 +84,8 @@ class RandomWeights(BaseLaplace):
     @property
     def _prior(self) -> GaussianPrior:
         sizes = self._known_parameters("The prior").sizes
-        return GaussianPrior(self._prior_mean.to(self._dtype), self._prior_precision.to(self._dtype), sizes)
+        mean, precision = (p.to(self._device, self._dtype) for p in (self._prior_mean, self._prior_precision))
+        return GaussianPrior(mean, precision, sizes)
 
     @property
     def prior_precision_diag(self) -> Float[Tensor, " params"]:
@@ -128,6 +130,14 @@ class RandomWeights(BaseLaplace):
         """The weights that outputs are linearized at: those of the fit, if there is one."""
         fit = self.__dict__.get("_fit")
         return self._known_parameters("Linearized outputs").vector() if fit is None else fit.mean
+
+    def _left_behind(self, mean: Tensor) -> bool:
+        """Whether the model was moved, or brought to another precision, since a fit learned this mean."""
+        return mean.dtype != self._dtype or mean.device != self._device
+
+    @abstractmethod
+    def _follow_model(self) -> None:
+        """Bring what was learned, and the hyperparameters, to where the model is, and to its precision."""
 
     def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:
         """Outputs at ``x`` and how they depend on the random weights."""

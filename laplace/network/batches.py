@@ -42,6 +42,11 @@ def copied(value: Any) -> Any:
     return _map(value, lambda item: item.detach().clone() if isinstance(item, Tensor) else item)
 
 
+def in_precision(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """The same nested structure, its tensors of one dtype in another."""
+    return _map(value, lambda item: item.to(new) if isinstance(item, Tensor) and item.dtype is old else item)
+
+
 def plain(x: Inputs) -> Any:
     """Inputs as dictionaries, lists, tensors and plain values, which ``torch.load(weights_only=True)`` reads.
 

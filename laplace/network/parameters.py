@@ -101,17 +101,18 @@ class ParameterSubset:
         return [part.reshape(old.shape).to(old.dtype) for old, part in zip(self.parameters, flat, strict=True)]
 
     def equals(self, theta: Float[Tensor, " params"]) -> bool:
-        """Whether the weights of the model are those of a vector.
+        """Whether the weights of the model are those of a vector, in the model's precision.
 
         Parameters
         ----------
         theta
-            ``[P]``, maybe in a wider dtype.
+            ``[P]``, maybe in another dtype or on another device.
         """
         if self.choice is not None:
-            return torch.equal(self.vector().to(theta), theta)
+            now = self.vector()
+            return torch.equal(now, theta.to(now))
         parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
-        return all(torch.equal(parameter.detach().reshape(-1).to(part), part) for parameter, part in parts)
+        return all(torch.equal(parameter.detach().reshape(-1), part.to(parameter)) for parameter, part in parts)
 
     def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
         """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
