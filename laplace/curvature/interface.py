@@ -22,6 +22,7 @@ from laplace.curvature.structured import StructuredInterface
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnknownAttributeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
+from laplace.network.axes import check_last
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures.dense_jacobian import head_jacobians
@@ -204,8 +205,15 @@ class CurvatureInterface(StructuredInterface, ABC):
             A batch of inputs.
         **model_kwargs
             Passed to ``forward``.
+
+        Raises
+        ------
+        UnsupportedError
+            If their last axis is not surely that of the C outputs, as after a convolution.
         """
         f = (self.model if self.network is None else self.network)(x, **model_kwargs)
+        if self.network is not None and f.dim() > 2 and self.output_likelihood.n_items == 1:
+            check_last(f.shape, self.network.channels(f), classes=self.likelihood is Likelihood.CLASSIFICATION)
         self.n_outputs = 1 if self.output_likelihood.n_items > 1 else f.shape[-1]
         return f
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.likelihoods.categorical import IGNORED
+from laplace.likelihoods.categorical import IGNORED, check_logits
 from laplace.network import batches
 from laplace.network.modes import evaluating
 from laplace.types import Inputs
@@ -85,6 +85,8 @@ def fit_temperature(
     ------
     InputError
         If no temperature is best on these data; see ``best_temperature``.
+    UnsupportedError
+        If the model returns probabilities.
 
     References
     ----------
@@ -101,6 +103,7 @@ def fit_temperature(
     if not targets:
         msg = "The validation loader is empty."
         raise InputError(msg)
+    check_logits(torch.cat(logits))
     temperature = best_temperature(torch.cat(logits), torch.cat(targets))
     return replace(plain, temperature=temperature)
 

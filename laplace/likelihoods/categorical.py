@@ -23,6 +23,8 @@ from laplace.likelihoods.base import (
 )
 from laplace.types import Outputs, Scalar, Targets
 
+COARSE = (torch.float32, torch.bfloat16, torch.float16)
+"""Precisions that outputs may have been computed in before they got here in a wider one."""
 IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 
@@ -135,7 +137,7 @@ class CategoricalLikelihood(AbstractLikelihood):
         Raises
         ------
         UnsupportedError
-            If the model has a single output.
+            If the model has a single output, or its outputs are probabilities.
         InputError
             If class indices are out of range, soft labels are no distributions, or unmasked outputs are not finite.
         ShapeError
@@ -157,7 +159,7 @@ class CategoricalLikelihood(AbstractLikelihood):
             if not bool((soft >= 0).all()) or not bool(((soft.sum(-1) - 1).abs() <= tolerance).all()):
                 msg = "Soft labels must be non-negative, finite, and sum to one over the classes of each position."
                 raise InputError(msg)
-            check_outputs(flat)
+            check_logits(flat)
             return Positions(flat, soft, datum=datum)
         if y.shape != f.shape[:-1]:
             msg = (
@@ -177,10 +179,10 @@ class CategoricalLikelihood(AbstractLikelihood):
             )
             raise InputError(msg)
         if not bool(masked.any()):
-            check_outputs(flat)
+            check_logits(flat)
             return Positions(flat, labels, datum=datum)
         kept = (~masked).nonzero().squeeze(-1)
-        check_outputs(flat[kept])
+        check_logits(flat[kept])
         return Positions(flat[kept], labels[kept], kept, kept if datum is None else datum[kept])
 
     def torch_loss(self) -> tuple[nn.Module, float]:
@@ -190,3 +192,35 @@ class CategoricalLikelihood(AbstractLikelihood):
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions that are not masked."""
         return y.numel() // n_outputs if y.is_floating_point() else int((y.long() != IGNORED).sum())
+
+
+def check_logits(f: Outputs) -> None:
+    """Raise if outputs are not finite, or probabilities: none is negative, and each row sums to one.
+
+    Log probabilities are logits: their softmax is the probabilities.
+
+    Parameters
+    ----------
+    f
+        Outputs, ``[rows, C]``.
+
+    Raises
+    ------
+    InputError
+        If some are not finite.
+    UnsupportedError
+        If they are probabilities.
+    """
+    check_outputs(f)
+    f = f.detach()
+    if not len(f) or bool((f < 0).any()):
+        return
+    seen = [dtype for dtype in COARSE if torch.equal(f.to(dtype).to(f.dtype), f)]
+    eps = max(torch.finfo(dtype).eps for dtype in (f.dtype, *seen))
+    if bool(((f.sum(-1) - 1).abs() <= 4 * eps * f.shape[-1] ** 0.5).all()):
+        msg = (
+            "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
+            'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the end '
+            "of the model, or return log probabilities, which are logits, too."
+        )
+        raise UnsupportedError(msg)

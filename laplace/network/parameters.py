@@ -101,7 +101,7 @@ class ParameterSubset:
         return [part.reshape(old.shape).to(old.dtype) for old, part in zip(self.parameters, flat, strict=True)]
 
     def equals(self, theta: Float[Tensor, " params"]) -> bool:
-        """Whether the weights of the model are those of a vector, in the model's precision.
+        """Whether the weights of the model are those of a vector, in the coarser of their precisions.
 
         Parameters
         ----------
@@ -109,10 +109,9 @@ class ParameterSubset:
             ``[P]``, maybe in another dtype or on another device.
         """
         if self.choice is not None:
-            now = self.vector()
-            return torch.equal(now, theta.to(now))
+            return _same(self.vector(), theta)
         parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
-        return all(torch.equal(parameter.detach().reshape(-1), part.to(parameter)) for parameter, part in parts)
+        return all(_same(parameter.detach().reshape(-1), part) for parameter, part in parts)
 
     def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
         """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
@@ -124,6 +123,12 @@ class ParameterSubset:
             return values
         n_all = sum(parameter.numel() for parameter in self.parameters)
         return values.new_zeros(*values.shape[:-1], n_all).index_copy(-1, self.choice.index, values)
+
+
+def _same(now: Tensor, then: Tensor) -> bool:
+    """Whether two vectors agree in the coarser of their precisions, on the device of the first."""
+    dtype = max(now.dtype, then.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(now.to(dtype), then.to(now.device, dtype))
 
 
 def head_views(

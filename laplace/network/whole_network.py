@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace.errors import ShapeError, UnsupportedError
+from laplace.network.axes import Axes
 from laplace.network.batches import arguments, call, count_rows, one_row, output_tensor
 from laplace.network.failures import check_weights, explained
 from laplace.network.modes import attributes_restored
@@ -49,6 +51,7 @@ class WholeNetwork:
         indices: Any = None,
     ) -> None:
         self.model = unwrap(model)
+        self._seen: tuple[int, int | None] | None = None
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         with together(self.model):
@@ -118,9 +121,18 @@ class WholeNetwork:
             msg = f"The inputs are a tensor of layout {x.layout}; derivatives of all weights need x.to_dense()."
             raise UnsupportedError(msg)
         keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
+        axes = Axes() if self._seen is None else None
         # Alone: layers may assign tensors made of their weights to themselves, and derivatives go through their graph.
-        with alone(self.model):
-            return with_axes(output_tensor(call(self.model, x, **keys, **model_kwargs)), x)
+        with alone(self.model), axes or nullcontext():
+            f = output_tensor(call(self.model, x, **keys, **model_kwargs))
+        if axes is not None and f.dim() > 1:
+            self._seen = (f.dim(), axes.of(f))
+        return with_axes(f, x)
+
+    def channels(self, f: Tensor) -> int | None:
+        """The axis of outputs that holds their channels, as far as it was seen in the first pass; see ``Axes``."""
+        n_axes, axis = self._seen or (0, None)
+        return axis if n_axes == f.dim() else None
 
     def at(self, theta: Float[Tensor, " params"], x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
         """Outputs with other weights, by a functional call: the model is not touched.

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 KINDS = {
     "last layer": {"subset_of_weights": "last_layer", "hessian_structure": "kron"},
     "all": {"subset_of_weights": "all", "hessian_structure": "kron"},
-    "subnetwork": {"subset_of_weights": "subnetwork", "hessian_structure": "full", "subnetwork_indices": [0, 5, 30]},
+    "subnetwork": {"subset_of_weights": "subnetwork", "hessian_structure": "full", "subnetwork_indices": [0, 5, 12]},
     "process": {"subset_of_weights": "all", "hessian_structure": "gp", "n_subset": 5},
     "process of the last layer": {"subset_of_weights": "last_layer", "hessian_structure": "gp", "n_subset": 5},
     "ella": {
@@ -253,6 +253,15 @@ def test_empty_batches_anywhere_change_nothing(kind):
         alone.optimize_prior_precision(method="gridsearch", val_loader=[(X, Y)], grid_size=3)
         among.optimize_prior_precision(method="gridsearch", val_loader=[empty, (X, Y), empty], grid_size=3)
     assert torch.equal(among.prior_precision, alone.prior_precision)
+
+
+@every_kind
+def test_predictions_of_no_rows_are_refused(kind):
+    la = estimator(kind)
+    la.fit(batches(X, Y))
+    for ask in (la, la.functional_samples, lambda x: la(x, joint=True, link_approx="mc")):
+        with pytest.raises(InputError, match="empty batch: there is nothing to predict"):
+            ask(X[:0])
 
 
 # -- weights without values, compiled models --------------------------------------------------------------------------
