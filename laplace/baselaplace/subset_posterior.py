@@ -23,7 +23,7 @@ from laplace.network import Batch, evaluating
 from laplace.network.batches import in_precision, to_device
 from laplace.predictive import Linearization, Options
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, flag, nested, whole
+from laplace.schema import Known, Table, flag, nested, tensor, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
@@ -226,6 +226,8 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         "seed": whole(0),
         "independent_outputs": flag,
         "diagonal_hessian": flag,
+        "loss": tensor((), low=0),  # nothing can be assigned by hand
+        "n_data": whole(1),
     }
 
     @property
@@ -242,6 +244,15 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
             msg = "The state is damaged: the squares of 'H'['root'] are not finite."
             raise StateError(msg)
         if isinstance(curvature.kernel, NetworkKernel):
+            if curvature.kernel.separates != (curvature.root.dim() == 2):
+                msg = "The state is damaged: 'H'['root'] and 'H'['kernel']['separates'] do not go together."
+                raise StateError(msg)
+            if not self._known_parameters("load_state_dict").equals(self._fitted.mean):
+                msg = (
+                    "The kernel of the state is made of the network's derivatives at the weights of the fit, 'mean', "
+                    "and the model has others. Give it those, or fit again."
+                )
+                raise StateError(msg)
             with evaluating(self.model), torch.no_grad():
                 for x, (data, rows) in zip(curvature.kernel.batches, curvature.kernel.sizes, strict=True):
                     f = self._whole(x)

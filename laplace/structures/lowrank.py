@@ -27,7 +27,7 @@ from torch import Tensor
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, UnsupportedError
 from laplace.prior import GaussianPrior
-from laplace.schema import Table, finite, optional, tensor, whole
+from laplace.schema import Known, Table, finite, optional, refuse, tensor, whole
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.lowrank_precision import LowRankPrecision
@@ -112,6 +112,13 @@ class Truncation:
         # Equal eigenvalues (as of outputs that share their curvature) have no order: all of them or none.
         last = values[int(enough.int().argmax())]
         return min(n_positive, int((values >= last * (1 - TIE)).sum()))
+
+
+def _vectors(value: Any, where: str, known: Known) -> None:
+    """Saved eigenvectors, whose lengths are finite."""
+    tensor(("P", "rank"))(value, where, known)
+    if not bool(torch.isfinite(value.square().sum())):
+        refuse(where, "vectors of finite length", value)
 
 
 @dataclass(frozen=True)
@@ -298,7 +305,7 @@ class LowRankCurvature(AbstractCurvature):
         return float(self.values.sum() / self.trace) if float(self.trace) > 0 else 1.0
 
     entries: ClassVar[Table] = {
-        "vectors": tensor(("P", "rank")),
+        "vectors": _vectors,
         "values": tensor(("rank",), low=0),
         "trace": optional(tensor((), low=0)),
         "rank": optional(whole(1)),
