@@ -23,7 +23,7 @@ MAX_TEST_CODE = 350
 """Lines of code in a file; docstrings, comments and blank lines are apart, so that nobody saves on them."""
 
 STOREYS = {
-    0: {"attributes", "checks", "enums", "linalg", "errors", "optional", "schema", "types"},
+    0: {"attributes", "checks", "enums", "linalg", "errors", "optimizers", "optional", "schema", "types"},
     1: {"structures", "likelihoods", "network", "prior"},
     2: {"curvature", "fit"},
     3: {"tuning", "predictive", "gp", "evaluation"},
@@ -164,6 +164,32 @@ def test_every_room_has_a_storey() -> None:
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
 def test_imports_point_down(path: Path) -> None:
     assert not broken_rules(path.read_text(encoding="utf-8"), module_name(path))
+
+
+FIRST_CALLS = """
+import sys, torch
+from torch import nn
+compiler = {"torch._dynamo", "sympy"} - set(sys.modules)
+from laplace import Laplace
+x, y = torch.randn(12, 2), torch.arange(12) % 3
+model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3))
+for subset in ("last_layer", "all"):
+    la = Laplace(model, "classification", subset, "kron")
+    la.fit([(x, y)])
+    la.tune([(x, y)])
+    la.optimize_prior_precision()
+    la.optimize_prior_precision(method="gridsearch", val_loader=[(x, y)], grid_size=3)
+    la(x)
+    la(x, pred_type="nn", n_samples=2)
+print(compiler & set(sys.modules))
+"""
+
+
+def test_first_calls_do_not_load_the_compiler_of_pytorch() -> None:
+    """It takes seconds, and an interruption while it is loaded breaks every later call."""
+    command = [sys.executable, "-W", "ignore", "-c", FIRST_CALLS]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ class TunedPosterior(TunablePosterior):
             The last two need a last layer, whose weights are then those that are best under each prior (and for each
             fold), with features that have seen all the data: optimistic, and never the default.
         n_steps, lr
-            The most iterations of L-BFGS on log precisions, which ends before where it converges, and the first trial
-            step of its line searches (``"marglik"``). 0 steps assign the start.
+            The most iterations of L-BFGS on log precisions, which ends before where it converges, and the size of its
+            first trial step (``"marglik"``). 0 steps assign the start.
         init_prior_prec
             Where to start (``"marglik"``): a scalar, or one value a precision.
         prior_structure

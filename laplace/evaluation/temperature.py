@@ -19,6 +19,7 @@ from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.likelihoods.categorical import IGNORED, check_logits
 from laplace.network import batches
 from laplace.network.modes import evaluating
+from laplace.optimizers import lbfgs
 from laplace.types import Inputs
 
 
@@ -144,20 +145,12 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
         raise InputError(msg)
     _check_minimum_exists(logits, y)
     unit = logits.std(-1).mean()  # T* is proportional to the logits; with this unit it is near 1
-    log_t = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [log_t], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss = F.cross_entropy(logits / unit * (-log_t).exp(), y)
-            loss.backward()
-        return loss
+    def loss(log_t: Tensor) -> Tensor:
+        return F.cross_entropy(logits / unit * (-log_t).exp(), y)
 
-    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch declares a closure that returns float
-    return float(log_t.detach().exp() * unit)
+    log_t = lbfgs(loss, logits.new_zeros(1), max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14)
+    return float(log_t.exp() * unit)
 
 
 def _check_minimum_exists(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, " rows"]) -> None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from laplace.errors import InputError
 from laplace.gp.variational import Objective, Statistics
 from laplace.likelihoods import AbstractLikelihood
+from laplace.optimizers import Adam
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def train(
     free = now.free(hyperparameters=hyperparameters)
     for tensor in free:
         tensor.requires_grad_()
-    optimizer = torch.optim.Adam(free, lr=lr)
+    optimizer = Adam(free, lr)
     values: list[float] = []
     scores: list[float] = []
     best, lowest = now.copy(), math.inf
@@ -149,22 +150,19 @@ def train(
         if not math.isfinite(values[-1]):
             msg = (
                 f"The objective is {values[-1]} at iteration {iteration}. Look for extreme values in the data, or "
-                f"lower lr (it is {optimizer.param_groups[0]['lr']:.3g})."
+                f"lower lr (it is {optimizer.lr:.3g})."
             )
             raise InputError(msg)
         gradients = torch.autograd.grad(value, free)
         before = [tensor.detach().clone() for tensor in free]
-        for tensor, gradient in zip(free, gradients, strict=True):
-            tensor.grad = gradient
-        optimizer.step()
+        optimizer.step(gradients)
         if monotone:
             with torch.no_grad():
                 after = float(value_of(objective, batch, now, likelihood))
                 if not after <= values[-1]:
                     for tensor, old in zip(free, before, strict=True):
                         tensor.copy_(old)
-                    halved = optimizer.param_groups[0]["lr"] / 2
-                    optimizer = torch.optim.Adam(free, lr=halved)
+                    optimizer = Adam(free, optimizer.lr / 2)
         if validation is not None and (iteration % validation.every == 0 or iteration == iterations):
             scores.append(validation.score(now.copy()))
             if scores[-1] < lowest:

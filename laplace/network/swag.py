@@ -17,6 +17,7 @@ from laplace.network.failures import explained
 from laplace.network.modes import attributes_restored, training
 from laplace.network.threads import alone
 from laplace.network.whole_network import unwrap
+from laplace.optimizers import SGD
 
 
 @lasting
@@ -88,7 +89,7 @@ def fit_diagonal_swag_var(
     if not trained:
         msg = "No weight of the model requires a gradient: unfreeze those that should move with requires_grad_(True)."
         raise UnsupportedError(msg)
-    optimizer = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimizer = SGD(trained, lr, momentum, weight_decay)
     path = Path(weights)
 
     def step(batch: Batch) -> None:
@@ -103,9 +104,7 @@ def fit_diagonal_swag_var(
             raise InputError(msg)
         # Nothing but the copies gets a gradient, whatever the model holds on to.
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        for weight, gradient in zip(trained, gradients, strict=True):
-            weight.grad = gradient
-        optimizer.step()
+        optimizer.step(gradients)
 
     with training(module):
         for number in range(1, n_snapshots_total * snapshot_freq + 1):

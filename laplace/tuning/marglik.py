@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from laplace.errors import InputError, NumericalWarning
+from laplace.optimizers import Adam, lbfgs
 from laplace.structures import DiagCurvature
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
 
@@ -33,6 +34,7 @@ def optimize(
     lr: float,
     bounds: tuple[Tensor | float, Tensor | float] = (0.0, float("inf")),
     progress_bar: bool = False,
+    description: str = "[Optimizing the marginal likelihood]",
 ) -> tuple[Tensor, float]:
     """Maximize an objective over positive values by L-BFGS on their logarithms.
 
@@ -45,11 +47,13 @@ def optimize(
     n_steps
         The most iterations; fewer where it converges before.
     lr
-        First trial step of each line search, in log values.
+        Size of the first trial step, in log values.
     bounds
         Least and largest values.
     progress_bar
         Show a progress bar over evaluations.
+    description
+        Its text.
 
     Returns
     -------
@@ -65,15 +69,15 @@ def optimize(
     NumericalWarning
         If the objective stops being finite on the way: Adam goes on from the best values until it meets this, too.
     """
-    low, high = (torch.as_tensor(bound, dtype=initial.dtype, device=initial.device).log() for bound in bounds)
-    log_values = initial.detach().log().clone().requires_grad_(True)
-    start = log_values.detach().clone()
+    start = initial.detach().log()
+    low, high = (torch.as_tensor(bound, dtype=start.dtype, device=start.device).log() for bound in bounds)
     seen = [(-float("inf"), initial.detach().clone())]
 
-    with tqdm(desc="[Optimizing the marginal likelihood]", unit="it", disable=not progress_bar) as bar:
+    with tqdm(desc=description, unit="it", disable=not progress_bar) as bar:
 
-        def evaluate() -> Tensor:
+        def evaluate(log_values: Tensor) -> Tensor:
             """The objective, on the graph of the logarithms."""
+            log_values = log_values.to(start.dtype)
             with torch.enable_grad():
                 value = objective(torch.minimum(torch.maximum(log_values, low), high).exp())
             current = float(value.detach())
@@ -88,7 +92,7 @@ def optimize(
             return value
 
         try:
-            evaluate()
+            evaluate(start)
         except _NotFiniteError as error:
             msg = (
                 f"The log marginal likelihood is {error} at the initial prior precision. Pass another "
@@ -97,48 +101,25 @@ def optimize(
             raise InputError(msg) from None
         try:
             if n_steps:
-                _quasi_newton(evaluate, log_values, n_steps, lr)
+                lbfgs(lambda log_values: -evaluate(log_values), start, max_iter=n_steps, first_step=lr)
         except _NotFiniteError:
-            with torch.no_grad():
-                log_values.copy_(seen[0][1].log())
-            _adam(evaluate, log_values, n_steps, lr)
+            _adam(evaluate, seen[0][1].log(), n_steps, lr)
     return seen[0][1], seen[0][0]
 
 
-def _quasi_newton(evaluate: Callable[[], Tensor], log_values: Tensor, n_steps: int, lr: float) -> None:
-    optimizer = torch.optim.LBFGS(
-        [log_values],
-        lr=lr,
-        max_iter=n_steps,
-        max_eval=25 * n_steps,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss = -evaluate()
-            loss.backward()
-        return loss
-
-    optimizer.step(closure)  # pyright: ignore[reportArgumentType] - torch declares a closure that returns float
-
-
-def _adam(evaluate: Callable[[], Tensor], log_values: Tensor, n_steps: int, lr: float) -> None:
-    optimizer = torch.optim.Adam([log_values], lr=lr, maximize=True)
+def _adam(evaluate: Callable[[Tensor], Tensor], log_values: Tensor, n_steps: int, lr: float) -> None:
+    """Go on until the objective has no value again."""
+    log_values = log_values.requires_grad_()
+    optimizer = Adam([log_values], lr)
     for step in range(n_steps):
-        optimizer.zero_grad()
         try:
-            value = evaluate()
+            value = evaluate(log_values)
         except _NotFiniteError as error:
             msg = f"The log marginal likelihood became {error} in step {step}; the best value before it is kept."
             warnings.warn(msg, NumericalWarning, stacklevel=4)
             return
-        value.backward()
-        optimizer.step()
+        with torch.enable_grad():
+            optimizer.step(torch.autograd.grad(-value, [log_values]))
 
 
 def maximize_evidence(
