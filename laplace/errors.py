@@ -6,6 +6,9 @@ Messages say what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+import inspect
+import threading
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +78,39 @@ class NumericalWarning(UserWarning):
 
 class PerformanceWarning(UserWarning):
     """A result is exact, but took a way that is much slower than another; the message names both."""
+
+
+BETWEEN = {"beartype", "contextlib", "functools", "jaxtyping", "laplace", "torch", "tqdm"}
+"""Packages whose frames may lie between a warning of the library and the line of a user's that led to it."""
+_FILTERS = threading.RLock()
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and point at the line of the user's that called the library.
+
+    Parameters
+    ----------
+    message, category
+        As for ``warnings.warn``.
+    """
+    level, outer = 1, inspect.currentframe()
+    while outer is not None and str(outer.f_globals.get("__name__")).partition(".")[0] in BETWEEN:
+        level, outer = level + 1, outer.f_back
+    warnings.warn(message, category, stacklevel=1 if outer is None else level)
+
+
+@contextmanager
+def quiet(message: str) -> Generator[None]:
+    """Ignore warnings of other libraries that begin with some words, one thread at a time: filters are global.
+
+    Parameters
+    ----------
+    message
+        The words.
+    """
+    with _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 @contextmanager

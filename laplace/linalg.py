@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError
+from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError, warn
 
 _JITTER_STEPS = 6
 Arguments = ParamSpec("Arguments")
@@ -143,7 +142,7 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
                 f"working precision; added {float(jitter):.2e} to its diagonal. A larger prior precision "
                 f"{'' if matrix.dtype == torch.float64 else 'or curvature_dtype=torch.float64 '}avoids this."
             )
-            warnings.warn(msg, NumericalWarning, stacklevel=2)
+            warn(msg, NumericalWarning)
             return factor.to(matrix.dtype)
     smallest = float(torch.linalg.eigvalsh(wide.detach()).min())
     msg = (

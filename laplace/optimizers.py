@@ -31,7 +31,7 @@ class _Memory:
 
     def add(self, step: Tensor, change: Tensor) -> None:
         """A step and what it changed in the gradient, if that is a curvature to rely on."""
-        if float(step @ change) > 1e-10:
+        if float(step @ change) > 1e-12 * float(step.norm() * change.norm()):
             self.pairs = [*self.pairs, (step, change)][-self.size :]
 
     def times(self, gradient: Tensor) -> Tensor:

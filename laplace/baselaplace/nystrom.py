@@ -299,9 +299,7 @@ class NystromPosterior(FeatureLaplace):
         learned = (gram * likelihood.scale).to(self._dtype)
         precisions = [FeaturePrecision.of(learned, point) for point in points]
         score = tuning.choose_score(loss, likelihood, options.pred_type)
-        seed = (
-            int(torch.randint(2**62, (), generator=options.generator, device=self._device)) if options.generator else 0
-        )
+        seed = tuning.seed_of(options.generator)
 
         def fresh() -> Options:
             # The same random numbers at each point: the loss is then a smooth function of the prior.

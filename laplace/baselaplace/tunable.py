@@ -63,11 +63,15 @@ class TunablePosterior(CheckpointedPosterior):
 
     def _repeated(self, options: Options) -> Callable[[], Options]:
         """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
-        seed = int(torch.randint(2**62, (), generator=options.generator, device=self._device))
+        seed = tuning.seed_of(options.generator)
         return lambda: replace(options, generator=torch.Generator(self._device).manual_seed(seed))
 
     def _cached(
-        self, loader: Iterable[Any] | None, pred_type: PredType, method: TuningMethod | None
+        self,
+        loader: Iterable[Any] | None,
+        pred_type: PredType,
+        method: TuningMethod | None,
+        progress_bar: bool = False,
     ) -> tuning.CachedData:
         """Data to score hyperparameters on, after their one pass."""
         training = method in (TuningMethod.LOO, TuningMethod.CV)
@@ -77,9 +81,15 @@ class TunablePosterior(CheckpointedPosterior):
             msg = f"{what} scores hyperparameters on {which} data: pass {keyword}=."
             raise InputError(msg)
         with evaluating(self.model):
-            batches = iterate(loader, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, device=self._device)
-            linearize = partial(self._for_tuning, pred_type)
             what = "training" if training else "validation"
+            shown: dict[str, Any] = {"progress_bar": progress_bar, "description": f"[Linearizing at {what} data]"}
+            keys: dict[str, Any] = {
+                "dict_key_x": self.dict_key_x,
+                "dict_key_y": self.dict_key_y,
+                "device": self._device,
+            }
+            batches = iterate(loader, **keys, **shown)
+            linearize = partial(self._for_tuning, pred_type)
             return tuning.CachedData.collect(batches, linearize, self._frozen_likelihood, what)
 
     def _for_tuning(self, pred_type: PredType, x: Inputs) -> Linearization:
@@ -125,7 +135,7 @@ class TunablePosterior(CheckpointedPosterior):
             raise UnsupportedError(msg)
         head = tuning.HeadData.collect(data, self._dtype)
         common = {"initial": problem.fit.mean}
-        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        seed = tuning.seed_of(generator)
 
         def refitted(points: Tensor) -> Tensor:
             priors = [problem.prior(point) for point in points.split(1)]

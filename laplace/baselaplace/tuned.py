@@ -78,8 +78,8 @@ class TunedPosterior(TunablePosterior):
         progress_bar
             Show a progress bar.
         generator
-            Source of randomness of sampled predictions (``"gridsearch"``), on the model's device. Every point of the
-            grid sees the same random numbers.
+            Source of randomness of sampled predictions (``"gridsearch"``), on the model's device; a fixed seed when
+            ``None``. Every point of the grid sees the same random numbers.
         noise
             Choose the noise of a regression together with the prior (``"marglik"``): ``"scalar"``, or ``"per_output"``
             with a last layer. It starts at the residuals of the training data.
@@ -144,7 +144,7 @@ class TunedPosterior(TunablePosterior):
             grid = grid.to(self._device, self._dtype)
             self._fits_structure(problem.prior(spread(grid[:1])))
             loader = val_loader if how is TuningMethod.GRIDSEARCH else train_loader
-            data = self._cached(loader, options.pred_type, how)
+            data = self._cached(loader, options.pred_type, how, progress_bar)
             with torch.no_grad(), full_precision(self._device):
                 scored = self._scored(how, problem, data, score, options, grid, n_folds, generator)
                 point, scores = tuning.search(scored, grid, progress_bar=progress_bar)
@@ -199,7 +199,8 @@ class TunedPosterior(TunablePosterior):
         n_steps
             The most iterations of L-BFGS after the grid.
         generator
-            Source of randomness of sampled predictions; every evaluation sees the same random numbers.
+            Source of randomness of sampled predictions, which are the same for every evaluation; a fixed seed when
+            ``None``.
         verbose
             Print the result in one line.
         progress_bar
@@ -255,7 +256,7 @@ class TunedPosterior(TunablePosterior):
             given[name] = checked_limits(f"limits[{name!r}]", edges)
         n_precisions = 1 if structure is PriorStructure.SCALAR else len(problem.sizes)
         self._fits_structure(problem.prior(problem.fit.mean.new_ones(n_precisions)))
-        data = self._cached(val_loader, options.pred_type, None)
+        data = self._cached(val_loader, options.pred_type, None, progress_bar)
         if n_values > 1:
             n_values = problem.fit.n_outputs
         with torch.no_grad(), full_precision(self._device):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,7 @@ from laplace import checks
 from laplace.baselaplace.base import BaseLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
-from laplace.errors import NotFittedError, UnsupportedError
+from laplace.errors import NotFittedError, UnsupportedError, warn
 from laplace.network import ParameterSubset, WholeNetwork
 from laplace.predictive import JacobianLinearization, Linearization
 from laplace.prior import GaussianPrior
@@ -167,4 +166,4 @@ class RandomWeights(BaseLaplace):
                 f"The {which} have changed since fit, or la.mean was assigned: predictions are centered at the weights "
                 "of the model, their uncertainty belongs to la.mean. Fit again."
             )
-            warnings.warn(msg, UserWarning, stacklevel=4)
+            warn(msg, UserWarning)

@@ -6,7 +6,6 @@ memory is bounded by activations, never by outputs times weights.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from laplace.curvature.memory import Memory
 from laplace.curvature.recording import Recording
 from laplace.curvature.structured import Basis
 from laplace.curvature.uses import MixedBlock
-from laplace.errors import PerformanceWarning, UnsupportedError
+from laplace.errors import PerformanceWarning, UnsupportedError, warn
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, differentiable
 from laplace.network.modes import full_precision
@@ -196,7 +195,7 @@ def directions(
             f"The exact curvature takes a backward pass for each of {len(columns)} outputs of a datum. Pass "
             "backend_kwargs={'stochastic': True} to sample it with one."
         )
-        warnings.warn(msg, PerformanceWarning, stacklevel=2)
+        warn(msg, PerformanceWarning)
     return columns
 
 
@@ -307,7 +306,7 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
             f"The recurrent layers {', '.join(map(repr, layers))} have no Kronecker factors here: their blocks are "
             "exact diagonals, computed one datum at a time. Freeze them with requires_grad_(False) to leave them out."
         )
-        warnings.warn(msg, PerformanceWarning, stacklevel=2)
+        warn(msg, PerformanceWarning)
     return diagonal
 
 

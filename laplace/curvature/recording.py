@@ -7,7 +7,6 @@ differentiated row by row, exactly and slowly, and whether the formulas hold is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -26,7 +25,7 @@ from laplace.curvature.roles import Kept
 from laplace.curvature.row_by_row import along, dense, row_by_row, warn_of_slow
 from laplace.curvature.tape import Call, Tape, row_view, transposed_view
 from laplace.curvature.uses import combined
-from laplace.errors import UnsupportedError
+from laplace.errors import UnsupportedError, quiet
 from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.network.parameters import ParameterSubset
 from laplace.structures.entries import chosen
@@ -384,9 +383,8 @@ class Recording:
         """From derivatives in a derived tensor to those in a parameter it is made of."""
         J = block.dense().to(tensor.dtype)
         rows = J.reshape(-1, *tensor.shape)
-        with warnings.catch_warnings():
-            # Where a function has no batched derivative, torch loops and warns; the tensors here are small.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        # Where a function has no batched derivative, torch loops and warns; the tensors here are small.
+        with quiet("There is a performance drop"):
             (pulled,) = torch.autograd.grad(
                 tensor, [parameter], rows, retain_graph=True, create_graph=self.create_graph, is_grads_batched=True
             )

@@ -49,7 +49,13 @@ class Predictions:
 
 
 def predict(
-    predictor: Predictor, loader: Loader, *, device: torch.device | str = "cpu", dict_key_y: str = "labels"
+    predictor: Predictor,
+    loader: Loader,
+    *,
+    device: torch.device | str = "cpu",
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
+    description: str = "[Predicting]",
 ) -> Predictions:
     """Run a predictor over a loader.
 
@@ -63,6 +69,8 @@ def predict(
         Where the predictor expects its inputs.
     dict_key_y
         Entry of mapping batches that holds the targets.
+    progress_bar, description
+        Show a progress bar over batches, and its text.
 
     Returns
     -------
@@ -76,7 +84,8 @@ def predict(
     probs: list[Tensor] = []
     targets: list[Tensor] = []
     seconds = 0.0
-    for x, y in batches.iterate(loader, dict_key_y=dict_key_y, device=torch.device(device)):
+    shown: dict[str, Any] = {"progress_bar": progress_bar, "description": description}
+    for x, y in batches.iterate(loader, dict_key_y=dict_key_y, device=torch.device(device), **shown):
         start = time.perf_counter()
         p = predictor(x).detach().cpu()  # the copy to the CPU waits for an accelerator to finish
         seconds += time.perf_counter() - start
@@ -219,6 +228,7 @@ def side_by_side(
     n_bins: int = 15,
     dict_key_x: str = "input_ids",
     dict_key_y: str = "labels",
+    progress_bar: bool = False,
 ) -> Report:
     """Evaluate a network, the network with a fitted temperature, and other predictors on the same data.
 
@@ -241,6 +251,8 @@ def side_by_side(
         Bins of the calibration error.
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets.
+    progress_bar
+        Show a progress bar over batches for each pass: which row, on which data.
 
     Returns
     -------
@@ -259,7 +271,7 @@ def side_by_side(
     predictors: dict[str, Predictor] = {"MAP": plain}
     if val_loader is not None:
         predictors["MAP, temperature T"] = fit_temperature(
-            model, val_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y
+            model, val_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, progress_bar=progress_bar
         )
     repeated = set(predictors) & set(estimators)
     if repeated:
@@ -267,12 +279,13 @@ def side_by_side(
         raise InputError(msg)
     predictors.update(estimators)
 
-    def run(predictor: Predictor, loader: Loader) -> Predictions:
-        return predict(predictor, loader, device=device, dict_key_y=dict_key_y)
+    def run(name: str, data: str, loader: Loader) -> Predictions:
+        shown: dict[str, Any] = {"progress_bar": progress_bar, "description": f"[Predicting {data}: {name}]"}
+        return predict(predictors[name], loader, device=device, dict_key_y=dict_key_y, **shown)
 
     rows: dict[str, dict[str, float]] = {}
-    for name, predictor in predictors.items():
-        test = run(predictor, test_loader)
+    for name in predictors:
+        test = run(name, "test data", test_loader)
         row = {
             "accuracy": metrics.accuracy(test.probs, test.y),
             "NLL": metrics.mean_nll(test.probs, test.y),
@@ -280,12 +293,12 @@ def side_by_side(
             "Brier": metrics.brier_score(test.probs, test.y),
         }
         for shift, loader in (shifted or {}).items():
-            result = run(predictor, loader)
+            result = run(name, shift, loader)
             row[f"NLL {shift}"] = metrics.mean_nll(result.probs, result.y)
             row[f"ECE {shift}"] = metrics.calibration_error(result.probs, result.y, n_bins=n_bins)
         if ood_loader is not None:
-            foreign = run(predictor, ood_loader)
+            foreign = run(name, "foreign data", ood_loader)
             row["OOD AUROC"] = metrics.ood_auroc(metrics.uncertainty(test.probs), metrics.uncertainty(foreign.probs))
-        row["predict ms"] = 1e3 * statistics.median(run(predictor, test_loader).seconds for _ in range(3))
+        row["predict ms"] = 1e3 * statistics.median(run(name, "test data again", test_loader).seconds for _ in range(3))
         rows[name] = row
     return Report(rows)

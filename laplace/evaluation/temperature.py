@@ -65,7 +65,12 @@ class SoftmaxPredictor:
 
 
 def fit_temperature(
-    model: nn.Module, val_loader: Iterable[Any], *, dict_key_x: str = "input_ids", dict_key_y: str = "labels"
+    model: nn.Module,
+    val_loader: Iterable[Any],
+    *,
+    dict_key_x: str = "input_ids",
+    dict_key_y: str = "labels",
+    progress_bar: bool = False,
 ) -> SoftmaxPredictor:
     """Choose the temperature of a network on validation data.
 
@@ -77,6 +82,8 @@ def fit_temperature(
         Batches that the network was not trained on.
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets.
+    progress_bar
+        Show a progress bar over batches.
 
     Returns
     -------
@@ -94,10 +101,11 @@ def fit_temperature(
     Guo, Pleiss, Sun & Weinberger (2017), "On calibration of modern neural networks", section 4.2. arXiv:1706.04599
     """
     plain = SoftmaxPredictor(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-    device = device_of(model)
+    keys: dict[str, Any] = {"dict_key_x": dict_key_x, "dict_key_y": dict_key_y, "device": device_of(model)}
     logits: list[Tensor] = []
     targets: list[Tensor] = []
-    for x, y in batches.iterate(val_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, device=device):
+    text = "[Fitting the temperature]"
+    for x, y in batches.iterate(val_loader, **keys, progress_bar=progress_bar, description=text):
         f = plain.logits(x)
         logits.append(f.reshape(-1, f.shape[-1]))
         targets.append(y.reshape(-1))

@@ -11,7 +11,6 @@ Deng, Zhou & Zhu (2022), "Accelerated linearized Laplace approximation for Bayes
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
-from laplace.errors import NotPositiveDefiniteError, NumericalWarning
+from laplace.errors import NotPositiveDefiniteError, NumericalWarning, warn
 from laplace.gp.posterior import FeatureMap, FeaturePrecision
 from laplace.gp.tangents import Points, Tangents
 from laplace.likelihoods import AbstractLikelihood
@@ -70,7 +69,7 @@ def leading_directions(points: Points, n_eigenvalues: int) -> Float[Tensor, "k p
             f"The kernel of the {len(kernel)} points has rank {n_kept} to working precision: {n_kept} of the "
             f"n_eigenvalues={n_eigenvalues} features are used, and more would not change the result."
         )
-        warnings.warn(msg, NumericalWarning, stacklevel=2)
+        warn(msg, NumericalWarning)
     directions = points.combine(vectors[:, :n_kept].T / values[:n_kept].sqrt().unsqueeze(1))
     # Orthonormal but for the rounding of small eigenvalues, which this removes.
     return torch.linalg.qr(directions.T).Q.T.contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import NumericalWarning
+from laplace.errors import NumericalWarning, warn
 from laplace.gp.kernel import FeatureKernel, SubsetKernel
 from laplace.gp.linearized import tangents
 from laplace.gp.subset_curvature import KernelBasis
@@ -157,7 +156,7 @@ class ProcessLinearization(Process):
                 f"they are differences: {str(self.f.dtype).removeprefix('torch.')} leaves them few digits or none. Use "
                 'the model in float64 (model.double()), a stronger prior, or hessian_structure="full".'
             )
-            warnings.warn(msg, NumericalWarning, stacklevel=2)
+            warn(msg, NumericalWarning)
         return left
 
     def _left_between(self, prior: Tensor, taken: Tensor) -> Tensor:

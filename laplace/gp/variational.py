@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
-from laplace.errors import NotPositiveDefiniteError, NumericalWarning
+from laplace.errors import NotPositiveDefiniteError, NumericalWarning, warn
 from laplace.gp import energy
 from laplace.gp.posterior import FeatureMap, FeaturePrecision
 from laplace.gp.tangents import Points, Tangents
@@ -88,7 +88,7 @@ def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
             f"The kernel of the {len(kernel)} inducing points is not positive definite to working precision; a jitter "
             f"of about {jitter:.2e} was added to its diagonal. {causes}"
         )
-        warnings.warn(msg, NumericalWarning, stacklevel=2)
+        warn(msg, NumericalWarning)
     return factor
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import threading
-import warnings
 from collections import Counter
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from laplace.attributes import check_attribute
 from laplace.enums import FeatureReduction, choose
-from laplace.errors import MissingModuleError, ShapeError, UnsupportedError
+from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, warn
 from laplace.network.batches import call, one_row, output_tensor
 from laplace.network.failures import check_weights
 from laplace.network.modes import full_precision
@@ -297,7 +296,7 @@ class FeatureExtractor(nn.Module):
             f"feature_reduction={self.feature_reduction.value!r} has nothing to reduce: the features of the last layer "
             f"have the shape {list(phi.shape)} already."
         )
-        warnings.warn(msg, UserWarning, stacklevel=4)
+        warn(msg, UserWarning)
 
     def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Linear, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
@@ -358,7 +357,7 @@ class FeatureExtractor(nn.Module):
                 f"The weight of the last layer {self.last_layer_name!r} is tied to {', '.join(map(repr, owners))}. "
                 "It is treated as the weight of the last layer alone: features do not change with it."
             )
-            warnings.warn(msg, UserWarning, stacklevel=3)
+            warn(msg, UserWarning)
 
 
 def unsqueezed(f: Tensor, phi: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:

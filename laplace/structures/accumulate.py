@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError, numbered
+from laplace.errors import InputError, numbered, warn
 
 Summand = TypeVar("Summand")
 SAME = 1e-3
@@ -72,7 +71,7 @@ def check_same_data(first: Tensor, now: Tensor) -> None:
             "rows after shuffling (drop_last=True) or that augments does that; the curvature is that of the last "
             "pass. Pass a loader that does neither."
         )
-        warnings.warn(msg, UserWarning, stacklevel=2)
+        warn(msg, UserWarning)
 
 
 def require_finite(finite: bool) -> None:

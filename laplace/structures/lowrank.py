@@ -15,7 +15,6 @@ Those of ``subspace``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.enums import HessianStructure
-from laplace.errors import NumericalWarning, UnsupportedError
+from laplace.errors import NumericalWarning, UnsupportedError, warn
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, finite, optional, refuse, tensor, whole
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
@@ -270,7 +269,7 @@ class LowRankCurvature(AbstractCurvature):
                 "Hessian has no more of them, or larger negative ones hide them. Ask for a higher rank, or use a GGN "
                 "back end, whose curvature has no negative ones."
             )
-            warnings.warn(msg, NumericalWarning, stacklevel=2)
+            warn(msg, NumericalWarning)
         kept = slice(0, truncation_or_all(n_kept, values))
         # The largest may be zero where the data say nothing; none is negative.
         found = LowRankCurvature(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, chosen, n_passes)
@@ -355,7 +354,7 @@ class LowRankCurvature(AbstractCurvature):
                 "of the trace. What each of them had dropped stays dropped: fit all data at once for the leading "
                 "eigenpairs of the whole."
             )
-            warnings.warn(msg, NumericalWarning, stacklevel=4)
+            warn(msg, NumericalWarning)
         return merged
 
     def __mul__(self, factor: float | Tensor) -> LowRankCurvature:

@@ -10,7 +10,7 @@ from laplace.tuning.marglik import BOUNDS, maximize_evidence, optimize
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
 from laplace.tuning.result import Tuning
-from laplace.tuning.scores import Loss, RunningMetric, Score, choose_score
+from laplace.tuning.scores import Loss, RunningMetric, Score, choose_score, seed_of
 
 __all__ = [
     "BOUNDS",
@@ -35,6 +35,7 @@ __all__ = [
     "optimize",
     "refitted_leave_one_out_scores",
     "search",
+    "seed_of",
     "tune",
     "validate",
 ]

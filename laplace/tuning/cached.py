@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
@@ -132,6 +133,7 @@ class CachedData:
         likelihoods: Sequence[AbstractLikelihood],
         fresh_options: Callable[[], Options],
         dtype: torch.dtype,
+        description: str | None = None,
     ) -> Tensor:
         """Score under several posteriors: differentiable for those scores that are.
 
@@ -143,6 +145,8 @@ class CachedData:
             One each a posterior, in the coordinates of these data.
         fresh_options, dtype
             As in ``moments_of_each``.
+        description
+            Show a progress bar over batches with this text.
 
         Returns
         -------
@@ -152,7 +156,7 @@ class CachedData:
         found = []
         for start in range(0, len(precisions), at_once):
             part = slice(start, start + at_once)
-            found += self._some_scores(score, precisions[part], likelihoods[part], fresh_options, dtype)
+            found += self._some_scores(score, precisions[part], likelihoods[part], fresh_options, dtype, description)
         return score.sign * torch.stack([torch.as_tensor(value) for value in found])
 
     def _some_scores(
@@ -162,10 +166,11 @@ class CachedData:
         likelihoods: Sequence[AbstractLikelihood],
         fresh_options: Callable[[], Options],
         dtype: torch.dtype,
+        description: str | None,
     ) -> list[Any]:
         totals: list[Any] = [0.0] * len(precisions)
         parts: list[list[tuple[Tensor, ...]]] = [[] for _ in precisions]
-        for get, positions in self.batches:
+        for get, positions in tqdm(self.batches, desc=description, disable=description is None):
             if not len(positions.f):
                 continue
             y = positions.y.to(dtype) if positions.y.is_floating_point() else positions.y

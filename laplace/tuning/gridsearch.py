@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace.errors import InputError
+from laplace.errors import InputError, warn
 
 
 def log_grid(low: float, high: float, size: int, base: float) -> Tensor:
@@ -92,5 +91,5 @@ def search(
             else f"The best prior precision, {float(grid[best]):.3g}, is at the {side} end of the grid; the optimum "
             f"may lie beyond it. Move {keyword}."
         )
-        warnings.warn(msg, UserWarning, stacklevel=2)
+        warn(msg, UserWarning)
     return grid[best], scores

@@ -10,7 +10,6 @@ classified right nothing in these data speaks against a temperature near 0, whic
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError
+from laplace.errors import InputError, warn
 from laplace.likelihoods import AbstractLikelihood
 from laplace.predictive.pushforward import Options
 from laplace.tuning.cached import CachedData
@@ -102,7 +101,7 @@ class Joint:
         """
         return self.each([precision], [value])[0]
 
-    def each(self, precisions: list[Tensor], values: list[Tensor | None]) -> Tensor:
+    def each(self, precisions: list[Tensor], values: list[Tensor | None], *, description: str | None = None) -> Tensor:
         """Scores of several choices, which share a posterior where they share a precision and the curvature's scale."""
         # Precisions that are no scalar have no common coordinates unless the structure says so.
         basis, data = self.rotated
@@ -117,11 +116,7 @@ class Joint:
             if key not in posteriors:
                 posteriors[key] = self.problem.posterior(precision, likelihood, basis)
             found.append(posteriors[key])
-        return self.data_scores(data, found, likelihoods)
-
-    def data_scores(self, data: CachedData, posteriors: list[Any], likelihoods: list[AbstractLikelihood]) -> Tensor:
-        """Scores, which must be numbers that a gradient goes through."""
-        return data.scores(self.score, posteriors, likelihoods, self.fresh_options, self.dtype)
+        return data.scores(self.score, found, likelihoods, self.fresh_options, self.dtype, description)
 
     def on_graph(self) -> Tensor:
         """The score somewhere, on the graph of the hyperparameters."""
@@ -174,13 +169,13 @@ def tune(
     within = {**LIMITS, **limits}
     least, most = within["sigma_noise"]
     within["sigma_noise"] = least * unit, most * unit
-    alone, coldest = _network_alone(joint, within, n_steps)
+    alone, coldest = _network_alone(joint, within, n_steps, progress_bar)
     if joint.second == "output_temperature" and "output_temperature" not in limits:
         if coldest is None:
-            warnings.warn(_NO_TEMPERATURE, UserWarning, stacklevel=3)
+            warn(_NO_TEMPERATURE, UserWarning)
         within["output_temperature"] = min(1.0, coldest or 1.0), within["output_temperature"][1]
 
-    precisions, values, scores = _grid(joint, within, unit)
+    precisions, values, scores = _grid(joint, within, unit, progress_bar)
     finite = torch.isfinite(scores)
     if not bool(finite.any()):
         msg = (
@@ -212,7 +207,7 @@ def tune(
 
 
 def _network_alone(
-    joint: Joint, limits: Mapping[str, tuple[float, float]], n_steps: int
+    joint: Joint, limits: Mapping[str, tuple[float, float]], n_steps: int, progress_bar: bool
 ) -> tuple[dict[str, Found], float | None]:
     """The network without weight uncertainty: as it is, and at its best temperature or noise.
 
@@ -226,13 +221,14 @@ def _network_alone(
         return found, None
     least = limits[joint.second][0]
     values = _log_space(*limits[joint.second], VALUES_PER_DECADE, like)
-    row = joint.each([certain] * len(values), list(values)).detach()
+    text = "[Scoring the network alone]" if progress_bar else None
+    row = joint.each([certain] * len(values), list(values), description=text).detach()
     if not bool(torch.isfinite(row).any()):
         return found, least  # nothing is known about it
     best = int(torch.where(torch.isfinite(row), row, torch.inf).argmin())
     if joint.second == "output_temperature" and best == 0:
         return found, None
-    refined = _refine(joint, certain, values[best].reshape(1), limits, n_steps, False, fixed=True)
+    refined = _refine(joint, certain, values[best].reshape(1), limits, n_steps, progress_bar, fixed=True)
     found[f"MAP with its {joint.second.replace('_', ' ')}"] = refined
     return found, least if refined[2] is None else float(refined[2].min())
 
@@ -274,7 +270,9 @@ def _log_space(low: float, high: float, per_decade: int, like: Tensor) -> Tensor
     return torch.logspace(float(span[0]), float(span[1]), n_points, dtype=torch.float64).to(like)
 
 
-def _grid(joint: Joint, limits: Mapping[str, tuple[float, float]], unit: float) -> tuple[Tensor, Tensor | None, Tensor]:
+def _grid(
+    joint: Joint, limits: Mapping[str, tuple[float, float]], unit: float, progress_bar: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Points of both hyperparameters, and scores ``[precisions, values]``; extended while the best is at an end."""
     like = joint.problem.fit.mean
     low, high = (
@@ -289,7 +287,8 @@ def _grid(joint: Joint, limits: Mapping[str, tuple[float, float]], unit: float) 
         values = None if edges is None else _log_space(*edges, VALUES_PER_DECADE, like)
         seconds: list[Tensor | None] = [None] if values is None else list(values)
         points = [(precision, value) for precision in precisions.split(1) for value in seconds]
-        found = joint.each([precision for precision, _ in points], [value for _, value in points])
+        text = f"[Scoring {len(points)} hyperparameters]" if progress_bar else None
+        found = joint.each([precision for precision, _ in points], [value for _, value in points], description=text)
         scores = found.detach().reshape(len(precisions), len(seconds))
         best = divmod(int(torch.where(torch.isfinite(scores), scores, torch.inf).argmin()), scores.shape[1])
         moved = _extended(best[0], len(precisions), (low, high), limits["prior_precision"], 1e4)
@@ -348,6 +347,7 @@ def _refine(
         lr=0.3,
         bounds=(low, high),
         progress_bar=progress_bar,
+        description="[Refining hyperparameters]",
     )
     return -best, *split(values)
 
@@ -374,7 +374,7 @@ def _warn_at_limits(
             )
         else:
             continue
-        warnings.warn(msg, UserWarning, stacklevel=4)
+        warn(msg, UserWarning)
 
 
 __all__ = ["LIMITS", "Joint", "tune"]

@@ -5,7 +5,6 @@ By L-BFGS on logarithms, until it converges; for one precision a weight of a dia
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace.errors import InputError, NumericalWarning
+from laplace.errors import InputError, NumericalWarning, warn
 from laplace.optimizers import Adam, lbfgs
 from laplace.structures import DiagCurvature
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
@@ -116,7 +115,7 @@ def _adam(evaluate: Callable[[Tensor], Tensor], log_values: Tensor, n_steps: int
             value = evaluate(log_values)
         except _NotFiniteError as error:
             msg = f"The log marginal likelihood became {error} in step {step}; the best value before it is kept."
-            warnings.warn(msg, NumericalWarning, stacklevel=4)
+            warn(msg, NumericalWarning)
             return
         with torch.enable_grad():
             optimizer.step(torch.autograd.grad(-value, [log_values]))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.curvature import last_layer
-from laplace.errors import InputError, NumericalWarning
+from laplace.errors import InputError, NumericalWarning, warn
 from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
@@ -246,7 +245,7 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
             f"Newton's method for the weights of the head stopped about {left:.2e} nats above the optimum. A larger "
             "prior precision, features of unit size or float64 help."
         )
-        warnings.warn(msg, NumericalWarning, stacklevel=2)
+        warn(msg, NumericalWarning)
     return theta
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laplace.enums import PredType
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, UnsupportedError, quiet
 from laplace.evaluation.metrics import calibration_error
 from laplace.likelihoods import AbstractLikelihood
 from laplace.likelihoods.base import Link
@@ -202,8 +201,7 @@ def check_differentiable(score: Score, evaluate: Callable[[], Tensor]) -> None:
         'operations, or optimize_prior_precision(method="gridsearch", loss=...), which needs none.'
     )
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
+        with quiet("Converting a tensor with requires_grad"):
             found = evaluate()
     except RuntimeError as error:
         if "requires grad" not in str(error):  # torch's words where a tensor becomes an array of NumPy
@@ -211,6 +209,17 @@ def check_differentiable(score: Score, evaluate: Callable[[], Tensor]) -> None:
         raise InputError(msg) from error
     if not found.requires_grad:
         raise InputError(msg)
+
+
+def seed_of(generator: torch.Generator | None) -> int:
+    """A seed for the random numbers that all points share: 0 without a generator, so that the global one is left alone.
+
+    Parameters
+    ----------
+    generator
+        Advanced by one number.
+    """
+    return 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def takes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
