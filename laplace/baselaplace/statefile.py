@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace.errors import StateError, StateNotFoundError
+from laplace.errors import StateError, StateNotFoundError, warn
 from laplace.schema import check_tree, describe
 
 SCHEMA_VERSION = 4
@@ -165,7 +165,7 @@ def warn_without_digest(state: Mapping[str, Any]) -> None:
             "The state has no digest, like those of earlier releases, so that damage to a number in it would not be "
             "noticed. Save it again with la.save(path), which adds one."
         )
-        warnings.warn(msg, UserWarning, stacklevel=4)
+        warn(msg, UserWarning)
 
 
 def _check_digest(state: Mapping[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError, PerformanceWarning
+from laplace.errors import InputError, PerformanceWarning, warn
 from laplace.network.batches import rows_of
 from laplace.structures.jacobian import DenseBlock
 
@@ -115,7 +114,7 @@ def warn_of_slow(reasons: Mapping[int, str], names: Sequence[str], warned: set[i
         "Some weights are differentiated one datum at a time, which is exact but many times slower than the formula of "
         f"their layer: {listed}."
     )
-    warnings.warn(msg, PerformanceWarning, stacklevel=2)
+    warn(msg, PerformanceWarning)
 
 
 def check_row(f: Tensor, there: Tensor, eps: float) -> None:
