@@ -10,6 +10,7 @@ import fnmatch
 import inspect
 import traceback
 import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -209,3 +210,19 @@ def test_no_public_method_and_no_keyword_is_forgotten() -> None:
         assert functions.keys() <= {*METHODS, "save", "load", "state_dict"}
         for function in (*functions.values(), takes(subject), takes(subject).__call__):
             assert set(keywords_of(function)) <= SORTS.keys()
+
+
+def count() -> Counter[tuple[str, str]]:
+    """All wrong calls, by kind and by what comes of them."""
+    found: Counter[tuple[str, str]] = Counter()
+    for subject in SUBJECTS:
+        la = subject.fitted()
+        for call in calls(subject):
+            result = "legitimate" if why_legitimate(call) is not None else outcome(call, la)[0]
+            found[call.kind, result] += 1
+    return found + Counter(("training", outcome(call, None)[0]) for call in of_training())
+
+
+if __name__ == "__main__":
+    for (kind, result), number in sorted(count().items()):
+        print(f"{kind:12} {result:10} {number:6}")
