@@ -153,6 +153,59 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
     raise NotPositiveDefiniteError(msg)
 
 
+UNRELIABLE = 1e-2
+"""Relative rounding of variances from which on they come with a warning."""
+
+
+@torch.no_grad()
+def condition(matrix: Float[Tensor, "n n"], factor: Float[Tensor, "n n"], steps: int = 4) -> float:
+    """About the condition number of a positive definite matrix, from below: a few products and solves, O(n²).
+
+    Parameters
+    ----------
+    matrix
+        Symmetric positive definite, ``[n, n]``.
+    factor
+        Its lower Cholesky factor.
+    steps
+        Of the power iterations for the largest and the smallest eigenvalue.
+    """
+    if not len(matrix):
+        return 1.0
+    start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    largest = smallest = start.to(matrix) / start.norm()
+    for _ in range(steps):
+        largest = torch.nn.functional.normalize(matrix @ largest, dim=0)
+        smallest = torch.nn.functional.normalize(torch.cholesky_solve(smallest, factor), dim=0)
+    inverse = torch.cholesky_solve(smallest, factor)
+    return float((largest * (matrix @ largest)).sum() * (smallest * inverse).sum())
+
+
+def warn_of_condition(number: float, dtype: torch.dtype) -> None:
+    """Say so where the condition of a precision leaves too few digits of its variances.
+
+    Parameters
+    ----------
+    number
+        Condition of the precision.
+    dtype
+        It is computed in.
+
+    Warns
+    -----
+    NumericalWarning
+        If rounding makes a hundredth of the smallest eigenvalue.
+    """
+    error = number * torch.finfo(dtype).eps
+    if UNRELIABLE < error < float("inf"):
+        wider = "" if dtype == torch.float64 else " Pass curvature_dtype=torch.float64, or"
+        msg = (
+            f"The posterior precision has a condition number of about {number:.1e}, so that variances computed in "
+            f"{dtype} may be off by {min(error, 1):.0%} of themselves.{wider or ' Choose'} a larger prior precision."
+        )
+        warnings.warn(msg, NumericalWarning, stacklevel=2)
+
+
 def eigh(
     matrix: Float[Tensor, "n n"], name: str = "Kronecker factor", resolution: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,10 @@ class EKFACCurvature(AbstractCurvature):
         assert not options, "the eigenvalue-corrected structure has no options"
         deltas = prior.per_layer()
         shifted = [diagonal * self.scale + d for diagonal, d in zip(self.diagonals, deltas, strict=True)]
+        for values in (diagonal.detach() for diagonal in shifted if diagonal.numel()):
+            # A diagonal is a sum of squares: what should be zero in it is the square of rounding.
+            rounding = torch.finfo(values.dtype).eps
+            linalg.warn_of_condition(float(values.max() / values.min().clamp(min=0)) * rounding, values.dtype)
         return EKFACPrecision(self.eigenvectors, shifted)
 
     def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002

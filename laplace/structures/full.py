@@ -198,8 +198,10 @@ class FullPrecision(AbstractPrecision):
     @cached_property
     @linalg.lasting
     def factor(self) -> Float[Tensor, "params params"]:
-        """Lower Cholesky factor L of A."""
-        return linalg.cholesky(self.matrix, "posterior precision")
+        """Lower Cholesky factor L of A; warns where variances are rounding."""
+        factor = linalg.cholesky(self.matrix, "posterior precision")
+        linalg.warn_of_condition(linalg.condition(self.matrix, factor), self.matrix.dtype)
+        return factor
 
     @cached_property
     @linalg.lasting
