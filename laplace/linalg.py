@@ -203,7 +203,7 @@ def warn_of_condition(number: float, dtype: torch.dtype) -> None:
             f"The posterior precision has a condition number of about {number:.1e}, so that variances computed in "
             f"{dtype} may be off by {min(error, 1):.0%} of themselves.{wider or ' Choose'} a larger prior precision."
         )
-        warnings.warn(msg, NumericalWarning, stacklevel=2)
+        warn(msg, NumericalWarning)
 
 
 def eigh(
