@@ -207,8 +207,8 @@ LOADERS = {
     "a stream of single data": (Stream(), r"Batch 0.*yields single data.*DataLoader\(dataset, batch_size="),
     "inputs alone": ([X, X], r"got Tensor.*TensorDataset\(x, y\).*\[\(x, y\)\]"),
     "a data set of inputs alone": (DataLoader(TensorDataset(X), batch_size=4), r"must yield \(x, y\).*got list"),
-    "the inputs": (X, r"got Tensor. Data as tensors are one batch, \[\(x, y\)\]"),
-    "an array": (X.numpy(), r"got ndarray. Data as tensors are one batch"),
+    "the inputs": (X, r"got a Tensor of the shape \[12, 3\].*TensorDataset\(x, y\)"),
+    "an array": (X.numpy(), r"got a ndarray of the shape \[12, 3\].*TensorDataset\(x, y\)"),
     "targets as an array": (
         [(X, Y.numpy())],
         r"loader yields ndarray.*batch that is .*of type ndarray \[12\].*as_tensor",
@@ -230,6 +230,12 @@ def test_loaders_that_yield_no_batches(kind, name):
     loader, says = LOADERS[name]
     with pytest.raises(InputError, match=says):
         estimator(kind).fit(loader)
+
+
+@pytest.mark.parametrize("loader", [X, X.numpy()])
+def test_data_are_no_loader_wherever_one_is_read(loader):
+    with pytest.raises(InputError, match=r"got (Tensor|ndarray)\. Data as tensors are one batch, \[\(x, y\)\]"):
+        list(iterate(loader, dict_key_y="labels", device=CPU))
 
 
 def test_a_batch_that_is_no_batch_is_numbered():
