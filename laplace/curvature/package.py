@@ -291,8 +291,9 @@ class PackageInterface(CurvatureInterface):
         with full_precision(self.params[0].device), sdpa_kernel(SDPBackend.MATH):
             objection, originals = partial(self.objection, structure), list(self.network.model.parameters())
             scores = model(x) if self.output_likelihood.n_items > 1 else None
-            paired = scores is not None and scores.numel() == 2 * count_rows(x)
-            items = items_of(x) if paired else x
+            items = x if scores is None else items_of(x)
+            paired = scores is not None and scores.numel() == count_rows(items) == 2 * count_rows(x)
+            items = items if paired else x  # a row with two scores is the pair itself
             f = outputs_of_known(model, items, known, originals, objection, type(self).__name__, able)
             size = float(f.abs().max()) if f.numel() else 0.0
             if scores is not None and not torch.allclose(f.flatten(), scores.flatten(), rtol=0, atol=1e-3 * size):

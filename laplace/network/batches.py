@@ -336,10 +336,11 @@ def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
 
 
 def items_of(x: Inputs) -> Inputs:
-    """The items of pairs in a row: tensors ``[pairs, 2, ...]`` become ``[2 · pairs, ...]``, others are kept."""
+    """The items of pairs in a row: ``[pairs, 2, *features]`` become ``[2 · pairs, *features]``, others are kept."""
 
     def flatten(value: Any) -> Any:
-        return value.flatten(0, 1) if isinstance(value, Tensor) and value.shape[1:2] == (2,) else value
+        pairs = isinstance(value, Tensor) and value.dim() > 2 and value.shape[1] == 2  # [batch, 2] are two features
+        return value.flatten(0, 1) if pairs else value
 
     return _map(x, flatten)
 

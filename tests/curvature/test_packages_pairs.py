@@ -1,6 +1,7 @@
 """Reward modeling with ASDL and curvlinops: curvature of pairs, and scores and preferences predicted with it."""
 
 import pytest
+import torch
 from torch import nn
 
 from laplace import Laplace
@@ -119,3 +120,16 @@ def test_scores_that_depend_on_the_other_item_are_refused():
     case = named("preferences")
     with pytest.raises(UnsupportedError, match=r"other scores.*AutogradGGN"):
         CurvlinopsGGN(Contrast().double(), "reward_modeling").full(*case.data())
+
+
+@pytest.mark.parametrize("width", [5, 2], ids=lambda width: f"{width} inputs")
+@every_package
+def test_a_row_with_both_scores_of_a_pair_is_a_row_of_layers(cls, width):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(6, width, dtype=torch.float64), torch.arange(6) % 2
+    engine, ours = cls(model, "reward_modeling"), OURS[cls.matrix](model, "reward_modeling")
+    for structure in cls.structures & type(ours).structures:
+        count = {"N": 6} if structure is HessianStructure.KRON else {}
+        mine, theirs = (getattr(one, structure.value)(x, y, **count)[1] for one in (engine, ours))
+        assert_close(*(H.to_matrix() if count else H for H in (mine, theirs)), structure.value)
