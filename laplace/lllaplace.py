@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace.baselaplace import (
@@ -25,8 +24,7 @@ from laplace.baselaplace.last_layer import LastLayer, as_extractor
 from laplace.baselaplace.lowrank import checked_truncation
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
-from laplace.network import Batch, evaluating, full_precision
-from laplace.types import Inputs
+from laplace.network import Batch
 
 
 class LLLaplace(LastLayer, ParametricLaplace):
@@ -117,35 +115,6 @@ class LLLaplace(LastLayer, ParametricLaplace):
         if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
             self.model.find_last_layer(batch.x)
         self._check_memory()
-
-    def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
-        """Outputs and their variances, without covariances and without a Jacobian.
-
-        Parameters
-        ----------
-        X
-            A batch of inputs.
-
-        Returns
-        -------
-        Outputs and variances, ``[batch, *positions, C]`` each; output units and their square.
-
-        Raises
-        ------
-        NotFittedError
-            Before ``fit``.
-        InputError
-            If the model's outputs are not finite.
-
-        Notes
-        -----
-        Exact for the structure; the first call factorizes. For probabilities call the object.
-        """
-        posterior = self._frozen_posterior
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._checked_linearization(X)
-            with full_precision(self._device):
-                return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
 
 
 class FullLLLaplace(LLLaplace, FullLaplace):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from laplace import linalg, tuning
 from laplace.baselaplace.last_layer import LastLayer, as_extractor
 from laplace.baselaplace.nystrom import NystromPosterior
-from laplace.baselaplace.tunable import checked_grid, checked_steps
+from laplace.baselaplace.tunable import checked_grid, checked_steps, chosen_method
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
@@ -122,7 +122,7 @@ class ELLA(NystromPosterior):
         verbose, n_steps, lr = checked_steps(verbose, progress_bar, n_steps, lr)
         grid = checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
         start = self._checked_prior_precision(init_prior_prec).detach()
-        how = choose(TuningMethod, method, "method")
+        how = chosen_method(method)
         fit = self._fitted
         if choose(PriorStructure, prior_structure, "prior_structure") is not PriorStructure.SCALAR:
             msg = f'{type(self).__name__} has an isotropic prior over the weights: prior_structure must be "scalar".'

@@ -19,7 +19,8 @@ from laplace.errors import UnsupportedError
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
-from laplace.predictive import Linearization, compare, functional_samples, predict
+from laplace.predictive import Linearization, Options, compare, functional_samples, predict
+from laplace.predictive.pushforward import output_moments, samples_of_moments
 from laplace.types import Inputs
 
 
@@ -100,6 +101,36 @@ class ParametricLaplace(TunedPosterior):
         Memory O((batch · outputs)²) beside the Jacobians.
         """
         return self._gaussian.functional_covariance(self._checked_jacobians(Js))
+
+    def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+        """Outputs (logits, of a classifier) and their variances, without covariances and without a Jacobian.
+
+        Parameters
+        ----------
+        X
+            A batch of inputs.
+
+        Returns
+        -------
+        Outputs and variances, ``[batch, *positions, C]`` each; output units and their square.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        InputError
+            If the model's outputs are not finite.
+
+        Notes
+        -----
+        Exact for the structure; the first call factorizes. For probabilities call the object.
+        """
+        posterior = self._frozen_posterior
+        with evaluating(self.model, enable_backprop=self.enable_backprop):
+            require_rows(X)
+            inputs = self._checked_linearization(X)
+            with full_precision(self._device):
+                return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -234,9 +265,13 @@ class ParametricLaplace(TunedPosterior):
         if options.diagonal_output and options.pred_type is PredType.NN:
             msg = 'diagonal_output=True draws from marginals of the linearized outputs: it needs pred_type="glm".'
             raise UnsupportedError(msg)
+        return self._functions(x, options)
+
+    def _functions(self, x: Inputs, options: Options, **model_kwargs: Any) -> Float[Tensor, "samples batch ..."]:
+        """Samples of the outputs."""
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._checked_linearization(x, options.pred_type)
+            inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
                 return functional_samples(inputs, posterior, options, self._dtype)
 
@@ -267,4 +302,62 @@ class ParametricLaplace(TunedPosterior):
             If options do not exist or do not go together.
         """
         samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+        return self._output_likelihood.expectation(samples)
+
+    # -- names that code written for laplace-torch calls --------------------------------------------------------------
+
+    def _nn_functional_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Float[Tensor, "samples batch ..."]:
+        """As ``functional_samples`` with ``pred_type="nn"``."""
+        return self._functions(X, self._options(PredType.NN, n_samples=n_samples, generator=generator), **model_kwargs)
+
+    def _nn_predictive_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Float[Tensor, "samples batch ..."]:
+        """As ``predictive_samples`` with ``pred_type="nn"``."""
+        samples = self._nn_functional_samples(X, n_samples, generator, **model_kwargs)
+        return self._output_likelihood.expectation(samples)
+
+    def _glm_predictive_distribution(
+        self, X: Inputs, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs before any link and their covariances (variances with ``diagonal_output``), or the joint ones."""
+        posterior = self._frozen_posterior
+        with evaluating(self.model, enable_backprop=self.enable_backprop):
+            require_rows(X)
+            inputs = self._checked_linearization(X)
+            with full_precision(self._device):
+                return output_moments(inputs, posterior, self._dtype, joint, diagonal_output)
+
+    def _glm_functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "samples batch ..."]:
+        """Samples of the Gaussian over outputs that ``_glm_predictive_distribution`` returned."""
+        options = self._options(PredType.GLM, n_samples=n_samples, generator=generator)
+        return samples_of_moments(f_mu, f_var, options, diagonal_output)
+
+    def _glm_predictive_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "samples batch ..."]:
+        """The same after the link."""
+        samples = self._glm_functional_samples(f_mu, f_var, n_samples, diagonal_output, generator)
         return self._output_likelihood.expectation(samples)

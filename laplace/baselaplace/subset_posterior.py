@@ -11,9 +11,10 @@ from torch import Tensor
 
 from laplace import checks, tuning
 from laplace.baselaplace.functional import BaseFunctionalLaplace
+from laplace.baselaplace.tunable import chosen_method
 from laplace.baselaplace.tuned import TunedPosterior
 from laplace.curvature import CurvatureInterface
-from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace.errors import InputError, StateError, UnsupportedError
 from laplace.gp.network_kernel import NetworkKernel
 from laplace.gp.process import ProcessLinearization
@@ -192,7 +193,7 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         """
         ours = checks.options_of(TunedPosterior.optimize_prior_precision)
         checks.known_options("optimize_prior_precision", further, ours)
-        how = choose(TuningMethod, method, "method")
+        how = chosen_method(method)
         if how not in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH):
             msg = (
                 f"method={how.value!r} leaves out training data, of which this posterior knows a subset. Use "

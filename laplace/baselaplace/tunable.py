@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace import checks, tuning
 from laplace.baselaplace.checkpoint import CheckpointedPosterior
-from laplace.enums import CurvatureKind, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.enums import CurvatureKind, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import LIKELIHOODS, resolve
 from laplace.network import evaluating, iterate
@@ -43,6 +43,13 @@ class TunablePosterior(CheckpointedPosterior):
             self._output_temperature,
             self._posterior_options(),
         )
+
+    def _structure_of(self, structure: PriorStructure, start: Tensor) -> PriorStructure:
+        """The prior structure: of a start with several values theirs, where nothing else was asked for."""
+        known = {len(self._prior.sizes): PriorStructure.LAYERWISE, self._prior.n_params: PriorStructure.DIAG}
+        if start.numel() == 1 or structure is not PriorStructure.SCALAR:
+            return structure
+        return known.get(start.numel(), structure)
 
     def _spread(self, structure: PriorStructure, precision: Tensor) -> Tensor:
         """Precisions in the shape of the prior structure."""
@@ -221,6 +228,29 @@ def checked_grid(low: Any, high: Any, size: Any, base: Any) -> Tensor:
     )
 
 
+def chosen_method(method: TuningMethod | str) -> TuningMethod:
+    """A method by its name.
+
+    Parameters
+    ----------
+    method
+        As in ``optimize_prior_precision``.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none; the message lists those that there are.
+    """
+    if method == "CV":
+        msg = (
+            "method='CV' was the old name of laplace-torch for grid search on validation data: pass "
+            "method='gridsearch', val_loader=loader. Cross-validation on training data is method='cv', "
+            "train_loader=loader."
+        )
+        raise UnsupportedError(msg)
+    return choose(TuningMethod, method, "method")
+
+
 def checked_limits(name: str, edges: Any) -> tuple[float, float]:
     """Two positive finite numbers in order."""
     try:
@@ -234,4 +264,4 @@ def checked_limits(name: str, edges: Any) -> tuple[float, float]:
     return low, high
 
 
-__all__ = ["Noise", "TunablePosterior", "checked_grid", "checked_limits", "checked_steps"]
+__all__ = ["Noise", "TunablePosterior", "checked_grid", "checked_limits", "checked_steps", "chosen_method"]

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace.tunable import Noise, TunablePosterior, checked_grid, checked_limits, checked_steps
+from laplace.baselaplace.tunable import (
+    Noise,
+    TunablePosterior,
+    checked_grid,
+    checked_limits,
+    checked_steps,
+    chosen_method,
+)
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
 from laplace.network import full_precision
@@ -61,7 +68,8 @@ class TunedPosterior(TunablePosterior):
             The most iterations of L-BFGS on log precisions, which ends before where it converges, and the size of its
             first trial step (``"marglik"``). 0 steps assign the start.
         init_prior_prec
-            Where to start (``"marglik"``): a scalar, or one value a precision.
+            Where to start (``"marglik"``): a scalar, or one value for each precision. Values for each parameter group,
+            or for each weight, bring their structure with them.
         prior_structure
             ``"scalar"``, ``"layerwise"`` (a parameter group each; of a last layer weight and bias) or ``"diag"`` (a
             weight each). A grid gives all the same value.
@@ -117,15 +125,15 @@ class TunedPosterior(TunablePosterior):
                 "value is best. Choose the output temperature on validation data instead: tune(val_loader)."
             )
             raise UnsupportedError(msg)
-        how = choose(TuningMethod, method, "method")
+        how = chosen_method(method)
         structure = choose(PriorStructure, prior_structure, "prior_structure")
         options = self._tuning_options(pred_type, link_approx, n_samples, generator)
-        problem, spread = self._problem(), partial(self._spread, structure)
+        problem = self._problem()
         if how is not TuningMethod.MARGLIK and noise != "keep":
             msg = f"noise={noise!r} goes with method='marglik'; by validation tune(val_loader) chooses it, too."
             raise UnsupportedError(msg)
         if how is TuningMethod.MARGLIK:
-            start = spread(start)
+            start = self._spread(self._structure_of(structure, start), start)
             self._fits_structure(problem.prior(start))
             best, sigma, value, n_clipped = tuning.maximize_evidence(
                 problem,
@@ -141,7 +149,7 @@ class TunedPosterior(TunablePosterior):
             found = tuning.Tuning("marglik", "log marginal likelihood", value, chosen, *curve, n_clipped=n_clipped)
         else:
             score = tuning.choose_score(loss, problem.likelihood(), options.pred_type)
-            grid = grid.to(self._device, self._dtype)
+            grid, spread = grid.to(self._device, self._dtype), partial(self._spread, structure)
             self._fits_structure(problem.prior(spread(grid[:1])))
             loader = val_loader if how is TuningMethod.GRIDSEARCH else train_loader
             data = self._cached(loader, options.pred_type, how, progress_bar)

@@ -201,3 +201,57 @@ def _sample_moments(
         total, squares = total + deviation.sum(0), squares + deviation.square().sum(0)
     shift = total / options.n_samples
     return center + shift, (squares - options.n_samples * shift.square()) / (options.n_samples - 1)
+
+
+def output_moments(
+    inputs: Linearization, precision: AbstractPrecision, dtype: torch.dtype, joint: bool, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of outputs before any link, in the precision of the outputs.
+
+    Parameters
+    ----------
+    inputs
+        Where.
+    precision
+        Posterior precision of the weights.
+    dtype
+        To compute in.
+    joint
+        ``[rows·C]`` and ``[rows·C, rows·C]``, across inputs.
+    diagonal
+        Variances instead of covariances.
+
+    Returns
+    -------
+    ``[batch, *positions, C]``, and ``[…, C, C]`` or ``[…, C]``.
+    """
+    if joint:
+        return inputs.f.flatten(), inputs.joint_covariance(precision, dtype).to(inputs.f.dtype)
+    spread = inputs.variance(precision, dtype) if diagonal else inputs.covariance(precision, dtype)
+    return inputs.f, inputs.restore(spread)
+
+
+def samples_of_moments(mean: Tensor, cov: Tensor, options: Options, diagonal: bool) -> Tensor:
+    """Samples of outputs with a mean and a covariance.
+
+    Parameters
+    ----------
+    mean
+        ``[batch, *positions, C]``, or ``[n]`` of a joint distribution.
+    cov
+        Covariance, with one more axis, or variance.
+    options
+        How many, and the generator.
+    diagonal
+        Use the diagonal of the covariance alone.
+
+    Returns
+    -------
+    ``[samples, …]``, each in the shape of the mean.
+    """
+    n = mean.shape[-1]
+    if cov.dim() > mean.dim():
+        cov = cov.diagonal(dim1=-2, dim2=-1) if diagonal else cov
+    flat = cov.reshape(-1, n) if cov.shape == mean.shape else cov.reshape(-1, n, n)
+    parts = draw(mean.reshape(-1, n), flat, options.n_samples, options.generator)
+    return torch.cat([part.reshape(-1, *mean.shape) for part in parts])
