@@ -261,8 +261,10 @@ class SubnetLaplace(ParametricLaplace):
     def _choices(self) -> dict[str, Any]:
         return {**super()._choices(), "subnetwork_indices": self._indices}
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        super()._restore(state)
+    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
+        sizes = super()._sizes_in(state)
+        if "subnetwork_indices" not in state:
+            return sizes
         there, here = state["subnetwork_indices"], self._indices
         if not isinstance(there, Tensor) or not torch.equal(there.to(here.device), here):
             msg = (
@@ -270,6 +272,7 @@ class SubnetLaplace(ParametricLaplace):
                 'subnetwork_indices=state["subnetwork_indices"].'
             )
             raise StateError(msg)
+        return sizes
 
     def to(self, device: torch.device | str) -> SubnetLaplace:
         """Move the model, what was learned and the hyperparameters to a device.

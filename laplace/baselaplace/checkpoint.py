@@ -38,6 +38,18 @@ from laplace.structures import AbstractCurvature
 
 Own = TypeVar("Own", bound="Checkpointed")
 
+OF_CONTENT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What the content of a state may make fail: a ``StateError`` then; what else is raised is not about the state."""
+
 
 class Checkpointed(RandomWeights):
     """What a fit learned can be saved, loaded, moved and pickled."""
@@ -163,7 +175,7 @@ class Checkpointed(RandomWeights):
             for holder, attributes in before:
                 vars(holder).clear()
                 vars(holder).update(attributes)
-            if isinstance(error, (StateError, Warning)) or not isinstance(error, Exception):
+            if isinstance(error, StateError) or not isinstance(error, OF_CONTENT):
                 raise
             msg = f"The state holds what this object cannot take: {error}"
             raise StateError(msg) from error

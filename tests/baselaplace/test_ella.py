@@ -9,6 +9,7 @@ import torch
 
 from laplace import ELLA, LLELLA, Laplace
 from laplace.baselaplace import features
+from laplace.baselaplace.statefile import digest
 from laplace.curvature import AutogradEF
 from laplace.errors import InputError, NotFittedError, NumericalWarning, ShapeError, StateError, UnsupportedError
 from tests import reference
@@ -256,15 +257,15 @@ def test_a_state_of_another_object_or_a_damaged_one_changes_nothing():
     before, state = la(x), la.state_dict()
     broken = [
         ({**state, "fingerprint": "0"}, "fingerprint"),
-        ({**state, "learned": {"gram": state["learned"]["gram"]}}, "has no 'directions'"),
-        ({**state, "mean": state["mean"][1:]}, "random weights"),
+        ({**state, "learned": {"gram": state["learned"]["gram"]}}, "has no entry 'directions'"),
+        ({**state, "mean": state["mean"][1:]}, "'mean' must be a tensor of the shape"),
         ({**state, "loss": 1}, "damaged: 'loss'"),
         ({**state, "prior_precision": torch.ones(4)}, "isotropic"),
         (full(named("mlp")).state_dict(), "cls_name"),
     ]
     for bad, says in broken:
         with pytest.raises(StateError, match=says):
-            la.load_state_dict(bad)
+            la.load_state_dict({**bad, "digest": digest(bad)})
         assert torch.equal(la(x), before)
 
 

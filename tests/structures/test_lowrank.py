@@ -6,6 +6,7 @@ import torch
 from laplace import linalg
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, StateError, UnsupportedError
+from laplace.schema import check_entries
 from laplace.structures import lowrank
 from laplace.structures.lowrank import LowRankCurvature, Truncation
 from laplace.structures.subspace import nystrom, ritz
@@ -159,8 +160,10 @@ def test_nystrom_is_exact_up_to_the_number_of_directions_and_never_above():
 
 def test_a_state_of_other_sizes_is_refused():
     state = fit([psd(P, 1)], ALL)[1].state()
-    with pytest.raises(StateError, match=r"holds 1 eigenvalues and eigenvectors of the shape"):
-        LowRankCurvature.from_state({**state, "values": state["values"][:1]}, torch.float64)
+    known = {"dtype": torch.float64, "P": P}
+    check_entries(state, LowRankCurvature.entries, dict(known))
+    with pytest.raises(StateError, match=r"'values' must be a tensor of the shape .*it is a tensor of the shape \[1\]"):
+        check_entries({**state, "values": state["values"][:1]}, LowRankCurvature.entries, dict(known))
 
 
 def test_a_share_of_an_unknown_trace_is_refused():
