@@ -127,7 +127,6 @@ class ParametricLaplace(TunedPosterior):
         """
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            require_rows(X)
             inputs = self._checked_linearization(X)
             with full_precision(self._device):
                 return inputs.f, inputs.restore(inputs.variance(posterior, self._dtype))
@@ -333,7 +332,6 @@ class ParametricLaplace(TunedPosterior):
         """Outputs before any link and their covariances (variances with ``diagonal_output``), or the joint ones."""
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
-            require_rows(X)
             inputs = self._checked_linearization(X)
             with full_precision(self._device):
                 return output_moments(inputs, posterior, self._dtype, joint, diagonal_output)
