@@ -99,7 +99,22 @@ def what_is_no_number(value: Any) -> str | None:
 
 
 def hyperparameter(name: str, value: Any, dtype: torch.dtype, device: torch.device, *, positive: bool) -> Tensor:
-    """A copy of a hyperparameter as a finite tensor: later changes of the user's tensor would go past these checks.
+    """A copy of a hyperparameter as a finite number or vector; see ``numbers``.
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    checked = numbers(name, value, dtype, device, positive=positive)
+    if checked.dim() > 1:
+        msg = f"{name} must be a number or a vector; got the shape {list(checked.shape)}."
+        raise InputError(msg)
+    return checked
+
+
+def numbers(name: str, value: Any, dtype: torch.dtype, device: torch.device, *, positive: bool = False) -> Tensor:
+    """A copy of an argument as a finite tensor: later changes of the user's tensor would go past these checks.
 
     Parameters
     ----------
@@ -118,26 +133,23 @@ def hyperparameter(name: str, value: Any, dtype: torch.dtype, device: torch.devi
     wrong = what_is_no_number(value)
     try:
         # Straight into the precision of the evidence: a detour through the default dtype would round.
-        tensor = None if wrong else torch.as_tensor(value, dtype=dtype, device=device)
+        found = None if wrong else torch.as_tensor(value, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        wrong, tensor = f"a {type(value).__name__}", None
-    if tensor is None:
+        wrong, found = f"a {type(value).__name__}", None
+    if found is None:
         msg = f"{name} must be a number or a tensor; got {wrong}."
         raise InputError(msg)
-    if tensor.dim() > 1:
-        msg = f"{name} must be a number or a vector; got the shape {list(tensor.shape)}."
-        raise InputError(msg)
-    if tensor.is_inference():
-        tensor = tensor.clone()
-    bad = ~torch.isfinite(tensor.detach())
+    if found.is_inference():
+        found = found.clone()
+    bad = ~torch.isfinite(found.detach())
     if positive:
-        bad |= tensor.detach() <= 0
-    if bool(bad.any()) or tensor.numel() == 0:
+        bad |= found.detach() <= 0
+    if bool(bad.any()) or found.numel() == 0:
         need = "positive and finite" if positive else "finite"
-        got = tensor.detach().flatten()[bad.flatten()][:3].tolist() if tensor.numel() else "an empty tensor"
+        got = found.detach().flatten()[bad.flatten()][:3].tolist() if found.numel() else "an empty tensor"
         msg = f"{name} must be {need}; got {got}."
         raise InputError(msg)
-    return tensor.clone()
+    return found.clone()
 
 
 def key(name: str, value: Any) -> str:

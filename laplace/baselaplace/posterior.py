@@ -11,6 +11,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -272,7 +273,8 @@ class WeightPosterior(RandomWeights):
         self._check_by_hand("H")
         subset, known = self._known_parameters("H"), None if self._is_prior else self._fitted
         now = None if known is None else known.curvature
-        curvature = assigned_curvature(self.curvature_type, value, subset.shapes, self._checked, now)
+        check = partial(checks.numbers, dtype=self._dtype, device=self._device)
+        curvature = assigned_curvature(self.curvature_type, value, subset.shapes, check, now)
         if known is None:
             mean = subset.vector().to(self._dtype) if self._mean_by_hand is None else self._mean_by_hand
             n_outputs = self._count_outputs() if self._last_layer else None
