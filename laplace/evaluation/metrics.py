@@ -99,7 +99,7 @@ def flatten(
         raise InputError(msg)
     y = y.to(probs.device).reshape(-1).long()
     kept = y != IGNORED
-    rows, y = probs.reshape(-1, probs.shape[-1]).double()[kept], y[kept]
+    rows, y = probs.detach().reshape(-1, probs.shape[-1]).double()[kept], y[kept]
     if not len(y):
         msg = f"There is nothing to evaluate: no row has a target other than {IGNORED}."
         raise InputError(msg)
@@ -322,7 +322,7 @@ def uncertainty(probs: Float[Tensor, "*positions outputs"]) -> Float[Tensor, "*p
     networks". arXiv:1610.02136
     """
     check_probabilities(probs)
-    return _others(probs.double())
+    return _others(probs.detach().double())
 
 
 def _others(probs: Float[Tensor, "*positions outputs"]) -> Float[Tensor, "*positions"]:

@@ -43,6 +43,13 @@ def test_nll_equals_the_cross_entropy_of_the_logits() -> None:
     assert metrics.mean_nll(logits.softmax(-1), y) == pytest.approx(float(expected), abs=1e-14)
 
 
+@pytest.mark.parametrize("metric", [metrics.mean_nll, metrics.accuracy, metrics.brier_score, metrics.calibration_error])
+def test_probabilities_may_be_on_a_graph(metric) -> None:
+    """As they come from ``model(x).softmax(-1)``; warnings are errors here."""
+    on_graph = PROBS.clone().requires_grad_()
+    assert metric(on_graph, TARGETS) == metric(PROBS, TARGETS)
+
+
 def test_nll_is_infinite_where_the_right_class_has_no_probability() -> None:
     assert metrics.mean_nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == math.inf
 
