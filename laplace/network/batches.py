@@ -412,8 +412,7 @@ def output_tensor(outputs: Any) -> Tensor:
             f"it returns {type(outputs).__name__}."
         )
         raise UnsupportedError(msg)
-    if outputs.dim() == 0 or not outputs.is_floating_point():
-        what = f"of {outputs.dtype}" if outputs.dim() else "one number, without an axis for the batch"
-        msg = f"The model must return real numbers [batch, ..., outputs]; it returns a tensor that is {what}."
+    if not outputs.is_floating_point():
+        msg = f"The model must return real numbers [batch, ..., outputs]; it returns a tensor of {outputs.dtype}."
         raise UnsupportedError(msg)
     return outputs

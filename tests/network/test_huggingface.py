@@ -77,6 +77,11 @@ def token_labels() -> torch.Tensor:
     return labels.masked_fill(encode()["attention_mask"] == 0, -100)
 
 
+def next_tokens(ids: torch.Tensor) -> torch.Tensor:
+    """Labels of a causal language model: the token after each position, which the last one lacks."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
+
+
 MODELS = {
     "distilbert": (distilbert, "classifier", row_labels, True, {}),
     "bert": (bert, "classifier", row_labels, True, {}),
@@ -141,7 +146,7 @@ def test_a_language_model_is_a_classifier_of_tokens():
     model = gpt2(GPT2LMHeadModel)
     la = Laplace(model, "classification", hessian_structure="diag")
     with pytest.warns(UserWarning, match="tied"):
-        la.fit(batches(encode(padded=False)["input_ids"], padded=False))
+        la.fit(batches(next_tokens(encode(padded=False)["input_ids"]), padded=False))
     x = encode(padded=False, rows=2, seed=1)
     probabilities = la(x)
     assert probabilities.shape == (2, LENGTH, VOCABULARY)
