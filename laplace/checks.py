@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError, UnknownOptionError
+from laplace.errors import InputError, ShapeError, UnknownOptionError
 
 NEAR = 0.75
 """From which similarity on a keyword is taken for a misspelt option: ``num_samples`` is ``n_samples`` to 0.9."""
@@ -105,11 +105,13 @@ def hyperparameter(name: str, value: Any, dtype: torch.dtype, device: torch.devi
     ------
     InputError
         If it is something else.
+    ShapeError
+        If it has more axes.
     """
     checked = numbers(name, value, dtype, device, positive=positive)
     if checked.dim() > 1:
         msg = f"{name} must be a number or a vector; got the shape {list(checked.shape)}."
-        raise InputError(msg)
+        raise ShapeError(msg)
     return checked
 
 
