@@ -197,7 +197,7 @@ def test_a_prior_mean_of_one_value_a_weight(case, structure):
     la.prior_mean = torch.zeros(())
     assert_close(la.scatter, theta @ theta)
     for wrong in (torch.zeros(3), torch.zeros(2, 2)):
-        with pytest.raises(ShapeError, match="prior.mean"):
+        with pytest.raises(ShapeError, match=r"prior.mean"):
             la.prior_mean = wrong
     with pytest.raises(InputError, match="prior_mean must be finite"):
         la.prior_mean = float("nan")
