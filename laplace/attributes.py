@@ -116,7 +116,9 @@ def settable_names(cls: type) -> tuple[str, ...]:
             else not (callable(found) or isinstance(found, (classmethod, staticmethod)))
         )
 
-    own = {name for base in cls.__mro__ if is_own(base) for name in known_names(base)}
+    ours = [base for base in cls.__mro__ if is_own(base)]
+    tables = {n for base in ours for n, said in inspect.get_annotations(base).items() if "ClassVar" in str(said)}
+    own = {name for base in ours for name in known_names(base)} - tables
     return tuple(sorted(name for name in own if name[0] != "_" and takes_value(name)))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from laplace import FullLaplace, KronLLLaplace
 from laplace.curvature import AutogradGGN
-from laplace.errors import UnknownAttributeError
+from laplace.errors import InputError, UnknownAttributeError, UnsupportedError
 from laplace.utils import FeatureExtractor, Kron, KronDecomposed
 from tests.kinds import KINDS, data, every_kind, fitted, make, observed
 
@@ -21,6 +21,11 @@ FUNCTIONS: list[dict[str, Any]] = [
     {"functional_approximation": "nystrom", "subsample_size": 8, "n_eigenvalues": 3},
     {"functional_approximation": "variational", "num_inducing": 4, "inducing_locations": "random"},
 ]
+
+
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def all_estimators() -> list[Any]:
@@ -59,8 +64,7 @@ def test_options_are_assigned_as_ever_and_copies_are_whole(subset, structure):
     la.prior_precision, la.sigma_noise, la.temperature, la.enable_backprop = 2.0, 0.5, 1.5, False
     before = observed(la)
     for other in (copy.deepcopy(la), pickle.loads(pickle.dumps(la))):
-        for old, new in zip(before, observed(other), strict=True):
-            assert torch.equal(old, new)
+        assert_equal(observed(other), before)
 
 
 class Extended(FullLaplace):
@@ -138,3 +142,53 @@ def test_a_feature_extractor_takes_names_of_frameworks_but_no_near_misses_and_fi
     la.model.last_layer = None
     la.fit([(torch.randn(5, 3), torch.randn(5, 2))])
     assert la.model.last_layer is model[1]
+
+
+@every_kind
+def test_a_replaced_model_is_the_one_that_is_evaluated(subset, structure):
+    la, (x, _) = fitted(subset, structure), data()
+    network = la._network
+    expected = observed(la)
+    la.model = copy.deepcopy(network)
+    assert_equal(observed(la), expected)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    la.model = other
+    with pytest.warns(UserWarning, match="have changed since fit"):
+        mean, _ = la(x)
+    assert torch.allclose(mean, other(x).detach())
+    before = dict(vars(la))
+    with pytest.raises(UnsupportedError, match="same shapes"):
+        la.model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 7))
+    assert vars(la) == before
+
+
+@every_kind
+def test_options_are_checked_when_they_are_assigned_as_in_the_constructor(subset, structure):
+    la = fitted(subset, structure)
+    expected = observed(la)
+    for name, value in {
+        "enable_backprop": "no",
+        "dict_key_x": 3,
+        "dict_key_y": None,
+        "likelihood": "regresion",
+        "model": "net",
+    }.items():
+        with pytest.raises((InputError, UnsupportedError), match=name):
+            setattr(la, name, value)
+    with pytest.raises(UnsupportedError, match="cannot be replaced"):
+        la.likelihood = "reward_modeling"
+    la.likelihood = la.likelihood.value
+    la.dict_key_x = "x"
+    assert la.backend.dict_key_x == "x"
+    assert_equal(observed(la), expected)
+
+
+@every_kind
+def test_what_earlier_releases_pickled_is_read(subset, structure):
+    la = fitted(subset, structure)
+    old = type(la).__new__(type(la))
+    old.__setstate__({**la.__getstate__(), "_posterior_cache": None})
+    assert_equal(observed(old), observed(la))

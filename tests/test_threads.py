@@ -1,6 +1,8 @@
 """Many threads and one model: what each of them gets is what it would get alone, bit for bit."""
 
+import os
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -279,3 +281,41 @@ def test_attributes_are_restored_without_a_moment_in_which_they_are_missing():
     thread.join()
     assert not missing
     assert not hasattr(model, "cached")
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not():
+    model, inside, done = network(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with evaluating(model), alone(model):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork beside threads
+        child = os.fork()
+    if not child:
+        status = 1
+        try:
+            with evaluating(model), alone(model):
+                status = 2
+            status = 0 if model.training else 3
+        finally:
+            os._exit(status)
+    ended, code = os.waitpid(child, os.WNOHANG)
+    for _ in range(1000):
+        if ended:
+            break
+        time.sleep(0.02)
+        ended, code = os.waitpid(child, os.WNOHANG)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert ended == child
+    assert code == 0
+    assert model.training

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,21 @@ from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood, resolve
 from laplace.network.failures import check_model
 from laplace.predictive import Options
 from laplace.types import Inputs, Scalar
+
+
+def _checked_model(model: Any) -> nn.Module:
+    check_model(model)
+    return model
+
+
+CHECKED: dict[str, Callable[[Any], Any]] = {
+    "model": _checked_model,
+    "likelihood": partial(choose, Likelihood, keyword="likelihood"),
+    "enable_backprop": partial(checks.flag, "enable_backprop"),
+    "dict_key_x": partial(checks.key, "dict_key_x"),
+    "dict_key_y": partial(checks.key, "dict_key_y"),
+}
+"""Checks of options that are plain attributes, whenever they are assigned."""
 
 
 class BaseLaplace(ABC):
@@ -87,10 +103,9 @@ class BaseLaplace(ABC):
         *,
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
-        check_model(model)
+        self.model = model
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
         resolve(self.likelihood)
-        self.model = model
         if not (curvature_dtype is None or curvature_dtype is torch.float32 or curvature_dtype is torch.float64):
             msg = f"curvature_dtype must be torch.float32 or torch.float64; got {curvature_dtype!r}."
             raise UnsupportedError(msg)
@@ -104,9 +119,9 @@ class BaseLaplace(ABC):
             )
             raise UnsupportedError(msg)
         self._backend: CurvatureInterface | None = None
-        self.enable_backprop = checks.flag("enable_backprop", enable_backprop)
-        self.dict_key_x = checks.key("dict_key_x", dict_key_x)
-        self.dict_key_y = checks.key("dict_key_y", dict_key_y)
+        self.enable_backprop = enable_backprop
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
         self.sigma_noise = sigma_noise
@@ -121,7 +136,47 @@ class BaseLaplace(ABC):
             If it does not know the name, or computes its value.
         """
         check_attribute(self, name)
+        if name in CHECKED:
+            value = CHECKED[name](value)
+            if name in vars(self) and "_backend" in vars(self) and value is not vars(self)[name]:
+                value = self._replaced(name, value)
         super().__setattr__(name, value)
+
+    def _replaced(self, name: str, value: Any) -> Any:
+        """What an option becomes when it is assigned again: what was made with the former value is forgotten.
+
+        Raises
+        ------
+        UnsupportedError
+            If the object would have to be another one.
+        """
+        if name == "enable_backprop" or value == vars(self)[name]:
+            return value
+        if name == "likelihood":
+            msg = (
+                f"likelihood is {self.likelihood.value!r} and cannot be replaced by {value.value!r}: curvature and "
+                "noise are those of the likelihood. Construct another object."
+            )
+            raise UnsupportedError(msg)
+        if name == "model":
+            value = self._as_model(value)
+            before, after = ([tuple(p.shape) for p in model.parameters()] for model in (self.model, value))
+            if before != after:
+                msg = (
+                    "The model can be replaced by one whose parameters have the same shapes, such as a compiled one or "
+                    "a copy; this one has others. Construct another object."
+                )
+                raise UnsupportedError(msg)
+        elif self._last_layer:
+            setattr(self.model, name, value)
+        self._backend = None
+        vars(self).pop("_whole", None)
+        self._hyperparameters_changed()
+        return value
+
+    def _as_model(self, model: nn.Module) -> nn.Module:
+        """A model in the form in which it is kept."""
+        return model
 
     # -- where and in which precision ---------------------------------------------------------------------------------
 

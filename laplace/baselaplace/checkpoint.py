@@ -11,7 +11,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -214,13 +214,13 @@ class Checkpointed(RandomWeights):
         self._fits_structure(prior)
         return prior
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write ``state_dict()`` to a file, atomically.
 
         Parameters
         ----------
         path
-            Of the file; it is replaced.
+            Of the file; it is replaced. A file that is open for writing is written to as it is.
 
         Raises
         ------
@@ -231,13 +231,13 @@ class Checkpointed(RandomWeights):
         """
         save(self.state_dict(), path)
 
-    def load(self, path: str | os.PathLike[str], map_location: Any = None) -> None:
+    def load(self, path: str | os.PathLike[str] | IO[bytes], map_location: Any = None) -> None:
         """Read a file written by ``save`` and take over what it holds; nothing in it is executed.
 
         Parameters
         ----------
         path
-            Of the file.
+            Of the file, or a file that is open.
         map_location
             Where ``torch.load`` puts tensors first: the model's device when ``None``. They end there in any case.
 
@@ -286,6 +286,11 @@ class Checkpointed(RandomWeights):
         """What pickling and copying take along: not the back end, the cache, or the graph of a hyperparameter."""
         state = {key: value.detach() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
         return {**state, "_backend": None, "_posterior_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, by earlier releases as well: the cache was ``None`` there."""
+        vars(self).update(state)
+        vars(self)["_posterior_cache"] = {}
 
 
 class CheckpointedPosterior(WeightPosterior, Checkpointed):

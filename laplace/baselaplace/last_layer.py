@@ -83,6 +83,15 @@ class LastLayer(Checkpointed):
     def enable_backprop(self, value: bool) -> None:
         self.model.enable_backprop = checks.flag("enable_backprop", value)
 
+    def _as_model(self, model: nn.Module) -> FeatureExtractor:
+        kept = self.model
+        if not isinstance(model, FeatureExtractor):
+            keys = kept.dict_key_x, kept.dict_key_y
+            return as_extractor(model, kept.last_layer_name, kept.enable_backprop, kept.feature_reduction, *keys)
+        if model.last_layer_name is None and kept.last_layer_name is not None:
+            model.set_last_layer(kept.last_layer_name)
+        return model
+
     @property
     def last_layer_name(self) -> str | None:
         """Name of the last layer; ``None`` before it is known."""

@@ -12,7 +12,7 @@ import secrets
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ def _check_digest(state: Mapping[str, Any]) -> None:
         raise StateError(msg)
 
 
-def save(state: Mapping[str, Any], path: Path_) -> None:
+def save(state: Mapping[str, Any], path: Path_ | IO[bytes]) -> None:
     """Write a state atomically: the file is complete or not there, whatever happens meanwhile.
 
     Parameters
@@ -194,7 +194,7 @@ def save(state: Mapping[str, Any], path: Path_) -> None:
     state
         Made by ``state_dict``.
     path
-        Of the file; it is replaced.
+        Of the file; it is replaced. A file that is open is written to as it is.
 
     Raises
     ------
@@ -203,6 +203,9 @@ def save(state: Mapping[str, Any], path: Path_) -> None:
     StateNotFoundError
         If its folder does not exist.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        torch.save(dict(state), path)
+        return
     target = Path(path)
     if not target.parent.is_dir():
         msg = f"{os.fspath(path)!r} cannot be written: there is no folder {os.fspath(target.parent)!r}. Make it first."

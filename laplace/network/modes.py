@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,20 @@ class _Held:
 _HELD: dict[int, _Held] = {}
 """By the id of a module. Several threads may evaluate one model: the last one out brings it back."""
 _LOCK = threading.RLock()
+
+
+def _after_fork() -> None:
+    """In a new process: only the thread that forked goes on, and nobody else will ever leave a module or the lock."""
+    globals()["_LOCK"] = threading.RLock()  # another thread may have held it
+    me = threading.get_ident()
+    for key, held in list(_HELD.items()):
+        held.holders = [holder for holder in held.holders if holder[0] == me]
+        if not held.holders:
+            held.module.training = _HELD.pop(key).flag
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ other threads would see those.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -80,3 +81,15 @@ def _running(model: nn.Module, state: _State) -> Generator[None, None, None]:
                 if not _PASSES.get(key, {this: None}):
                     del _PASSES[key]
             _CHANGED.notify_all()
+
+
+def _after_fork() -> None:
+    """In a new process: only the thread that forked goes on, and nobody else will ever leave a pass or a lock."""
+    globals()["_CHANGED"] = threading.Condition(threading.RLock())  # another thread may have held it
+    me = threading.get_ident()
+    for key, passes in list(_PASSES.items()):
+        _PASSES[key] = {this: found for this, found in passes.items() if found[0] == me}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

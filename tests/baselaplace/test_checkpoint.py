@@ -266,3 +266,14 @@ def test_a_fitted_object_moves_to_a_device(case, structure, device):
     unfitted = estimator(case, structure).to(device)
     unfitted.fit(case.batches(4))
     assert unfitted.mean.device.type == device.type
+
+
+def test_a_state_is_written_to_and_read_from_an_open_file():
+    case = BASIC[0]
+    la, file = fitted(case, "kron", **HYPERPARAMETERS), io.BytesIO()
+    la.save(file)
+    file.seek(0)
+    other = estimator(case, "kron")
+    other.load(file)
+    assert torch.equal(other.mean, la.mean)
+    assert other.log_marginal_likelihood() == la.log_marginal_likelihood()
