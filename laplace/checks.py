@@ -63,20 +63,21 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def number(name: str, value: Any, *, positive: bool = False) -> float:
+def number(name: str, value: Any, *, positive: bool = False, from_zero: bool = False) -> float:
     """One finite number, maybe a tensor or an array of one element.
 
     Raises
     ------
     InputError
-        If it is something else, or not positive where it must be.
+        If it is something else, or not positive, or below 0, where it must be.
     """
     found = math.nan
     single = isinstance(value, Real) or (isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1)
     if single and what_is_no_number(value) is None:
         found = float(value)
-    if not math.isfinite(found) or (positive and found <= 0):
-        msg = f"{name} must be one {'positive ' if positive else ''}finite number; got {shown(value)}."
+    if not math.isfinite(found) or (positive and found <= 0) or (from_zero and found < 0):
+        kind = "positive finite number" if positive else "finite number, at least 0" if from_zero else "finite number"
+        msg = f"{name} must be one {kind}; got {shown(value)}."
         raise InputError(msg)
     return found
 

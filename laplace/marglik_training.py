@@ -165,7 +165,7 @@ def marglik_training(
     checks.flags(fix_sigma_noise=fix_sigma_noise, progress_bar=progress_bar)
     optimizer_kwargs = checks.keywords("optimizer_kwargs", optimizer_kwargs)
     scheduler_kwargs = checks.keywords("scheduler_kwargs", scheduler_kwargs)
-    lr_hyp = checks.number("lr_hyp", lr_hyp, positive=True)
+    lr_hyp = checks.number("lr_hyp", lr_hyp, from_zero=True)  # 0 keeps hyperparameters
     _check_again_readable(train_loader)
     if choose(HessianStructure, hessian_structure, "hessian_structure") is HessianStructure.GP:
         msg = (

@@ -165,6 +165,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "finite": {**NO_NUMBER, "none": None},
     "number": {**NO_NUMBER, "none": None, "two": torch.ones(2)},
     "positive number": {**NOT_POSITIVE, "none": None, "two": torch.ones(2)},
+    "number from 0": {**NO_NUMBER, "none": None, "two": torch.ones(2), "negative": -1.0},
     "grid": {"none": None, "empty": [], "text": "1", "texts": ["a"], "negative": [-1.0], "nan": [NAN], "zero": [0.0], "true": True, "mapping": {}},
     "count": {**NO_COUNT, "zero": 0},
     "count or zero": NO_COUNT,
@@ -223,7 +224,7 @@ SORTS = {
     "log_prior_prec_max": "number", "grid_size": "count", "log_prior_prec_base": "positive number", "verbose": "flag",
     "noise": "name", "bounds": "bounds", "n_folds": "folds", "output_temperature": "flag or none", "limits": "limits",
     "grid": "grid", "optimizer_cls": "optimizer", "optimizer_kwargs": "keywords", "scheduler_cls": "scheduler",
-    "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "positive number", "n_epochs_burnin": "count or zero",
+    "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",
     "sigma_noise_init": "positive", "fix_sigma_noise": "flag", "device": "device", "state_dict": "state",
 }  # fmt: skip

@@ -24,7 +24,7 @@ from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.package import PackageInterface, mixing
 from laplace.curvature.private_batch import PrivateBatch
 from laplace.enums import HessianStructure, KfacApprox, Likelihood, choose
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, ModelError, UnsupportedError
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, rows_of
 from laplace.optional import require
@@ -270,6 +270,8 @@ class CurvlinopsHessian(CurvlinopsInterface):
         ------
         UnsupportedError
             If PyTorch has no forward-mode derivative of an operation, or one that makes the Hessian asymmetric.
+        ModelError
+            If the model fails otherwise.
         """
         operator = self._operator("HessianLinearOperator", batch, batch.x, batch.y)
         # A third one gives the size: a last layer has no curvature along directions that are the same for all classes.
@@ -278,8 +280,12 @@ class CurvlinopsHessian(CurvlinopsInterface):
         probes[::2, 1] = -1
         try:
             form = probes.T @ (operator @ probes)
-        except NotImplementedError as error:
-            msg = f"curvlinops needs a derivative that PyTorch does not have ({error}). Use AutogradHessian."
+        except (NotImplementedError, ModelError) as error:
+            # The forward pass is differentiated: what PyTorch lacks is raised by the model.
+            reason = error.__cause__ if isinstance(error, ModelError) else error
+            if not isinstance(reason, NotImplementedError):
+                raise
+            msg = f"curvlinops needs a derivative that PyTorch does not have ({reason}). Use AutogradHessian."
             raise UnsupportedError(msg) from error
         rounding = 1e3 * torch.finfo(form.dtype).eps * float(form.abs().max())
         plain = form[:2, :2]
