@@ -16,14 +16,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-WIDE = (tuple(range(-32, 32)), 1e-24)
-"""Exponents of the weights, and the gradients below which scaling may not be exact: for float32 and its exponents."""
-NARROW = (tuple(range(-3, 1)), 3e-5)
-"""The same for float16, whose gradients overflow and vanish."""
-TOLERANCE = 2e-3
-"""Of ratios, which are a power of two; that nothing at all deviates cannot be asked of sums in a random order."""
-SMALL = 1e-4
-"""Rows this much smaller than the largest may be rounding."""
+WIDE = tuple(range(-32, 32))
+"""Exponents of the weights."""
+NARROW = tuple(range(-3, 1))
+"""The same for float16 and for gradients that are next to nothing: they would overflow or vanish."""
+FAINT = 1e-18
+"""Gradients below it, in float32 and its exponents, are next to nothing."""
+TOLERANCE, SMALL = 2e-3, 1e-4
+"""Of ratios, and of rows beside the largest, where layers may round to fewer digits than float32 has.
+
+Ratios are a power of two, but sums in a random order (on a GPU) deviate, and rounding them makes more of it.
+"""
+SURE = 1e-5
+"""Of both in float32 on a CPU, which has no such layers: what deviates more mixes data."""
 
 
 def datum_weights(n_rows: int, narrow: bool, device: torch.device) -> Float[Tensor, "passes batch"]:
@@ -34,11 +39,12 @@ def datum_weights(n_rows: int, narrow: bool, device: torch.device) -> Float[Tens
     n_rows
         B, the number of data.
     narrow
-        Whether part of the model computes in float16: fewer numbers a pass, so that gradients do not vanish.
+        Whether part of the model computes in float16, or has gradients next to nothing: fewer numbers a pass, so that
+        gradients do not vanish.
     device
         Of the result.
     """
-    powers = sorted((NARROW if narrow else WIDE)[0], key=abs)
+    powers = sorted(NARROW if narrow else WIDE, key=abs)
     numbers = torch.tensor([sign * 2.0**power for power in powers for sign in (1, -1)], dtype=torch.float32)
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(n_rows))
     passes = [numbers[order % len(numbers)]]
@@ -96,7 +102,13 @@ class Layout:
 
 
 def find(
-    plain: Tensor, weighed: Sequence[Tensor], weights: Float[Tensor, "passes batch"], n_lead: int, eps: float
+    plain: Tensor,
+    weighed: Sequence[Tensor],
+    weights: Float[Tensor, "passes batch"],
+    n_lead: int,
+    eps: float,
+    *,
+    narrow: bool = False,
 ) -> tuple[Layout | None, bool]:
     """The layout of rows, from their gradients.
 
@@ -112,6 +124,8 @@ def find(
         How many leading axes there are.
     eps
         Precision that the model computes in.
+    narrow
+        That of the weights.
 
     Returns
     -------
@@ -124,11 +138,15 @@ def find(
     rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, *weighed)]
     # A few random projections of a row say as much as the row: what holds for them holds for it.
     noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    flat, *targets = (row.to(dtype) @ noise.to(row.device, dtype) for row in rows)
+    # In units of the largest gradient, whose square may be more, or less, than there are numbers for.
+    unit = rows[0].abs().amax().to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    flat, *targets = (row.to(dtype) @ noise.to(row.device, dtype) / unit for row in rows)
     target = torch.stack(targets)
-    size = torch.linalg.vector_norm(rows[0].to(dtype), dim=1, keepdim=True)
-    least = (NARROW if plain.dtype == torch.float16 else WIDE)[1]
-    allowed = max(TOLERANCE, 8 * eps) * size + max(SMALL, eps) * size.max() + least
+    size = torch.linalg.vector_norm(rows[0].to(dtype) / unit, dim=1, keepdim=True)
+    is_sure = plain.device.type == "cpu" and eps <= torch.finfo(torch.float32).eps
+    relative, small = (SURE, SURE) if is_sure else (max(TOLERANCE, 8 * eps), max(SMALL, eps))
+    least = least_exact(plain.dtype, narrow) / unit
+    allowed = relative * size + small * size.max() + least
     fitting: list[tuple[float, Layout]] = []
     for candidate in candidates(lead, n_rows):
         data = candidate.apply(torch.arange(len(flat), device=flat.device).reshape(lead), n_lead)
@@ -141,6 +159,14 @@ def find(
         return scattered(flat, target, weights, allowed), True
     best = min(fitting, key=lambda found: found[0])[1]
     return best, len(fitting) == 1 and bool((size > least).any())
+
+
+def least_exact(dtype: torch.dtype, narrow: bool) -> float:
+    """Gradients below which scaling by weights may not be exact, with a margin for what they are sums of."""
+    finfo = torch.finfo(dtype)
+    smallest = 2.0 ** min(NARROW if narrow else WIDE)
+    # Float16 keeps numbers below its smallest normal one; others may be flushed to zero.
+    return 64 * finfo.tiny * finfo.eps / smallest if dtype == torch.float16 else 2e4 * finfo.tiny / smallest
 
 
 def deviation(flat: Tensor, target: Tensor, weights: Tensor) -> Float[Tensor, "passes rows projections"]:

@@ -165,14 +165,15 @@ class Recording:
 
     def _find_layouts(self) -> tuple[Found, bool]:
         """A plain backward pass, some with weighed data, and one where some are masked."""
-        narrow = torch.float16 in self._dtypes
-        weights = layouts.datum_weights(self.n_rows, narrow, self.outputs.device)
         shape = (-1, *[1] * (self.outputs.dim() - 1))
-        weighed = [self._direction * each.to(self.outputs).reshape(shape) for each in weights if self.n_rows > 1]
         found: Found = []
         all_certain = True
         with torch.no_grad():
-            plain, *heavy = (self._gradients(direction) for direction in (self._direction, *weighed))
+            plain = self._gradients(self._direction)
+            narrow = torch.float16 in self._dtypes or self._is_faint(plain)
+            weights = layouts.datum_weights(self.n_rows, narrow, self.outputs.device)
+            weighed = [self._direction * each.to(self.outputs).reshape(shape) for each in weights if self.n_rows > 1]
+            heavy = [self._gradients(direction) for direction in weighed]
             seen = plain if self.mask is None else self._gradients(self._direction * self._spread(self.mask))
             for call, *grads in zip(self.calls, plain, seen, *heavy, strict=True):
                 row: list[tuple[Layout | None, Tensor | None] | None] = []
@@ -181,11 +182,19 @@ class Recording:
                         row.append(None)
                         continue
                     first, unmasked, *others = (role.rows(g.unsqueeze(0)).squeeze(0) for g in grads if g is not None)
-                    layout, certain = layouts.find(first, others, weights, role.n_lead, self._eps)
+                    layout, certain = layouts.find(first, others, weights, role.n_lead, self._eps, narrow=narrow)
                     all_certain &= certain
                     row.append((layout, None if layout is None else self._counted(unmasked, layout, role.n_lead)))
                 found.append(row)
         return found, all_certain
+
+    def _is_faint(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether those of some call are next to nothing, so that scaling them far would lose them."""
+        sizes = [g.abs().amax().double() for g in gradients if g is not None and g.numel() and g.dtype != torch.float64]
+        if not sizes:
+            return False
+        largest = torch.stack(sizes)
+        return bool(((largest > 0) & (largest < layouts.FAINT)).any())
 
     def _spread(self, mask: Tensor) -> Tensor:
         """A mask of positions in the shape of the outputs."""

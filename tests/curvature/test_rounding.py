@@ -178,3 +178,43 @@ def test_factors_of_another_form_do_not_add_up_in_words():
     with pytest.raises(ShapeError, match=r"of 1 and of 2 parameters"):
         Kron([one]) + Kron([one, one])
     assert_close((Kron([one]) + Kron([one])).to_matrix(), 2 * torch.eye(6))
+
+
+class Mixing(nn.Module):
+    """Two layers, a factor between them, and a trace of the mean over the batch."""
+
+    def __init__(self, factor=1.0, mix=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.factor, self.mix = factor, mix
+        self.float()
+
+    def forward(self, x):
+        h = self.first(x.flip(0)).relu().flip(0)  # rows in another order
+        return self.head(self.factor * (h + self.mix * h.mean(0, keepdim=True)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 130])
+@pytest.mark.parametrize("mix", [1e-3, 1e-4])
+def test_a_trace_of_other_data_is_seen_in_float32(n, mix):
+    engine, x = AutogradGGN(Mixing(mix=mix), "classification"), torch.randn(n, 4, dtype=torch.float32)
+    with pytest.warns(PerformanceWarning, match=r"'first.weight': its use mixes the data"):
+        engine.jacobians(x)
+
+
+@pytest.mark.parametrize("n", [2, 5, 129, 200, 1000])
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1.0, 1e25])
+def test_rows_are_told_apart_whatever_the_size_of_gradients(n, factor):
+    model, x = Mixing(factor), torch.randn(n, 4, dtype=torch.float32)
+    x[0] = 0
+    J, _ = AutogradGGN(model, "classification").jacobians(x)
+    active = (model.first(x) > 0).double()
+    truth = factor * torch.einsum("kh,bh,bi->bkhi", model.head.weight.double(), active, x.double()).flatten(2)
+    assert float(((J[..., :20].double() - truth).norm() / truth.norm()).detach()) < 1e-5
+
+
+def test_gradients_next_to_nothing_that_mix_data_are_refused():
+    engine, x = AutogradGGN(Mixing(1e-25, 0.5), "classification"), torch.randn(8, 4, dtype=torch.float32)
+    with pytest.warns(PerformanceWarning, match="mixes the data"):
+        engine.jacobians(x)
