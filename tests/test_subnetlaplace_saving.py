@@ -196,11 +196,14 @@ def test_weights_on_which_nothing_depends_are_refused():
         subnet(index=[27], net=net).fit([data()])
 
 
-def test_what_needs_a_fit_says_so():
-    la = FullSubnetLaplace(model(), "regression", torch.tensor(SHUFFLED))
-    for name in ("mean", "mean_subnet", "H"):
+def test_before_a_fit_it_is_the_prior_of_the_chosen_weights_and_what_needs_one_says_so():
+    la = FullSubnetLaplace(model(), "regression", torch.tensor(SHUFFLED), prior_mean=0.5)
+    assert torch.equal(la.mean_subnet, torch.full((5,), 0.5))
+    assert torch.equal(la.mean[torch.tensor(SHUFFLED)], la.mean_subnet)
+    assert torch.equal(la.H, torch.zeros(5, 5))
+    for call in (la.state_dict, la.log_marginal_likelihood, lambda: la(torch.zeros(1, 3))):
         with pytest.raises(NotFittedError):
-            getattr(la, name)
+            call()
     assert (la.n_params, la.n_params_subnet, la.n_layers) == (26, 5, 3)
 
 
