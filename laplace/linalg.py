@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -181,6 +183,19 @@ def condition(matrix: Float[Tensor, "n n"], factor: Float[Tensor, "n n"], steps:
     return float((largest * (matrix @ largest)).sum() * (smallest * inverse).sum())
 
 
+_trying: ContextVar[bool] = ContextVar("trying", default=False)
+
+
+@contextmanager
+def trying() -> Iterator[None]:
+    """Posteriors in here are candidates: only the condition of the one that is chosen concerns the user."""
+    token = _trying.set(True)
+    try:
+        yield
+    finally:
+        _trying.reset(token)
+
+
 def warn_of_condition(number: float, dtype: torch.dtype) -> None:
     """Say so where the condition of a precision leaves too few digits of its variances.
 
@@ -194,10 +209,10 @@ def warn_of_condition(number: float, dtype: torch.dtype) -> None:
     Warns
     -----
     NumericalWarning
-        If rounding makes a hundredth of the smallest eigenvalue.
+        If rounding makes a hundredth of the smallest eigenvalue; not of candidates (``trying``).
     """
     error = number * torch.finfo(dtype).eps
-    if UNRELIABLE < error < float("inf"):
+    if UNRELIABLE < error < float("inf") and not _trying.get():
         wider = "" if dtype == torch.float64 else " Pass curvature_dtype=torch.float64, or"
         msg = (
             f"The posterior precision has a condition number of about {number:.1e}, so that variances computed in "

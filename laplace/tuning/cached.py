@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import CHUNK_ELEMENTS, trying
 from laplace.network.batches import copied
 from laplace.predictive.linearization import FeatureLinearization, Linearization
 from laplace.predictive.pairs import Pairs, compare
@@ -156,7 +156,10 @@ class CachedData:
         found = []
         for start in range(0, len(precisions), at_once):
             part = slice(start, start + at_once)
-            found += self._some_scores(score, precisions[part], likelihoods[part], fresh_options, dtype, description)
+            with trying():
+                found += self._some_scores(
+                    score, precisions[part], likelihoods[part], fresh_options, dtype, description
+                )
         return score.sign * torch.stack([torch.as_tensor(value) for value in found])
 
     def _some_scores(

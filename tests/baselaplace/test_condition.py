@@ -39,3 +39,18 @@ def test_variances_in_float32_are_those_in_float64_or_come_with_a_warning(struct
     assert not warned[0], "no warning where there is no need for one"
     if structure in ("full", "blockdiag"):
         assert warned[2], "the warning is there where variances are off"
+
+
+def test_the_candidates_of_a_search_do_not_warn_of_their_condition():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 2)).float()
+    la = Laplace(model, "regression", "all", "blockdiag")
+    la.fit([(torch.randn(5, 4), torch.randn(5, 2))])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        la.optimize_prior_precision(method="gridsearch", val_loader=[(torch.randn(5, 4), torch.randn(5, 2))])
+        told = [str(entry.message) for entry in caught]
+        la.prior_precision = 1e-5
+        la(torch.randn(3, 4))
+    assert not any("condition number" in message for message in told)
+    assert "condition number" in str(caught[-1].message), "that of a prediction does"
