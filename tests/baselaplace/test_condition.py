@@ -45,12 +45,14 @@ def test_the_candidates_of_a_search_do_not_warn_of_their_condition():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 2)).float()
     la = Laplace(model, "regression", "all", "blockdiag")
-    la.fit([(torch.randn(5, 4), torch.randn(5, 2))])
+    la.fit([(torch.randn(5, 4).float(), torch.randn(5, 2).float())])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        la.optimize_prior_precision(method="gridsearch", val_loader=[(torch.randn(5, 4), torch.randn(5, 2))])
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=[(torch.randn(5, 4).float(), torch.randn(5, 2).float())]
+        )
         told = [str(entry.message) for entry in caught]
         la.prior_precision = 1e-5
-        la(torch.randn(3, 4))
+        la(torch.randn(3, 4).float())
     assert not any("condition number" in message for message in told)
     assert "condition number" in str(caught[-1].message), "that of a prediction does"
