@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
@@ -187,7 +187,7 @@ _trying: ContextVar[bool] = ContextVar("trying", default=False)
 
 
 @contextmanager
-def trying() -> Iterator[None]:
+def trying() -> Generator[None]:
     """Posteriors in here are candidates: only the condition of the one that is chosen concerns the user."""
     token = _trying.set(True)
     try:

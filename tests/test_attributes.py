@@ -173,7 +173,7 @@ def test_options_are_checked_when_they_are_assigned_as_in_the_constructor(subset
         "enable_backprop": "no",
         "dict_key_x": 3,
         "dict_key_y": None,
-        "likelihood": "regresion",
+        "likelihood": "regressions",
         "model": "net",
     }.items():
         with pytest.raises((InputError, UnsupportedError), match=name):
