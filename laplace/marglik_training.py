@@ -166,6 +166,7 @@ def marglik_training(
     optimizer_kwargs = checks.keywords("optimizer_kwargs", optimizer_kwargs)
     scheduler_kwargs = checks.keywords("scheduler_kwargs", scheduler_kwargs)
     lr_hyp = checks.number("lr_hyp", lr_hyp, from_zero=True)  # 0 keeps hyperparameters
+    prior_structure = choose(PriorStructure, prior_structure, "prior_structure")
     _check_again_readable(train_loader)
     if choose(HessianStructure, hessian_structure, "hessian_structure") is HessianStructure.GP:
         msg = (

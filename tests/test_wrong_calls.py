@@ -148,7 +148,10 @@ def test_all_wrong_calls_of_marglik_training_are_refused() -> None:
     assert {name: result for name, result in found.items() if result[0] != "refused"} == {}
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(s, marks=[] if n % 4 == 0 else pytest.mark.slow, id=str(s)) for n, s in enumerate(SUBJECTS)],
+)
 def test_the_same_calls_with_right_values_are_none_of_these(subject: Subject) -> None:
     """What is refused is refused for the value that was replaced: the other arguments make sense."""
     la = subject.fitted()
