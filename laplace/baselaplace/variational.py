@@ -188,8 +188,8 @@ class VariationalPosterior(FeatureLaplace):
             f = self._linearize(z, PredType.NN).f
         except RuntimeError as error:
             msg = (
-                f"The model cannot run on the inducing inputs: {error}. inducing_locations must be a batch such as the "
-                "training loader yields, without targets."
+                f"The model cannot run on the inducing inputs: {str(error).rstrip('.')}. inducing_locations must be a "
+                "batch such as the training loader yields, without targets."
             )
             raise InputError(msg) from error
         check_outputs(f)

@@ -343,7 +343,7 @@ def test_bad_options_are_refused(options, error, says):
     ("options", "fit", "error", "says"),
     [
         ({"inducing_classes": [0, 1, 3]}, {}, InputError, r"indices of the 3 outputs of an input, 0\.\.2; got 3"),
-        ({"inducing_locations": torch.zeros(3, 2).double()}, {}, InputError, "cannot run on the inducing inputs: mat1 and mat2"),
+        ({"inducing_locations": torch.zeros(3, 2).double()}, {}, InputError, "cannot run on the inducing inputs: .*mat1 and mat2"),
         ({"inducing_locations": "random", "num_inducing": 9}, {}, InputError, "fewer than num_inducing=9"),
         ({}, {"iterations": 0}, InputError, "iterations must be"),
         ({}, {"lr": 0.0}, InputError, "lr must be"),
