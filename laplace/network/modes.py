@@ -131,18 +131,19 @@ def _released(module: nn.Module, flag: bool, holder: Holder) -> bool | None:
 
 def _restore(modes: Sequence[tuple[nn.Module, bool]], me: int) -> None:
     """Bring modules back into modes."""
-
-    def is_busy(module: nn.Module) -> bool:
-        held = _HELD.get(id(module))
-        return held is not None and any(thread != me for thread, _ in held.holders)
-
     # A module may do more in train() than set its flag (merge adapters, say): undo it the same way, unless it reaches
     # children that other threads run. The flags below are then set one by one, since it reaches the children, too.
     for module, flag in modes:
-        if module.training is not flag and not any(map(is_busy, module.modules())):
+        if module.training is not flag and not any(_is_busy(child, me) for child in module.modules()):
             module.train(flag)
     for module, flag in modes:
         module.training = flag
+
+
+def _is_busy(module: nn.Module, me: int) -> bool:
+    """Whether another thread runs a module."""
+    held = _HELD.get(id(module))
+    return held is not None and any(thread != me for thread, _ in held.holders)
 
 
 @contextmanager

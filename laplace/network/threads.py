@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
@@ -57,22 +57,14 @@ def _running(model: nn.Module, state: _State) -> Generator[None, None, None]:
     """Wait until nobody is in the way; a thread that is in a pass already goes on, or it would wait for itself."""
     me, keys, this = threading.get_ident(), [id(module) for module in model.modules()], object()
     in_the_way = {_State.ALONE, _State.TOGETHER if state is _State.ALONE else _State.WAITS}
-
-    def others(key: int) -> bool:
-        return any(thread != me and found in in_the_way for thread, found in _PASSES.get(key, {}).values())
-
-    def mark(now: _State) -> None:
-        for key in keys:
-            _PASSES.setdefault(key, {})[this] = me, now
-
     try:
         with _CHANGED:
-            inside = any(thread == me for key in keys for thread, _ in _PASSES.get(key, {}).values())
-            if not inside and any(map(others, keys)):
+            # Nearly always there is nobody: then there is nothing to look at.
+            if _PASSES and _blocked(keys, me, in_the_way) and not _inside(keys, me):
                 if state is _State.ALONE:
-                    mark(_State.WAITS)  # nobody else begins meanwhile
-                _CHANGED.wait_for(lambda: not any(map(others, keys)))
-            mark(state)
+                    _mark(keys, this, me, _State.WAITS)  # nobody else begins meanwhile
+                _CHANGED.wait_for(lambda: not _blocked(keys, me, in_the_way))
+            _mark(keys, this, me, state)
         yield
     finally:
         with _CHANGED:
@@ -81,6 +73,23 @@ def _running(model: nn.Module, state: _State) -> Generator[None, None, None]:
                 if not _PASSES.get(key, {this: None}):
                     del _PASSES[key]
             _CHANGED.notify_all()
+
+
+def _blocked(keys: Sequence[int], me: int, in_the_way: Collection[_State]) -> bool:
+    """Whether another thread is in the way in one of some modules."""
+    passes = (found for key in keys for found in _PASSES.get(key, {}).values())
+    return any(thread != me and state in in_the_way for thread, state in passes)
+
+
+def _inside(keys: Sequence[int], me: int) -> bool:
+    """Whether a thread is in a pass of one of some modules."""
+    return any(thread == me for key in keys for thread, _ in _PASSES.get(key, {}).values())
+
+
+def _mark(keys: Sequence[int], this: object, me: int, state: _State) -> None:
+    """Say what a pass of a thread does with some modules."""
+    for key in keys:
+        _PASSES.setdefault(key, {})[this] = me, state
 
 
 def _after_fork() -> None:
