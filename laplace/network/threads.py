@@ -55,7 +55,11 @@ def alone(model: nn.Module) -> Generator[None, None, None]:
 @contextmanager
 def _running(model: nn.Module, state: _State) -> Generator[None, None, None]:
     """Wait until nobody is in the way; a thread that is in a pass already goes on, or it would wait for itself."""
-    me, keys, this = threading.get_ident(), [id(module) for module in model.modules()], object()
+    me = threading.get_ident()
+    if state is _State.TOGETHER and _inside((id(model),), me):
+        yield  # within a pass of this thread, which said so for all modules
+        return
+    keys, this = [id(module) for module in model.modules()], object()
     in_the_way = {_State.ALONE, _State.TOGETHER if state is _State.ALONE else _State.WAITS}
     try:
         with _CHANGED:
@@ -83,7 +87,7 @@ def _blocked(keys: Sequence[int], me: int, in_the_way: Collection[_State]) -> bo
 
 def _inside(keys: Sequence[int], me: int) -> bool:
     """Whether a thread is in a pass of one of some modules."""
-    return any(thread == me for key in keys for thread, _ in _PASSES.get(key, {}).values())
+    return any(thread == me for key in keys for thread, _ in list(_PASSES.get(key, {}).values()))
 
 
 def _mark(keys: Sequence[int], this: object, me: int, state: _State) -> None:
