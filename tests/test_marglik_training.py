@@ -259,6 +259,7 @@ def standardized(x: Any) -> Tensor:
     return (x - x.mean(0)) / x.std(0)
 
 
+@pytest.mark.slow
 def test_on_diabetes_the_evidence_prefers_the_network_that_predicts_better():
     """Of three networks on two halvings of the patients. Depth does not help here; to see age and sex alone does not do."""
     x, y = (standardized(part) for part in load_diabetes(return_X_y=True))

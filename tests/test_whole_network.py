@@ -11,21 +11,16 @@ from laplace import Laplace
 from laplace.curvature import GGNInterface
 from laplace.tuning import cached
 from tests import reference
-from tests.cases import EVERYTHING
+from tests.cases import EVERYTHING, STRUCTURES
 from tests.contracts import generator, model_untouched
 from tests.estimators import PREDICTIONS, additive_structures, dense, every_structure
 from tests.networks import Network, frozen, named
-from tests.tools import LargestTensor, assert_close, assert_covariance_of, assert_within
+from tests.tools import LargestTensor, assert_close, assert_covariance_of, assert_within, slow_but
 
 NAMES = ("mlp", "mlp_regression", "conv2d", "positions", "embedding", "encoder", "conv1d_depthwise", "tied_layers")
 DENSE = {"full", "diag", "blockdiag", "lowrank"}
 networks = pytest.mark.parametrize("name", NAMES)
 basic = pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
-
-
-def slow(*names: str) -> list:
-    """Networks that thousands of samples take seconds for."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -97,8 +92,10 @@ def test_predictions_are_those_of_the_linearized_network(name, structure):
     assert_close(la.functional_covariance(J), reference.joint_covariance(J, P))
 
 
-@every_structure
-@pytest.mark.parametrize("name", ["mlp", *slow("mlp_regression", "conv2d", "embedding")])
+@pytest.mark.parametrize(  # thousands of samples take seconds
+    ("name", "structure"),
+    slow_but(["mlp-kron", "mlp-lowrank"], ["mlp", "mlp_regression", "conv2d", "embedding"], STRUCTURES),
+)
 def test_function_samples_have_the_joint_covariance_with_and_without_weight_samples(name, structure):
     network, model = named(name), named(name).model()
     la, x = fitted(network, structure, model), inputs(network)
@@ -222,8 +219,14 @@ def test_only_weights_that_require_a_gradient_are_random(structure):
     assert_close(la(x, "nn", generator=generator(0)), head(x, "nn", generator=generator(0)))
 
 
-@every_structure
-@pytest.mark.parametrize("name", ["mlp_regression", "conv2d", "encoder_norm_first"])
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    slow_but(
+        [*(f"mlp_regression-{structure}" for structure in STRUCTURES), "conv2d-kron", "encoder_norm_first-diag"],
+        ["mlp_regression", "conv2d", "encoder_norm_first"],
+        STRUCTURES,
+    ),
+)
 def test_predictions_are_differentiable_in_the_inputs(name, structure):
     network = named(name)
     la, x = fitted(network, structure, enable_backprop=True), inputs(network)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 TOLERANCES = {torch.float64: (1e-9, 1e-10), torch.float32: (2e-4, 2e-5)}
 """(relative, absolute to the largest entry): a dozen chained operations above the rounding unit of each dtype."""
+
+
+def slow_but(kept: Collection[Any], *axes: Iterable[Any]) -> list[Any]:
+    """All combinations of the axes (one axis: its values), marked slow but for those kept."""
+    values = product(*axes) if len(axes) > 1 else [(value,) for value in axes[0]]
+    named = [("-".join(map(str, value)), value) for value in values]
+    assert set(kept) <= {name for name, _ in named}, "one that is kept is none of them"
+    return [pytest.param(*value, id=name, marks=() if name in kept else pytest.mark.slow) for name, value in named]
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None:

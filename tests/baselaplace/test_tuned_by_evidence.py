@@ -10,10 +10,10 @@ from torch import nn
 from laplace import Laplace
 from laplace.errors import InputError, UnsupportedError
 from tests import reference
-from tests.cases import BASIC
+from tests.cases import BASIC, STRUCTURES
 from tests.contracts import generator
 from tests.estimators import basic_cases, every_structure, fitted
-from tests.tools import assert_close
+from tests.tools import assert_close, slow_but
 
 F64 = torch.float64
 
@@ -31,9 +31,25 @@ def adam(la, start, n_steps=1000):
     return best
 
 
-@every_structure
-@pytest.mark.parametrize("prior_structure", ["scalar", "layerwise", "diag"])
-@basic_cases
+# Every structure, every structure of the prior and both likelihoods; the other combinations are slow.
+@pytest.mark.parametrize(
+    ("case", "prior_structure", "structure"),
+    slow_but(
+        [
+            "regression-scalar-full",
+            "classification-scalar-lowrank",
+            "classification-layerwise-kron",
+            "regression-layerwise-ekfac",
+            "classification-layerwise-blockdiag",
+            "regression-diag-diag",
+            "classification-diag-kron",
+            "regression-diag-ekfac",
+        ],
+        BASIC,
+        ["scalar", "layerwise", "diag"],
+        STRUCTURES,
+    ),
+)
 def test_the_evidence_reached_is_at_least_that_of_a_thousand_steps_of_adam(case, structure, prior_structure):
     if structure in ("kron", "ekfac") and prior_structure == "diag":
         with pytest.raises(UnsupportedError, match="parameter group"):

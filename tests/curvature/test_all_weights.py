@@ -11,7 +11,7 @@ from laplace.errors import PerformanceWarning
 from laplace.network.parameters import ParameterSubset
 from tests.contracts import model_untouched
 from tests.networks import NETWORKS, Network, named
-from tests.tools import assert_close, assert_within
+from tests.tools import assert_close, assert_within, slow_but
 
 # What the reference meets: attention under vmap.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -90,7 +90,13 @@ def test_the_sampled_fisher_has_the_ggn_as_its_expectation(name):
     assert_within(many.diag(x, y)[1], problem.ggn().diagonal(), draws.std(0).diagonal() / n**0.5)
 
 
-@every_network
+@pytest.mark.parametrize(
+    "network",
+    slow_but(
+        {str(network) for network in NETWORKS} - {"gru_two_layers", "encoder_norm_first", "encoder", "few_positions"},
+        NETWORKS,
+    ),
+)
 def test_the_hessian_is_the_second_derivative(network):
     engine, problem, (x, y) = backend(AutogradHessian, network), network.problem(), network.data()
     hessian = problem.true_hessian()
@@ -151,7 +157,7 @@ def test_jacobians_by_functorch_and_of_selected_outputs():
     assert_close(engine.selected_output_jacobians(x, pairs)[0], J[torch.arange(5).unsqueeze(1), pairs])
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv2d", "layer_norm"])
+@pytest.mark.parametrize("name", slow_but(["mlp", "layer_norm"], ["mlp", "layer_norm", "conv2d"]))
 def test_jacobians_are_differentiable_also_in_the_first_pass_of_a_back_end(name):
     """What the check against autograd computes on the way has no graph, and must not be used again."""
     network = named(name)

@@ -85,7 +85,7 @@ def test_scores_and_preferences_are_those_of_the_built_in_back_end(cls, subset, 
 @pytest.mark.parametrize("cls", SAMPLERS, ids=lambda cls: cls.__name__)
 @subsets
 def test_the_sampled_fisher_of_pairs_has_the_curvature_as_its_expectation(cls, subset):
-    case, n = named("preferences"), 2000
+    case, n = named("preferences"), 500
     mean, variance = of_weights(case, subset).sampled_fisher()
     engine = back_end(cls, case, subset, stochastic=True, num_samples=n, generator=generator(0))
     assert_within(engine.diag(*case.data())[1], mean.diagonal(), (variance.diagonal() / n).sqrt())
