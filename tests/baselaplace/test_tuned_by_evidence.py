@@ -12,7 +12,7 @@ from laplace.errors import InputError, UnsupportedError
 from tests import reference
 from tests.cases import BASIC, STRUCTURES
 from tests.contracts import generator
-from tests.estimators import basic_cases, every_structure, fitted
+from tests.estimators import every_structure, fitted
 from tests.tools import assert_close, slow_but
 
 F64 = torch.float64
