@@ -74,7 +74,7 @@ def number(name: str, value: Any, *, positive: bool = False, from_zero: bool = F
     found = math.nan
     single = isinstance(value, Real) or (isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1)
     if single and what_is_no_number(value) is None:
-        found = float(value)
+        found = float(value.item() if isinstance(value, (Tensor, np.ndarray)) else value)
     if not math.isfinite(found) or (positive and found <= 0) or (from_zero and found < 0):
         kind = "positive finite number" if positive else "finite number, at least 0" if from_zero else "finite number"
         msg = f"{name} must be one {kind}; got {shown(value)}."

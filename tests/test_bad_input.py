@@ -1,5 +1,6 @@
 """Bad input: a typed error that says what was expected, what came and what to do; an earlier fit predicts as before."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -262,6 +263,15 @@ def test_hyperparameters_without_a_meaning(name, value, structure):
     if name != "temperature" and value is not None:
         with refuses(la, REGRESSION, InputError, says):
             la.log_marginal_likelihood(**{"prior_precision": 5.0, "sigma_noise": 5.0, name: value})
+
+
+@pytest.mark.parametrize("value", [[1.7], np.array([1.7]), np.float64(1.7), torch.tensor([1.7], dtype=torch.float64)])
+def test_one_number_in_a_container_is_a_number(value):
+    la = fitted(CLASSIFICATION, "diag")
+    la.temperature = la.output_temperature = la.prior_precision = value
+    assert float(la.temperature) == pytest.approx(1.7)
+    assert la.output_temperature == 1.7
+    assert la.prior_precision.tolist() == pytest.approx([1.7])
 
 
 @pytest.mark.parametrize("value", [*NO_VALUES[2:6], "one", torch.zeros(2)], ids=str)

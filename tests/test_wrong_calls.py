@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace import errors, linalg
 from tests import wrong_calls, wrong_values
@@ -195,6 +195,27 @@ def test_a_misspelt_option_is_not_swallowed_by_a_model_that_takes_any_keyword(su
 @pytest.mark.parametrize("subject", PREDICTORS[:1], ids=str)
 def test_what_the_model_names_is_its_own_however_near(subject: Subject) -> None:
     la = subject.make(Named(), last_layer_name="body.2")
+    la.fit(batches(subject.likelihood))
+    for now, then in zip(predictions(la, n_sample=1), predictions(la), strict=True):
+        assert torch.equal(now, then)
+    with pytest.raises(errors.UnknownOptionError, match=r"'num_samples'.*'n_samples'"):
+        la(inputs(), num_samples=3)
+
+
+class Around(nn.Module):
+    """A wrapper that passes keywords on."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.body(x, **kwargs)
+
+
+def test_what_a_model_inside_wrappers_names_is_its_own() -> None:
+    subject = PREDICTORS[0]
+    la = subject.make(Around(Around(Named())), last_layer_name="body.body.body.2")
     la.fit(batches(subject.likelihood))
     for now, then in zip(predictions(la, n_sample=1), predictions(la), strict=True):
         assert torch.equal(now, then)

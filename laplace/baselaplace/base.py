@@ -31,6 +31,11 @@ def _checked_model(model: Any) -> nn.Module:
     return model
 
 
+def _as_float(value: Any) -> float:
+    """One number, maybe in a list, an array or a tensor, with all its digits."""
+    return float(torch.as_tensor(value.item() if isinstance(value, Tensor) else value, dtype=torch.float64))
+
+
 CHECKED: dict[str, Callable[[Any], Any]] = {
     "model": _checked_model,
     "likelihood": partial(choose, Likelihood, keyword="likelihood"),
@@ -276,7 +281,8 @@ class BaseLaplace(ABC):
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
         checked = self._checked_temperature(value)
-        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else float(value)
+        # What is no tensor keeps its digits.
+        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else _as_float(value)
         self._hyperparameters_changed()
 
     def _checked_temperature(self, value: Any) -> Tensor:
@@ -305,7 +311,7 @@ class BaseLaplace(ABC):
         if LIKELIHOODS[self.likelihood].has_noise and float(checked) != 1:
             msg = "output_temperature divides logits before the link; outputs of regression pass none. Leave it at 1."
             raise UnsupportedError(msg)
-        self._output_temperature = float(value)
+        self._output_temperature = _as_float(value)
 
     @staticmethod
     def _handed_out(value: Tensor) -> Tensor:

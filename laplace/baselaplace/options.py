@@ -14,7 +14,7 @@ from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import LIKELIHOODS
-from laplace.network.signatures import innermost, passes_on
+from laplace.network.signatures import innermost
 from laplace.predictive import Options
 
 
@@ -145,11 +145,15 @@ def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: I
     names = list(given)
     if names:
         options = [name for name in checks.options_of(predict) if name != "x"]
-        inside = innermost(model)
-        # A wrapper that is not known may pass keywords on to what it holds.
-        modules = (inside, *inside.children()) if passes_on(inside) else (inside,)
-        parameters = [p for module in modules for p in inspect.signature(module.forward).parameters.values()]
-        checks.model_keywords(names, options, parameters)
+        checks.model_keywords(names, options, _named_by(innermost(model)))
+
+
+def _named_by(module: nn.Module) -> list[inspect.Parameter]:
+    """Parameters of a ``forward``; one that takes any keyword may pass them on to the modules that it holds."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        parameters += [p for child in module.children() for p in _named_by(child)]
+    return parameters
 
 
 PASSED_BY_ESTIMATORS = {"model", "likelihood", "last_layer", "dict_key_x", "dict_key_y"}

@@ -25,6 +25,8 @@ from laplace.types import Outputs, Scalar, Targets
 
 COARSE = (torch.float32, torch.bfloat16, torch.float16)
 """Precisions that outputs may have been computed in before they got here in a wider one."""
+CHANCE = 1e-5
+"""With which probability, about, outputs that are none may be taken for probabilities: few coarse rows tell nothing."""
 IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 
@@ -217,7 +219,10 @@ def check_logits(f: Outputs) -> None:
         return
     seen = [dtype for dtype in COARSE if torch.equal(f.to(dtype).to(f.dtype), f)]
     eps = max(torch.finfo(dtype).eps for dtype in (f.dtype, *seen))
-    if bool(((f.sum(-1) - 1).abs() <= 4 * eps * f.shape[-1] ** 0.5).all()):
+    # Each probability is rounded once; sums over classes are accumulated in float32 at least.
+    total = f.sum(-1, dtype=torch.promote_types(f.dtype, torch.float32))
+    tolerance = 4 * (eps + min(eps, torch.finfo(torch.float32).eps) * f.shape[-1] ** 0.5)
+    if tolerance ** len(f) <= CHANCE and bool(((total - 1).abs() <= tolerance).all()):
         msg = (
             "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
             'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the end '

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace.errors import UnsupportedError
 
 CONVOLUTIONS = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}
 """Functions that put channels before their spatial axes, and how many of those there are."""
-LAST = {"embedding", "linear", "multi_head_attention_forward"}
+LAST = {"bilinear", "embedding", "linear", "multi_head_attention_forward"}
 """Functions that put channels last."""
+PRODUCTS = {"__matmul__", "matmul", "mm"}
+"""Functions that put channels last where their second factor is a weight, as linear layers do."""
 MOVES = {"__get__", "moveaxis", "movedim", "permute", "swapaxes", "swapdims", "transpose"}
 """Functions that change the order of axes; ``__get__`` is that of properties, such as ``mT``."""
 VIEWS = {"flatten", "reshape", "unflatten", "view"}
@@ -58,7 +60,7 @@ class Axes(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in CONVOLUTIONS:
             return out.dim() - 1 - CONVOLUTIONS[name]
-        if name in LAST:
+        if name in LAST or (name in PRODUCTS and _is_matrix((*args, *kwargs.values())[1])):
             return out.dim() - 1
         if name in MOVES and args and isinstance(args[0], Tensor):
             return _moved(func, args, kwargs, self.of(args[0]))
@@ -77,6 +79,11 @@ class Axes(TorchFunctionMode):
                 return out.dim() - 1 if tensor.shape[-1] == out.shape[-1] else None
             return axis if name in VIEWS and tensor.shape[: axis + 1] == out.shape[: axis + 1] else None
         return None
+
+
+def _is_matrix(factor: Any) -> bool:
+    """Whether a factor is a weight ``[..., inputs, outputs]``."""
+    return isinstance(factor, nn.Parameter) and factor.dim() > 1
 
 
 def _moved(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int | None) -> int | None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from laplace.errors import InputError, MissingKeyError, UnsupportedError, numbered
-from laplace.network.failures import explained
+from laplace.network.failures import explained, leaves
 from laplace.network.signatures import takes_keyword, takes_several
-from laplace.network.targets import check_not_copied, check_targets
+from laplace.network.targets import check_targets, may_be_copied
 from laplace.network.threads import together
 from laplace.types import Inputs
 
@@ -92,7 +92,7 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def split(batch: Any, dict_key_y: str, device: torch.device, dict_key_x: str = "input_ids") -> Batch:
+def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
     """Split what a loader yielded into inputs and targets.
 
     Raises
@@ -100,8 +100,7 @@ def split(batch: Any, dict_key_y: str, device: torch.device, dict_key_x: str = "
     MissingKeyError
         If it is a mapping without ``dict_key_y``.
     InputError
-        If it is neither a mapping nor a sequence of at least two entries, its targets are no batch of tensors, or they
-        are the inputs themselves.
+        If it is neither a mapping nor a sequence of at least two entries, or its targets are no batch of tensors.
     """
     if isinstance(batch, Mapping):
         if dict_key_y not in batch:
@@ -129,7 +128,6 @@ def split(batch: Any, dict_key_y: str, device: torch.device, dict_key_x: str = "
             f"{dict_key_y!r}; got {type(batch).__name__}.{hint}"
         )
         raise InputError(msg)
-    check_not_copied(x[dict_key_x] if isinstance(x, Mapping) and dict_key_x in x else x, y)
     return Batch(x, y)
 
 
@@ -162,7 +160,7 @@ def iterate(
     Raises
     ------
     InputError
-        If it is no iterable or yields something else than batches.
+        If it is no iterable or yields something else than batches, or targets are the tokens of the inputs.
     """
     if not isinstance(loader, Iterable) or isinstance(loader, Tensor) or hasattr(loader, "__array__"):
         msg = (
@@ -172,9 +170,11 @@ def iterate(
         raise InputError(msg)
     # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
     bar = tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar)
+    look = True
     for index, batch in enumerate(bar):
         with numbered(index):
-            found = split(batch, dict_key_y, device, dict_key_x)
+            found = split(batch, dict_key_y, device)
+            look = look and may_be_copied(found.x, found.y, dict_key_x)
         if len(found.y) or count_rows(found.x):
             yield found
 
@@ -298,17 +298,13 @@ def signature(x: Inputs, n_rows: int) -> tuple[Any, ...]:
     n_rows
         Number of rows of the batch.
     """
-    found: list[Any] = []
 
-    def note(value: Any) -> None:
+    def kind(value: Any) -> Any:
         if isinstance(value, Tensor) and value.shape[:1] == (n_rows,):
-            found.append((value.dtype, tuple(value.shape[1:])))
-        else:
-            # Shared by all rows: equal only to itself.
-            found.append(id(value) if isinstance(value, Tensor) else repr(value))
+            return value.dtype, tuple(value.shape[1:])
+        return id(value) if isinstance(value, Tensor) else repr(value)  # shared by all rows: equal only to itself
 
-    _map(x, note)
-    return tuple(found)
+    return tuple(map(kind, leaves(x)))
 
 
 def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
@@ -321,12 +317,7 @@ def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
     sizes
         Their numbers of rows.
     """
-    columns: list[list[Any]] = []
-    for part in parts:
-        values: list[Any] = []
-        _map(part, values.append)
-        columns.append(values)
-    entries = iter(zip(*columns, strict=True))
+    entries = iter(zip(*map(leaves, parts), strict=True))
 
     def join(value: Any) -> Any:
         together = next(entries)
@@ -347,16 +338,17 @@ def items_of(x: Inputs) -> Inputs:
 
 def count_rows(x: Inputs) -> int:
     """Number of rows of the first tensor among nested inputs; 1 where there is none."""
-    sizes: list[int] = []
-    _map(x, lambda value: sizes.append(len(value)) if isinstance(value, Tensor) and value.dim() else None)
-    return sizes[0] if sizes else 1
+    return next(_sizes(x), 1)
 
 
 def one_row(x: Inputs) -> bool:
     """Whether inputs are a single row for sure: there are tensors, and each is."""
-    sizes: list[int] = []
-    _map(x, lambda value: sizes.append(len(value)) if isinstance(value, Tensor) and value.dim() else None)
-    return set(sizes) == {1}
+    return set(_sizes(x)) == {1}
+
+
+def _sizes(x: Inputs) -> Iterator[int]:
+    """Lengths of the tensors among nested inputs."""
+    return (len(value) for value in leaves(x) if isinstance(value, Tensor) and value.dim())
 
 
 def require_rows(x: Inputs) -> None:

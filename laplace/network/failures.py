@@ -128,8 +128,8 @@ def _hints(model: nn.Module, x: Any, whole: bool) -> Iterator[str]:
         )
     elif isinstance(x, tuple) and whole:
         yield f"Its forward takes one input, so that the {len(x)} were passed as one tuple."
-    leaves = list(_leaves(x))
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+    found = list(leaves(x))
+    if not any(isinstance(leaf, Tensor) for leaf in found):
         yield "Models take tensors: convert the inputs, torch.as_tensor(x)."
         return
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
@@ -137,7 +137,7 @@ def _hints(model: nn.Module, x: Any, whole: bool) -> Iterator[str]:
     if absent:
         yield f"{absent} of its weights are on the meta device and have no values: load them first."
     # What looks up embeddings takes integers: those are another type of numbers only where nothing else is there.
-    given = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
+    given = {leaf.dtype for leaf in found if isinstance(leaf, Tensor)}
     numbers = {dtype for dtype in given if dtype.is_floating_point or dtype.is_complex}
     taken = {weight.dtype for weight in weights}
     if len(taken) == 1 and (numbers or not any(isinstance(module, nn.Embedding) for module in model.modules())):
@@ -149,7 +149,7 @@ def _hints(model: nn.Module, x: Any, whole: bool) -> Iterator[str]:
                 f"x.to({dtype}), or the model."
             )
     devices = {weight.device for weight in weights if not weight.is_meta}
-    elsewhere = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)} - devices
+    elsewhere = {leaf.device for leaf in found if isinstance(leaf, Tensor)} - devices
     if devices and elsewhere:
         yield (
             f"Its weights are on {', '.join(sorted(map(str, devices)))}, the inputs on "
@@ -157,13 +157,13 @@ def _hints(model: nn.Module, x: Any, whole: bool) -> Iterator[str]:
         )
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """Everything in nested inputs that is no container."""
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _leaves(item)
+            yield from leaves(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _leaves(item)
+            yield from leaves(item)
     else:
         yield value

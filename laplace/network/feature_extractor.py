@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import Counter
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class FeatureExtractor(nn.Module):
         # has the same weights.
         original = dict(model.named_children()).get("_orig_mod")
         self.model = model if original is None else original
+        self.training = self.model.training  # or each evaluation would bring back another mode
         self.enable_backprop = enable_backprop
         self.feature_reduction = (
             None if feature_reduction is None else choose(FeatureReduction, feature_reduction, "feature_reduction")
@@ -110,7 +112,8 @@ class FeatureExtractor(nn.Module):
         """
         if self.last_layer_name is None:
             return None
-        layer = self.model.get_submodule(self.last_layer_name)
+        # What get_submodule finds; every prediction asks several times.
+        layer = attrgetter(self.last_layer_name)(self.model) if self.last_layer_name else self.model
         assert isinstance(layer, nn.Linear), "set_last_layer checks this"
         return layer
 
@@ -391,6 +394,8 @@ def close(f: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """
     if expected.shape != f.shape:
         return False
+    if expected.dtype is f.dtype and torch.equal(f, expected):
+        return True
     with torch.no_grad():
         f, expected = f.detach().double(), expected.detach().double()
         finite = expected[torch.isfinite(expected)].abs()

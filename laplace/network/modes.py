@@ -28,7 +28,12 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
     Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
     """
     build_graph = enable_backprop and torch.is_grad_enabled()
-    with _modes_restored(model, model.eval), torch.inference_mode(False), torch.set_grad_enabled(build_graph):
+
+    def evaluate() -> None:
+        if any(module.training for module in model.modules()):
+            model.eval()
+
+    with _modes_restored(model, evaluate), torch.inference_mode(False), torch.set_grad_enabled(build_graph):
         yield
 
 
@@ -137,7 +142,8 @@ def _restore(modes: Sequence[tuple[nn.Module, bool]], me: int) -> None:
         if module.training is not flag and not any(_is_busy(child, me) for child in module.modules()):
             module.train(flag)
     for module, flag in modes:
-        module.training = flag
+        if module.training is not flag:
+            module.training = flag
 
 
 def _is_busy(module: nn.Module, me: int) -> bool:

@@ -57,7 +57,7 @@ def misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sai
                     f"The model was called with {form}, and {type(module).__name__}.forward{signature} does not take "
                     f"them ({error}). A forward with a parameter named as dict_key_x takes the entries of a mapping as "
                     "keywords, any other with a named parameter takes the mapping whole: write so what the wrapper "
-                    "takes."
+                    "takes, and leave entries that it does not take out of the batches."
                 )
     return None
 

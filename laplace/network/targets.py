@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 COPIED = 8
 """Positions at which labels and inputs have to agree before labels count as copied, where some are masked."""
+BITS = 8
+"""Information in labels that agree before they count as copied: few positions, or few tokens, agree by chance."""
 TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -46,26 +50,38 @@ def check_targets(y: Any, batch: Any) -> None:
         raise InputError(msg)
 
 
-def check_not_copied(x: Inputs, y: Tensor) -> None:
-    """Raise if targets are the tokens of the inputs, position by position.
+def may_be_copied(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> bool:
+    """Whether targets of later batches may be the tokens of their inputs; raise if these are, position by position.
 
     Those of a causal language model are, but they belong to the outputs one position before. Everything that counts has
-    to agree, and enough of it (all positions, or ``COPIED`` of them) that masked tokens do not by chance.
+    to agree, and enough of it (all positions, or ``COPIED`` of them, that hold ``BITS``) that it does not by chance.
+    Where something differs, labels are no copies, and later batches need no look.
+
+    Parameters
+    ----------
+    x, y
+        Inputs and targets.
+    dict_key_x
+        Where mappings hold their main input.
 
     Raises
     ------
     InputError
         If they are; labels of another integer type than the inputs are taken as they come.
     """
+    x = x[dict_key_x] if isinstance(x, Mapping) and dict_key_x in x else x
     x = x[0] if type(x) is tuple else x
     if not isinstance(x, Tensor) or y.dtype not in TOKENS or x.dtype != y.dtype or x.shape != y.shape:
-        return
+        return True
     if y.dim() < 2 or y.shape[1] < 2:
-        return
+        return True
     counts = y != IGNORED
-    n_counts = int(counts.sum())
-    if n_counts < min(COPIED, max(2, y.numel())) or not bool((x == y)[counts].all()):
-        return
+    labels = y[counts]
+    if not torch.equal(x[counts], labels):
+        return False
+    n_counts, n_tokens = len(labels), len(labels.unique())
+    if n_counts < min(COPIED, y.numel()) or n_counts * math.log2(max(n_tokens, 1)) < BITS:
+        return True
     msg = (
         f"The labels are the tokens of the inputs, position by position (at all {n_counts} that count). The outputs of "
         "a causal language model at a position belong to the token after it: its own loss shifts the labels, this "

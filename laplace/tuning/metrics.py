@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, ShapeError
-from laplace.network.batches import split
+from laplace.network.batches import iterate
 from laplace.tuning.scores import RunningMetric, takes
 
 
@@ -155,8 +155,7 @@ def validate(
         loss.reset()
     batches: list[tuple[Tensor, ...]] = []
     count = 0
-    for raw in val_loader:
-        x, y = split(raw, dict_key_y, next(laplace.model.parameters()).device)
+    for x, y in iterate(val_loader, dict_key_y=dict_key_y, device=next(laplace.model.parameters()).device):
         result = laplace(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
         row = (*(result if isinstance(result, tuple) else (result,)), y)
         count += 1

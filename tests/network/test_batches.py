@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
+from laplace import Laplace
 from laplace.errors import InputError
-from laplace.network.batches import call, iterate, split, to_device
+from laplace.network.batches import call, iterate, signature, split, to_device
 from laplace.network.signatures import takes_several
 from tests.cases import stream
 
@@ -80,6 +81,24 @@ def test_mappings_keep_their_type_and_give_up_their_target(kind):
     assert torch.equal(x["input_ids"], X)
     assert torch.equal(y, Y)
     assert set(batch) == {"input_ids", "labels"}, "the loader's own batch is left alone"
+
+
+def test_packed_sequences_are_inputs():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[1][-1])
+
+    model, y = Recurrent(), torch.tensor([0, 1, 0])
+    x = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (4, 3, 2)])
+    la = Laplace(model, "classification", "last_layer", "full")
+    la.fit([(x, y)])
+    torch.testing.assert_close(la.loss, nn.functional.cross_entropy(model(x), y, reduction="sum").detach())
+    assert la(x).shape == (3, 2)
+    assert signature(x, 9)[0] == (x.data.dtype, (3,))
 
 
 def test_moving_does_not_write_to_the_batch():

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from laplace import Laplace
 from laplace.errors import InputError, MissingKeyError, ModelError, UnsupportedError
-from laplace.network.batches import iterate, split
+from laplace.network.batches import iterate
 from laplace.network.failures import described
 from tests.contracts import model_untouched
 
@@ -321,6 +321,10 @@ def test_inputs_in_words():
 TOKENS = torch.randint(0, 7, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
+def read(*batches, **keys):
+    return list(iterate(batches, dict_key_y="labels", device=CPU, **keys))
+
+
 class Language(nn.Module):
     def __init__(self):
         super().__init__()
@@ -377,7 +381,8 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_labels_that_may_be_meant(name):
-    assert torch.equal(split((TOKENS, KEPT[name]), "labels", CPU).y, KEPT[name])
+    (batch,) = read((TOKENS, KEPT[name]))
+    assert torch.equal(batch.y, KEPT[name])
 
 
 def test_labels_that_count_at_some_positions_of_padded_text():
@@ -385,9 +390,20 @@ def test_labels_that_count_at_some_positions_of_padded_text():
     y = torch.cat([TOKENS, torch.full((2, 3), -100)], 1)
     for batch in ((x, y), (x, (x != 0).long(), y), {"ids": x, "labels": y}, {"input_ids": x, "labels": y}):
         with pytest.raises(InputError, match="at all 12 that count"):
-            split(batch, "labels", CPU, "ids" if isinstance(batch, dict) and "ids" in batch else "input_ids")
+            read(batch, dict_key_x="ids" if isinstance(batch, dict) and "ids" in batch else "input_ids")
 
 
 @pytest.mark.parametrize("x", [torch.arange(4), torch.arange(4).unsqueeze(1), TOKENS.float()])
 def test_inputs_that_are_no_text(x):
-    split((x, x.clone()), "labels", CPU)
+    assert len(read((x, x.clone()))) == 1
+
+
+@pytest.mark.parametrize("x", [torch.zeros(6, 5), torch.zeros(0, 5), torch.tensor([[0, 1]]), torch.tensor([[0, 1, 2]])])
+def test_few_or_equal_tokens_are_the_labels_by_chance(x):
+    assert len(read((x.long(), x.long()))) == (len(x) > 0)
+
+
+def test_labels_that_differ_once_are_no_copies():
+    assert len(read((TOKENS, shifted(TOKENS)), (TOKENS, TOKENS.clone()))) == 2
+    with pytest.raises(InputError, match=r"Batch 1 of.*labels are the tokens"):
+        read((torch.zeros_like(TOKENS), torch.zeros_like(TOKENS)), (TOKENS, TOKENS.clone()))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from laplace import Laplace
 from laplace.network.modes import evaluating, training
 from tests.contracts import model_untouched
 from tests.tools import assert_close
@@ -21,6 +22,27 @@ def test_every_module_evaluates_inside_and_is_restored_after():
     model = mixed_model()
     with model_untouched(model), evaluating(model):
         assert not any(module.training for module in model.modules())
+
+
+def test_a_model_that_evaluates_is_not_asked_to():
+    class Counted(nn.Linear):
+        calls = 0
+
+        def train(self, mode=True):
+            self.calls += 1
+            return super().train(mode)
+
+    model = nn.Sequential(Counted(2, 2))
+    with evaluating(model), evaluating(model):
+        pass
+    assert model[0].calls == 2, "once there and once back"
+    model.eval()
+    with evaluating(model):
+        pass
+    la = Laplace(model, "classification", "last_layer", "full")
+    la.fit([(torch.ones(2, 2), torch.tensor([0, 1]))])
+    la(torch.ones(2, 2))
+    assert model[0].calls == 3
 
 
 def test_modes_are_restored_when_the_body_raises():

@@ -52,6 +52,24 @@ class Tokens(nn.Module):
         return self.head(self.layer(x))
 
 
+class Product(nn.Module):
+    """A linear layer that is written out."""
+
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(SIZE, n_outputs))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Bilinear(nn.Bilinear):
+    """A bilinear form of the inputs and themselves."""
+
+    def forward(self, x):
+        return super().forward(x, x)
+
+
 def channels_first(n_outputs=SIZE):
     """Networks whose outputs have their channels on axis 1."""
     conv = nn.Conv2d(2, n_outputs, 3, padding=1)
@@ -76,6 +94,8 @@ def channels_last(n_outputs=SIZE):
     conv = nn.Conv2d(2, n_outputs, 3, padding=1)
     return {
         "a linear layer": (nn.Linear(SIZE, n_outputs), IMAGES),
+        "a product": (Product(n_outputs), IMAGES),
+        "a bilinear layer": (Bilinear(SIZE, SIZE, n_outputs), IMAGES[:, 0]),
         "a convolution, then moved": (Then(conv, lambda f: f.movedim(1, -1)), IMAGES),
         "permuted": (Then(conv, lambda f: f.permute(0, 2, 3, 1).contiguous()), IMAGES),
         "tokens": (Tokens(n_outputs), IMAGES.flatten(1, 2).transpose(1, 2)[:, :SIZE, :SIZE].contiguous()),
@@ -140,7 +160,7 @@ def test_moved_as_the_message_says_they_are_fitted_as_pixels(name, likelihood):
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
-@pytest.mark.parametrize("name", ["a linear layer", "tokens"])
+@pytest.mark.parametrize("name", ["a linear layer", "tokens", "a product", "a bilinear layer"])
 def test_channels_at_the_end_are_fitted_where_all_sizes_agree(name, likelihood):
     model, x = channels_last()[name]
     f = model.eval()(x).detach()
@@ -213,6 +233,8 @@ NO_PROBABILITIES = {
     "independent probabilities": torch.tensor([[0.9, 0.8], [0.1, 0.3]]),
     "close in float32": torch.tensor([[0.5, 0.5001]]),
     "no row": torch.zeros(0, 3),
+    "one row in bfloat16": torch.tensor([[0.25, 0.78]]).bfloat16(),
+    "one row of small fractions": torch.tensor([[0.25, 0.75]]),
 }
 
 
