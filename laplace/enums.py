@@ -63,6 +63,13 @@ class Likelihood(str, Enum):
     """The logits of a categorical distribution."""
     REWARD_MODELING = "reward_modeling"
     """The scores of a Bradley–Terry preference model."""
+    BINARY = "binary"
+    """One logit: the probability of 1, against 0."""
+    POISSON = "poisson"
+    """The log rate of a count."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class LinkApprox(str, Enum):

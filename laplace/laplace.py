@@ -79,7 +79,7 @@ def Laplace(
     model
         The trained network.
     likelihood
-        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` or ``"poisson"``, or an object.
     subset_of_weights
         Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), ``"all"`` that require a
         gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).

@@ -35,7 +35,7 @@ class LLLaplace(LastLayer, ParametricLaplace):
     model
         The trained network, or a ``FeatureExtractor`` around it. Its outputs must be those of its last linear layer.
     likelihood
-        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` or ``"poisson"``, or an object.
     sigma_noise
         Standard deviation of the observation noise, in target units; regression only.
     prior_precision

@@ -23,7 +23,6 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.laplace import Laplace
-from laplace.likelihoods import LIKELIHOODS, resolve
 from laplace.network import WholeNetwork, iterate
 from laplace.prior import GaussianPrior, fix_prior_prec_structure
 from laplace.tuning.weights import (
@@ -212,7 +211,7 @@ def marglik_training(
         bar = trange(1, n_epochs + 1, desc="[Training by the marginal likelihood]", disable=not progress_bar)
         for epoch in bar:
             sigma_noise, prior_precision = hyper.values()
-            noisy = resolve(la.likelihood, sigma_noise, la.temperature)
+            noisy = la.likelihood_.at(sigma_noise, la.temperature, 1.0)
             prior = GaussianPrior(la.prior_mean, prior_precision, network.subset.sizes)
             losses.append(train_epoch(MAPObjective(network, noisy, prior, n_rows), batches(), optimizer, scheduler))
             if epoch >= n_epochs_burnin and epoch % marglik_frequency == 0:
@@ -249,7 +248,7 @@ class _Hyperparameters:
         self._log_precision = fix_prior_prec_structure(start, structure, *shape).log().requires_grad_()
         self._log_sigma = la.sigma_noise.detach().log()
         moving = [self._log_precision]
-        if LIKELIHOODS[la.likelihood].has_noise and not fixed_noise:
+        if "sigma_noise" in la.likelihood_.hyperparameters and not fixed_noise:
             moving.append(self._log_sigma.requires_grad_())
         self._optimizer = torch.optim.Adam(moving, lr=lr, maximize=True)
 

@@ -57,7 +57,7 @@ TABLES = [
     ("laplace.laplace", "FUNCTIONAL", (enums.SubsetOfWeights, enums.FunctionalApproximation)),
     ("laplace.likelihoods", "LIKELIHOODS", (enums.Likelihood,)),
     ("laplace.structures", "STRUCTURES", (enums.HessianStructure,)),
-    ("laplace.predictive.links", "LINKS", (enums.LinkApprox,)),
+    ("laplace.likelihoods.softmax", "LINKS", (enums.LinkApprox,)),
 ]
 """(module, table, enums of its keys): the literal tables that turn an option into its implementation."""
 
@@ -207,7 +207,7 @@ def test_first_calls_do_not_load_the_compiler_of_pytorch() -> None:
         ("laplace.structures.full", "from laplace.network import batches", "network.parameters only"),
         ("laplace.likelihoods.base", "from laplace import network", "likelihoods never imports network"),
         ("laplace.curvature.kfac", "from ..prior import GaussianPrior", "curvature never imports prior"),
-        ("laplace.predictive.links", "from laplace.curvature import x", "predictive never imports curvature"),
+        ("laplace.predictive.pairs", "from laplace.curvature import x", "predictive never imports curvature"),
         ("laplace.fit", "import laplace.attic", "'attic' has no storey"),
     ],
 )
@@ -279,5 +279,5 @@ def test_table_keys_are_options(module: str, table: str, keys: tuple[type, ...])
 
 
 def test_every_link_has_an_implementation() -> None:
-    links = importlib.import_module("laplace.predictive.links").LINKS
+    links = importlib.import_module("laplace.likelihoods.softmax").LINKS
     assert set(links) == set(enums.LinkApprox)

@@ -5,6 +5,7 @@ Estimators wire the other rooms together and hold no formulas.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,10 +18,10 @@ from laplace import checks, linalg
 from laplace.attributes import check_attribute
 from laplace.baselaplace.options import chosen_backend, prediction_options
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
+from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace.errors import InputError, NotFittedError, UnsupportedError
 from laplace.fit import Fit
-from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood, resolve
+from laplace.likelihoods import AbstractLikelihood, chosen, name_of
 from laplace.network.failures import check_model
 from laplace.predictive import Options
 from laplace.types import Inputs, Scalar
@@ -38,7 +39,7 @@ def _as_float(value: Any) -> float:
 
 CHECKED: dict[str, Callable[[Any], Any]] = {
     "model": _checked_model,
-    "likelihood": partial(choose, Likelihood, keyword="likelihood"),
+    "likelihood": name_of,
     "enable_backprop": partial(checks.flag, "enable_backprop"),
     "dict_key_x": partial(checks.key, "dict_key_x"),
     "dict_key_y": partial(checks.key, "dict_key_y"),
@@ -54,7 +55,8 @@ class BaseLaplace(ABC):
     model
         The trained network; it is read, never written.
     likelihood
-        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` (one logit) or ``"poisson"`` (log
+        rates of counts); or an object of ``laplace.likelihoods``, such as one of your own.
     sigma_noise
         Standard deviation of the observation noise, in target units, of all outputs or of each; regression only.
     prior_precision
@@ -84,6 +86,7 @@ class BaseLaplace(ABC):
         If a hyperparameter is not finite or not positive.
     """
 
+    _unit_likelihood: AbstractLikelihood
     _prior_precision: Tensor
     _prior_mean: Tensor
     _sigma_noise: Tensor
@@ -94,7 +97,7 @@ class BaseLaplace(ABC):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -109,8 +112,8 @@ class BaseLaplace(ABC):
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.likelihood = choose(Likelihood, likelihood, "likelihood")
-        resolve(self.likelihood)
+        self._unit_likelihood = chosen(likelihood)
+        self.likelihood = self._unit_likelihood.name
         if not (curvature_dtype is None or curvature_dtype is torch.float32 or curvature_dtype is torch.float64):
             msg = f"curvature_dtype must be torch.float32 or torch.float64; got {curvature_dtype!r}."
             raise UnsupportedError(msg)
@@ -129,8 +132,24 @@ class BaseLaplace(ABC):
         self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
-        self.sigma_noise = sigma_noise
-        self.temperature = temperature
+        self.sigma_noise = self._of_likelihood("sigma_noise", sigma_noise)
+        self.temperature = self._of_likelihood("temperature", temperature)
+        self.output_temperature = self._of_likelihood("output_temperature", 1.0)
+
+    def _of_likelihood(self, name: str, value: Any) -> Any:
+        """A hyperparameter that is given with the likelihood or beside it, and not twice."""
+        within = getattr(self._unit_likelihood, name, 1.0)
+        if bool((torch.as_tensor(within) == 1).all()):
+            return value
+        if isinstance(value, Tensor) or value != 1:
+            msg = f"{name} is given twice, within the likelihood and as an option: give one of them."
+            raise UnsupportedError(msg)
+        return within
+
+    @property
+    def likelihood_(self) -> AbstractLikelihood:
+        """The likelihood at the present noise and temperatures; a copy."""
+        return copy.deepcopy(self._frozen_likelihood)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute that the class knows; what it does not know would have no effect.
@@ -159,7 +178,7 @@ class BaseLaplace(ABC):
             return value
         if name == "likelihood":
             msg = (
-                f"likelihood is {self.likelihood.value!r} and cannot be replaced by {value.value!r}: curvature and "
+                f"likelihood is {str(self.likelihood)!r} and cannot be replaced by {str(value)!r}: curvature and "
                 "noise are those of the likelihood. Construct another object."
             )
             raise UnsupportedError(msg)
@@ -257,9 +276,7 @@ class BaseLaplace(ABC):
     def _checked_sigma_noise(self, value: Any) -> Tensor:
         """A valid observation noise, ``[]`` or ``[C]``."""
         sigma = self._checked("sigma_noise", value, positive=True)
-        if not LIKELIHOODS[self.likelihood].has_noise and bool((sigma.detach() != 1).any()):
-            msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {self.likelihood.value}."
-            raise UnsupportedError(msg)
+        self._unit_likelihood.check_noise(sigma)
         if sigma.numel() == 1:
             return sigma.reshape(())
         fit: Fit | None = self.__dict__.get("_fit")
@@ -308,9 +325,7 @@ class BaseLaplace(ABC):
         if checked.numel() != 1:
             msg = f"output_temperature must be one number; got the shape {list(checked.shape)}."
             raise InputError(msg)
-        if LIKELIHOODS[self.likelihood].has_noise and float(checked) != 1:
-            msg = "output_temperature divides logits before the link; outputs of regression pass none. Leave it at 1."
-            raise UnsupportedError(msg)
+        self._unit_likelihood.check_output_temperature(float(checked))
         self._output_temperature = _as_float(value)
 
     @staticmethod
@@ -335,8 +350,8 @@ class BaseLaplace(ABC):
     def _output_likelihood(self) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return resolve(
-            self.likelihood, self._sigma_noise.to(self._device, self._dtype), temperature, self._output_temperature
+        return self._unit_likelihood.at(
+            self._sigma_noise.to(self._device, self._dtype), temperature, self._output_temperature
         )
 
     @property
@@ -344,7 +359,7 @@ class BaseLaplace(ABC):
         """The same, cut off the graph of its hyperparameters."""
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
         sigma_noise = self._sigma_noise.detach().to(self._device, self._dtype)
-        return resolve(self.likelihood, sigma_noise, temperature, self._output_temperature)
+        return self._unit_likelihood.at(sigma_noise, temperature, self._output_temperature)
 
     # -- back end -----------------------------------------------------------------------------------------------------
 
@@ -353,6 +368,7 @@ class BaseLaplace(ABC):
         """The object that computes the curvature; constructed on first use."""
         if self._backend is None:
             self._backend = self._make_backend()
+            self._backend.output_likelihood = self._unit_likelihood.at(torch.ones(()), 1.0, 1.0)
         return self._backend
 
     @property
@@ -378,7 +394,7 @@ class BaseLaplace(ABC):
 
     def _options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
         """How to predict, checked; further arguments as in ``prediction_options``."""
-        return prediction_options(self.likelihood, self._device, pred_type, *arguments, **keywords)
+        return prediction_options(self._unit_likelihood, self._device, pred_type, *arguments, **keywords)
 
     def predictive(
         self, x: Inputs, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int

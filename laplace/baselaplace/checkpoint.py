@@ -32,6 +32,7 @@ from laplace.baselaplace.statefile import (
 from laplace.baselaplace.weights import RandomWeights
 from laplace.errors import NotPositiveDefiniteError, StateError
 from laplace.fit import FIT_ENTRIES, Fit
+from laplace.likelihoods import chosen
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, anything, check_entries, finite, flag, nested, tensor, text
 from laplace.structures import AbstractCurvature
@@ -83,7 +84,7 @@ class Checkpointed(RandomWeights):
         """What a state and the object that loads it must agree on."""
         return {
             "cls_name": type(self).__name__,
-            "likelihood": self.likelihood.value,
+            "likelihood": self._unit_likelihood.described,
             "curvature_kind": self._backend_cls.kind.value,
             "fingerprint": fingerprint(self._network),
         }
@@ -290,6 +291,7 @@ class Checkpointed(RandomWeights):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled, by earlier releases as well: the cache was ``None`` there."""
         vars(self).update(state)
+        vars(self).setdefault("_unit_likelihood", chosen(state["likelihood"]))
         vars(self)["_posterior_cache"] = {}
 
 

@@ -233,7 +233,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
         inputs, likelihood = self._linearize(x), self._frozen_likelihood
         # The weights of a last layer without a name are known from here on.
         self._check_prior(self._prior_precision, self._prior_mean)
-        inputs = compare(inputs) if likelihood.n_items > 1 else inputs
+        inputs = likelihood.arranged(inputs, compare)
         return tangents(inputs, self._dtype), likelihood.flatten(inputs.f, y).to(self._dtype)
 
     def _written(self, jacobians: Tensor) -> FunctionLinearization:

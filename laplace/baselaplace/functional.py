@@ -19,10 +19,10 @@ from laplace.baselaplace.options import check_model_keywords
 from laplace.enums import LinkApprox, PredType, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods.base import check_outputs
+from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
-from laplace.predictive.gaussian import draw
 from laplace.structures import AbstractPrecision
 from laplace.types import Inputs
 

@@ -14,7 +14,7 @@ from laplace import checks, linalg, tuning
 from laplace.baselaplace.features import FeatureFit, FeatureLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType
-from laplace.errors import InputError, UnsupportedError, numbered
+from laplace.errors import InputError, numbered
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions, log_det_ratio
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization
 from laplace.gp.subsample import Piece, Reservoir, choose_columns
@@ -132,9 +132,8 @@ class NystromPosterior(FeatureLaplace):
             raise InputError(msg)
         every = 1 if val_steps is None else checks.whole("val_steps", val_steps)
         checks.flags(balanced=balanced, progress_bar=progress_bar)
-        if balanced and self.likelihood is not Likelihood.CLASSIFICATION:
-            msg = f"balanced=True draws equal numbers of each class; {self.likelihood.value} has none."
-            raise UnsupportedError(msg)
+        if balanced:
+            self._unit_likelihood.check_balanced()
         with self._fitting():
             directions = self._directions(train_loader, balanced)
             batches = self._iterate(train_loader, progress_bar)
@@ -290,8 +289,7 @@ class NystromPosterior(FeatureLaplace):
     def _grid_options(
         self, link_approx: LinkApprox | str, n_samples: int, generator: torch.Generator | None
     ) -> Options:
-        pairs = self._frozen_likelihood.n_items > 1
-        return self._function_options(PredType.GP, False, link_approx, n_samples, generator=generator, fitting=pairs)
+        return self._function_options(PredType.GP, False, link_approx, n_samples, generator=generator, fitting=None)
 
     def _scores(self, data: tuning.CachedData, gram: Tensor, points: Tensor, loss: Any, options: Options) -> Tensor:
         """A validation score at several prior precisions, ``[points]``."""

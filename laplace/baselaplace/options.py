@@ -11,15 +11,15 @@ from torch import nn
 
 from laplace import checks
 from laplace.curvature import AutogradGGN, CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType, choose
+from laplace.enums import LinkApprox, PredType, choose
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import LIKELIHOODS
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network.signatures import innermost
 from laplace.predictive import Options
 
 
 def chosen_backend(
-    backend: Any, backend_kwargs: Mapping[str, Any] | None, likelihood: Likelihood
+    backend: Any, backend_kwargs: Mapping[str, Any] | None, likelihood: str
 ) -> tuple[type[CurvatureInterface], dict[str, Any]]:
     """The class of a back end and its options; of an object those that it was made with, never its model.
 
@@ -52,17 +52,17 @@ def chosen_backend(
             f"otherwise of {', '.join(map(repr, changed))}. Pass the class with backend_kwargs, or the object alone."
         )
         raise UnsupportedError(msg)
-    if backend.likelihood is not likelihood:
+    if backend.likelihood != likelihood:
         msg = (
-            f"The {cls.__name__} object given as backend is one for likelihood={backend.likelihood.value!r}; this "
-            f"approximation has {likelihood.value!r}. Pass the class: backend={cls.__name__}."
+            f"The {cls.__name__} object given as backend is one for likelihood={str(backend.likelihood)!r}; this "
+            f"approximation has {str(likelihood)!r}. Pass the class: backend={cls.__name__}."
         )
         raise UnsupportedError(msg)
     return cls, own
 
 
 def prediction_options(
-    likelihood: Likelihood,
+    likelihood: AbstractLikelihood,
     device: torch.device,
     pred_type: PredType | str,
     joint: bool = False,
@@ -70,7 +70,7 @@ def prediction_options(
     n_samples: int = 100,
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
-    fitting: bool = False,
+    fitting: bool | None = False,
 ) -> Options:
     """Check how to predict: names, combinations, the generator.
 
@@ -81,7 +81,7 @@ def prediction_options(
     device
         Of its model.
     pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting
-        As in ``ParametricLaplace.__call__``.
+        As in ``ParametricLaplace.__call__``; ``fitting=None`` for the predictions that targets are scored by.
 
     Raises
     ------
@@ -93,36 +93,15 @@ def prediction_options(
     """
     kind = choose(PredType, pred_type, "pred_type")
     link = choose(LinkApprox, link_approx, "link_approx")
-    joint, fitting = checks.flag("joint", joint), checks.flag("fitting", fitting)
+    joint = checks.flag("joint", joint)
+    fitting = None if fitting is None else checks.flag("fitting", fitting)
     diagonal_output = checks.flag("diagonal_output", diagonal_output)
-    # Scores are predicted as they are; probabilities of pairs pass the link.
-    has_link = LIKELIHOODS[likelihood].has_link or fitting
-    bridge = link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
-    problem = ""
     if kind is PredType.GP:
-        problem = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
-    elif fitting and LIKELIHOODS[likelihood].n_items == 1:
-        problem = f"fitting=True is for reward modeling; it has no meaning for {likelihood.value}."
-    elif fitting and bridge:
-        problem = f'link_approx={link.value!r} is made for several classes; for pairs use "probit" or "mc".'
-    elif fitting and diagonal_output:
-        problem = "Probabilities of pairs need the covariance of both scores: leave out diagonal_output=True."
-    elif joint and diagonal_output:
-        problem = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
-    elif joint and kind is PredType.NN:
-        problem = 'joint=True needs pred_type="glm"; sampled predictions are functions already.'
-    elif joint and has_link and link is not LinkApprox.MC:
-        problem = 'Probabilities with joint=True average over whole functions: pass link_approx="mc" with it.'
-    elif bridge and not has_link:
-        problem = f"link_approx={link.value!r} turns logits into probabilities; regression and scores have none."
-    elif bridge and kind is PredType.NN:
-        problem = f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
-    elif bridge and diagonal_output:
-        problem = f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
-    if problem:
-        raise UnsupportedError(problem)
+        msg = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
+        raise UnsupportedError(msg)
+    likelihood.check_prediction(kind, link, joint=joint, diagonal_output=diagonal_output, fitting=fitting)
     n_samples, generator = checks.whole("n_samples", n_samples), checks.generator(generator, device)
-    return Options(kind, link, joint, n_samples, diagonal_output, generator, fitting)
+    return Options(kind, link, joint, n_samples, diagonal_output, generator, bool(fitting))
 
 
 def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: Iterable[str]) -> None:

@@ -21,10 +21,8 @@ from torch import Tensor
 from laplace import checks, linalg, tuning
 from laplace.baselaplace.weights import RandomWeights
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
-from laplace.likelihoods import GaussianLikelihood
 from laplace.network import Batch, Passes, evaluating, full_precision, iterate
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision
 from laplace.structures.by_hand import BY_HAND, assigned_curvature, independent, zero_curvature, zero_form
@@ -149,9 +147,9 @@ class WeightPosterior(RandomWeights):
         UnsupportedError
             If the back end computes with one noise for all outputs.
         """
-        backend, regression = self.backend, self.likelihood is Likelihood.REGRESSION
+        backend = self.backend
         before, shape = backend.output_likelihood, None
-        if regression and not self._last_layer and self._sigma_noise.dim():
+        if not self._last_layer and self._sigma_noise.dim():
             if not backend.weighs_outputs:
                 msg = (
                     f"{type(backend).__name__} computes with one noise for all outputs; sigma_noise has one for each. "
@@ -159,8 +157,8 @@ class WeightPosterior(RandomWeights):
                 )
                 raise UnsupportedError(msg)
             shape = (self._sigma_noise / self._sigma_noise[0]).detach()
-            backend.output_likelihood = GaussianLikelihood(weights=shape**-2)
-        backend.loss_by_output = regression and self._last_layer
+            backend.output_likelihood = before.weighing(shape**-2)
+        backend.loss_by_output = self._last_layer
         try:
             yield shape
         finally:

@@ -12,9 +12,7 @@ from laplace import checks
 from laplace.baselaplace.subset_posterior import SubsetPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, PredType
-from laplace.errors import UnsupportedError
 from laplace.gp.subset_curvature import SubsetCurvature
-from laplace.likelihoods import LIKELIHOODS
 
 
 class FunctionalLaplace(SubsetPosterior):
@@ -115,12 +113,8 @@ class FunctionalLaplace(SubsetPosterior):
         )
         self.independent_outputs = checks.flag("independent_outputs", independent_outputs)
         self.diagonal_hessian = checks.flag("diagonal_hessian", diagonal_hessian)
-        if self.diagonal_hessian and LIKELIHOODS[self.likelihood].n_items > 1:
-            msg = (
-                f"The Hessian of {self.likelihood.value} acts on the difference of two scores, and its diagonal means "
-                "nothing: leave out diagonal_hessian=True."
-            )
-            raise UnsupportedError(msg)
+        if self.diagonal_hessian:
+            self._unit_likelihood.check_diagonal_hessian()
         self.n_subset, self.seed = checks.whole("n_subset", n_subset), checks.whole("seed", seed, 0)
 
     @property

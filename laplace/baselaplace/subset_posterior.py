@@ -135,8 +135,7 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> Options:
-        pairs = self._output_likelihood.n_items > 1
-        return self._function_options(pred_type, False, link_approx, n_samples, generator=generator, fitting=pairs)
+        return self._function_options(pred_type, False, link_approx, n_samples, generator=generator, fitting=None)
 
     def _for_tuning(self, pred_type: PredType, x: Inputs) -> Linearization:  # noqa: ARG002
         with evaluating(self.model):

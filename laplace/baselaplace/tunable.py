@@ -14,7 +14,6 @@ from laplace import checks, tuning
 from laplace.baselaplace.checkpoint import CheckpointedPosterior
 from laplace.enums import CurvatureKind, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
-from laplace.likelihoods import LIKELIHOODS, resolve
 from laplace.network import evaluating, iterate
 from laplace.network.parameters import expand_groups
 from laplace.predictive import Linearization, Options
@@ -38,7 +37,7 @@ class TunablePosterior(CheckpointedPosterior):
             self._prior_mean.detach().to(self._dtype),
             self._prior.sizes,
             self.backend.kind,
-            lambda sigma, output_temperature: resolve(self.likelihood, sigma, temperature, output_temperature),
+            lambda sigma, output_temperature: self._unit_likelihood.at(sigma, temperature, output_temperature),
             self._sigma_noise.detach().to(self._dtype),
             self._output_temperature,
             self._posterior_options(),
@@ -65,8 +64,7 @@ class TunablePosterior(CheckpointedPosterior):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> Options:
-        pairs = self._output_likelihood.n_items > 1
-        return self._options(pred_type, False, link_approx, n_samples, generator=generator, fitting=pairs)
+        return self._options(pred_type, False, link_approx, n_samples, generator=generator, fitting=None)
 
     def _repeated(self, options: Options) -> Callable[[], Options]:
         """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
@@ -179,22 +177,14 @@ class TunablePosterior(CheckpointedPosterior):
             raise UnsupportedError(msg)
         if output_temperature is not None:
             output_temperature = checks.flag("output_temperature", output_temperature)
-        has_noise = LIKELIHOODS[self.likelihood].has_noise
-        if not has_noise and noise not in (None, "keep"):
-            msg = f"noise={noise!r} is the observation noise of regression; {self.likelihood.value} has none."
-            raise UnsupportedError(msg)
-        if has_noise and output_temperature:
-            msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
-            raise UnsupportedError(msg)
+        found = self._unit_likelihood.beside_prior(noise, output_temperature)
         if noise == "per_output" and not self._last_layer:
             msg = (
                 "noise='per_output' is chosen for a last layer, whose weights belong to outputs. For weights that "
                 "outputs share use noise='scalar', or assign a sigma_noise for each output and call fit again."
             )
             raise UnsupportedError(msg)
-        if has_noise:
-            return (None, 0) if noise == "keep" else ("sigma_noise", 2 if noise == "per_output" else 1)
-        return ("output_temperature", 1) if output_temperature in (None, True) else (None, 0)
+        return found
 
     def _take_over(self, found: tuning.Tuning, verbose: bool) -> tuning.Tuning:
         """Assign what was found, all of it or nothing."""

@@ -16,7 +16,6 @@ from laplace.baselaplace.variational import VariationalPosterior
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
 from laplace.errors import InputError, UnsupportedError
-from laplace.likelihoods import LIKELIHOODS
 from laplace.network.batches import copied
 from laplace.types import Inputs
 
@@ -118,9 +117,8 @@ class VaLLA(VariationalPosterior):
             raise InputError(msg)
         self.alpha = float(alpha)
         self.mc_softmax_samples = checks.whole("mc_softmax_samples", mc_softmax_samples, 0)
-        if mc_softmax_samples and LIKELIHOODS[self.likelihood].has_noise:
-            msg = "mc_softmax_samples draws logits; the objective of regression is exact without. Leave it at 0."
-            raise UnsupportedError(msg)
+        if mc_softmax_samples:
+            self._unit_likelihood.check_sampled_energy()
 
     def log_marginal_likelihood(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
         """Not available: what is trained is a bound or a divergence, and is found in ``fit_history_["objective"]``.

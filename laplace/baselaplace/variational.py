@@ -18,7 +18,7 @@ from laplace.gp.nystrom import feature_gram
 from laplace.gp.posterior import FeatureMap, FeaturePrecision, FunctionLinearization, Rest
 from laplace.gp.training import Parameters, Validation, train
 from laplace.gp.variational import InducingMap, Objective, Statistics, kernel_factor, needs_covariance, triangular_root
-from laplace.likelihoods import AbstractLikelihood, resolve
+from laplace.likelihoods import AbstractLikelihood
 from laplace.likelihoods.base import check_outputs
 from laplace.network import Batch, evaluating, full_precision, iterate
 from laplace.network.batches import copied, count_rows, to_device
@@ -274,7 +274,9 @@ class VariationalPosterior(FeatureLaplace):
         likelihood = self._frozen_likelihood
         root = triangular_root(gram * likelihood.scale) if previous is None else previous.tensors["root"]
         log_delta = self._prior_precision.detach().to(self._dtype).squeeze(0).log()
-        log_sigma = self._sigma_noise.detach().to(self._dtype).log() if likelihood.has_noise else None
+        log_sigma = (
+            self._sigma_noise.detach().to(self._dtype).log() if "sigma_noise" in likelihood.hyperparameters else None
+        )
         return Parameters(root, log_delta, log_sigma)
 
     def _likelihood_of(self, sigma: Tensor | None) -> AbstractLikelihood:
@@ -282,7 +284,7 @@ class VariationalPosterior(FeatureLaplace):
         if sigma is None:
             return self._frozen_likelihood
         temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
-        return resolve(self.likelihood, sigma, temperature)
+        return self._unit_likelihood.at(sigma, temperature, 1.0)
 
     def _score(self, loader: Iterable[Any], features: InducingMap) -> Any:
         """The mean negative log predictive density of validation data, as a function of parameters."""
@@ -291,9 +293,7 @@ class VariationalPosterior(FeatureLaplace):
             return FunctionLinearization.of(self._linearize(x), features, self._dtype)
 
         data = tuning.CachedData.collect(self._iterate(loader), linearize, self._frozen_likelihood)
-        options = self._function_options(
-            PredType.GP, False, LinkApprox.PROBIT, 1, fitting=self._frozen_likelihood.n_items > 1
-        )
+        options = self._function_options(PredType.GP, False, LinkApprox.PROBIT, 1, fitting=None)
 
         def score(now: Parameters) -> float:
             likelihood = self._likelihood_of(None if now.log_sigma is None else now.log_sigma.exp())

@@ -47,7 +47,9 @@ class AsdlInterface(PackageInterface):
     package: ClassVar[str] = "asdl"
     extra: ClassVar[str] = "asdl"
     accepts_fisher_kwargs: ClassVar[bool] = True
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(
+        {Likelihood.CLASSIFICATION, Likelihood.REGRESSION, Likelihood.REWARD_MODELING}
+    )
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]]:

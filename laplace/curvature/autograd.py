@@ -22,7 +22,7 @@ from laplace.curvature.last_layer_engine import LastLayerEngine
 from laplace.curvature.recording import Recording
 from laplace.curvature.replay import Replay
 from laplace.curvature.structured import Basis, check_count, without_count
-from laplace.enums import HessianStructure, KfacApprox, SubsetOfWeights, choose
+from laplace.enums import HessianStructure, KfacApprox, Likelihood, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
 from laplace.structures import Kron
 from laplace.types import Inputs, Jacobians
@@ -135,6 +135,9 @@ class AutogradHessian(AutogradInterface):
     For all weights it is exact, takes P backward passes a batch, and may be indefinite away from a minimum: whatever
     needs a positive definite precision then raises ``NotPositiveDefiniteError``. It has no Kronecker factors.
     """
+
+    # Not of users, which say their Fisher matrix: of ours it is the Hessian in the outputs.
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(set(Likelihood))
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and Hessian ``[P, P]``."""

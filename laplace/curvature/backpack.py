@@ -146,7 +146,9 @@ class BackPackGGN(BackPackInterface, GGNInterface):
             able = self._takers_of_any_layer(None)
             msg = f"{type(self).__name__} takes models that return [batch, C]; got {list(f.shape)}. Use one of {able}."
             raise UnsupportedError(msg)
-        loss = require("backpack", "backpack").extend(type(self.lossfunc)(reduction="sum"))(f, batch.labels)
+        loss = require("backpack", "backpack").extend(cast("Any", type(self.lossfunc))(reduction="sum"))(
+            f, batch.labels
+        )
         with self._extension(extension, *args):
             loss.backward()
         return [getattr(parameter, attribute) for parameter in batch.parameters]

@@ -10,6 +10,9 @@ from torch import nn
 from laplace.enums import CurvatureKind, HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
 
+ANY = frozenset(Likelihood)
+"""All likelihoods: those of the library, and those of users."""
+
 
 class Capabilities:
     """Declarations of a back end; a user's own overrides what differs."""
@@ -31,7 +34,7 @@ class Capabilities:
     """Structures this back end can provide."""
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset({SubsetOfWeights.ALL, SubsetOfWeights.LAST_LAYER})
     """Choices of random weights it can provide them for; a subnetwork is stored full or diagonal in any case."""
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
+    likelihoods: ClassVar[frozenset[Likelihood]] = ANY
     """Likelihoods it knows."""
     finds_last_layer: ClassVar[bool] = False
     """Whether its first forward pass may find the last layer; else that is found, by one pass, before."""
@@ -47,19 +50,24 @@ class Capabilities:
     is_sampled = False
     """Whether output Hessians are sampled."""
 
-    likelihood: Likelihood
+    likelihood: str
     subset: SubsetOfWeights
+
+    @classmethod
+    def takes(cls, likelihood: str) -> bool:
+        """Whether it computes curvatures of a likelihood; of one's own those that ask for the likelihood alone."""
+        return likelihood in cls.likelihoods or cls.likelihoods is ANY
 
     def _check_capabilities(self) -> None:
         """Raise if this back end does not know the likelihood or the choice of weights."""
         for name, asked, known, can in (
             ("subset_of_weights", self.subset, self.subsets, lambda cls: self.subset in cls.subsets),
-            ("likelihood", self.likelihood, self.likelihoods, lambda cls: self.likelihood in cls.likelihoods),
+            ("likelihood", self.likelihood, self.likelihoods, lambda cls: cls.takes(self.likelihood)),
         ):
-            if asked not in known:
+            if not can(type(self)):
                 choices = ", ".join(sorted(repr(member.value) for member in known))
                 msg = (
-                    f"{type(self).__name__} does not provide {name}={asked.value!r}; it provides {choices}. "
+                    f"{type(self).__name__} does not provide {name}={str(asked)!r}; it provides {choices}. "
                     f"{others(self, can)}"
                 )
                 raise UnsupportedError(msg)

@@ -42,7 +42,9 @@ class CurvlinopsInterface(PackageInterface):
 
     package: ClassVar[str] = "curvlinops"
     extra: ClassVar[str] = "curvlinops"
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(Likelihood)
+    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(
+        {Likelihood.CLASSIFICATION, Likelihood.REGRESSION, Likelihood.REWARD_MODELING}
+    )
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:

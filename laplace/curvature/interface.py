@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from laplace.attributes import check_attribute, is_own
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
 from laplace.curvature.structured import StructuredInterface
-from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnknownAttributeError, UnsupportedError
-from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian, Positions, resolve
+from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, name_of, resolve
 from laplace.network.axes import check_last
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
@@ -95,7 +95,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         *,
         curvature_dtype: torch.dtype | None = None,
     ) -> None:
-        self.likelihood = choose(Likelihood, likelihood, "likelihood")
+        self.likelihood = name_of(likelihood)
         self.subset = SubsetOfWeights.LAST_LAYER if last_layer else SubsetOfWeights.ALL
         if subnetwork_indices is not None:
             self.subset = SubsetOfWeights.SUBNETWORK
@@ -118,7 +118,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         self.dict_key_y = dict_key_y
         self.curvature_dtype = curvature_dtype
         self.output_likelihood: AbstractLikelihood = resolve(self.likelihood)
-        self.lossfunc, self.factor = self.output_likelihood.torch_loss()
+        self.lossfunc, self.factor = self.output_likelihood.torch_loss() or (None, 1.0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute that this back end knows; one that is not ours may have others.
@@ -396,8 +396,8 @@ class CurvatureInterface(StructuredInterface, ABC):
 
     def loss(self, positions: Positions) -> Tensor:
         """Negative log-likelihood of some positions, ``[]``, or ``[C]`` with ``loss_by_output``."""
-        if self.loss_by_output and isinstance(self.output_likelihood, GaussianLikelihood):
-            return self.output_likelihood.nll_of_outputs(positions.f, positions.y)
+        if self.loss_by_output:
+            return self.output_likelihood.nll_by_output(positions.f, positions.y)
         return self.output_likelihood.nll(positions.f, positions.y)
 
     def _restrict(self, values: Tensor) -> Tensor:

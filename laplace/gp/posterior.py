@@ -20,8 +20,8 @@ from laplace import linalg
 from laplace.errors import UnsupportedError
 from laplace.gp.linearized import tangents
 from laplace.gp.tangents import Tangents, clamped_diagonal
+from laplace.likelihoods.draws import chunks
 from laplace.predictive.base import Linearization
-from laplace.predictive.gaussian import chunks
 from laplace.structures import AbstractPrecision, FullPrecision
 from laplace.structures.basis import Basis
 

@@ -16,9 +16,9 @@ from laplace.gp.linearized import tangents
 from laplace.gp.subset_curvature import KernelBasis
 from laplace.gp.subset_of_data import SubsetPrecision
 from laplace.gp.tangents import clamped_diagonal
+from laplace.likelihoods.draws import draw
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.predictive.base import Linearization
-from laplace.predictive.gaussian import draw
 from laplace.structures import AbstractPrecision, DiagPrecision
 from laplace.structures.basis import Basis
 

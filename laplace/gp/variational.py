@@ -26,10 +26,9 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning, warn
-from laplace.gp import energy
 from laplace.gp.posterior import FeatureMap, FeaturePrecision
 from laplace.gp.tangents import Points, Tangents
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import AbstractLikelihood, Ask
 from laplace.types import Outputs, Scalar, Targets
 
 
@@ -234,8 +233,7 @@ def needs_covariance(likelihood: AbstractLikelihood, alpha: float, n_samples: in
     alpha, n_samples
         Of the objective.
     """
-    softmax = likelihood.has_link or likelihood.n_items > 1
-    return bool(not softmax or n_samples or alpha * float(likelihood.scale) < 1)
+    return bool(n_samples) or likelihood.for_targets().energy_asks(alpha) is Ask.COVARIANCE
 
 
 @dataclass(frozen=True)
@@ -279,12 +277,11 @@ class Objective:
             With the noise and temperature of the moment.
         """
         precision = FeaturePrecision.of(root @ root.T, delta)
-        softmax = likelihood.has_link or likelihood.n_items > 1
-        if softmax and self.n_samples:
+        likelihood = likelihood.for_targets()
+        if self.n_samples:
             samples = batch.samples(precision, self.n_samples, self.generator)
-            return energy.sampled_categorical(samples, batch.y, likelihood.scale, self.alpha)
-        of_likelihood = energy.categorical if softmax else energy.gaussian
-        return of_likelihood(batch.f, batch.covariance(precision), batch.y, likelihood.scale, self.alpha)
+            return likelihood.sampled_energy(samples, batch.y, self.alpha)
+        return likelihood.energy(batch.f, batch.covariance(precision), batch.y, self.alpha)
 
     def __call__(self, batch: Statistics, root: Tensor, delta: Tensor, likelihood: AbstractLikelihood) -> Scalar:
         """The objective, estimated from a batch, in nats.

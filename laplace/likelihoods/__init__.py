@@ -7,31 +7,100 @@ from typing import Any
 import torch
 
 from laplace.enums import Likelihood, choose
-from laplace.likelihoods.base import AbstractLikelihood, OutputHessian, Positions
+from laplace.errors import UnsupportedError
+from laplace.likelihoods.base import AbstractLikelihood, Ask, Link, Positions
+from laplace.likelihoods.bernoulli import BernoulliLikelihood
 from laplace.likelihoods.bradley_terry import BradleyTerryLikelihood
 from laplace.likelihoods.categorical import CategoricalLikelihood
 from laplace.likelihoods.gaussian import GaussianLikelihood
+from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.poisson import PoissonLikelihood
 
 LIKELIHOODS: dict[Likelihood, type[AbstractLikelihood]] = {
     Likelihood.REGRESSION: GaussianLikelihood,
     Likelihood.CLASSIFICATION: CategoricalLikelihood,
     Likelihood.REWARD_MODELING: BradleyTerryLikelihood,
+    Likelihood.BINARY: BernoulliLikelihood,
+    Likelihood.POISSON: PoissonLikelihood,
 }
 """Which class implements which name."""
+OF_USERS: dict[str, type[AbstractLikelihood]] = {}
+"""The same of classes from elsewhere; ``register`` adds to it."""
 
 
-def resolve(
-    likelihood: Likelihood | str,
-    sigma_noise: float | torch.Tensor = 1.0,
-    temperature: float | torch.Tensor = 1.0,
-    output_temperature: float | torch.Tensor = 1.0,
-) -> AbstractLikelihood:
-    """Turn the name of a likelihood into the likelihood: the only place that reads the name.
+def register(cls: Any) -> None:
+    """Make a likelihood of one's own known by its name, as ``likelihood="..."`` and to saved states.
+
+    Parameters
+    ----------
+    cls
+        A frozen dataclass that implements ``AbstractLikelihood`` and can be made without arguments.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is none, or another has its name.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, AbstractLikelihood) and isinstance(vars(cls).get("name"), str)):
+        msg = f"A likelihood is a subclass of AbstractLikelihood with a name of its own; got {cls!r}."
+        raise UnsupportedError(msg)
+    ours = {str(name): known for name, known in LIKELIHOODS.items()}
+    known = ours[cls.name] if cls.name in ours else OF_USERS.setdefault(cls.name, cls)
+    if known is not cls:
+        msg = f"{known.__name__} is the likelihood with the name {cls.name!r}; give {cls.__name__} another."
+        raise UnsupportedError(msg)
+
+
+def name_of(likelihood: Any) -> str:
+    """The name of a likelihood, checked; a member of ``Likelihood`` where it is one of ours.
 
     Parameters
     ----------
     likelihood
-        ``"regression"``, ``"classification"`` or ``"reward_modeling"``.
+        What the user wrote.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none of this name.
+    """
+    if isinstance(likelihood, str) and likelihood in OF_USERS:
+        return likelihood
+    return choose(Likelihood, likelihood, "likelihood")
+
+
+def chosen(likelihood: Any) -> AbstractLikelihood:
+    """A likelihood by its name, or as it is.
+
+    Parameters
+    ----------
+    likelihood
+        A name, or an object.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none of this name, or another class has it.
+    """
+    if isinstance(likelihood, AbstractLikelihood):
+        register(type(likelihood))
+        return likelihood
+    name = name_of(likelihood)
+    return LIKELIHOODS[name]() if isinstance(name, Likelihood) else OF_USERS[name]()
+
+
+def resolve(
+    likelihood: str,
+    sigma_noise: float | torch.Tensor = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    output_temperature: float | torch.Tensor = 1.0,
+) -> AbstractLikelihood:
+    """A likelihood by its name, at given hyperparameters, of which it takes those that it has.
+
+    Parameters
+    ----------
+    likelihood
+        As in ``chosen``.
     sigma_noise
         Standard deviation of the observation noise, in target units; only regression has one.
     temperature
@@ -39,31 +108,28 @@ def resolve(
     output_temperature
         What logits are divided by before the link, when predicting; only likelihoods with a link have one.
 
-    Returns
-    -------
-    The likelihood with this noise and temperature.
-
     Raises
     ------
     UnsupportedError
         If the name is unknown.
     """
-    cls = LIKELIHOODS[choose(Likelihood, likelihood, "likelihood")]
-    options: dict[str, Any] = {"temperature": temperature}
-    if cls.has_noise:
-        options["sigma_noise"] = torch.as_tensor(sigma_noise)
-    else:
-        options["output_temperature"] = output_temperature
-    return cls(**options)
+    return chosen(likelihood).at(torch.as_tensor(sigma_noise), temperature, output_temperature)
 
 
 __all__ = [
     "LIKELIHOODS",
     "AbstractLikelihood",
+    "Ask",
+    "BernoulliLikelihood",
     "BradleyTerryLikelihood",
     "CategoricalLikelihood",
     "GaussianLikelihood",
+    "Link",
     "OutputHessian",
+    "PoissonLikelihood",
     "Positions",
+    "chosen",
+    "name_of",
+    "register",
     "resolve",
 ]

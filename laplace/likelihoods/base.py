@@ -7,84 +7,36 @@ that they stay differentiable and can change without refitting.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace import linalg
-from laplace.enums import CurvatureKind, Likelihood
+from laplace.enums import CurvatureKind, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
+from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.types import Outputs, Scalar, Targets
 
-Link = Callable[[Tensor, Tensor], Tensor]
-"""Mean ``[rows, outputs]`` and variance or covariance of the logits → log probabilities ``[rows, outputs]``."""
+Link = Callable[[Tensor, Tensor], Any]
+"""From a Gaussian over outputs, mean and (co)variance, to what predictions are made of."""
 
 
-@dataclass(frozen=True)
-class OutputHessian:
-    """Hessians of −log p(y|f) in ``f``, one a row, kept as ``diag(d) ± r rᵀ``; C×C matrices are never built.
+class Ask(Enum):
+    """What a prediction is made of."""
 
-    Attributes
-    ----------
-    n_outputs
-        C.
-    diagonal
-        ``d``: ``[rows, C]``, or ``[rows, 1]`` when all outputs share it, or ``None`` for zero.
-    root
-        ``r``: ``[rows, C, k]``, or ``None`` for zero.
-    sign
-        Of the product ``r rᵀ``: 1 or −1.
-    total
-        The diagonal of the whole, ``[rows, C]``, given where ``d − r²`` would cancel; it is then used instead.
-    """
-
-    n_outputs: int
-    diagonal: Tensor | None = None
-    root: Tensor | None = None
-    sign: int = 1
-    total: Tensor | None = None
-
-    def diag(self) -> Float[Tensor, "rows outputs"]:
-        """Diagonals, ``[rows, C]``."""
-        if self.total is not None:
-            return self.total
-        total: Tensor | float = 0.0
-        if self.root is not None:
-            root = self.root.squeeze(-1)
-            total = self.sign * (root.square() if root.dim() == 2 else root.square().sum(-1))
-        if self.diagonal is not None:
-            total = total + self.diagonal.expand(-1, self.n_outputs)
-        assert isinstance(total, Tensor), "one of the two parts is there"
-        return total
-
-    def sum(self) -> Float[Tensor, "outputs outputs"]:
-        """Sum over rows, ``[C, C]``: one product of a ``[rows·k, C]`` matrix with itself."""
-        total: Tensor | float = 0.0
-        if self.root is not None:
-            flat = self.root.transpose(1, 2).reshape(-1, self.n_outputs)
-            total = self.sign * (flat.T @ flat)
-        if self.diagonal is not None:
-            total = total + torch.diag(self.diagonal.sum(0).expand(self.n_outputs))
-        assert isinstance(total, Tensor), "one of the two parts is there"
-        if self.total is not None:
-            total.diagonal().copy_(self.total.sum(0))
-        return total
-
-    def dense(self) -> Float[Tensor, "rows outputs outputs"]:
-        """All of them, ``[rows, C, C]``: for small problems and tests."""
-        total: Tensor | float = 0.0
-        if self.root is not None:
-            total = self.sign * (self.root @ self.root.transpose(1, 2))
-        if self.diagonal is not None:
-            total = total + torch.diag_embed(self.diagonal.expand(-1, self.n_outputs))
-        assert isinstance(total, Tensor), "one of the two parts is there"
-        if self.total is not None:
-            total.diagonal(dim1=1, dim2=2).copy_(self.total)
-        return total
+    VARIANCE = "variance"
+    """Mean and variance of each output."""
+    COVARIANCE = "covariance"
+    """Mean and covariance of the outputs of a row."""
+    JOINT = "joint"
+    """Mean and covariance of all outputs of all rows."""
+    FUNCTIONS = "functions"
+    """Samples of whole functions."""
 
 
 @dataclass(frozen=True)
@@ -128,33 +80,119 @@ class AbstractLikelihood(ABC):
     Outputs come flattened to ``[rows, C]`` (see ``flatten``). Subclasses are frozen dataclasses.
     """
 
-    name: ClassVar[Likelihood]
-    has_noise: ClassVar[bool] = False
-    """Whether ``sigma_noise`` has a meaning."""
-    has_link: ClassVar[bool] = False
-    """Whether outputs pass a nonlinear link, so that ``link_approx`` has a meaning."""
-    output_temperature: float | Tensor = 1.0
-    """What logits are divided by before the link, when predicting: T > 1 softens, T < 1 sharpens."""
+    name: ClassVar[str]
+    """As users write it: ``likelihood="..."``."""
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
+    """Those beside the prior that tuning may choose: ``"sigma_noise"``, ``"output_temperature"``."""
+    temperature: float | Tensor
+    """T of the tempered likelihood ``p(y|f)^(1/T)``."""
     n_items: ClassVar[int] = 1
-    """How many inputs a target compares: 2 for preferences between pairs, whose probabilities ``fitting=True`` asks."""
+    """How many inputs a target compares: 2 for preferences between pairs."""
+
+    # -- hyperparameters ----------------------------------------------------------------------------------------------
+
+    def at(
+        self, sigma_noise: Tensor, temperature: float | Tensor, output_temperature: float | Tensor
+    ) -> AbstractLikelihood:
+        """The likelihood with these numbers, of which it takes those that it has.
+
+        Parameters
+        ----------
+        sigma_noise
+            Standard deviation of the observation noise, ``[]`` or ``[C]``.
+        temperature
+            T of the tempered likelihood.
+        output_temperature
+            What logits are divided by when predicting.
+        """
+        numbers = {"temperature": temperature, "sigma_noise": sigma_noise, "output_temperature": output_temperature}
+        taken = ("temperature", *self.hyperparameters)
+        return replace(cast("Any", self), **{name: numbers[name] for name in taken})
+
+    @classmethod
+    def check_noise(cls, sigma_noise: Tensor) -> None:
+        """Raise where an observation noise other than 1 has no meaning."""
+        if bool((sigma_noise.detach() != 1).any()):
+            msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {cls.name}."
+            raise UnsupportedError(msg)
+
+    @classmethod
+    def check_output_temperature(cls, value: float) -> None:
+        """Raise where an output temperature other than 1 has no meaning."""
+        if value != 1 and "output_temperature" not in cls.hyperparameters:
+            msg = f"output_temperature divides logits before the link; outputs of {cls.name} pass none. Leave it at 1."
+            raise UnsupportedError(msg)
+
+    @classmethod
+    def beside_prior(cls, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
+        """The hyperparameter that ``tune`` chooses with the prior precision, and how many values it has (2: several).
+
+        Parameters
+        ----------
+        noise
+            ``"keep"``, ``"scalar"``, ``"per_output"``, or ``None`` for the default.
+        output_temperature
+            Whether it is chosen; ``None`` for the default.
+
+        Raises
+        ------
+        UnsupportedError
+            If one is asked for that the likelihood does not have.
+        """
+        if noise not in (None, "keep"):
+            msg = f"noise={noise!r} is the observation noise of regression; {cls.name} has none."
+            raise UnsupportedError(msg)
+        if "output_temperature" in cls.hyperparameters:
+            return ("output_temperature", 1) if output_temperature in (None, True) else (None, 0)
+        if output_temperature:
+            msg = f"output_temperature divides logits; {cls.name} has none. Leave it out."
+            raise UnsupportedError(msg)
+        return None, 0
+
+    def residual_noise(self, nll: Tensor, n_targets: int) -> Tensor:  # noqa: ARG002
+        """The noise of most likelihood, from a loss at unit noise and its number of targets."""
+        return self._refuse("an observation noise")
+
+    def weighing(self, weights: Float[Tensor, " outputs"]) -> AbstractLikelihood:  # noqa: ARG002
+        """The same at unit noise, with relative precisions of the outputs."""
+        return self._refuse("a noise for each output")
 
     @property
-    @abstractmethod
-    def scale(self) -> Tensor:
-        """Factor of the negative log-likelihood, ``1/(σ² T)``, ``[]`` or ``[C]`` by output; σ = 1 without noise."""
+    def described(self) -> str:
+        """The name, and numbers of its own: those that are no hyperparameters."""
+        known = {"temperature", "sigma_noise", "output_temperature"}
+        own = {field.name: getattr(self, field.name) for field in fields(cast("Any", self)) if field.name not in known}
+        numbers = ", ".join(f"{name}={value!r}" for name, value in own.items() if value is not None)
+        return f"{self.name}({numbers})" if numbers else str(self.name)
 
-    @abstractmethod
-    def curvature_scale(self, kind: CurvatureKind) -> Tensor:
-        """Factor of the curvature: ``1/(σ² T)``, ``[]`` or ``[C]`` by output; for the empirical Fisher ``1/(σ⁴ T)``.
+    def _refuse(self, what: str) -> NoReturn:
+        msg = f"likelihood={self.name!r} has no {what.removeprefix('a ').removeprefix('an ')}."
+        raise UnsupportedError(msg)
+
+    @classmethod
+    def check_balanced(cls) -> None:
+        """Raise where targets are no classes whose numbers could be balanced."""
+        msg = f"balanced=True draws equal numbers of each class; {cls.name} has none."
+        raise UnsupportedError(msg)
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the negative log-likelihood: ``1/T``, with noise ``1/(σ² T)``, ``[]`` or ``[C]`` by output."""
+        return 1 / torch.as_tensor(self.temperature)
+
+    def curvature_scale(self, kind: CurvatureKind) -> Tensor:  # noqa: ARG002
+        """Factor of the curvature; without noise that of the negative log-likelihood.
 
         Parameters
         ----------
         kind
             Which curvature it multiplies.
         """
+        return self.scale
 
-    @abstractmethod
-    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:
+    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:  # noqa: ARG002
         """What is subtracted from ``−scale · nll`` to make it the log-likelihood, in nats; not tempered.
 
         Parameters
@@ -162,6 +200,7 @@ class AbstractLikelihood(ABC):
         n_positions, n_outputs
             Numbers of unmasked positions and of outputs.
         """
+        return torch.zeros_like(self.scale)
 
     @abstractmethod
     def nll(self, f: Outputs, y: Targets) -> Scalar:
@@ -174,6 +213,18 @@ class AbstractLikelihood(ABC):
         y
             Targets of the same rows.
         """
+
+    def nll_by_output(self, f: Outputs, y: Targets) -> Tensor:
+        """The same for each output, ``[C]``, where outputs may have a noise of their own; else ``[]``."""
+        return self.nll(f, y)
+
+    def scaled_nll(self, f: Outputs, y: Targets) -> Scalar:
+        """The same at the noise and temperature of the likelihood."""
+        return self.scale.to(f) * self.nll(f, y)
+
+    def training_factor(self, n_outputs: int) -> float:  # noqa: ARG002
+        """What the loss per row is multiplied by to have the size that PyTorch's loss for it has."""
+        return 1.0
 
     @abstractmethod
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
@@ -231,6 +282,66 @@ class AbstractLikelihood(ABC):
             Outputs, ``[..., C]``.
         """
 
+    # -- predicting ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_prediction(
+        cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool, fitting: bool | None
+    ) -> None:
+        """Raise where options of a prediction have no meaning for the likelihood, or do not go together.
+
+        Parameters
+        ----------
+        kind, link, joint, diagonal_output
+            As in ``ParametricLaplace.__call__``.
+        fitting
+            Likewise; ``None`` for the prediction that targets are scored by.
+
+        Raises
+        ------
+        UnsupportedError
+            If so.
+        """
+        if fitting:
+            problem = f"fitting=True is for reward modeling; it has no meaning for {cls.name}."
+        elif joint and diagonal_output:
+            problem = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
+        elif joint and kind is PredType.NN:
+            problem = 'joint=True needs pred_type="glm"; sampled predictions are functions already.'
+        else:
+            problem = cls._problem_with(kind, link, joint=joint, diagonal_output=diagonal_output)
+        if problem:
+            raise UnsupportedError(problem)
+
+    @classmethod
+    @abstractmethod
+    def _problem_with(cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> str:
+        """What is wrong with options of a prediction; empty for nothing."""
+
+    @abstractmethod
+    def asks(self, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> Ask:
+        """What a prediction with these options, which were checked, is made of."""
+
+    @abstractmethod
+    def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:
+        """From a Gaussian over outputs to what ``predict`` and ``predictive_nll`` take."""
+
+    @abstractmethod
+    def average(
+        self, functions: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int, center: Outputs
+    ) -> tuple[Tensor, Tensor, Link]:
+        """From samples of functions to what ``predict`` and ``predictive_nll`` take: an average after the link.
+
+        Parameters
+        ----------
+        functions
+            Samples of the outputs, in parts.
+        n_samples
+            How many there are in all.
+        center
+            Outputs near which they are, ``[rows, C]``.
+        """
+
     @abstractmethod
     def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor | tuple[Tensor, Tensor]:
         """From a Gaussian over outputs to what the user gets.
@@ -242,12 +353,16 @@ class AbstractLikelihood(ABC):
         cov
             Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
         link
-            From logits to log probabilities, where there is a link.
+            As ``self.link`` makes it, or as ``average`` returns it.
 
         Returns
         -------
-        Class probabilities ``[rows, C]``; for regression mean and (co)variance, without observation noise.
+        Class probabilities ``[rows, C]``; or mean and (co)variance of E[y|f], without the noise of targets.
         """
+
+    def predict_joint(self, mean: Float[Tensor, " joint"], cov: Float[Tensor, "joint joint"]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """The same for all outputs of all rows at once."""
+        return self._refuse("joint covariance of its predictions")
 
     @abstractmethod
     def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
@@ -268,6 +383,102 @@ class AbstractLikelihood(ABC):
         -----
         Observation noise is included: the score is that of targets.
         """
+
+    @abstractmethod
+    def scores(self) -> Mapping[str, Callable[..., Tensor] | None]:
+        """Scores of predictions by name: functions like ``predictive_nll``; ``None`` where all predictions are needed.
+
+        Those of the second kind see class probabilities, ``probabilities``.
+        """
+
+    def probabilities(self, prediction: Tensor) -> Float[Tensor, "rows classes"]:  # noqa: ARG002
+        """One column per class, of predictions."""
+        return self._refuse("class probabilities")
+
+    def label(self, y: Targets) -> Tensor:  # noqa: ARG002
+        """Class indices ``[rows]``, or soft labels ``[rows, classes]``, of targets."""
+        return self._refuse("classes")
+
+    def check_metric(self, name: str, takes_spread: bool, pred_type: PredType) -> bool:  # noqa: ARG002
+        """Whether a metric is given means alone of predictions that have a spread, too.
+
+        Parameters
+        ----------
+        name
+            Of the metric.
+        takes_spread
+            Whether it can be called with means, (co)variances and targets.
+        pred_type
+            How predictions are made.
+
+        Raises
+        ------
+        InputError
+            If all hyperparameters would have the same score.
+        """
+        return False
+
+    # -- items that are compared --------------------------------------------------------------------------------------
+
+    def for_targets(self) -> AbstractLikelihood:
+        """What targets are predicted with."""
+        return self
+
+    def arranged(self, inputs: Any, compare: Callable[[Any], Any]) -> Any:  # noqa: ARG002
+        """Linearized inputs as targets need them: compared where they are of pairs."""
+        return inputs
+
+    def check_rows(self) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raise unless each target belongs to one row of features."""
+
+    @classmethod  # noqa: B027 - most have nothing to refuse
+    def check_diagonal_hessian(cls) -> None:
+        """Raise where the diagonal of Hessians in the outputs means nothing."""
+
+    # -- variational inference ----------------------------------------------------------------------------------------
+
+    def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:  # noqa: ARG002
+        """``−(1/α) log E[p(y|f)^α]`` under a Gaussian over outputs, row by row, without the normalizer, in nats.
+
+        At α = 0 it is ``E[−log p(y|f)]``, at α = 1 the negative log predictive density.
+
+        Parameters
+        ----------
+        mean
+            ``[rows, C]``.
+        cov
+            What ``energy_asks`` says: ``[rows, C, C]`` or ``[rows, C]``.
+        y
+            Targets of the same rows.
+        alpha
+            α in [0, 1].
+
+        References
+        ----------
+        Hernández-Lobato et al. (2016), "Black-box alpha divergence minimization". arXiv:1511.03243
+        """
+        return self._refuse("objective for variational inference")
+
+    def energy_asks(self, alpha: float) -> Ask:  # noqa: ARG002
+        """What the energy is made of: ``COVARIANCE``, or ``VARIANCE`` where that is enough."""
+        return Ask.COVARIANCE
+
+    def sampled_energy(
+        self,
+        samples: Float[Tensor, "samples rows outputs"],  # noqa: ARG002
+        y: Targets,  # noqa: ARG002
+        alpha: float,  # noqa: ARG002
+    ) -> Float[Tensor, " rows"]:
+        """The same from samples of the outputs."""
+        return self._refuse("objective that is sampled: leave mc_softmax_samples at 0")
+
+    @classmethod
+    def check_sampled_energy(cls) -> None:
+        """Raise unless the energy may be sampled."""
+        msg = f"mc_softmax_samples draws logits; the objective of {cls.name} is exact without. Leave it at 0."
+        raise UnsupportedError(msg)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
@@ -296,14 +507,14 @@ class AbstractLikelihood(ABC):
         """
         if self.n_items > 1 and n_outputs != 1:
             msg = (
-                f'likelihood="{self.name.value}" compares items by one score each; the last layer of the model has '
+                f'likelihood="{self.name}" compares items by one score each; the last layer of the model has '
                 f"{n_outputs} outputs. Give it one output and apply it to both items of a pair."
             )
             raise UnsupportedError(msg)
 
-    @abstractmethod
-    def torch_loss(self) -> tuple[nn.Module, float]:
-        """A summed PyTorch loss and the factor that makes it ``nll``, for third-party packages."""
+    def torch_loss(self) -> tuple[nn.Module, float] | None:
+        """A summed PyTorch loss and the factor that makes it ``nll``, for packages; ``None``: they are refused."""
+        return None
 
     @abstractmethod
     def count(self, y: Tensor, n_outputs: int) -> int:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.enums import CurvatureKind, Likelihood
-from laplace.errors import InputError, ShapeError
-from laplace.likelihoods.base import AbstractLikelihood, Link, OutputHessian, Positions, check_outputs
+from laplace.enums import Likelihood, LinkApprox, PredType
+from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.likelihoods import softmax
+from laplace.likelihoods.base import Link, Positions, check_outputs
+from laplace.likelihoods.categorical import CategoricalLikelihood
+from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.predictions import PredictsMoments
 from laplace.types import Outputs, Scalar, Targets
 
 
 @dataclass(frozen=True)
-class BradleyTerryLikelihood(AbstractLikelihood):
+class PairProbabilities(CategoricalLikelihood):
+    """Which item of a pair is preferred: two classes with the logits (f₀ − f₁, 0), the second without variance."""
+
+    name: ClassVar[str] = Likelihood.REWARD_MODELING.value
+    links: ClassVar[Mapping[LinkApprox, Callable[..., Tensor]]] = {
+        LinkApprox.PROBIT: softmax.probit,
+        LinkApprox.MC: softmax.mc,
+    }
+    variance_links: ClassVar[frozenset[LinkApprox]] = frozenset(links)
+    unlinked: ClassVar[str] = 'is made for several classes; for pairs use "probit" or "mc".'
+
+    @classmethod
+    def _problem_with(cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> str:
+        if link in cls.links and diagonal_output:
+            return "Probabilities of pairs need the covariance of both scores: leave out diagonal_output=True."
+        return super()._problem_with(kind, link, joint=joint, diagonal_output=diagonal_output)
+
+
+@dataclass(frozen=True)
+class BradleyTerryLikelihood(PredictsMoments):
     """−log p(y|f) = softplus(−(f_y − f_{1−y})), tempered by 1/T; y is the index of the preferred item of a pair.
 
     A row holds the two scores of a pair. No probability is computed as ``1 − p``: confident ones lose no digits.
@@ -37,21 +61,58 @@ class BradleyTerryLikelihood(AbstractLikelihood):
     temperature: float | Tensor = 1.0
     output_temperature: float | Tensor = 1.0
 
-    name: ClassVar[Likelihood] = Likelihood.REWARD_MODELING
+    name: ClassVar[str] = Likelihood.REWARD_MODELING.value
+    hyperparameters: ClassVar[tuple[str, ...]] = ("output_temperature",)
     n_items: ClassVar[int] = 2
 
-    @property
-    def scale(self) -> Scalar:
-        """1/T."""
-        return 1 / torch.as_tensor(self.temperature)
+    @classmethod
+    def check_prediction(
+        cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool, fitting: bool | None
+    ) -> None:
+        """Scores of items, or the probabilities of pairs."""
+        chosen = super() if fitting is False else PairProbabilities
+        chosen.check_prediction(kind, link, joint=joint, diagonal_output=diagonal_output, fitting=False)
 
-    def curvature_scale(self, kind: CurvatureKind) -> Scalar:  # noqa: ARG002
-        """1/T for every curvature: there is no noise to scale with."""
-        return self.scale
+    def for_targets(self) -> PairProbabilities:
+        """The probabilities of pairs."""
+        return PairProbabilities(self.temperature, self.output_temperature)
 
-    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:  # noqa: ARG002
-        """Zero: the two probabilities of a pair sum to one already."""
-        return torch.zeros_like(self.scale)
+    def arranged(self, inputs: Any, compare: Callable[[Any], Any]) -> Any:
+        """Targets are preferences between items."""
+        return compare(inputs)
+
+    def check_rows(self) -> None:
+        """Raise: a target belongs to two rows of features.
+
+        Raises
+        ------
+        UnsupportedError
+            Always.
+        """
+        msg = (
+            "The last layer is trained again on one row a target; targets of reward modeling compare two inputs. Use "
+            'method="marglik", or validation data (method="gridsearch").'
+        )
+        raise UnsupportedError(msg)
+
+    @classmethod
+    def check_diagonal_hessian(cls) -> None:
+        """Raise.
+
+        Raises
+        ------
+        UnsupportedError
+            Always.
+        """
+        msg = (
+            f"The Hessian of {cls.name} acts on the difference of two scores, and its diagonal means nothing: leave "
+            "out diagonal_hessian=True."
+        )
+        raise UnsupportedError(msg)
+
+    @classmethod
+    def check_sampled_energy(cls) -> None:
+        """Logits of pairs are drawn."""
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
         """−log sigmoid of the margin of the preferred item, summed over pairs."""
@@ -79,13 +140,13 @@ class BradleyTerryLikelihood(AbstractLikelihood):
         """The scores themselves."""
         return f
 
-    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor | tuple[Tensor, Tensor]:
-        """Mean and (co)variance of scores ``[rows, 1]``; the probabilities of pairs ``[pairs, 2]``."""
-        return (mean, cov) if mean.shape[-1] == 1 else link(mean, cov).exp()
+    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> NoReturn:  # noqa: ARG002
+        """Not of scores: ``for_targets``."""
+        return self._refuse("density of scores")
 
-    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
-        """−log of the probability of the preferred item, summed over pairs; in log space, so that it stays finite."""
-        return F.nll_loss(link(mean, cov), y, reduction="sum")
+    def scores(self) -> dict[str, None]:
+        """None of scores: ``for_targets``."""
+        return {}
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets and put the two scores of a pair into one row.

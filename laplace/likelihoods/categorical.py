@@ -10,17 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.enums import CurvatureKind, Likelihood
+from laplace.enums import Likelihood
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.likelihoods.base import (
-    AbstractLikelihood,
-    Link,
-    OutputHessian,
-    Positions,
-    check_outputs,
-    check_same_shape,
-    datum_index,
-)
+from laplace.likelihoods.base import Positions, check_outputs, check_same_shape, datum_index
+from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.types import Outputs, Scalar, Targets
 
 COARSE = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +26,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class CategoricalLikelihood(AbstractLikelihood):
+class CategoricalLikelihood(PredictsProbabilities):
     """−log p(y|f) = logsumexp(f) − f_y, tempered by 1/T; soft labels weigh the classes.
 
     Attributes
@@ -46,21 +40,11 @@ class CategoricalLikelihood(AbstractLikelihood):
     temperature: float | Tensor = 1.0
     output_temperature: float | Tensor = 1.0
 
-    name: ClassVar[Likelihood] = Likelihood.CLASSIFICATION
-    has_link: ClassVar[bool] = True
+    name: ClassVar[str] = Likelihood.CLASSIFICATION.value
 
-    @property
-    def scale(self) -> Scalar:
-        """1/T."""
-        return 1 / torch.as_tensor(self.temperature)
-
-    def curvature_scale(self, kind: CurvatureKind) -> Scalar:  # noqa: ARG002
-        """1/T for every curvature: there is no noise to scale with."""
-        return self.scale
-
-    def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:  # noqa: ARG002
-        """Zero: the logits are normalized already."""
-        return torch.zeros_like(self.scale)
+    @classmethod
+    def check_balanced(cls) -> None:
+        """There are classes to balance."""
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
         """Cross-entropy summed over rows."""
@@ -114,17 +98,6 @@ class CategoricalLikelihood(AbstractLikelihood):
     def expectation(self, f: Tensor) -> Tensor:
         """Class probabilities, ``[..., C]``."""
         return (f / self.output_temperature).softmax(-1)
-
-    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor:
-        """Class probabilities, ``[rows, C]``; rows sum to one."""
-        return link(mean, cov).exp()
-
-    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
-        """Cross-entropy of the predictive probabilities, summed; in log space, so that it stays finite."""
-        log_probabilities = link(mean, cov)
-        if y.is_floating_point():
-            return -(y * log_probabilities).sum()
-        return F.nll_loss(log_probabilities, y, reduction="sum")
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets, flatten positions, drop the masked ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,22 +12,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace import linalg
-from laplace.enums import CurvatureKind, Likelihood
-from laplace.errors import InputError
-from laplace.likelihoods.base import (
-    AbstractLikelihood,
-    Link,
-    OutputHessian,
-    Positions,
-    check_outputs,
-    check_same_shape,
-    datum_index,
-)
+from laplace.enums import CurvatureKind, Likelihood, PredType
+from laplace.errors import InputError, UnsupportedError
+from laplace.likelihoods.base import AbstractLikelihood, Link, Positions, check_outputs, check_same_shape, datum_index
+from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.predictions import PredictsMoments
 from laplace.types import Outputs, Scalar, Targets
 
 
 @dataclass(frozen=True)
-class GaussianLikelihood(AbstractLikelihood):
+class GaussianLikelihood(PredictsMoments):
     """−log p(y|f) = ‖y − f‖² / (2σ²) + C log(σ√2π), tempered by 1/T in its first term.
 
     Attributes
@@ -44,8 +39,34 @@ class GaussianLikelihood(AbstractLikelihood):
     temperature: float | Tensor = 1.0
     weights: Tensor | None = None
 
-    name: ClassVar[Likelihood] = Likelihood.REGRESSION
-    has_noise: ClassVar[bool] = True
+    name: ClassVar[str] = Likelihood.REGRESSION.value
+    hyperparameters: ClassVar[tuple[str, ...]] = ("sigma_noise",)
+
+    @classmethod
+    def check_noise(cls, sigma_noise: Tensor) -> None:
+        """Any noise is one."""
+
+    @classmethod
+    def beside_prior(cls, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
+        """The noise, one or one per output.
+
+        Raises
+        ------
+        UnsupportedError
+            If an output temperature is asked for.
+        """
+        if output_temperature:
+            msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
+            raise UnsupportedError(msg)
+        return (None, 0) if noise == "keep" else ("sigma_noise", 2 if noise == "per_output" else 1)
+
+    def residual_noise(self, nll: Tensor, n_targets: int) -> Tensor:
+        """Root mean squared residual."""
+        return (2 * nll / n_targets).sqrt()
+
+    def weighing(self, weights: Float[Tensor, " outputs"]) -> AbstractLikelihood:
+        """The same at unit noise, with relative precisions of the outputs."""
+        return GaussianLikelihood(weights=weights)
 
     @property
     def scale(self) -> Tensor:
@@ -64,9 +85,18 @@ class GaussianLikelihood(AbstractLikelihood):
         """½ Σ w (y − f)²."""
         return 0.5 * ((f - y) * self.gradient(f, y)).sum()
 
-    def nll_of_outputs(self, f: Outputs, y: Targets) -> Float[Tensor, " outputs"]:
+    def nll_by_output(self, f: Outputs, y: Targets) -> Float[Tensor, " outputs"]:
         """½ Σ (y − f)² for each output, ``[C]``."""
         return 0.5 * (f - y).square().sum(0)
+
+    def scaled_nll(self, f: Outputs, y: Targets) -> Scalar:
+        """``Σ_c s_c ½ Σ (y_c − f_c)²`` where outputs have noise of their own."""
+        scale = self.scale.to(f)
+        return scale * self.nll(f, y) if scale.dim() == 0 else (scale * self.nll_by_output(f, y)).sum()
+
+    def training_factor(self, n_outputs: int) -> float:
+        """``MSELoss`` is a mean over outputs of squares that are not halved."""
+        return 2 / n_outputs
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
         """w (f − y), ``[rows, C]``."""
@@ -91,10 +121,6 @@ class GaussianLikelihood(AbstractLikelihood):
         """The outputs themselves."""
         return f
 
-    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Mean and (co)variance of the outputs, without observation noise; there is no link to apply."""
-        return mean, cov
-
     def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:  # noqa: ARG002
         """Negative log density of N(mean, cov + σ²), summed, in nats; a variance scores each output by itself."""
         noise = (self.sigma_noise**2).to(mean.dtype)
@@ -106,6 +132,52 @@ class GaussianLikelihood(AbstractLikelihood):
         whitened = torch.linalg.solve_triangular(factor, (y - mean).unsqueeze(-1), upper=False)
         half_logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum()
         return 0.5 * (whitened.square().sum() + mean.numel() * math.log(2 * math.pi)) + half_logdet
+
+    def scores(self) -> Mapping[str, Callable[..., Tensor] | None]:
+        """Two sums."""
+        return {"nll": self.predictive_nll, "crps": self.crps}
+
+    def crps(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:  # noqa: ARG002
+        """Of each output's marginal, noise included: Gneiting & Raftery (2007), equation 21."""
+        var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
+        sigma = (var + (self.sigma_noise**2).to(var)).sqrt()
+        z = (y - mean) / sigma
+        density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+        return (sigma * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))).sum()
+
+    def check_metric(self, name: str, takes_spread: bool, pred_type: PredType) -> bool:
+        """Means do not depend on the posterior of a linearized network.
+
+        Raises
+        ------
+        InputError
+            If they are all that a metric sees.
+        """
+        if takes_spread:
+            return False
+        if pred_type is PredType.GLM:
+            msg = (
+                f"{name} scores means, which do not depend on the prior precision of a linearized network: every value "
+                'would be as good. Leave loss out (the density of the targets), or pass loss="crps".'
+            )
+            raise InputError(msg)
+        return True
+
+    def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
+        """Exactly: ``½ s rᵀ (I + α s V)⁻¹ r + (1/2α) log |I + α s V|`` with r = y − f.
+
+        Parameters
+        ----------
+        mean, cov, y, alpha
+            As in ``AbstractLikelihood.energy``; V is ``[rows, C, C]``.
+        """
+        scale, r = self.scale, y - mean
+        if alpha == 0:
+            return 0.5 * scale * (r.square().sum(-1) + cov.diagonal(dim1=1, dim2=2).sum(-1))
+        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        factor = linalg.cholesky(eye + alpha * scale * cov, "predictive covariance")
+        half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1), upper=False).squeeze(-1)
+        return 0.5 * scale * half.square().sum(-1) + factor.diagonal(dim1=1, dim2=2).log().sum(-1) / alpha
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets and flatten positions.

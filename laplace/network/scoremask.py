@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
 
@@ -237,11 +237,11 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
     ) -> None:
         super().__init__(model, n_params_subnet)
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
-        if self.likelihood is Likelihood.REWARD_MODELING:
+        if self.likelihood not in TRAINING_LOSSES:
+            names = " or ".join(repr(name.value) for name in TRAINING_LOSSES)
             msg = (
-                "LargestVarianceSWAGSubnetMask trains with the loss of 'classification' or 'regression'. For pairs "
-                "call fit_diagonal_swag_var with their loss, and return its result from a ScoreBasedSubnetMask of your "
-                "own."
+                f"LargestVarianceSWAGSubnetMask trains with the loss of {names}. For {self.likelihood.value!r} call "
+                "fit_diagonal_swag_var with its loss, and return the result from a ScoreBasedSubnetMask of your own."
             )
             raise UnsupportedError(msg)
         self.swag_n_snapshots, self.swag_snapshot_freq, self.swag_lr = swag_n_snapshots, swag_snapshot_freq, swag_lr
@@ -260,11 +260,10 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
         InputError
             If there are none, or as in ``fit_diagonal_swag_var``.
         """
-        loss = cross_entropy if self.likelihood is Likelihood.CLASSIFICATION else squared_error
         return fit_diagonal_swag_var(
             self.model,
             self._needed(train_loader),
-            loss,
+            TRAINING_LOSSES[self.likelihood],
             self.swag_n_snapshots,
             self.swag_snapshot_freq,
             self.swag_lr,
@@ -301,3 +300,10 @@ def squared_error(f: Tensor, y: Tensor) -> Tensor:
         Outputs and targets.
     """
     return F.mse_loss(f, y.reshape(f.shape).to(f.dtype))
+
+
+TRAINING_LOSSES: dict[Likelihood, Callable[[Tensor, Tensor], Tensor]] = {
+    Likelihood.CLASSIFICATION: cross_entropy,
+    Likelihood.REGRESSION: squared_error,
+}
+"""Losses to train with, by likelihood."""

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.errors import UnsupportedError
+from laplace.likelihoods.draws import chunks, draw
 from laplace.network.parameters import head_views, split_sizes
 from laplace.predictive.base import Linearization
-from laplace.predictive.gaussian import chunks, draw
 from laplace.predictive.spectral import SpectralLinearization
 from laplace.structures import AbstractPrecision
 from laplace.structures.basis import Basis, DenseBasis

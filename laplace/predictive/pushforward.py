@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import InputError
-from laplace.likelihoods import AbstractLikelihood
-from laplace.likelihoods.base import Link
-from laplace.predictive.gaussian import draw
+from laplace.likelihoods import AbstractLikelihood, Ask, Link
+from laplace.likelihoods.draws import draw
 from laplace.predictive.linearization import Linearization
-from laplace.predictive.links import LINKS, VARIANCE_LINKS, average_softmax, mc
 from laplace.structures import AbstractPrecision
 
 Moments = tuple[Tensor, Tensor, Link]
@@ -68,13 +64,22 @@ def predict(
     covariance ``[…, C, C]`` (variance ``[…, C]`` with ``diagonal_output`` or ``pred_type="nn"``; ``[rows·C]`` and
     ``[rows·C, rows·C]`` with ``joint``), in units of the targets, without observation noise.
     """
-    if options.joint and not (likelihood.has_link or options.fitting):
-        return inputs.f.flatten(), inputs.joint_covariance(precision, dtype).to(inputs.f.dtype)
+    likelihood = likelihood.for_targets() if options.fitting else likelihood
+    if asked(likelihood, options) is Ask.JOINT:
+        mean, cov = likelihood.predict_joint(inputs.mean(dtype).flatten(), inputs.joint_covariance(precision, dtype))
+        return mean.to(inputs.f.dtype), cov.to(inputs.f.dtype)
     mean, cov, link = moments(inputs, precision, likelihood, options, dtype)
     result = likelihood.predict(mean, cov, link)
     if isinstance(result, Tensor):
         return inputs.restore(result)
     return inputs.restore(result[0]), inputs.restore(result[1])
+
+
+def asked(likelihood: AbstractLikelihood, options: Options) -> Ask:
+    """What a prediction is made of."""
+    return likelihood.asks(
+        options.pred_type, options.link, joint=options.joint, diagonal_output=options.diagonal_output
+    )
 
 
 def moments(
@@ -117,44 +122,30 @@ def moments_of_each(
 
     Yields
     ------
-    Mean ``[rows, C]``, variance ``[rows, C]`` or covariance ``[rows, C, C]``, and a link. Where functions are sampled
-    and averaged after the link, the mean is their log probabilities already and the link leaves it alone.
+    Mean ``[rows, C]``, variance ``[rows, C]`` or covariance ``[rows, C, C]``, and a link: what the likelihood asks for.
+    Where functions are sampled, it has averaged them after the link.
     """
-    options, first = fresh_options(), likelihoods[0]
-    has_link = first.has_link or options.fitting
-    variance_is_enough = options.diagonal_output or (has_link and (options.fitting or options.link in VARIANCE_LINKS))
-    sampled = options.pred_type is PredType.NN or (has_link and options.joint)
-    if variance_is_enough and not sampled:
+    options = fresh_options()
+    if options.fitting:
+        likelihoods = [likelihood.for_targets() for likelihood in likelihoods]
+    ask = asked(likelihoods[0], options)
+    if ask is Ask.VARIANCE:
         mean = inputs.mean(dtype)
         for variance, likelihood in zip(inputs.variances(precisions, dtype), likelihoods, strict=True):
-            yield mean, variance, link_function(fresh_options(), likelihood)
+            yield mean, variance, _link(likelihood, fresh_options())
         return
     for precision, likelihood in zip(precisions, likelihoods, strict=True):
         options = fresh_options()
-        if not sampled:
-            yield inputs.mean(dtype), inputs.covariance(precision, dtype), link_function(options, likelihood)
-        elif has_link:
-            functions = (f / likelihood.output_temperature for f in _functions(inputs, precision, options, dtype))
-            log_probabilities = average_softmax(functions, options.n_samples)
-            yield log_probabilities, torch.zeros_like(log_probabilities), _already_applied
+        if ask is Ask.FUNCTIONS:
+            functions = _functions(inputs, precision, options, dtype)
+            yield likelihood.average(functions, options.n_samples, inputs.mean(dtype))
         else:
-            yield *_sample_moments(inputs, precision, options, dtype), link_function(options, likelihood)
+            yield inputs.mean(dtype), inputs.covariance(precision, dtype), _link(likelihood, options)
 
 
-def _already_applied(mean: Tensor, _cov: Tensor) -> Tensor:
-    """The link of means that are log probabilities."""
-    return mean
-
-
-def link_function(options: Options, likelihood: AbstractLikelihood) -> Link:
-    """The link of these options, applied to logits divided by the output temperature."""
-    link = LINKS[options.link]
-    if options.link is LinkApprox.MC:
-        link = partial(mc, n_samples=options.n_samples, generator=options.generator)
-    T = likelihood.output_temperature
-    if not isinstance(T, Tensor) and T == 1:
-        return link
-    return lambda mean, cov: link(mean / T, cov / T**2)
+def _link(likelihood: AbstractLikelihood, options: Options) -> Link:
+    """The link of these options."""
+    return likelihood.link(options.link, options.n_samples, options.generator)
 
 
 def functional_samples(
@@ -185,22 +176,6 @@ def _functions(
     """Whole functions, of the linearized network or of the network itself."""
     draw_functions = inputs.network_functions if options.pred_type is PredType.NN else inputs.functions
     return draw_functions(precision, options.n_samples, options.generator, dtype)
-
-
-def _sample_moments(
-    inputs: Linearization, precision: AbstractPrecision, options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[rows, C]`` over functions drawn from the posterior, without keeping all of them."""
-    if options.n_samples < 2:
-        msg = f"A variance over samples needs n_samples of at least 2; got {options.n_samples}."
-        raise InputError(msg)
-    center = inputs.mean(dtype)
-    total, squares = torch.zeros_like(center), torch.zeros_like(center)
-    for f in _functions(inputs, precision, options, dtype):
-        deviation = f - center
-        total, squares = total + deviation.sum(0), squares + deviation.square().sum(0)
-    shift = total / options.n_samples
-    return center + shift, (squares - options.n_samples * shift.square()) / (options.n_samples - 1)
 
 
 def output_moments(

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.likelihoods.draws import chunks
 from laplace.predictive.base import Linearization
-from laplace.predictive.gaussian import chunks
 from laplace.structures import AbstractPrecision, DiagPrecision
 from laplace.structures.basis import Basis
 

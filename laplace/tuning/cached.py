@@ -77,20 +77,19 @@ class CachedData:
         collected: list[tuple[Callable[[], Linearization], Positions]] = []
         left, features = KEPT_ELEMENTS, False
 
-        def compared(x: Any) -> Linearization:
-            # Targets of reward modeling are preferences between items.
-            return compare(linearize(x)) if likelihood.n_items > 1 else linearize(x)
+        def arranged(x: Any) -> Linearization:
+            return likelihood.arranged(linearize(x), compare)
 
         for index, batch in enumerate(batches):
             # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
             x, y = copied(batch[0]), copied(batch[1])
             with numbered(index, x):
-                inputs = compared(x)
+                inputs = arranged(x)
                 positions = likelihood.flatten(inputs.f, y)
             features = isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
             found = inputs.kept(left)
             if found is None:
-                collected.append((partial(compared, x), positions))
+                collected.append((partial(arranged, x), positions))
             else:
                 kept, size = found
                 left -= size
@@ -177,6 +176,7 @@ class CachedData:
             if not len(positions.f):
                 continue
             y = positions.y.to(dtype) if positions.y.is_floating_point() else positions.y
+            likelihoods = [likelihood.for_targets() for likelihood in likelihoods]
             every = moments_of_each(get(), precisions, likelihoods, fresh_options, dtype)
             for index, ((mean, cov, link), likelihood) in enumerate(zip(every, likelihoods, strict=True)):
                 mean, cov = _select(positions, mean), _select(positions, cov)

@@ -240,12 +240,7 @@ def count_outputs(data: HeadData, priors: Sequence[GaussianPrior], likelihood: A
     ShapeError
         If the priors are over other weights, or over different ones.
     """
-    if likelihood.n_items > 1:
-        msg = (
-            "The last layer is trained again on one row a target; targets of reward modeling compare two inputs. Use "
-            'method="marglik", or validation data (method="gridsearch").'
-        )
-        raise UnsupportedError(msg)
+    likelihood.check_rows()
     width = data.phi.shape[1] + int(data.bias)
     sizes = {prior.n_params for prior in priors}
     if len(sizes) != 1 or (n_params := sizes.pop()) % width:

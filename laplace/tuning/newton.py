@@ -15,7 +15,7 @@ from torch import Tensor
 from laplace import linalg
 from laplace.curvature import last_layer
 from laplace.errors import InputError, NumericalWarning, warn
-from laplace.likelihoods import AbstractLikelihood, GaussianLikelihood, OutputHessian
+from laplace.likelihoods import AbstractLikelihood, OutputHessian
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
 from laplace.types import Features, Outputs, Scalar, Targets
@@ -78,13 +78,7 @@ class Head:
     def objective(self, theta: Float[Tensor, " params"]) -> Scalar:
         """The regularized loss, in nats."""
         f = self.outputs(theta)
-        scale = self.likelihood.scale.to(f)
-        if scale.dim() == 0:
-            nll = scale * self.likelihood.nll(f, self.y)
-        else:
-            assert isinstance(self.likelihood, GaussianLikelihood), "no other has noise"
-            nll = (scale * self.likelihood.nll_of_outputs(f, self.y)).sum()
-        return nll + 0.5 * self.prior.scatter(theta)
+        return self.likelihood.scaled_nll(f, self.y) + 0.5 * self.prior.scatter(theta)
 
     def gradient(self, theta: Float[Tensor, " params"], f: Outputs) -> Float[Tensor, " params"]:
         """Its gradient, with the outputs at these weights."""

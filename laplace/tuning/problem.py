@@ -112,10 +112,10 @@ class Problem:
         per_output
             One for each output.
         """
-        fit, nll = self.fit, self.fit.known_nll
+        fit, nll, likelihood = self.fit, self.fit.known_nll, self.likelihood()
         if per_output:
-            return (2 * fit.nll_of_outputs / fit.n_positions).sqrt()
-        return (2 * nll / (fit.n_positions * fit.n_outputs)).sqrt()
+            return likelihood.residual_noise(fit.nll_of_outputs, fit.n_positions)
+        return likelihood.residual_noise(nll, fit.n_positions * fit.n_outputs)
 
 
 def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:

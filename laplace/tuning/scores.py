@@ -7,13 +7,12 @@ calibration error) see all predictions at once.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from laplace.enums import PredType
@@ -68,36 +67,6 @@ class Score:
     sign: int = 1
 
 
-def _nll(likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:
-    return likelihood.predictive_nll(mean, cov, y, link)
-
-
-def _brier(likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:  # noqa: ARG001
-    """Σ_c (p_c − y_c)², summed over rows."""
-    label = y if y.is_floating_point() else F.one_hot(y, mean.shape[-1]).to(mean.dtype)
-    return (link(mean, cov).exp() - label).square().sum()
-
-
-def _crps(likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:  # noqa: ARG001
-    """Of each output's marginal, noise included: Gneiting & Raftery (2007), equation 21."""
-    var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
-    sigma = (var + (likelihood.sigma_noise**2).to(var)).sqrt()  # pyright: ignore[reportAttributeAccessIssue] - Gaussian
-    z = (y - mean) / sigma
-    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
-    return (sigma * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))).sum()
-
-
-def _calibration_error(probabilities: Tensor, y: Tensor) -> float:
-    """The expected calibration error; of soft labels the largest class counts."""
-    return calibration_error(probabilities.double(), y.argmax(-1) if y.is_floating_point() else y)
-
-
-ADDITIVE: dict[str, Additive] = {"nll": _nll, "brier": _brier, "crps": _crps}
-"""Scores that are sums over rows: proper, and differentiable."""
-
-NEEDS_LINK, NEEDS_NOISE = {"brier", "ece"}, {"crps"}
-
-
 def choose_score(loss: Any, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss") -> Score:
     """Turn what the user passed into a score.
 
@@ -126,7 +95,7 @@ def choose_score(loss: Any, likelihood: AbstractLikelihood, pred_type: PredType,
         If it is neither a name nor can be called, or is a function of means that the prior leaves alone.
     """
     if loss is None:
-        return Score("nll", additive=_nll)
+        return Score("nll", additive=partial(_additive, "nll"))
     if isinstance(loss, str):
         return _named(loss, likelihood, keyword)
     if isinstance(loss, RunningMetric):
@@ -138,11 +107,9 @@ def choose_score(loss: Any, likelihood: AbstractLikelihood, pred_type: PredType,
 
 
 def _named(name: str, likelihood: AbstractLikelihood, keyword: str) -> Score:
-    has_link = likelihood.has_link or likelihood.n_items > 1
-    known = [
-        n for n in (*ADDITIVE, "ece") if (has_link or n not in NEEDS_LINK) and (not has_link or n not in NEEDS_NOISE)
-    ]
-    if name == "mse" and not has_link:
+    likelihood = likelihood.for_targets()
+    known = likelihood.scores()
+    if name == "mse" and name not in known and "sigma_noise" in likelihood.hyperparameters:
         msg = (
             f"{keyword}='mse': the squared error of the mean does not depend on prior precision or noise, so there is "
             f"nothing to choose by it. Use one of {', '.join(map(repr, known))}."
@@ -150,24 +117,34 @@ def _named(name: str, likelihood: AbstractLikelihood, keyword: str) -> Score:
         raise UnsupportedError(msg)
     if name not in known:
         names = ", ".join(map(repr, known))
-        msg = f"{keyword} must be one of {names} for {likelihood.name.value}, or a function; got {name!r}."
+        msg = f"{keyword} must be one of {names} for {likelihood.name}, or a function; got {name!r}."
         raise UnsupportedError(msg)
-    if name == "ece":
-        return Score(name, whole=_calibration_error)
-    return Score(name, additive=ADDITIVE[name])
+    if known[name] is None:
+        return Score(name, whole=partial(WHOLE[name], likelihood))
+    return Score(name, additive=partial(_additive, name))
+
+
+def _additive(name: str, likelihood: AbstractLikelihood, mean: Tensor, cov: Tensor, y: Tensor, link: Link) -> Tensor:
+    """A score that is a sum over rows."""
+    score = likelihood.scores()[name]
+    assert score is not None, "chosen above"
+    return score(mean, cov, y, link)
+
+
+def _calibration_error(likelihood: AbstractLikelihood, prediction: Tensor, y: Tensor) -> float:
+    """The expected calibration error; of soft labels the largest class counts."""
+    probabilities, label = likelihood.probabilities(prediction).double(), likelihood.label(y)
+    return calibration_error(probabilities, label.argmax(-1) if label.is_floating_point() else label)
+
+
+WHOLE: dict[str, Callable[..., float]] = {"ece": _calibration_error}
+"""Scores that need all predictions: likelihood, predictions, targets."""
 
 
 def _metric(metric: RunningMetric, likelihood: AbstractLikelihood, pred_type: PredType) -> Score:
     """A metric of torchmetrics or of its kind, computed from scratch at each point."""
     name = type(metric).__name__
-    has_link = likelihood.has_link or likelihood.n_items > 1
-    only_means = not has_link and not takes(metric.update, (None,) * 3)
-    if only_means and pred_type is PredType.GLM:
-        msg = (
-            f"{name} scores means, which do not depend on the prior precision of a linearized network: every value "
-            'would be as good. Leave loss out (the density of the targets), or pass loss="crps".'
-        )
-        raise InputError(msg)
+    only_means = likelihood.for_targets().check_metric(name, takes(metric.update, (None,) * 3), pred_type)
 
     def whole(*predictions: Tensor) -> float:
         metric.reset()

@@ -76,7 +76,7 @@ class MAPObjective:
         nll = self.likelihood.nll(positions.f, positions.y)
         loss = nll / len(y) + penalty / self.n_rows
         _check_finite(loss, "loss")
-        return loss * (2 / f.shape[-1]) if self.likelihood.has_noise else loss
+        return loss * self.likelihood.training_factor(f.shape[-1])
 
 
 def _check_finite(value: Tensor, what: str) -> None:

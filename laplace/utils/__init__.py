@@ -10,6 +10,7 @@ from laplace.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
+from laplace.likelihoods.draws import normal_samples
 from laplace.linalg import block_diag, diagonal_add_scalar, invsqrt_precision, kron, symeig
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.sampler import SoDSampler
@@ -22,7 +23,6 @@ from laplace.network.scoremask import (
 )
 from laplace.network.subnetmask import LastLayerSubnetMask, ModuleNameSubnetMask, ParamNameSubnetMask, SubnetMask
 from laplace.network.swag import fit_diagonal_swag_var
-from laplace.predictive.gaussian import normal_samples
 from laplace.prior import expand_prior_precision, fix_prior_prec_structure, parameters_per_layer
 from laplace.structures import Kron, KronDecomposed
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate

@@ -97,7 +97,7 @@ def test_what_is_no_model_or_back_end_is_refused():
         with pytest.raises(UnsupportedError, match="CurvatureInterface"):
             estimator(BASIC[0], "diag", backend=wrong)
     with pytest.raises(UnsupportedError, match="'regression', 'classification'"):
-        Laplace(BASIC[0].model(), "poisson")
+        Laplace(BASIC[0].model(), "student")
 
 
 # -- back ends --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_the_output_temperature_divides_logits_before_the_link(options):
     elif options == {"link_approx": "bridge"}:
         expected = reference.bridge(mean / 0.6, covariance / 0.36)
     elif options == {"link_approx": "mc"}:
-        from laplace.predictive.gaussian import normal_samples
+        from laplace.likelihoods.draws import normal_samples
 
         expected = (normal_samples(mean, covariance, 7, generator(0)) / 0.6).softmax(-1).mean(0)
     else:

@@ -62,7 +62,7 @@ def statistics(thing, likelihood) -> Statistics:
     inputs = tangents(here.inputs, F64)
     phi = InducingMap(here.points, variational.kernel_factor(here.points)).features(inputs)
     f = torch.randn(here.J.shape[:2])
-    y = torch.randint(3, (len(f),)) if likelihood.has_link else torch.randn(f.shape)
+    y = torch.randint(3, (len(f),)) if likelihood.name == "classification" else torch.randn(f.shape)
     return Statistics(f, y, phi, Rest(inputs, phi).covariance)
 
 

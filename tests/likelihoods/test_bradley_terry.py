@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace.enums import CurvatureKind
+from laplace.enums import CurvatureKind, LinkApprox
 from laplace.errors import InputError, ShapeError
 from laplace.likelihoods import BradleyTerryLikelihood, CategoricalLikelihood
 from tests.contracts import check_likelihood
@@ -110,9 +110,10 @@ def test_what_is_no_preference_is_refused(f, y, error, says):
 def test_scores_are_predicted_as_they_are_and_pairs_through_the_link():
     link = lambda mean, cov: mean.log_softmax(-1)  # noqa: E731
     f, cov = scores(5, 2), torch.ones(5, 2)
-    assert_close(LIKELIHOOD.predict(f, cov, link), f.softmax(-1))
-    assert_close(LIKELIHOOD.predictive_nll(f, cov, Y, link), LIKELIHOOD.nll(f, Y))
-    mean, variance = LIKELIHOOD.predict(f[:, :1], cov[:, :1], link)
+    of_pairs = LIKELIHOOD.for_targets()
+    assert_close(of_pairs.predict(f, cov, link), f.softmax(-1))
+    assert_close(of_pairs.predictive_nll(f, cov, Y, link), LIKELIHOOD.nll(f, Y))
+    mean, variance = LIKELIHOOD.predict(f[:, :1], cov[:, :1], LIKELIHOOD.link(LinkApprox.PROBIT, 1, None))
     assert mean.equal(f[:, :1])
     assert variance.equal(cov[:, :1])
     assert LIKELIHOOD.expectation(f).equal(f)

@@ -8,7 +8,7 @@ import torch
 from laplace.enums import CurvatureKind
 from laplace.errors import InputError, ShapeError
 from laplace.likelihoods import GaussianLikelihood
-from laplace.predictive import links
+from laplace.likelihoods import softmax as links
 from tests.contracts import check_likelihood
 from tests.tools import assert_close
 

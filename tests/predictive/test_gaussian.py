@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace.errors import ShapeError
-from laplace.predictive import gaussian
+from laplace.likelihoods import draws as gaussian
 from laplace.utils import normal_samples
 from tests.contracts import generator
 from tests.structures.samples import psd, uniform

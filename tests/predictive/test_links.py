@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from laplace.enums import LinkApprox
-from laplace.predictive import links
+from laplace.likelihoods import softmax as links
 from tests import reference
 from tests.contracts import check_link, check_normalized_for_any_logits, generator
 from tests.tools import assert_close, assert_within

@@ -6,8 +6,9 @@ import torch
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError
 from laplace.likelihoods import resolve
+from laplace.likelihoods import softmax as links
 from laplace.predictive import linearization as linearization_module
-from laplace.predictive import links, pushforward
+from laplace.predictive import pushforward
 from laplace.predictive.linearization import FeatureLinearization
 from laplace.predictive.pushforward import Options
 from laplace.structures import DiagPrecision, FullPrecision, Kron

@@ -44,7 +44,7 @@ def head(likelihood="classification", delta=None, *, bias=True, mean=0.3, scale=
 def loss(head, theta):
     """The regularized loss, row by row."""
     weight, offset = theta[: C * D].view(C, D), theta[C * D :] if head.bias else torch.zeros(C)
-    name = head.likelihood.name.value
+    name = head.likelihood.name
     rows = zip(head.phi, head.y, strict=True)
     nll = sum(reference.datum_nll(name, (weight @ phi + offset).unsqueeze(0), y) for phi, y in rows)
     sigma, T = LIKELIHOODS[name].get("sigma_noise", 1.0), LIKELIHOODS[name]["temperature"]

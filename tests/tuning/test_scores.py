@@ -8,7 +8,7 @@ from laplace.enums import PredType
 from laplace.errors import InputError, UnsupportedError
 from laplace.evaluation.metrics import brier_score, calibration_error
 from laplace.likelihoods import resolve
-from laplace.predictive.links import probit
+from laplace.likelihoods.softmax import probit
 from laplace.tuning.scores import choose_score
 from tests.contracts import generator
 from tests.tools import assert_close

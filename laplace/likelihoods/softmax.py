@@ -1,6 +1,6 @@
-"""From a Gaussian over logits to class probabilities (``link_approx=``). Pure functions.
+"""From a Gaussian over logits to class probabilities (``link_approx=``), and to energies. Pure functions.
 
-Each takes the mean ``[rows, C]`` and a variance ``[rows, C]`` or covariance ``[rows, C, C]`` of the logits and returns
+Links take the mean ``[rows, C]`` and a variance ``[rows, C]`` or covariance ``[rows, C, C]`` of the logits and return
 *log* probabilities ``[rows, C]``, so that the score of a saturated prediction stays finite. Rows sum to one (after
 exponentiation) for any finite logits.
 """
@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace.enums import LinkApprox
-from laplace.predictive.gaussian import draw
+from laplace.likelihoods.draws import draw
+from laplace.types import Outputs, Scalar, Targets
 
 LogProbabilities = Float[Tensor, "rows outputs"]
 
@@ -191,3 +193,110 @@ LINKS: dict[LinkApprox, Callable[..., Tensor]] = {
 
 VARIANCE_LINKS = frozenset({LinkApprox.PROBIT})
 """Links that use variances alone: covariances are not computed for them."""
+
+
+# -- the data term of variational inference ---------------------------------------------------------------------------
+
+
+def expected_cross_entropy(
+    mean: Outputs, cov: Float[Tensor, "rows outputs outputs"], y: Targets
+) -> Float[Tensor, " rows"]:
+    """An upper bound of ``E[logsumexp f − f_y]``: the tilted bound, with the probabilities at the mean as tilt.
+
+    ``E[lse f] ≤ pᵀm + lse(m − pᵀm + ½ w)``, ``w_c = (e_c − p)ᵀ V (e_c − p)``. To first order in V it is the expansion
+    ``−log p(y|m) + ½ tr(Λ V)`` of the Laplace approximation, and it does not see a change common to all logits.
+
+    Parameters
+    ----------
+    mean
+        Of the logits, ``[rows, C]``.
+    cov
+        V, ``[rows, C, C]``.
+    y
+        Class indices ``[rows]`` or soft labels ``[rows, C]``.
+
+    Returns
+    -------
+    ``[rows]``, in nats.
+
+    References
+    ----------
+    Knowles & Minka (2011), "Non-conjugate variational message passing for multinomial and binary regression", section
+    5.3, for independent logits.
+    """
+    p = mean.softmax(-1)
+    center = (p * mean).sum(-1, keepdim=True)
+    Vp = (cov @ p.unsqueeze(-1)).squeeze(-1)
+    w = cov.diagonal(dim1=1, dim2=2) - 2 * Vp + (p * Vp).sum(-1, keepdim=True)
+    lse = (mean - center + 0.5 * w).logsumexp(-1) + center.squeeze(-1)
+    return lse - _of_label(mean, y)
+
+
+def energy(mean: Outputs, cov: Tensor, y: Targets, scale: Scalar, alpha: float) -> Float[Tensor, " rows"]:
+    """Of a softmax, in closed form: between the tilted bound (α = 0) and the probit approximation (α = 1).
+
+    With a = α/T it is ``(1/T) [(1 − a) · bound − a · log p̄(y)]``: linear in a, as it is where log p is Gaussian. Above
+    a = 1 (cold likelihoods) it is that of a = 1.
+
+    Parameters
+    ----------
+    mean
+        Of the logits, ``[rows, C]``.
+    cov
+        V, ``[rows, C, C]``; where a is 1 its diagonal ``[rows, C]`` is enough.
+    y
+        Class indices ``[rows]`` or soft labels ``[rows, C]``.
+    scale
+        1/T.
+    alpha
+        α in [0, 1].
+
+    Returns
+    -------
+    ``[rows]``, in nats.
+    """
+    power = min(alpha * float(scale), 1.0)
+    total = mean.new_zeros(len(mean))
+    if power < 1:
+        total = total + (1 - power) * expected_cross_entropy(mean, cov, y)
+    if power > 0:
+        variance = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=1, dim2=2)
+        # A variance that is zero to rounding may be just below it.
+        total = total - power * _of_label(probit(mean, variance.clamp(min=0)), y)
+    return scale * total
+
+
+def sampled_energy(
+    samples: Float[Tensor, "samples rows outputs"], y: Targets, scale: Scalar, alpha: float
+) -> Float[Tensor, " rows"]:
+    """Of a softmax, from samples of the logits: ``−(1/α) log mean p(y|f)^α``.
+
+    Parameters
+    ----------
+    samples
+        Logits, ``[samples, rows, C]``.
+    y
+        Class indices ``[rows]`` or soft labels ``[rows, C]``.
+    scale
+        1/T.
+    alpha
+        α in [0, 1].
+
+    Returns
+    -------
+    ``[rows]``, in nats.
+
+    Notes
+    -----
+    Converges with the number of samples S; for α > 0 with a bias of order 1/S.
+    """
+    nll = -scale * _of_label(samples.log_softmax(-1), y)
+    if alpha == 0:
+        return nll.mean(0)
+    return (math.log(len(samples)) - (-alpha * nll).logsumexp(0)) / alpha
+
+
+def _of_label(values: Tensor, y: Targets) -> Tensor:
+    """The entry of the class, or the mean over a soft label: ``[..., rows]``."""
+    label = y if y.is_floating_point() else F.one_hot(y, values.shape[-1]).to(values.dtype)
+    return (values * label).sum(-1)

@@ -1,0 +1,180 @@
+"""The two kinds of predictions: moments of what is predicted, and probabilities of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from laplace.enums import LinkApprox, PredType
+from laplace.errors import InputError
+from laplace.likelihoods import softmax
+from laplace.likelihoods.base import AbstractLikelihood, Ask, Link
+from laplace.types import Outputs, Scalar, Targets
+
+BRIDGES = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
+
+
+def as_it_is(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """The link of what is predicted already."""
+    return mean, cov
+
+
+class PredictsMoments(AbstractLikelihood):
+    """Predictions are mean and (co)variance of E[y|f]; every link is their closed form."""
+
+    @classmethod
+    def _problem_with(cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> str:  # noqa: ARG003
+        if link in BRIDGES:
+            return f"link_approx={link.value!r} turns logits into probabilities; regression and scores have none."
+        return ""
+
+    def asks(self, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> Ask:  # noqa: ARG002
+        """Covariances, unless variances or samples are asked for."""
+        if kind is PredType.NN:
+            return Ask.FUNCTIONS
+        if joint:
+            return Ask.JOINT
+        return Ask.VARIANCE if diagonal_output else Ask.COVARIANCE
+
+    def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:  # noqa: ARG002
+        """Outputs are what is predicted."""
+        return as_it_is
+
+    def average(
+        self, functions: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int, center: Outputs
+    ) -> tuple[Tensor, Tensor, Link]:
+        """Mean and variance ``[rows, C]`` of E[y|f] over samples, without keeping all of them.
+
+        Raises
+        ------
+        InputError
+            If there is one sample, which has no variance.
+        """
+        if n_samples < 2:
+            msg = f"A variance over samples needs n_samples of at least 2; got {n_samples}."
+            raise InputError(msg)
+        center = self.expectation(center)
+        total, squares = torch.zeros_like(center), torch.zeros_like(center)
+        for f in functions:
+            deviation = self.expectation(f) - center
+            total, squares = total + deviation.sum(0), squares + deviation.square().sum(0)
+        shift = total / n_samples
+        return center + shift, (squares - n_samples * shift.square()) / (n_samples - 1), as_it_is
+
+    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+        """Mean and (co)variance of E[y|f]."""
+        return link(mean, cov)
+
+    def predict_joint(self, mean: Float[Tensor, " joint"], cov: Float[Tensor, "joint joint"]) -> tuple[Tensor, Tensor]:
+        """The same across inputs."""
+        return self.link(LinkApprox.PROBIT, 1, None)(mean, cov)
+
+
+class PredictsProbabilities(AbstractLikelihood):
+    """Predictions are class probabilities; links give their logs, so that scores of saturated ones stay finite."""
+
+    hyperparameters: ClassVar[tuple[str, ...]] = ("output_temperature",)
+    output_temperature: float | Tensor
+    """What logits are divided by before the link: T > 1 softens, T < 1 sharpens."""
+    links: ClassVar[Mapping[LinkApprox, Callable[..., Tensor]]] = softmax.LINKS
+    variance_links: ClassVar[frozenset[LinkApprox]] = softmax.VARIANCE_LINKS
+    """Links that use variances alone."""
+    unlinked: ClassVar[str] = "has no such link"
+    """Why the other links are missing."""
+
+    @classmethod
+    def _problem_with(cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> str:
+        if link not in cls.links:
+            return f"link_approx={link.value!r} {cls.unlinked}"
+        if joint and link is not LinkApprox.MC:
+            return 'Probabilities with joint=True average over whole functions: pass link_approx="mc" with it.'
+        if link in BRIDGES and kind is PredType.NN:
+            return f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
+        if link in BRIDGES and diagonal_output:
+            return f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."
+        return ""
+
+    def asks(self, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> Ask:
+        """As little as the link needs."""
+        if kind is PredType.NN or joint:
+            return Ask.FUNCTIONS
+        return Ask.VARIANCE if diagonal_output or link in self.variance_links else Ask.COVARIANCE
+
+    def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:
+        """To log probabilities, ``[rows, classes]``, of logits divided by the output temperature."""
+        link = self.links[name]
+        if name is LinkApprox.MC:
+            link = partial(link, n_samples=n_samples, generator=generator)
+        T = self.output_temperature
+        if not isinstance(T, Tensor) and T == 1:
+            return link
+        return lambda mean, cov: link(mean / T, cov / T**2)
+
+    def average(
+        self,
+        functions: Iterable[Float[Tensor, "samples rows outputs"]],
+        n_samples: int,
+        center: Outputs,  # noqa: ARG002 - probabilities are averaged as they are
+    ) -> tuple[Tensor, Tensor, Link]:
+        """Log of the average probabilities, ``[rows, classes]``."""
+        logits = (self.logits(f / self.output_temperature) for f in functions)
+        found = softmax.average_softmax(logits, n_samples)
+        return found, torch.zeros_like(found), lambda mean, _cov: mean
+
+    def logits(self, f: Tensor) -> Tensor:
+        """Outputs as the logits of a softmax, ``[..., classes]``."""
+        return f
+
+    def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor:
+        """Class probabilities, ``[rows, C]``; rows sum to one."""
+        return link(mean, cov).exp()
+
+    def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
+        """Cross-entropy of the predictive probabilities, summed; in log space, so that it stays finite."""
+        log_probabilities, label = link(mean, cov), self.label(y)
+        if label.is_floating_point():
+            return -(label * log_probabilities).sum()
+        return F.nll_loss(log_probabilities, label, reduction="sum")
+
+    def brier(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
+        """Σ_c (p_c − y_c)², summed over rows."""
+        probabilities, label = link(mean, cov).exp(), self.label(y)
+        if not label.is_floating_point():
+            label = F.one_hot(label, probabilities.shape[-1]).to(probabilities.dtype)
+        return (probabilities - label).square().sum()
+
+    def scores(self) -> Mapping[str, Callable[..., Tensor] | None]:
+        """Two sums, and the calibration error."""
+        return {"nll": self.predictive_nll, "brier": self.brier, "ece": None}
+
+    def label(self, y: Targets) -> Tensor:
+        """The targets themselves."""
+        return y
+
+    def probabilities(self, prediction: Tensor) -> Float[Tensor, "rows classes"]:
+        """The predictions themselves."""
+        return prediction
+
+    def energy_asks(self, alpha: float) -> Ask:
+        """Variances are enough for the probit approximation."""
+        return Ask.COVARIANCE if alpha * float(self.scale) < 1 else Ask.VARIANCE
+
+    def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
+        """In closed form, between a bound and the probit approximation: ``softmax.energy``."""
+        return softmax.energy(self.logits(mean), cov, self.label(y), self.scale, alpha)
+
+    def sampled_energy(
+        self, samples: Float[Tensor, "samples rows outputs"], y: Targets, alpha: float
+    ) -> Float[Tensor, " rows"]:
+        """From samples of the logits."""
+        return softmax.sampled_energy(self.logits(samples), self.label(y), self.scale, alpha)
+
+    @classmethod
+    def check_sampled_energy(cls) -> None:
+        """It may be."""
