@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.enums import CurvatureKind
 from tests import reference
 from tests.cases import Case
+from tests.likelihood_kinds import KINDS
 from tests.tools import assert_close, assert_covariance_of, assert_mean_is
 
 
@@ -25,34 +27,71 @@ def generator(seed: int) -> torch.Generator:
 
 
 def check_likelihood(likelihood: Any, f: Tensor, y: Tensor) -> None:
-    """nll, gradient, Hessian and sampled gradients are those of the definition; f [N, C] with one target a row."""
-    name = likelihood.name.value
-    rows = [(f[n : n + 1], y[n]) for n in range(len(f))]
-    data = [reference.Datum(row, torch.eye(row.shape[1]), target, (0,), name) for row, target in rows]
-    assert_close(likelihood.nll(f, y), sum(reference.datum_nll(name, row, target) for row, target in rows), "nll")
-    assert_close(likelihood.gradient(f, y), torch.stack([datum.gradient for datum in data]), "gradient")
-    by_autograd = torch.func.grad(likelihood.nll)(f, y)
-    assert_close(likelihood.gradient(f, y), by_autograd, "gradient, by autograd of nll")
+    """Everything but predictions is that of the density in `likelihood_kinds`; f [rows, C] with one target a row."""
+    kind = KINDS[likelihood.name]
+    n, n_outputs = len(f), f.shape[1]
+    others = f.flip(0) + 0.3
+    normalizer = likelihood.log_normalizer(n, n_outputs)
+    for at in (f, others):
+        assert_close(likelihood.nll(at, y) + normalizer, -kind.log_density(at, y).sum(), "nll and its normalizer")
+        assert_close(likelihood.gradient(at, y), kind.gradients(at, y), "gradient")
+        assert_close(likelihood.gradient(at, y), torch.func.grad(likelihood.nll)(at, y), "gradient, by autograd of nll")
+    assert_close(likelihood.nll_by_output(f, y).sum(), likelihood.nll(f, y), "nll by output")
 
-    Lambda = torch.stack([datum.output_hessian for datum in data])
+    fisher = kind.fisher(f)
     output_hessian = likelihood.hessian(f)
-    assert_close(output_hessian.dense(), Lambda, "Hessian")
-    assert_close(output_hessian.diag(), Lambda.diagonal(dim1=1, dim2=2), "diagonal of the Hessian")
-    assert_close(output_hessian.sum(), Lambda.sum(0), "sum of the Hessians")
+    assert_close(output_hessian.dense(), fisher, "Hessian")
+    assert_close(output_hessian.diag(), fisher.diagonal(dim1=1, dim2=2), "diagonal of the Hessian")
+    assert_close(output_hessian.sum(), fisher.sum(0), "sum of the Hessians")
     root = likelihood.hessian_root(f)
-    assert_close(root @ root.mT, Lambda, "square of the root of the Hessian")
+    assert root.shape[2] <= n_outputs
+    assert_close(root @ root.mT, fisher, "square of the root of the Hessian")
 
+    for_targets = likelihood.for_targets()
+    expected = kind.expect(f, lambda at, y: kind.numbers(y, n_outputs).to(at))
+    assert_close(kind.mean(f), expected, "mean of the table, by the density")
+    assert_close(for_targets.expectation(f), expected, "expectation")
+    assert_close(for_targets.expectation(f.expand(2, *f.shape)), expected.expand(2, *expected.shape), "of samples")
+
+    check_sampled_gradients(likelihood, f, fisher)
+    check_tempering(likelihood, f, y)
+    check_loss_for_packages(likelihood, y, f, others)
+
+    kept = likelihood.flatten(f, y)
+    assert torch.equal(kept.f, f)
+    assert torch.equal(kept.y, y)
+    assert likelihood.count(y, n_outputs // likelihood.n_items) == n
+
+
+def check_sampled_gradients(likelihood: Any, f: Tensor, fisher: Tensor) -> None:
+    """Their mean is 0 and their second moment the Fisher information; seeds decide."""
     n = 4000
     g = likelihood.sample_gradient(f, n, generator(0))
     assert g.shape == (n, *f.shape)
     for row in range(len(f)):
         assert_mean_is(g[:, row], torch.zeros(f.shape[1]), "mean of sampled gradients")
-        assert_mean_is(torch.einsum("nc,nk->nck", g[:, row], g[:, row]), Lambda[row], "second moment of them")
+        assert_mean_is(torch.einsum("nc,nk->nck", g[:, row], g[:, row]), fisher[row], "second moment of them")
     assert torch.equal(g, likelihood.sample_gradient(f, n, generator(0)))
     assert not torch.equal(g, likelihood.sample_gradient(f, n, generator(1)))
 
-    loss, factor = likelihood.torch_loss()
-    assert_close(factor * loss(f, y), likelihood.nll(f, y), "the loss for third-party packages")
+
+def check_tempering(likelihood: Any, f: Tensor, y: Tensor) -> None:
+    """At temperature 2 the likelihood and its curvature have half the weight; nothing else changes."""
+    hot = likelihood.at(torch.ones(()), 2.0, 1.0)
+    assert_close(torch.as_tensor(hot.scale), torch.tensor(0.5), "scale")
+    for kind in ("ggn", "ef"):
+        assert_close(torch.as_tensor(hot.curvature_scale(CurvatureKind(kind))), torch.tensor(0.5), "curvature scale")
+    assert_close(hot.scaled_nll(f, y), likelihood.nll(f, y) / 2, "scaled nll")
+    assert_close(hot.nll(f, y), likelihood.nll(f, y), "nll, which is at unit temperature")
+    assert_close(hot.hessian(f).dense(), likelihood.hessian(f).dense(), "Hessian, which is at unit temperature")
+
+
+def check_loss_for_packages(likelihood: Any, y: Tensor, *outputs: Tensor) -> None:
+    """The loss for third-party packages is the nll, constants included: they report it as such."""
+    if likelihood.torch_loss() is not None:
+        loss, factor = likelihood.torch_loss()
+        for f in outputs:
+            assert_close(factor * loss(f, y), likelihood.nll(f, y), "the loss for third-party packages")
 
 
 # -- structures -------------------------------------------------------------------------------------------------------
