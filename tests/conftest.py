@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -39,10 +40,10 @@ if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Give each parallel worker one thread: a test is too small to share."""
-    if hasattr(config, "workerinput"):
-        torch.set_num_threads(1)
+def pytest_configure() -> None:
+    """One thread for each process, and for those that tests start: a test is too small to share."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header() -> str:
