@@ -169,10 +169,11 @@ def test_losses_are_means_over_what_counts():
 
 
 def test_what_cannot_be_trained_is_refused():
-    with pytest.raises(UnsupportedError, match="fit_diagonal_swag_var"):
-        LargestVarianceSWAGSubnetMask(net(), 3, "reward_modeling")
+    for likelihood in ("reward_modeling", "binary", "poisson"):
+        with pytest.raises(UnsupportedError, match=f"For '{likelihood}' call fit_diagonal_swag_var"):
+            LargestVarianceSWAGSubnetMask(net(), 3, likelihood)
     with pytest.raises(UnsupportedError, match="likelihood must be one of"):
-        LargestVarianceSWAGSubnetMask(net(), 3, "poisson")
+        LargestVarianceSWAGSubnetMask(net(), 3, "student")
     with pytest.raises(InputError, match="training data"):
         LargestVarianceSWAGSubnetMask(net(), 3).select()
 
