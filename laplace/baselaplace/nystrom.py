@@ -289,7 +289,7 @@ class NystromPosterior(FeatureLaplace):
     def _grid_options(
         self, link_approx: LinkApprox | str, n_samples: int, generator: torch.Generator | None
     ) -> Options:
-        return self._function_options(PredType.GP, False, link_approx, n_samples, generator=generator, fitting=None)
+        return self._function_options(PredType.GP, False, link_approx, n_samples, generator=generator, for_targets=True)
 
     def _scores(self, data: tuning.CachedData, gram: Tensor, points: Tensor, loss: Any, options: Options) -> Tensor:
         """A validation score at several prior precisions, ``[points]``."""

@@ -70,7 +70,9 @@ def prediction_options(
     n_samples: int = 100,
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
-    fitting: bool | None = False,
+    fitting: bool = False,
+    *,
+    for_targets: bool = False,
 ) -> Options:
     """Check how to predict: names, combinations, the generator.
 
@@ -81,7 +83,9 @@ def prediction_options(
     device
         Of its model.
     pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting
-        As in ``ParametricLaplace.__call__``; ``fitting=None`` for the predictions that targets are scored by.
+        As in ``ParametricLaplace.__call__``.
+    for_targets
+        Of the predictions that targets are scored by: of pairs, where they are preferences.
 
     Raises
     ------
@@ -94,14 +98,16 @@ def prediction_options(
     kind = choose(PredType, pred_type, "pred_type")
     link = choose(LinkApprox, link_approx, "link_approx")
     joint = checks.flag("joint", joint)
-    fitting = None if fitting is None else checks.flag("fitting", fitting)
+    fitting = checks.flag("fitting", fitting)
     diagonal_output = checks.flag("diagonal_output", diagonal_output)
     if kind is PredType.GP:
         msg = 'pred_type="gp" belongs to function-space estimators; use "glm" or "nn" here.'
         raise UnsupportedError(msg)
-    likelihood.check_prediction(kind, link, joint=joint, diagonal_output=diagonal_output, fitting=fitting)
+    likelihood.check_prediction(
+        kind, link, joint=joint, diagonal_output=diagonal_output, fitting=None if for_targets else fitting
+    )
     n_samples, generator = checks.whole("n_samples", n_samples), checks.generator(generator, device)
-    return Options(kind, link, joint, n_samples, diagonal_output, generator, bool(fitting))
+    return Options(kind, link, joint, n_samples, diagonal_output, generator, fitting)
 
 
 def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: Iterable[str]) -> None:

@@ -135,7 +135,7 @@ class SubsetPosterior(TunedPosterior, BaseFunctionalLaplace):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> Options:
-        return self._function_options(pred_type, False, link_approx, n_samples, generator=generator, fitting=None)
+        return self._function_options(pred_type, False, link_approx, n_samples, generator=generator, for_targets=True)
 
     def _for_tuning(self, pred_type: PredType, x: Inputs) -> Linearization:  # noqa: ARG002
         with evaluating(self.model):

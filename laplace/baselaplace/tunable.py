@@ -64,7 +64,7 @@ class TunablePosterior(CheckpointedPosterior):
         n_samples: int,
         generator: torch.Generator | None,
     ) -> Options:
-        return self._options(pred_type, False, link_approx, n_samples, generator=generator, fitting=None)
+        return self._options(pred_type, False, link_approx, n_samples, generator=generator, for_targets=True)
 
     def _repeated(self, options: Options) -> Callable[[], Options]:
         """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""

@@ -293,7 +293,7 @@ class VariationalPosterior(FeatureLaplace):
             return FunctionLinearization.of(self._linearize(x), features, self._dtype)
 
         data = tuning.CachedData.collect(self._iterate(loader), linearize, self._frozen_likelihood)
-        options = self._function_options(PredType.GP, False, LinkApprox.PROBIT, 1, fitting=None)
+        options = self._function_options(PredType.GP, False, LinkApprox.PROBIT, 1, for_targets=True)
 
         def score(now: Parameters) -> float:
             likelihood = self._likelihood_of(None if now.log_sigma is None else now.log_sigma.exp())

@@ -66,8 +66,9 @@ class Capabilities:
         ):
             if not can(type(self)):
                 choices = ", ".join(sorted(repr(member.value) for member in known))
+                wanted = getattr(asked, "value", asked)  # a likelihood of a user has a name alone
                 msg = (
-                    f"{type(self).__name__} does not provide {name}={str(asked)!r}; it provides {choices}. "
+                    f"{type(self).__name__} does not provide {name}={wanted!r}; it provides {choices}. "
                     f"{others(self, can)}"
                 )
                 raise UnsupportedError(msg)
