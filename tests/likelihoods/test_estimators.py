@@ -52,7 +52,8 @@ def tuned_by(la, kind, structure: str, subset: str, method: str) -> None:
     if method == "none":
         return
     if method == "tune":
-        la.tune(validation, n_steps=10)
+        # Where brute force keeps its digits.
+        la.tune(validation, n_steps=10, limits={"prior_precision": (0.1, 50.0)})
     elif method == "gridsearch":
         la.optimize_prior_precision(method=method, val_loader=validation, **GRID)
     elif method == "marglik":
