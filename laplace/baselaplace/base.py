@@ -62,7 +62,7 @@ class BaseLaplace(ABC):
     prior_precision
         Of the Gaussian prior, in 1/weight²: a scalar, one value a parameter group, or one a weight.
     prior_mean
-        Of the Gaussian prior: a scalar, or one value a weight.
+        Of the Gaussian prior: a scalar, or one value per weight.
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
     enable_backprop

@@ -36,7 +36,7 @@ class FunctionalLaplace(SubsetPosterior):
     prior_precision
         Of the isotropic Gaussian prior, in 1/weight²: one number.
     prior_mean
-        Of the Gaussian prior: a scalar, or one value a weight.
+        Of the Gaussian prior: a scalar, or one value per weight.
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
     enable_backprop

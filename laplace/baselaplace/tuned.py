@@ -112,7 +112,7 @@ class TunedPosterior(TunablePosterior):
         Notes
         -----
         When something is raised, hyperparameters are what they were; what was found is kept in ``tuning_``. Evidence:
-        O(P) a step once eigenvalues are known; one precision a weight of a diagonal curvature has a closed form. Grid
+        O(P) per step once eigenvalues are known; one precision per weight of a diagonal curvature is closed-form. Grid
         search runs the model over the validation data once; each point then costs matrix products.
         """
         verbose, n_steps, lr = checked_steps(verbose, progress_bar, n_steps, lr)

@@ -170,13 +170,13 @@ class CachedData:
         dtype: torch.dtype,
         description: str | None,
     ) -> list[Any]:
+        likelihoods = [likelihood.for_targets() for likelihood in likelihoods]
         totals: list[Any] = [0.0] * len(precisions)
         parts: list[list[tuple[Tensor, ...]]] = [[] for _ in precisions]
         for get, positions in tqdm(self.batches, desc=description, disable=description is None):
             if not len(positions.f):
                 continue
             y = positions.y.to(dtype) if positions.y.is_floating_point() else positions.y
-            likelihoods = [likelihood.for_targets() for likelihood in likelihoods]
             every = moments_of_each(get(), precisions, likelihoods, fresh_options, dtype)
             for index, ((mean, cov, link), likelihood) in enumerate(zip(every, likelihoods, strict=True)):
                 mean, cov = _select(positions, mean), _select(positions, cov)
