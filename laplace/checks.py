@@ -63,6 +63,11 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def as_float(value: Any) -> float:
+    """One number, maybe in a list, an array or a tensor, with all its digits."""
+    return float(torch.as_tensor(value.item() if isinstance(value, Tensor) else value, dtype=torch.float64))
+
+
 def number(name: str, value: Any, *, positive: bool = False, from_zero: bool = False) -> float:
     """One finite number, maybe a tensor or an array of one element.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,8 +37,9 @@ class Fit:
         C; 0 where it is not known.
     output_nll
         The same negative log-likelihood for each output of a regression; ``None`` where it is not known.
-    head_bias
-        Whether the random weights are those of a linear head with a bias; ``None`` if they are not of a head.
+    head
+        Shapes of the parameter groups of a linear head, ``(C, D)`` and, with a bias, ``(C,)``; ``None`` of other
+        weights.
     noise_shape
         Noise of each output relative to the first, where it is part of curvature and loss already.
     """
@@ -48,7 +51,7 @@ class Fit:
     n_positions: int
     n_outputs: int
     output_nll: Float[Tensor, " outputs"] | None = None
-    head_bias: bool | None = None
+    head: Sequence[tuple[int, ...]] | None = None
     noise_shape: Float[Tensor, " outputs"] | None = None
 
     @classmethod
@@ -57,33 +60,24 @@ class Fit:
         mean: Float[Tensor, " params"],
         curvature: AbstractCurvature,
         sigma_noise: Tensor,
-        n_outputs: int | None,
-        head_bias: bool | None,
+        head: Sequence[tuple[int, ...]] | None,
     ) -> Fit:
         """A posterior of which a user gave weights and curvature, without data.
 
-        Parameters
-        ----------
-        mean, curvature, head_bias
-            As above.
-        sigma_noise
-            ``[]``, or ``[C]``; where outputs share weights, the curvature is that at their relative noise.
-        n_outputs
-            C; ``None`` where it is not known.
+        Where outputs share weights, the curvature is that at the relative noise of ``sigma_noise``, ``[]`` or ``[C]``.
 
         Raises
         ------
         ShapeError
             If there is a noise for another number of outputs.
         """
-        if n_outputs is None:
-            n_outputs = len(sigma_noise) if sigma_noise.dim() else 0
+        n_outputs = (len(sigma_noise) if sigma_noise.dim() else 0) if head is None else head[0][0]
         if sigma_noise.dim() and len(sigma_noise) != n_outputs:
             msg = f"sigma_noise has {len(sigma_noise)} values, one for each output; the model has {n_outputs}."
             raise ShapeError(msg)
-        shape = (sigma_noise / sigma_noise[0]).detach() if sigma_noise.dim() and head_bias is None else None
+        shape = (sigma_noise / sigma_noise[0]).detach() if sigma_noise.dim() and head is None else None
         unknown = mean.new_full((), torch.nan)
-        return cls(mean, curvature, unknown, 0, 0, n_outputs, head_bias=head_bias, noise_shape=shape)
+        return cls(mean, curvature, unknown, 0, 0, n_outputs, head=head, noise_shape=shape)
 
     def at(self, mean: Float[Tensor, " params"]) -> Fit:
         """The same curvature around other weights, whose loss nobody computed.
@@ -98,6 +92,11 @@ class Fit:
         return replace(self, mean=mean, nll=torch.full_like(self.nll, torch.nan), output_nll=None)
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether nobody computed the negative log-likelihood at these weights."""
+        return bool(torch.isnan(self.nll))
+
+    @property
     def known_nll(self) -> Scalar:
         """The negative log-likelihood.
 
@@ -106,7 +105,7 @@ class Fit:
         NotFittedError
             If nobody computed it at these weights.
         """
-        if bool(torch.isnan(self.nll)):
+        if self.is_unknown:
             msg = (
                 "Weights or curvature were assigned by hand (la.mean, la.H), so that the loss of the training data at "
                 "these weights is not known, which evidence and log-likelihood need. Call fit(train_loader) with the "
@@ -163,13 +162,12 @@ class Fit:
         UnsupportedError
             If outputs have different noise and share weights.
         """
-        if self.head_bias is None:
+        if self.head is None:
             return self.curvature * self.common(scale)
         if scale.dim() == 0:
             return self.curvature * scale
-        n_features = len(self.mean) // self.n_outputs - int(self.head_bias)
-        weight = scale.repeat_interleave(n_features)
-        return self.curvature.scale_weights(torch.cat([weight, scale]) if self.head_bias else weight)
+        each = [scale.repeat_interleave(math.prod(shape[1:])) for shape in self.head]
+        return self.curvature.scale_weights(torch.cat(each))
 
     def common(self, scale: Tensor) -> Tensor:
         """The one factor that scales of outputs, ``[C]``, have beyond the noise that ``fit`` had.
@@ -241,7 +239,7 @@ class Fit:
             self.n_positions + other.n_positions,
             self.n_outputs,
             by_output,
-            other.head_bias,
+            other.head,
             other.noise_shape,
         )
 

@@ -19,15 +19,17 @@ from laplace.baselaplace import (
     KronLaplace,
     LowRankLaplace,
     ParametricLaplace,
+    last_layer,
 )
-from laplace.baselaplace.last_layer import LastLayer, as_extractor
+from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.lowrank import checked_truncation
+from laplace.baselaplace.random_weights import LastLayer
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
-from laplace.network import Batch
+from laplace.network import FeatureExtractor
 
 
-class LLLaplace(LastLayer, ParametricLaplace):
+class LLLaplace(ParametricLaplace):
     """Laplace approximation of the last layer; the rest of the network is a fixed feature map.
 
     Parameters
@@ -75,6 +77,12 @@ class LLLaplace(LastLayer, ParametricLaplace):
     arXiv:2002.10118; Daxberger et al. (2021), "Laplace redux". arXiv:2106.14806
     """
 
+    weights_type = LastLayer
+    model: FeatureExtractor
+    last_layer_name = last_layer.last_layer_name
+    feature_reduction = last_layer.feature_reduction
+    enable_backprop = last_layer.enable_backprop
+
     def __init__(
         self,
         model: nn.Module,
@@ -110,11 +118,6 @@ class LLLaplace(LastLayer, ParametricLaplace):
             asdl_fisher_kwargs=asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
         )
-
-    def _before_first(self, batch: Batch) -> None:
-        if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
-            self.model.find_last_layer(batch.x)
-        self._check_memory()
 
 
 class FullLLLaplace(LLLaplace, FullLaplace):
@@ -255,7 +258,7 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
         self._truncation = checked_truncation(rank, captured_trace)
 
 
-class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
+class FunctionalLLLaplace(FunctionalLaplace):
     """Last layer as a Gaussian process: its kernel is a product of features that all outputs share.
 
     Parameters
@@ -273,6 +276,12 @@ class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
     Features of the subset are all that is kept; fit costs one forward pass over the data. A Gaussian likelihood needs
     one matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
     """
+
+    weights_type = LastLayer
+    model: FeatureExtractor
+    last_layer_name = last_layer.last_layer_name
+    feature_reduction = last_layer.feature_reduction
+    enable_backprop = last_layer.enable_backprop
 
     def __init__(
         self,
@@ -315,7 +324,3 @@ class FunctionalLLLaplace(LastLayer, FunctionalLaplace):
             diagonal_hessian=diagonal_hessian,
             curvature_dtype=curvature_dtype,
         )
-
-    def _before_first(self, batch: Batch) -> None:
-        if self.model.last_layer is None and not self._backend_cls.finds_last_layer:
-            self.model.find_last_layer(batch.x)

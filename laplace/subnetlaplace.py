@@ -5,9 +5,8 @@ Which weights to choose is said by the masks of ``network/subnetmask.py``, or by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +15,10 @@ from torch.nn.utils import parameters_to_vector
 
 from laplace import checks
 from laplace.baselaplace import DiagLaplace, FullLaplace, ParametricLaplace
+from laplace.baselaplace.random_weights import Subnetwork
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
-from laplace.errors import InputError, ShapeError, StateError
-from laplace.network import WholeNetwork
-from laplace.schema import Table, indices
+from laplace.errors import InputError, ShapeError
 
 ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
 """Options that may hold a value for each weight."""
@@ -126,14 +124,11 @@ class SubnetLaplace(ParametricLaplace):
         )
         # A copy: changing the user's tensor must not change what is random.
         self._indices = subnetwork_indices.detach().clone().to(self._device)
+        vars(self).pop("_weights", None)
 
     @cached_property
-    def _whole(self) -> WholeNetwork:
-        indices = self._indices
-        return WholeNetwork(self.model, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, indices=indices)
-
-    def _chosen_indices(self) -> dict[str, Tensor]:
-        return {"subnetwork_indices": self._indices}
+    def _weights(self) -> Subnetwork:
+        return Subnetwork(self.model, self.dict_key_x, self.dict_key_y, self._indices)
 
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """As for all weights; of values for each weight of the network those of the subnetwork are kept."""
@@ -152,7 +147,7 @@ class SubnetLaplace(ParametricLaplace):
     @property
     def n_params_subnet(self) -> int:
         """S, the number of random weights."""
-        return self._known_parameters("n_params_subnet").n_params
+        return self._known("n_params_subnet").n_params
 
     @property
     def mean(self) -> Float[Tensor, " params"]:
@@ -254,25 +249,7 @@ class SubnetLaplace(ParametricLaplace):
             raise ShapeError(msg)
         return super().square_norm(value)
 
-    # -- saving and moving --------------------------------------------------------------------------------------------
-
-    state_entries: ClassVar[Table] = {"subnetwork_indices": indices("P")}
-
-    def _choices(self) -> dict[str, Any]:
-        return {**super()._choices(), "subnetwork_indices": self._indices}
-
-    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
-        sizes = super()._sizes_in(state)
-        if "subnetwork_indices" not in state:
-            return sizes
-        there, here = state["subnetwork_indices"], self._indices
-        if not isinstance(there, Tensor) or not torch.equal(there.to(here.device), here):
-            msg = (
-                "The state was saved for another subnetwork: construct the object with "
-                'subnetwork_indices=state["subnetwork_indices"].'
-            )
-            raise StateError(msg)
-        return sizes
+    # -- moving -------------------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str) -> SubnetLaplace:
         """Move the model, what was learned and the hyperparameters to a device.
@@ -287,7 +264,7 @@ class SubnetLaplace(ParametricLaplace):
         This object.
         """
         device = checks.device("device", device)
-        vars(self).pop("_whole", None)  # it knows where on the device the chosen weights are
+        vars(self).pop("_weights", None)  # it knows where on the device the chosen weights are
         super().to(device)
         self._indices = self._indices.to(self._device)
         return self

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from laplace.baselaplace import checkpoint
+from laplace.baselaplace import fitted as room
+from laplace.baselaplace import states
 from laplace.curvature import AutogradEF
 from laplace.tuning import problem
 from laplace.utils import RunningNLLMetric, validate
@@ -196,8 +197,8 @@ def test_tuning_and_evidence_may_break_at_any_step(structure, step, monkeypatch)
 
 
 @every_structure
-@pytest.mark.parametrize("broken", ["move", "Fit", "GaussianPrior", "fingerprint"])
-def test_loading_and_saving_may_break_at_any_point(structure, broken, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("where", "broken"), [(room, "move"), (states, "Fit"), (room, "GaussianPrior"), (room, "fingerprint")])
+def test_loading_and_saving_may_break_at_any_point(structure, where, broken, monkeypatch, tmp_path):
     case, model = BASIC[0], BASIC[0].model().train()
     la = fitted(case, structure, model)
     fitted(case, structure, prior_precision=9.0, temperature=3.0).save(tmp_path / "state")
@@ -207,7 +208,7 @@ def test_loading_and_saving_may_break_at_any_point(structure, broken, monkeypatc
         raise InterruptedMidwayError
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, broken, fails)
+        patch.setattr(where, broken, fails)
         with model_untouched(model), pytest.raises(InterruptedMidwayError):
             la.load(tmp_path / "state")
         if broken == "fingerprint":

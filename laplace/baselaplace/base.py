@@ -8,33 +8,34 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace import checks, linalg
+from laplace import checks, linalg, tuning
 from laplace.attributes import check_attribute
-from laplace.baselaplace.options import chosen_backend, prediction_options
+from laplace.baselaplace import options
+from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
-from laplace.errors import InputError, NotFittedError, UnsupportedError
+from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
+from laplace.errors import NotFittedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen, name_of
+from laplace.network import ParameterSubset
 from laplace.network.failures import check_model
 from laplace.predictive import Options
+from laplace.prior import GaussianPrior
+from laplace.tuning import Noise, methods
 from laplace.types import Inputs, Scalar
 
 
 def _checked_model(model: Any) -> nn.Module:
     check_model(model)
     return model
-
-
-def _as_float(value: Any) -> float:
-    """One number, maybe in a list, an array or a tensor, with all its digits."""
-    return float(torch.as_tensor(value.item() if isinstance(value, Tensor) else value, dtype=torch.float64))
 
 
 CHECKED: dict[str, Callable[[Any], Any]] = {
@@ -92,7 +93,8 @@ class BaseLaplace(ABC):
     _sigma_noise: Tensor
     _temperature: float | Tensor
     _output_temperature: float = 1.0
-    _last_layer: ClassVar[bool] = False
+    weights_type: ClassVar[type[AllWeights]] = AllWeights
+    """Which weights are random."""
 
     def __init__(
         self,
@@ -114,37 +116,18 @@ class BaseLaplace(ABC):
         self.model = model
         self._unit_likelihood = chosen(likelihood)
         self.likelihood = self._unit_likelihood.name
-        if not (curvature_dtype is None or curvature_dtype is torch.float32 or curvature_dtype is torch.float64):
-            msg = f"curvature_dtype must be torch.float32 or torch.float64; got {curvature_dtype!r}."
-            raise UnsupportedError(msg)
-        self._curvature_dtype = curvature_dtype
-        self._backend_cls, self._backend_kwargs = chosen_backend(backend, backend_kwargs, self.likelihood)
-        self._asdl_fisher_kwargs = checks.keywords("asdl_fisher_kwargs", asdl_fisher_kwargs)
-        if self._asdl_fisher_kwargs and not self._backend_cls.accepts_fisher_kwargs:
-            msg = (
-                f"asdl_fisher_kwargs are options of the ASDL back ends; {self._backend_cls.__name__} does not read "
-                "them. Options of other back ends go into backend_kwargs."
-            )
-            raise UnsupportedError(msg)
+        self._curvature_dtype = options.checked_curvature_dtype(curvature_dtype)
+        self._backend_cls, self._backend_kwargs = options.chosen_backend(backend, backend_kwargs, self.likelihood)
+        self._asdl_fisher_kwargs = options.checked_fisher_kwargs(asdl_fisher_kwargs, self._backend_cls)
         self._backend: CurvatureInterface | None = None
         self.enable_backprop = enable_backprop
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         self.prior_precision = prior_precision
         self.prior_mean = prior_mean
-        self.sigma_noise = self._of_likelihood("sigma_noise", sigma_noise)
-        self.temperature = self._of_likelihood("temperature", temperature)
-        self.output_temperature = self._of_likelihood("output_temperature", 1.0)
-
-    def _of_likelihood(self, name: str, value: Any) -> Any:
-        """A hyperparameter that is given with the likelihood or beside it, and not twice."""
-        within = getattr(self._unit_likelihood, name, 1.0)
-        if bool((torch.as_tensor(within) == 1).all()):
-            return value
-        if isinstance(value, Tensor) or value != 1:
-            msg = f"{name} is given twice, within the likelihood and as an option: give one of them."
-            raise UnsupportedError(msg)
-        return within
+        self.sigma_noise = options.said_once(self._unit_likelihood, "sigma_noise", sigma_noise)
+        self.temperature = options.said_once(self._unit_likelihood, "temperature", temperature)
+        self.output_temperature = options.said_once(self._unit_likelihood, "output_temperature", 1.0)
 
     @property
     def likelihood_(self) -> AbstractLikelihood:
@@ -167,59 +150,30 @@ class BaseLaplace(ABC):
         super().__setattr__(name, value)
 
     def _replaced(self, name: str, value: Any) -> Any:
-        """What an option becomes when it is assigned again: what was made with the former value is forgotten.
-
-        Raises
-        ------
-        UnsupportedError
-            If the object would have to be another one.
-        """
+        """What an option becomes when it is assigned again: what was made with the former value is forgotten."""
         if name == "enable_backprop" or value == vars(self)[name]:
             return value
-        if name == "likelihood":
-            msg = (
-                f"likelihood is {str(self.likelihood)!r} and cannot be replaced by {str(value)!r}: curvature and "
-                "noise are those of the likelihood. Construct another object."
-            )
-            raise UnsupportedError(msg)
-        if name == "model":
-            value = self._as_model(value)
-            before, after = ([tuple(p.shape) for p in model.parameters()] for model in (self.model, value))
-            if before != after:
-                msg = (
-                    "The model can be replaced by one whose parameters have the same shapes, such as a compiled one or "
-                    "a copy; this one has others. Construct another object."
-                )
-                raise UnsupportedError(msg)
-        elif self._last_layer:
-            setattr(self.model, name, value)
+        value = options.replaced(self._weights, name, vars(self)[name], value)
         self._backend = None
-        vars(self).pop("_whole", None)
+        vars(self).pop("_weights", None)
         self._hyperparameters_changed()
         return value
 
-    def _as_model(self, model: nn.Module) -> nn.Module:
-        """A model in the form in which it is kept."""
-        return model
+    @cached_property
+    def _weights(self) -> AllWeights:
+        """The random weights; made again where the model is replaced."""
+        return self.weights_type(self.model, self.dict_key_x, self.dict_key_y)
 
     # -- where and in which precision ---------------------------------------------------------------------------------
 
     @property
     def _device(self) -> torch.device:
-        return self._first_parameter.device
+        return self._weights.first.device
 
     @property
     def _dtype(self) -> torch.dtype:
         """What curvature, factorizations and hyperparameters are computed in."""
-        return self._curvature_dtype or torch.promote_types(self._first_parameter.dtype, torch.float32)
-
-    @property
-    def _first_parameter(self) -> Tensor:
-        for parameter in self.model.parameters():
-            if not parameter.is_meta:  # of an offloaded part
-                return parameter
-        msg = "The model has no parameters with values; a Laplace approximation is one over its weights."
-        raise UnsupportedError(msg)
+        return self._curvature_dtype or torch.promote_types(self._weights.first.dtype, torch.float32)
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
 
@@ -277,14 +231,8 @@ class BaseLaplace(ABC):
         """A valid observation noise, ``[]`` or ``[C]``."""
         sigma = self._checked("sigma_noise", value, positive=True)
         self._unit_likelihood.check_noise(sigma)
-        if sigma.numel() == 1:
-            return sigma.reshape(())
         fit: Fit | None = self.__dict__.get("_fit")
-        if sigma.dim() != 1 or (fit is not None and len(sigma) != fit.n_outputs):
-            outputs = "each output" if fit is None else f"each of the {fit.n_outputs} outputs"
-            msg = f"sigma_noise must be one number, or one for {outputs}; got the shape {list(sigma.shape)}."
-            raise InputError(msg)
-        return sigma
+        return options.by_output(sigma, None if fit is None else fit.n_outputs)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -299,15 +247,11 @@ class BaseLaplace(ABC):
     def temperature(self, value: float | Tensor) -> None:
         checked = self._checked_temperature(value)
         # What is no tensor keeps its digits.
-        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else _as_float(value)
+        self._temperature = checked.reshape(()) if isinstance(value, Tensor) else checks.as_float(value)
         self._hyperparameters_changed()
 
     def _checked_temperature(self, value: Any) -> Tensor:
-        checked = self._checked("temperature", value, positive=True)
-        if checked.numel() != 1:
-            msg = f"temperature must be one number; got the shape {list(checked.shape)}."
-            raise InputError(msg)
-        return checked
+        return options.one_number("temperature", self._checked("temperature", value, positive=True))
 
     @property
     def output_temperature(self) -> float:
@@ -321,12 +265,9 @@ class BaseLaplace(ABC):
 
     @output_temperature.setter
     def output_temperature(self, value: float | Tensor) -> None:
-        checked = self._checked("output_temperature", value, positive=True)
-        if checked.numel() != 1:
-            msg = f"output_temperature must be one number; got the shape {list(checked.shape)}."
-            raise InputError(msg)
+        checked = options.one_number("output_temperature", self._checked("output_temperature", value, positive=True))
         self._unit_likelihood.check_output_temperature(float(checked))
-        self._output_temperature = _as_float(value)
+        self._output_temperature = checks.as_float(value)
 
     @staticmethod
     def _handed_out(value: Tensor) -> Tensor:
@@ -339,27 +280,71 @@ class BaseLaplace(ABC):
         return checks.hyperparameter(name, value, self._dtype, self._device, positive=positive)
 
     @abstractmethod
-    def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
-        """Raise if a prior does not fit the weights or the structure, as far as they are known."""
-
-    @abstractmethod
     def _hyperparameters_changed(self) -> None:
         """Forget what depends on hyperparameters."""
 
+    def _likelihood_at(self, sigma_noise: Tensor, temperature: float | Tensor) -> AbstractLikelihood:
+        """The likelihood with a noise and temperature, in the precision of the evidence."""
+        temperature = torch.as_tensor(temperature, dtype=self._dtype, device=self._device)
+        return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)
+
     @property
     def _output_likelihood(self) -> AbstractLikelihood:
-        """The likelihood with its present noise and temperatures, in the precision of the evidence."""
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device)
-        return self._unit_likelihood.at(
-            self._sigma_noise.to(self._device, self._dtype), temperature, self._output_temperature
-        )
+        """The likelihood with its present noise and temperatures, on the graph of those that have one."""
+        return self._likelihood_at(self._sigma_noise, self._temperature)
 
     @property
     def _frozen_likelihood(self) -> AbstractLikelihood:
-        """The same, cut off the graph of its hyperparameters."""
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
-        sigma_noise = self._sigma_noise.detach().to(self._device, self._dtype)
-        return self._unit_likelihood.at(sigma_noise, temperature, self._output_temperature)
+        """The same, cut off that graph."""
+        return self._likelihood_at(self._sigma_noise.detach(), torch.as_tensor(self._temperature).detach())
+
+    # -- the random weights -------------------------------------------------------------------------------------------
+
+    @property
+    def _network(self) -> nn.Module:
+        """The user's model."""
+        return self._weights.network
+
+    def _known(self, what: str) -> ParameterSubset:
+        """The random weights, for something that needs them."""
+        subset = self._weights.subset
+        if subset is None:
+            msg = (
+                f"{what} needs the last layer, which is found by the first batch: name it (last_layer_name=), or call "
+                "fit(train_loader) first."
+            )
+            raise NotFittedError(msg)
+        return subset
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The random parameters."""
+        return list(self._known("params").parameters)
+
+    @property
+    def n_params(self) -> int:
+        """P, the number of random weights."""
+        return self._known("n_params").n_params
+
+    @property
+    def n_layers(self) -> int:
+        """Number of parameter groups."""
+        return self._known("n_layers").n_layers
+
+    @abstractmethod
+    def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
+        """Raise if a prior does not fit the weights or the structure, as far as they are known."""
+
+    @property
+    def _prior(self) -> GaussianPrior:
+        sizes = self._known("The prior").sizes
+        mean, precision = (p.to(self._device, self._dtype) for p in (self._prior_mean, self._prior_precision))
+        return GaussianPrior(mean, precision, sizes)
+
+    @property
+    def prior_precision_diag(self) -> Float[Tensor, " params"]:
+        """Prior precision of each weight, ``[P]``."""
+        return self._prior.diagonal().clone()
 
     # -- back end -----------------------------------------------------------------------------------------------------
 
@@ -394,7 +379,7 @@ class BaseLaplace(ABC):
 
     def _options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
         """How to predict, checked; further arguments as in ``prediction_options``."""
-        return prediction_options(self._unit_likelihood, self._device, pred_type, *arguments, **keywords)
+        return options.prediction_options(self._unit_likelihood, self._device, pred_type, *arguments, **keywords)
 
     def predictive(
         self, x: Inputs, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int
@@ -433,11 +418,6 @@ class BaseLaplace(ABC):
     def log_likelihood(self) -> Scalar:
         """Log p(D | θ*), in nats."""
 
-    @property
-    @abstractmethod
-    def prior_precision_diag(self) -> Tensor:
-        """Prior precision of each weight, ``[P]``."""
-
     @abstractmethod
     def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Draw weights from the posterior."""
@@ -453,17 +433,17 @@ class BaseLaplace(ABC):
     ) -> Tensor:
         """Samples of the outputs."""
 
-    @abstractmethod
+    @linalg.lasting
     def optimize_prior_precision(
         self,
-        pred_type: PredType | str,
+        pred_type: PredType | str = PredType.GLM,
         method: TuningMethod | str = TuningMethod.MARGLIK,
         n_steps: int = 100,
         lr: float = 1e-1,
         init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.DIAG,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
         val_loader: Iterable[Any] | None = None,
-        loss: Callable[..., Any] | None = None,
+        loss: str | tuning.Loss | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
         grid_size: int = 100,
@@ -472,8 +452,100 @@ class BaseLaplace(ABC):
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
+        *,
+        generator: torch.Generator | None = None,
+        noise: Noise = "keep",
+        bounds: tuple[float, float] = tuning.BOUNDS,
+        temperature: bool = False,
+        train_loader: Iterable[Any] | None = None,
+        n_folds: int = 5,
     ) -> None:
-        """Choose the prior precision and assign it."""
+        """Choose the prior precision, by evidence or by a score over a grid, and assign it.
+
+        Parameters
+        ----------
+        pred_type, link_approx, n_samples
+            How the predictions that are scored are made.
+        method
+            ``"marglik"``: the log marginal likelihood. ``"gridsearch"``: the loss on validation data. ``"loo"``: the
+            leave-one-out loss of the training data, in closed form (``full`` and ``diag``). ``"cv"``: that of k folds.
+            The last two need a last layer, whose weights are then those that are best under each prior (and for each
+            fold), with features that have seen all the data: optimistic, and never the default.
+        n_steps, lr
+            The most iterations of L-BFGS on log precisions, which ends before where it converges, and the size of its
+            first trial step (``"marglik"``). 0 steps assign the start.
+        init_prior_prec
+            Where to start (``"marglik"``): a scalar, or one value for each precision. Values for each parameter group,
+            or for each weight, bring their structure with them.
+        prior_structure
+            ``"scalar"``, ``"layerwise"`` (a parameter group each; of a last layer weight and bias) or ``"diag"`` (a
+            weight each). A grid gives all the same value.
+        val_loader
+            Validation batches (``"gridsearch"``).
+        loss
+            To minimize: ``"nll"`` (the default: negative log predictive density, noise included), ``"brier"`` or
+            ``"ece"`` (classification), ``"crps"`` (regression), a metric of torchmetrics or one like it, or a function
+            ``loss(probabilities, targets)``, for regression ``loss(means, covariances, targets)`` without noise.
+        log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+            The grid: ``base^min … base^max``, evenly spaced in the exponent.
+        verbose
+            Print the result in one line.
+        progress_bar
+            Show a progress bar.
+        generator
+            Source of randomness of sampled predictions (``"gridsearch"``), on the model's device; a fixed seed when
+            ``None``. Every point of the grid sees the same random numbers.
+        noise
+            Choose the noise of a regression together with the prior (``"marglik"``): ``"scalar"``, or ``"per_output"``
+            with a last layer. It starts at the residuals of the training data.
+        bounds
+            Least and largest prior precision (``"marglik"``).
+        temperature
+            Refused: no temperature is best by evidence.
+        train_loader
+            The training batches that ``fit`` had (``"loo"``, ``"cv"``).
+        n_folds
+            Of ``"cv"``; data are dealt out at random with a fixed seed, or by ``generator``.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        UnsupportedError
+            If names are unknown, or the structure takes no such prior.
+        InputError
+            If validation data are missing or empty, the grid is no grid, or the objective is finite nowhere.
+
+        Notes
+        -----
+        When something is raised, hyperparameters are what they were; what was found is kept in ``tuning_``. Evidence:
+        O(P) per step once eigenvalues are known; one precision per weight of a diagonal curvature is closed-form. Grid
+        search runs the model over the validation data once; each point then costs matrix products.
+        """
+        verbose, n_steps, lr = methods.checked_steps(verbose, progress_bar, n_steps, lr)
+        grid = methods.checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+        start = self._checked("init_prior_prec", init_prior_prec, positive=True)
+        bounds, n_folds = methods.checked_limits("bounds", bounds), checks.whole("n_folds", n_folds, 2)
+        methods.refuse_temperature(temperature)
+        how, structure = self._checked_method(method), choose(PriorStructure, prior_structure, "prior_structure")
+        predicted = self._tuning_options(pred_type, link_approx, n_samples, generator)
+        asked = tuning.Settings(predicted, structure, n_steps, loss, noise, val_loader, progress_bar, train_loader)
+        asked = replace(asked, start=start, grid=grid, bounds=bounds, lr=lr, n_folds=n_folds)
+        self._tuned(how, asked, verbose=verbose)
+
+    def _checked_method(self, method: TuningMethod | str) -> TuningMethod:
+        """A method of tuning that has a meaning for the posterior."""
+        return methods.chosen_method(method)
+
+    def _tuning_options(
+        self, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int, generator: Any
+    ) -> Options:
+        """How the predictions that are scored are made, checked."""
+        return self._options(pred_type, False, link_approx, n_samples, generator=generator, for_targets=True)
+
+    @abstractmethod
+    def _tuned(self, method: TuningMethod, asked: tuning.Settings, *, verbose: bool) -> tuning.Tuning:
+        """Choose by a method and assign what was found."""
 
     @staticmethod
     def _not_fitted(what: str) -> NotFittedError:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from laplace import linalg, tuning
-from laplace.baselaplace.last_layer import LastLayer, as_extractor
-from laplace.baselaplace.nystrom import NystromPosterior
-from laplace.baselaplace.tunable import checked_grid, checked_steps, chosen_method
+from laplace import checks, linalg, tuning
+from laplace.baselaplace import last_layer
+from laplace.baselaplace.features import FeatureLaplace
+from laplace.baselaplace.last_layer import as_extractor
+from laplace.baselaplace.random_weights import LastLayer
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
-from laplace.errors import InputError, UnsupportedError
-from laplace.gp.nystrom import log_det_ratio
-from laplace.gp.posterior import FeaturePrecision
-from laplace.network import evaluating, full_precision
-from laplace.predictive import Options
-from laplace.types import Scalar
+from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.errors import InputError, numbered
+from laplace.fit import Fit
+from laplace.gp.feature_curvature import NystromCurvature
+from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions
+from laplace.gp.posterior import FeatureMap, FunctionLinearization
+from laplace.gp.subsample import Piece, Reservoir, choose_columns
+from laplace.network import Batch, FeatureExtractor, full_precision
+from laplace.predictive import Linearization
+from laplace.prior import GaussianPrior
+from laplace.schema import Table, finite, listed, nested, real, whole
+from laplace.structures import AbstractCurvature
+from laplace.tuning import methods
+from laplace.types import Inputs
 
 
-class ELLA(NystromPosterior):
+class ELLA(FeatureLaplace):
     """Accelerated linearized Laplace: the kernel of the network is replaced by K Nyström features.
 
     Parameters
@@ -62,7 +70,224 @@ class ELLA(NystromPosterior):
     Deng, Zhou & Zhu (2022), "Accelerated linearized Laplace approximation for Bayesian deep learning". arXiv:2210.12642
     """
 
+    curvature_type: ClassVar[type[AbstractCurvature]] = NystromCurvature
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        subsample_size: int,
+        n_eigenvalues: int,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        seed: int = 1234,
+        *,
+        curvature_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            backend_kwargs,
+            curvature_dtype=curvature_dtype,
+        )
+        self._check_kind()
+        self.subsample_size = checks.whole("subsample_size", subsample_size)
+        self.n_eigenvalues = checks.whole("n_eigenvalues", n_eigenvalues)
+        if self.n_eigenvalues > self.subsample_size:
+            msg = (
+                f"A kernel of subsample_size={subsample_size} data has as many eigenvalues; n_eigenvalues="
+                f"{n_eigenvalues} is above. Lower it, or take a larger subsample."
+            )
+            raise InputError(msg)
+        self.seed = checks.whole("seed", seed, 0)
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
     @linalg.lasting
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        *,
+        val_loader: Iterable[Any] | None = None,
+        val_steps: int | None = None,
+        balanced: bool = False,
+        progress_bar: bool = False,
+    ) -> None:
+        """Choose features, and learn what the data say about them.
+
+        Parameters
+        ----------
+        train_loader
+            Yields batches; it is gone over twice, so an iterator that can be used once is refused.
+        val_loader
+            Validation batches: adding training data, which narrows the posterior, ends as soon as the negative log
+            predictive density on these rises; the best posterior is kept (section 4.3 of the paper).
+        val_steps
+            How many training batches there are between two looks at the validation data; 1 when ``None``. The last look
+            is at the end of the data.
+        balanced
+            Draw the subsample with equal numbers of each class, and deal outputs to it in turn; else both at random.
+            Rows whose target is masked belong to no class and are not drawn.
+        progress_bar
+            Show a progress bar.
+
+        Raises
+        ------
+        InputError
+            If a loader is empty or can be used once only, yields something else than batches or valid targets, has
+            fewer data than the subsample needs, or ``val_steps`` comes without ``val_loader``.
+        UnsupportedError
+            If model and likelihood do not fit together.
+
+        Warns
+        -----
+        NumericalWarning
+            If the kernel of the subsample has fewer eigenvalues than are asked for.
+
+        Notes
+        -----
+        ``fit_history_`` holds the numbers of ``processed_examples`` after each batch, and of each look at validation
+        data ``val_examples`` and ``val_nll`` (mean, in nats). The model is left as it was found; if fitting
+        fails, so is this object.
+        """
+        checks.loader("train_loader", train_loader)
+        if isinstance(train_loader, Iterator):
+            msg = (
+                "fit goes over the training data twice, and this loader can be used once only. Pass a DataLoader or a "
+                "list of batches."
+            )
+            raise InputError(msg)
+        if val_steps is not None and val_loader is None:
+            msg = "val_steps says how often to look at validation data: pass val_loader= with it."
+            raise InputError(msg)
+        every = 1 if val_steps is None else checks.whole("val_steps", val_steps)
+        checks.flags(balanced=balanced, progress_bar=progress_bar)
+        if balanced:
+            self._unit_likelihood.check_balanced()
+        with self._fitting():
+            directions = self._directions(train_loader, balanced)
+            batches = self._iterate(train_loader, progress_bar)
+            data = None if val_loader is None else self._validation(val_loader, directions)
+            fit, history = self._accumulate(batches, directions, data, every)
+        self._fit, self.fit_history_ = fit, history
+        self._hyperparameters_changed()
+
+    def _directions(self, train_loader: Iterable[Any], balanced: bool) -> Tensor:
+        """Vᵀ, ``[K, P]``, from a subsample of the data."""
+        reservoir = Reservoir(self.subsample_size, self.seed, balanced=balanced)
+        n_rows = 0
+        for batch in self._iterate(train_loader):
+            reservoir.add(batch.x, batch.y)
+            n_rows += len(batch.y)
+        if not reservoir.n_seen:
+            what = f"All {n_rows} rows of training data are masked" if n_rows else "The training loader is empty"
+            msg = f"{what}: there is nothing to make features of."
+            raise InputError(msg)
+        parts: list[tuple[Inputs, Tensor]] = []
+        start = 0
+        for piece in reservoir.pieces():
+            turns = range(start, start + piece.n_rows) if balanced else None
+            parts.append((piece.x, self._columns(piece, turns)))
+            start += piece.n_rows
+        return leading_directions(self._points(parts), self.n_eigenvalues)
+
+    def _columns(self, piece: Piece, turns: Sequence[int] | None) -> Tensor:
+        """One output of each datum, at an unmasked position if it has one."""
+        f = self._linearize(piece.x, PredType.NN).f
+        n_outputs, n_positions = f.shape[-1], f[0].numel() // f.shape[-1]
+        kept: list[list[int]] = [[] for _ in range(piece.n_rows)]
+        found = self._frozen_likelihood.flatten(f, piece.y).kept
+        if found is not None:
+            for row in found.tolist():
+                kept[row // n_positions].append(row % n_positions)
+        unmasked = [rows or list(range(n_positions)) for rows in kept]
+        return choose_columns(piece.noise, unmasked, n_outputs, turns).to(f.device)
+
+    def _validation(self, loader: Iterable[Any], directions: Tensor) -> tuning.CachedData:
+        """Features of validation data, after their one pass."""
+
+        def linearize(x: Inputs) -> Linearization:
+            return FunctionLinearization.of(self._linearize(x), NystromMap(directions), self._dtype)
+
+        return tuning.CachedData.collect(self._iterate(loader), linearize, self._frozen_likelihood)
+
+    def _accumulate(
+        self, batches: Iterator[Batch], directions: Tensor, data: tuning.CachedData | None, every: int
+    ) -> tuple[Fit, dict[str, list[Any]]]:
+        """Add up what the data say about the features, until validation data stop it."""
+        features, likelihood = NystromMap(directions), self._frozen_likelihood
+        gram = directions.new_zeros(len(directions), len(directions), dtype=torch.float64)
+        nll, counts, best = torch.zeros_like(gram[0, 0]), (0, 0), math.inf
+        history: dict[str, list[Any]] = {"processed_examples": [], "val_examples": [], "val_nll": [], "tuning": []}
+        kept: Fit | None = None
+
+        def now() -> Fit:
+            mean = self._known("fit").vector().to(self._dtype)
+            learned = NystromCurvature(directions, gram.to(self._dtype))
+            return Fit(mean, learned, nll.to(self._dtype), *counts, self._weights.n_outputs(self.backend))
+
+        def rises(data: tuning.CachedData) -> bool:
+            """Look at the validation data; what is there now is kept unless the score got worse."""
+            nonlocal best, kept
+            score = self._score(data, NystromCurvature(directions, gram.to(self._dtype)))
+            history["val_examples"].append(counts[0])
+            history["val_nll"].append(score)
+            if score > best:
+                return True
+            best, kept = score, now()
+            return False
+
+        for count, batch in enumerate(batches, 1):
+            with numbered(count - 1, batch.x):
+                at, positions = self._tangents_at(batch.x, batch.y)
+            phi = features.features(at)
+            phi = phi if positions.kept is None else phi[positions.kept]
+            gram = gram + feature_gram(phi, positions.f, likelihood)
+            nll = nll + likelihood.nll(positions.f, positions.y)
+            counts = counts[0] + len(batch.y), counts[1] + len(positions.f)
+            history["processed_examples"].append(counts[0])
+            if data is not None and count % every == 0 and rises(data):
+                break
+        if not counts[1]:
+            msg = f"All {counts[0]} rows of training data are masked: there is nothing to learn from."
+            raise InputError(msg)
+        if data is not None and history["val_examples"][-1:] != [counts[0]]:
+            # The batches after the last look: without another one they would be left out unseen.
+            rises(data)
+        return now() if kept is None else kept, history
+
+    def _score(self, data: tuning.CachedData, learned: NystromCurvature) -> float:
+        """Mean negative log predictive density at the present hyperparameters."""
+        likelihood, options = self._frozen_likelihood, self._tuning_options(PredType.GP, LinkApprox.PROBIT, 1, None)
+        prior = GaussianPrior(
+            self._prior_mean.detach(), self._prior_precision.detach().to(self._dtype), self._prior.sizes
+        )
+        posterior = (learned * likelihood.scale).posterior(prior)
+        measure = tuning.choose_score(None, likelihood, options.pred_type)
+        return float(data.scores(measure, [posterior], [likelihood], lambda: options, self._dtype)[0])
+
+    def _feature_map(self) -> FeatureMap:
+        curvature = self._fitted.curvature
+        assert isinstance(curvature, NystromCurvature), "made by this class"
+        return NystromMap(curvature.directions)
+
+    # -- tuning -------------------------------------------------------------------------------------------------------
+
     def optimize_prior_precision(
         self,
         pred_type: PredType | str = PredType.GP,
@@ -81,8 +306,7 @@ class ELLA(NystromPosterior):
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
-        *,
-        generator: torch.Generator | None = None,
+        **further: Any,
     ) -> None:
         """Choose the prior precision and assign it; the features stay.
 
@@ -102,8 +326,9 @@ class ELLA(NystromPosterior):
             Print the result in one line.
         progress_bar
             Show a progress bar.
-        generator
-            Source of randomness of sampled predictions, on the model's device.
+        **further
+            The keyword arguments that follow in ``ParametricLaplace.optimize_prior_precision``: ``generator``,
+            ``noise``, ``bounds``.
 
         Raises
         ------
@@ -116,51 +341,28 @@ class ELLA(NystromPosterior):
 
         Notes
         -----
-        One pass over the validation data, whatever the size of the grid. When something is raised the prior precision
-        is what it was.
+        One pass over the validation data, whatever the size of the grid. If tuning fails the prior precision is what it
+        was.
         """
-        verbose, n_steps, lr = checked_steps(verbose, progress_bar, n_steps, lr)
-        grid = checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-        start = self._checked_prior_precision(init_prior_prec).detach()
-        how = chosen_method(method)
-        fit = self._fitted
-        if choose(PriorStructure, prior_structure, "prior_structure") is not PriorStructure.SCALAR:
-            msg = f'{type(self).__name__} has an isotropic prior over the weights: prior_structure must be "scalar".'
-            raise UnsupportedError(msg)
-        self._function_options(pred_type)
-        options = self._grid_options(link_approx, n_samples, generator)
-        if how is TuningMethod.MARGLIK:
-            best, value = tuning.optimize(
-                self._evidence, start, n_steps=n_steps, lr=lr, bounds=tuning.BOUNDS, progress_bar=progress_bar
-            )
-            found = f"log marginal likelihood {value:.4f}"
-        elif how is TuningMethod.GRIDSEARCH:
-            if val_loader is None:
-                msg = 'method="gridsearch" scores prior precisions on validation data: pass val_loader=.'
-                raise InputError(msg)
-            grid = grid.to(self._device, self._dtype)
-            with evaluating(self.model), torch.no_grad(), full_precision(self._device):
-                data = self._validation(val_loader, fit.tensors["directions"])
-                score = partial(self._grid_scores, data, loss, options)
-                best, values = tuning.search(score, grid, progress_bar=progress_bar)
-            found = f"validation loss {float(values[torch.isfinite(values)].min()):.4f}"
-        else:
-            msg = f'{type(self).__name__} has no method={how.value!r}; use "gridsearch" or "marglik".'
-            raise UnsupportedError(msg)
-        self.prior_precision = best.detach()
-        if verbose:
-            print(f"Optimized prior precision: {float(best):.4g} ({found})")
-
-    def _grid_scores(self, data: tuning.CachedData, loss: Any, options: Options, points: Tensor) -> Tensor:
-        return self._scores(data, self._fitted.tensors["gram"], points, loss, options)
-
-    def _evidence(self, precision: Tensor) -> Scalar:
-        """The log marginal likelihood at a prior precision ``[1]``; nothing is assigned."""
-        gram, shift = self._fitted.tensors["gram"], self._fitted.mean - self._prior_mean.detach().to(self._dtype)
-        likelihood = self._frozen_likelihood
-        posterior = FeaturePrecision.of(gram * likelihood.scale, precision.squeeze(0))
-        penalty = log_det_ratio(posterior) + precision.squeeze(0) * shift.square().sum()
-        return self.log_likelihood.detach() - 0.5 * penalty
+        super().optimize_prior_precision(
+            pred_type,
+            method,
+            n_steps,
+            lr,
+            init_prior_prec,
+            prior_structure,
+            val_loader,
+            loss,
+            log_prior_prec_min,
+            log_prior_prec_max,
+            grid_size,
+            link_approx,
+            n_samples,
+            verbose,
+            progress_bar,
+            log_prior_prec_base,
+            **further,
+        )
 
     @linalg.lasting
     def optimize_hyperparameters(self, val_loader: Iterable[Any], grid: Sequence[float] | Tensor) -> None:
@@ -185,12 +387,15 @@ class ELLA(NystromPosterior):
         -----
         What was tried is added to ``fit_history_["tuning"]``.
         """
-        directions = self._fitted.tensors["directions"]
-        points = self._checked("grid", grid, positive=True).detach().reshape(-1)
-        with evaluating(self.model), torch.no_grad(), full_precision(self._device):
-            data = self._validation(val_loader, directions)
-            options = self._grid_options(LinkApprox.PROBIT, 1, None)
-            values = self._grid_scores(data, None, options, points)
+        problem, points = self._problem(), self._checked("grid", grid, positive=True).detach().reshape(-1)
+        options = self._tuning_options(PredType.GP, LinkApprox.PROBIT, 1, None)
+        asked = tuning.Settings(options, PriorStructure.SCALAR, 0, None, "keep", val_loader, progress_bar=False)
+        data, score = (
+            self._collected(asked, val_loader, "validation"),
+            tuning.choose_score(None, problem.likelihood(), options.pred_type),
+        )
+        with torch.no_grad(), full_precision(self._device):
+            values = methods.SCORES[TuningMethod.GRIDSEARCH](problem, asked, data, score, points)(points)
         if not bool(torch.isfinite(values).any()):
             msg = "The validation loss is finite at none of the prior precisions; the prior precision was not changed."
             raise InputError(msg)
@@ -199,8 +404,19 @@ class ELLA(NystromPosterior):
         tried = [{"prior_precision": float(p), "val_nll": float(v)} for p, v in zip(points, values, strict=True)]
         self.fit_history_ = {**self.fit_history_, "tuning": [*self.fit_history_["tuning"], *tried]}
 
+    # -- saving -------------------------------------------------------------------------------------------------------
 
-class LLELLA(LastLayer, ELLA):
+    state_entries: ClassVar[Table] = {"subsample_size": whole(1), "n_eigenvalues": whole(1), "seed": whole(0)}
+    saved: ClassVar[tuple[str, ...]] = (*FeatureLaplace.saved, "subsample_size", "n_eigenvalues", "seed")
+    _history_entries: ClassVar[Table] = {
+        "processed_examples": listed(whole(0)),
+        "val_examples": listed(whole(0)),
+        "val_nll": listed(real),
+        "tuning": listed(nested({"prior_precision": finite(above=0), "val_nll": real})),
+    }
+
+
+class LLELLA(ELLA):
     """ELLA of a last layer: from features alone, without a Jacobian and without a backward pass.
 
     Parameters
@@ -212,6 +428,12 @@ class LLELLA(LastLayer, ELLA):
     backend, backend_kwargs, seed, curvature_dtype
         As in ``ELLA``.
     """
+
+    weights_type = LastLayer
+    model: FeatureExtractor
+    last_layer_name = last_layer.last_layer_name
+    feature_reduction = last_layer.feature_reduction
+    enable_backprop = last_layer.enable_backprop
 
     def __init__(
         self,

@@ -7,40 +7,69 @@ Subclasses say what they know of the outputs at some inputs (``_functions_at``) 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks
-from laplace.baselaplace.checkpoint import Checkpointed
+from laplace import checks, tuning
+from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.options import check_model_keywords
-from laplace.enums import LinkApprox, PredType, choose
+from laplace.curvature import CurvatureInterface
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods.base import check_outputs
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
-from laplace.structures import AbstractPrecision
+from laplace.prior import GaussianPrior
 from laplace.types import Inputs
 
 
-class BaseFunctionalLaplace(Checkpointed):
+class BaseFunctionalLaplace(FittedLaplace):
     """A Gaussian process around the outputs of a network: the linearized network in function space.
 
     See ``BaseLaplace`` for the parameters.
     """
 
-    @property
-    @abstractmethod
-    def _frozen_posterior(self) -> AbstractPrecision:
-        """What the data say, on no graph and cached."""
-
     @abstractmethod
     def _functions_at(self, x: Inputs, **model_kwargs: Any) -> Linearization:
         """Outputs at inputs, and what the posterior needs to know of them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute; weights and curvature cannot be assigned (``UnsupportedError``)."""
+        if name in ("mean", "H"):
+            msg = (
+                f"{type(self).__name__} is made of data, and its {name} cannot be assigned: call fit(train_loader). "
+                "Posteriors over weights (hessian_structure='full', 'diag', 'kron', ...) take one."
+            )
+            raise UnsupportedError(msg)
+        super().__setattr__(name, value)
+
+    def _check_backend(self, backend: CurvatureInterface) -> None:
+        if backend.matrix != "GGN":
+            msg = (
+                f"A Gaussian process is the posterior of a generalized Gauss-Newton matrix; {type(backend).__name__} "
+                f"computes an {backend.matrix}. Pass a GGN back end, or backend=None."
+            )
+            raise UnsupportedError(msg)
+
+    def _checked_prior_precision(self, value: Any) -> Tensor:
+        precision = super()._checked_prior_precision(value)
+        self._fits_structure(GaussianPrior(precision.new_zeros(()), precision, (precision.numel(),)))
+        return precision
+
+    def _fits_structure(self, prior: GaussianPrior) -> None:
+        if prior.precision.numel() > 1:
+            msg = (
+                f"{type(self).__name__} has an isotropic prior over the weights, so that its kernel scales with it: "
+                'prior_precision must be one number and prior_structure must be "scalar"; got '
+                f"{prior.precision.numel()}. Others take hessian_structure='diag', 'kron' or 'full'."
+            )
+            raise UnsupportedError(msg)
 
     def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002
         """Not available: the posterior is one over functions; draw those with ``functional_samples``.
@@ -269,6 +298,97 @@ class BaseFunctionalLaplace(Checkpointed):
         )
         joint = checks.flag("joint", joint)
         return (self._samples(x, options, joint=joint) / self.output_temperature).softmax(-1)
+
+    # -- tuning -------------------------------------------------------------------------------------------------------
+
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str = PredType.GP,
+        method: TuningMethod | str = TuningMethod.MARGLIK,
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        val_loader: Iterable[Any] | None = None,
+        loss: str | tuning.Loss | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+        **further: Any,
+    ) -> None:
+        """Choose the prior precision, by evidence or by validation over a grid, and assign it.
+
+        Parameters
+        ----------
+        pred_type
+            ``"gp"`` or ``"glm"``: the same.
+        prior_structure
+            ``"scalar"``; others raise.
+        method, n_steps, lr, init_prior_prec, val_loader, loss, log_prior_prec_min, log_prior_prec_max, grid_size
+            As in ``ParametricLaplace.optimize_prior_precision``.
+        link_approx, n_samples, verbose, progress_bar, log_prior_prec_base
+            As there.
+        **further
+            The keyword arguments that follow there: ``generator``, ``noise``, ``bounds``.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``.
+        UnsupportedError
+            If names are unknown, the prior structure is not ``"scalar"``, or the method leaves out training data.
+        InputError
+            If validation data are missing or empty, the grid is no grid, or the objective is finite nowhere.
+
+        Notes
+        -----
+        One eigendecomposition of the Gram matrix of the subset serves all precisions. Evidence then takes O(M C) a
+        step, a grid one pass over the validation data and products with their kernels.
+        """
+        ours = checks.options_of(FittedLaplace.optimize_prior_precision)
+        checks.known_options("optimize_prior_precision", further, ours)
+        super().optimize_prior_precision(
+            pred_type,
+            method,
+            n_steps,
+            lr,
+            init_prior_prec,
+            prior_structure,
+            val_loader,
+            loss,
+            log_prior_prec_min,
+            log_prior_prec_max,
+            grid_size,
+            link_approx,
+            n_samples,
+            verbose,
+            progress_bar,
+            log_prior_prec_base,
+            **further,
+        )
+
+    def _checked_method(self, method: TuningMethod | str) -> TuningMethod:
+        how = super()._checked_method(method)
+        if how not in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH):
+            msg = (
+                f"method={how.value!r} leaves out training data, of which this posterior knows a subset. Use "
+                "method='marglik', or validation data (method='gridsearch')."
+            )
+            raise UnsupportedError(msg)
+        return how
+
+    def _tuning_options(
+        self, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int, generator: Any
+    ) -> Options:
+        return self._function_options(pred_type, False, link_approx, n_samples, generator=generator, for_targets=True)
+
+    def _for_tuning(self, pred_type: PredType, x: Inputs) -> Linearization:  # noqa: ARG002
+        return self._functions_at(x)
 
 
 __all__ = ["BaseFunctionalLaplace"]

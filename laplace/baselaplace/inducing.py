@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from laplace import checks
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.gp.subsample import Reservoir, k_means
+from laplace.likelihoods.base import check_outputs
 from laplace.network import Batch
 from laplace.network.batches import count_rows
 from laplace.types import Inputs
@@ -149,3 +151,79 @@ def choose_inducing(strategy: str, number: int, batches: Iterator[Batch], seed: 
         raise InputError(msg)
     x = pieces[0].x
     return k_means(x.flatten(1), number, seed).reshape(number, *x.shape[1:]) if clusters else x
+
+
+def drawn(
+    strategy: str, number: int, loader: Iterable[Any], read: Callable[[Iterable[Any]], Iterator[Batch]], seed: int
+) -> Inputs:
+    """Locations chosen from a user's loader, which training goes over again.
+
+    Raises
+    ------
+    InputError
+        If it can be used once only.
+    """
+    if isinstance(loader, Iterator):
+        msg = (
+            f"inducing_locations={strategy!r} goes over the training data once more than training, and this loader "
+            "can be used once only. Pass a DataLoader or a list of batches."
+        )
+        raise InputError(msg)
+    return choose_inducing(strategy, number, read(loader), seed)
+
+
+def outputs_at(run: Callable[[], Tensor], number: int) -> Tensor:
+    """Outputs at the inducing inputs, one row for each.
+
+    Raises
+    ------
+    InputError
+        If the model cannot run on them, or gives another number of rows.
+    """
+    try:
+        f = run()
+    except RuntimeError as error:
+        msg = (
+            f"The model cannot run on the inducing inputs: {str(error).rstrip('.')}. inducing_locations must be a "
+            "batch such as the training loader yields, without targets."
+        )
+        raise InputError(msg) from error
+    check_outputs(f)
+    if len(f) != number:
+        msg = f"The model gives {len(f)} rows of outputs for {number} inducing inputs; one each is needed."
+        raise InputError(msg)
+    return f
+
+
+def classes_of(classes: Tensor | None, f: Tensor) -> Tensor:
+    """Which of the flattened outputs each inducing point is, ``[M]``; dealt in turn where nobody said it.
+
+    Raises
+    ------
+    InputError
+        If there is no such output.
+    """
+    n_columns = f[0].numel()
+    if classes is None:
+        return torch.arange(len(f), device=f.device) % n_columns
+    if bool((classes >= n_columns).any()):
+        msg = (
+            f"inducing_classes are indices of the {n_columns} outputs of an input, 0..{n_columns - 1}; got "
+            f"{int(classes.max())}."
+        )
+        raise InputError(msg)
+    return classes.to(f.device)
+
+
+def checked_alpha(alpha: float) -> float:
+    """Which divergence is minimized, in [0, 1].
+
+    Raises
+    ------
+    InputError
+        If it is something else.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= alpha <= 1:
+        msg = f"alpha must lie in [0, 1]: 0 is variational inference, 1 fits the predictive density; got {alpha!r}."
+        raise InputError(msg)
+    return float(alpha)

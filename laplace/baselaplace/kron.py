@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -100,13 +99,7 @@ class KronLaplace(ParametricLaplace):
         return {"damping": self._damping}
 
     state_entries: ClassVar[Table] = {"damping": flag}
-
-    def _choices(self) -> dict[str, Any]:
-        return {**super()._choices(), "damping": self._damping}
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        super()._restore(state)
-        self.damping = state["damping"]
+    saved: ClassVar[tuple[str, ...]] = (*ParametricLaplace.saved, "damping")
 
     def _fits_structure(self, prior: GaussianPrior) -> None:
         prior.per_layer()

@@ -1,24 +1,16 @@
-"""``LastLayer``: the weights of the last linear layer are random, the rest of the network is a fixed feature map."""
+"""What estimators of a last layer have beside their constructors: the extractor, and its options as attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from laplace import checks
-from laplace.baselaplace.checkpoint import Checkpointed
-from laplace.baselaplace.statefile import move
-from laplace.enums import FeatureReduction, PredType, choose
-from laplace.errors import StateError, UnsupportedError
-from laplace.network import FeatureExtractor, ParameterSubset, evaluating
+from laplace.enums import FeatureReduction, choose
+from laplace.errors import UnsupportedError
+from laplace.network import FeatureExtractor
 from laplace.network.failures import check_model
-from laplace.network.threads import together
-from laplace.predictive import FeatureLinearization, Linearization
-from laplace.schema import Known, Table, check_entries, optional, text
-from laplace.types import Inputs
 
 
 def as_extractor(
@@ -30,13 +22,6 @@ def as_extractor(
     dict_key_y: str,
 ) -> FeatureExtractor:
     """A feature extractor around a model; what one was told before holds, unless the call says otherwise.
-
-    Parameters
-    ----------
-    model
-        The network, or an extractor around it.
-    last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y
-        As in ``LLLaplace``.
 
     Raises
     ------
@@ -63,119 +48,26 @@ def as_extractor(
     )
 
 
-_NAME: Table = {"last_layer_name": text}
+def _of_extractor(name: str, text: str, check: Any = None) -> property:
+    """An attribute that the extractor holds; assigned there if there is a check for it."""
+
+    def read(self: Any) -> Any:
+        return getattr(self.model, name)
+
+    def assign(self: Any, value: Any) -> None:
+        setattr(self.model, name, check(name, value))
+
+    return property(read, None if check is None else assign, doc=text)
 
 
-class LastLayer(Checkpointed):
-    """Which weights are random: those of the last linear layer, whose inputs are features."""
+last_layer_name = _of_extractor("last_layer_name", "Name of the last layer; ``None`` before it is known.")
+feature_reduction = _of_extractor(
+    "feature_reduction", "How the model reduces features over positions; ``None`` when it does not."
+)
+enable_backprop = _of_extractor(
+    "enable_backprop",
+    "Whether predictions are differentiable with respect to the inputs; assign to change it.",
+    checks.flag,
+)
 
-    model: FeatureExtractor
-
-    _last_layer: ClassVar[bool] = True
-    state_entries: ClassVar[Table] = {"feature_reduction": optional(text), **_NAME}
-
-    @property
-    def enable_backprop(self) -> bool:
-        """Whether predictions are differentiable with respect to the inputs; assign to change it."""
-        return self.model.enable_backprop
-
-    @enable_backprop.setter
-    def enable_backprop(self, value: bool) -> None:
-        self.model.enable_backprop = checks.flag("enable_backprop", value)
-
-    def _as_model(self, model: nn.Module) -> FeatureExtractor:
-        kept = self.model
-        if not isinstance(model, FeatureExtractor):
-            keys = kept.dict_key_x, kept.dict_key_y
-            return as_extractor(model, kept.last_layer_name, kept.enable_backprop, kept.feature_reduction, *keys)
-        if model.last_layer_name is None and kept.last_layer_name is not None:
-            model.set_last_layer(kept.last_layer_name)
-        return model
-
-    @property
-    def last_layer_name(self) -> str | None:
-        """Name of the last layer; ``None`` before it is known."""
-        return self.model.last_layer_name
-
-    @property
-    def feature_reduction(self) -> FeatureReduction | None:
-        """How the model reduces features over positions; ``None`` when it does not."""
-        return self.model.feature_reduction
-
-    @property
-    def _first_parameter(self) -> Tensor:
-        """The head decides device and precision, once it is known: the backbone may have others."""
-        layer = self.model.last_layer
-        return super()._first_parameter if layer is None else layer.weight
-
-    def _select_parameters(self) -> ParameterSubset | None:
-        layer = self.model.last_layer
-        if layer is None:
-            return None
-        with together(layer):
-            return ParameterSubset.last_layer(layer)
-
-    @property
-    def _network(self) -> nn.Module:
-        return self.model.model
-
-    def _identity(self) -> dict[str, Any]:
-        reduction = self.model.feature_reduction
-        return {**super()._identity(), "feature_reduction": None if reduction is None else reduction.value}
-
-    def _choices(self) -> dict[str, Any]:
-        return {**super()._choices(), "last_layer_name": self.model.last_layer_name}
-
-    @property
-    def _changed_by_loading(self) -> tuple[object, ...]:
-        return (self, self.model)
-
-    def _sizes_in(self, state: Mapping[str, Any]) -> tuple[int, ...]:
-        return ParameterSubset.last_layer(self._layer_in(state)).sizes
-
-    def _layer_in(self, state: Mapping[str, Any]) -> nn.Linear:
-        """The layer that a state was saved for."""
-        check_entries({key: state[key] for key in state if key in _NAME}, _NAME, {})
-        name, known = state["last_layer_name"], self.model.last_layer_name
-        if known not in (None, name):
-            msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
-            raise StateError(msg)
-        layer = dict(self._network.named_modules()).get(name)
-        if not isinstance(layer, nn.Linear):
-            msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
-            raise StateError(msg)
-        return layer
-
-    def _know_weights(self, state: Mapping[str, Any]) -> None:
-        name, known, data = state["_last_layer_name"], self.model.last_layer_name, state["data"]
-        if known is not None or name is not None:
-            self._layer_in({"last_layer_name": known if name is None else name})
-        if known is None and name is not None:
-            self.model.set_last_layer(name)
-        elif known is None:
-            if data is None:
-                msg = (
-                    "The state of laplace-torch does not say which layer is the last: construct with last_layer_name=."
-                )
-                raise StateError(msg)
-            with evaluating(self.model), torch.no_grad():
-                self.model.find_last_layer(move(data[0] if isinstance(data, (list, tuple)) else data, self._device))
-
-    def _known_of(self, state: Mapping[str, Any]) -> Known:
-        layer = self._layer_in(state)
-        return {**super()._known_of(state), "C": layer.out_features, "bias": layer.bias is not None}
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        super()._restore(state)
-        if self.model.last_layer_name is None:
-            self.model.set_last_layer(state["last_layer_name"])
-
-    def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:  # noqa: ARG002
-        f, phi = self.model.forward_with_features(x, **model_kwargs)
-        assert self.model.last_layer is not None, "the forward pass finds it"
-        self._warn_if_moved()
-        return FeatureLinearization(f, phi, bias=self.model.last_layer.bias is not None)
-
-    def _count_outputs(self) -> int:
-        assert self.model.last_layer is not None, "fit has run the model"
-        return self.model.last_layer.out_features
+__all__ = ["as_extractor", "enable_backprop", "feature_reduction", "last_layer_name"]

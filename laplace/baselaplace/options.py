@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from laplace import checks
+from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import LinkApprox, PredType, choose
-from laplace.errors import UnsupportedError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood
 from laplace.network.signatures import innermost
 from laplace.predictive import Options
@@ -37,6 +38,12 @@ def chosen_backend(
         If ``backend_kwargs`` are no mapping.
     """
     given = checks.keywords("backend_kwargs", backend_kwargs)
+    if "subnetwork_indices" in given:
+        msg = (
+            "backend_kwargs cannot hold subnetwork_indices: pass them to the estimator, "
+            'Laplace(..., subset_of_weights="subnetwork", subnetwork_indices=...).'
+        )
+        raise UnsupportedError(msg)
     backend = AutogradGGN if backend is None else backend
     if isinstance(backend, type) and issubclass(backend, CurvatureInterface):
         check_backend_keywords(backend, given)
@@ -59,6 +66,114 @@ def chosen_backend(
         )
         raise UnsupportedError(msg)
     return cls, own
+
+
+def one_number(name: str, value: Tensor) -> Tensor:
+    """A hyperparameter that has one value.
+
+    Raises
+    ------
+    InputError
+        If it has several.
+    """
+    if value.numel() != 1:
+        msg = f"{name} must be one number; got the shape {list(value.shape)}."
+        raise InputError(msg)
+    return value
+
+
+def by_output(sigma: Tensor, n_outputs: int | None) -> Tensor:
+    """Observation noise, ``[]`` or one for each output, ``[C]``.
+
+    Raises
+    ------
+    InputError
+        If it has another shape.
+    """
+    if sigma.numel() == 1:
+        return sigma.reshape(())
+    if sigma.dim() != 1 or n_outputs not in (None, len(sigma)):
+        outputs = "each output" if n_outputs is None else f"each of the {n_outputs} outputs"
+        msg = f"sigma_noise must be one number, or one for {outputs}; got the shape {list(sigma.shape)}."
+        raise InputError(msg)
+    return sigma
+
+
+def replaced(weights: AllWeights, name: str, before: Any, value: Any) -> Any:
+    """What an option of a network becomes when it is assigned again, if it can be.
+
+    Raises
+    ------
+    UnsupportedError
+        If the object would have to be another one.
+    """
+    if name == "likelihood":
+        msg = (
+            f"likelihood is {str(before)!r} and cannot be replaced by {str(value)!r}: curvature and noise are those of "
+            "the likelihood. Construct another object."
+        )
+        raise UnsupportedError(msg)
+    if name == "model":
+        value = weights.replaced(value)
+        shapes, others = ([tuple(p.shape) for p in model.parameters()] for model in (before, value))
+        if shapes != others:
+            msg = (
+                "The model can be replaced by one whose parameters have the same shapes, such as a compiled one or "
+                "a copy; this one has others. Construct another object."
+            )
+            raise UnsupportedError(msg)
+    else:
+        weights.renamed(name, value)
+    return value
+
+
+def said_once(likelihood: AbstractLikelihood, name: str, value: Any) -> Any:
+    """A hyperparameter that is given with the likelihood or beside it, and not twice.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is given twice.
+    """
+    within = getattr(likelihood, name, 1.0)
+    if bool((torch.as_tensor(within) == 1).all()):
+        return value
+    if isinstance(value, Tensor) or value != 1:
+        msg = f"{name} is given twice, within the likelihood and as an option: give one of them."
+        raise UnsupportedError(msg)
+    return within
+
+
+def checked_curvature_dtype(dtype: Any) -> torch.dtype | None:
+    """A precision in which curvature can be computed; ``None`` for that of the model.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is another one.
+    """
+    if not (dtype is None or dtype is torch.float32 or dtype is torch.float64):
+        msg = f"curvature_dtype must be torch.float32 or torch.float64; got {dtype!r}."
+        raise UnsupportedError(msg)
+    return dtype
+
+
+def checked_fisher_kwargs(given: Any, backend: type[CurvatureInterface]) -> dict[str, Any]:
+    """Keywords for the methods of an ASDL back end.
+
+    Raises
+    ------
+    UnsupportedError
+        If there are some and the back end reads none.
+    """
+    keywords = checks.keywords("asdl_fisher_kwargs", given)
+    if keywords and not backend.accepts_fisher_kwargs:
+        msg = (
+            f"asdl_fisher_kwargs are options of the ASDL back ends; {backend.__name__} does not read them. Options of "
+            "other back ends go into backend_kwargs."
+        )
+        raise UnsupportedError(msg)
+    return keywords
 
 
 def prediction_options(
@@ -108,6 +223,21 @@ def prediction_options(
     )
     n_samples, generator = checks.whole("n_samples", n_samples), checks.generator(generator, device)
     return Options(kind, link, joint, n_samples, diagonal_output, generator, fitting)
+
+
+def checked_weights(value: Any, mean: Tensor) -> Tensor:
+    """Weights of a user, ``[..., P]``, where the mean is and in its precision.
+
+    Raises
+    ------
+    ShapeError
+        If P differs.
+    """
+    value = checks.tensor("value", value, "weights, a tensor [..., P]").to(mean)
+    if value.shape[-1:] != mean.shape:
+        msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
+        raise ShapeError(msg)
+    return value
 
 
 def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: Iterable[str]) -> None:

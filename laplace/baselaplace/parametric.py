@@ -1,31 +1,283 @@
-"""``ParametricLaplace``: sampling and prediction of a Gaussian over weights, by delegation to ``predictive/``.
-
-What ``fit`` learns is in ``baselaplace/posterior.py``, saving in ``baselaplace/checkpoint.py``, tuning in
-``baselaplace/tuned.py``.
-"""
+"""``ParametricLaplace``: a Gaussian over weights; predictions are delegated to ``predictive/``."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.baselaplace.options import check_model_keywords
-from laplace.baselaplace.tuned import TunedPosterior
+from laplace import checks, linalg
+from laplace.baselaplace.fitted import FittedLaplace
+from laplace.baselaplace.fitting import Training
+from laplace.baselaplace.options import check_model_keywords, checked_weights
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import UnsupportedError
+from laplace.errors import ShapeError, UnsupportedError
+from laplace.fit import FIT_ENTRIES, Fit
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
 from laplace.predictive.pushforward import output_moments, samples_of_moments
-from laplace.types import Inputs
+from laplace.schema import Table
+from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision
+from laplace.structures.by_hand import assigned_curvature, independent, zero_curvature, zero_form
+from laplace.types import Inputs, Scalar
 
 
-class ParametricLaplace(TunedPosterior):
+class ParametricLaplace(FittedLaplace):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹). See ``BaseLaplace`` for the parameters."""
+
+    state_entries: ClassVar[Table] = FIT_ENTRIES
+    _mean_by_hand: Tensor | None = None
+    """Assigned before there is a curvature."""
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
+    @linalg.lasting
+    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
+        """Learn the curvature at the weights the model has.
+
+        Parameters
+        ----------
+        train_loader
+            Yields ``(x, y)``, ``(x1, …, xk, y)`` or mappings: a ``DataLoader``, a list, any iterable of batches, which
+            needs no length. Rows are counted as they come.
+        override
+            Start again; ``False`` adds the new data to what was learned before, exactly.
+        progress_bar
+            Show a progress bar.
+
+        Raises
+        ------
+        InputError
+            If the loader is empty, yields something else than batches or valid targets, or cannot be read as often as
+            the structure needs.
+        UnsupportedError
+            If model, likelihood and structure do not fit together, or ``override=False`` has no meaning for the
+            structure.
+        ShapeError
+            If outputs, targets or the prior have shapes that do not fit.
+
+        Notes
+        -----
+        The model is left as it was found; if fitting fails, so is this object.
+        Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
+        each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
+        Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a
+        loader that can be read again, with the same data each time.
+        """
+        checks.loader("train_loader", train_loader)
+        override, progress_bar = checks.flag("override", override), checks.flag("progress_bar", progress_bar)
+        previous: Fit | None = None if override or self.__dict__.get("_fit") is None else self._fitted
+        if previous is not None:
+            previous.check_merge()
+        fit = self._training(progress_bar).fit(train_loader)
+        self._fit = fit if previous is None else previous.merge(fit)
+        self._hyperparameters_changed()
+
+    def _fit_options(self) -> dict[str, Any]:
+        """Options of the structure's ``accumulate``."""
+        return dict(self._asdl_fisher_kwargs)
+
+    def _training(self, progress_bar: bool) -> Training:
+        """What a fit needs to know of this object."""
+        backend, options = self.backend, self._fit_options()
+        return Training(
+            self._weights,
+            backend,
+            lambda batches: self.curvature_type.accumulate(backend, batches, **options),
+            partial(self._iterate, progress_bar=progress_bar),
+            self._check_memory,
+            lambda: self._check_prior(self._prior_precision, self._prior_mean),
+            self._sigma_noise,
+            self._dtype,
+        )
+
+    def _check_memory(self) -> None:
+        """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
+        subset = self._weights.subset
+        if subset is not None:
+            tensors = subset.parameters if subset.choice is None else [subset.vector()]
+            self.curvature_type.check_memory(tensors, self._dtype)
+
+    # -- without a fit, and by hand -----------------------------------------------------------------------------------
+
+    @property
+    def _is_prior(self) -> bool:
+        """Whether there was no fit, and the object is the prior over its weights."""
+        return "_fit" not in self.__dict__
+
+    @property
+    def _mean(self) -> Float[Tensor, " params"]:
+        """The mean of the weights, in our memory."""
+        if not self._is_prior:
+            return self._fitted.mean
+        prior, by_hand = self._prior, self._mean_by_hand
+        return prior.mean.expand(prior.n_params) if by_hand is None else by_hand.to(self._device)
+
+    @property
+    def mean(self) -> Float[Tensor, " params"]:
+        """The weights at which the curvature was taken, ``[P]``; before ``fit`` the prior mean. A copy.
+
+        May be assigned: the posterior is then one around these weights. Before ``fit`` assign ``H`` with it. The
+        evidence needs the loss at the mean, which is known for the weights of ``fit`` alone. An assigned value must be
+        finite (``InputError``) and hold a number for each random weight (``ShapeError``).
+        """
+        return self._mean.clone()
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self._assign_mean(value)
+
+    @linalg.lasting
+    def _assign_mean(self, value: Tensor) -> None:
+        """Put the posterior around given weights."""
+        n_params = self._known("The mean").n_params
+        mean = self._checked("mean", value).detach()
+        if mean.shape != (n_params,):
+            msg = f"mean must hold the {n_params} random weights, [{n_params}]; got {list(mean.shape)}."
+            raise ShapeError(msg)
+        if self._is_prior:
+            self._mean_by_hand = mean
+        else:
+            self._fit = self._fitted.at(mean)
+        self._hyperparameters_changed()
+
+    @property
+    def H(self) -> Any:
+        """Curvature of the data term at unit noise and temperature, in the form of the structure; a copy.
+
+        Before ``fit`` it is zero. May be assigned, after a fit and without one: posterior, predictions, samples and
+        evidence are then those of the given curvature. An assigned value must have the form that is read here (of a
+        Kronecker structure also ``H_facs``), fit the weights (``ShapeError``), be finite, symmetric (``InputError``).
+        """
+        if self._is_prior:
+            return zero_form(self._zero_curvature)
+        return independent(self._fitted.curvature.public)
+
+    @H.setter
+    @linalg.lasting
+    def H(self, value: Any) -> None:
+        subset, known = self._known("H"), None if self._is_prior else self._fitted
+        now = None if known is None else known.curvature
+        check = partial(checks.numbers, dtype=self._dtype, device=self._device)
+        curvature = assigned_curvature(self.curvature_type, value, subset.shapes, check, now)
+        if known is None:
+            mean = subset.vector().to(self._dtype) if self._mean_by_hand is None else self._mean_by_hand
+            head = self._head
+            self._fit = Fit.by_hand(mean, curvature, self._sigma_noise, head)
+            self._mean_by_hand = None
+        else:
+            self._fit = replace(known, curvature=curvature)
+        self._hyperparameters_changed()
+
+    @property
+    def _zero_curvature(self) -> AbstractCurvature:
+        """The curvature of no data."""
+        subset = self._known("H")
+        self._check_memory()
+        like = torch.zeros((), dtype=self._dtype, device=self._device)
+        return zero_curvature(self.curvature_type, subset.shapes, like)
+
+    @property
+    def loss(self) -> Scalar:
+        """Negative log-likelihood of the training data at σ = T = 1, without constants, in nats; 0 before ``fit``."""
+        return self._prior.precision.new_zeros(()) if self._is_prior else self._fitted.known_nll.clone()
+
+    @property
+    def n_data(self) -> int:
+        """Number of rows that the training loaders yielded."""
+        return 0 if self._is_prior else self._fitted.n_data
+
+    # -- posterior ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _posterior(self) -> AbstractPrecision:
+        """Before ``fit`` the prior."""
+        return DiagPrecision(self._prior.diagonal()) if self._is_prior else super()._posterior
+
+    @property
+    def _gaussian(self) -> AbstractPrecision:
+        """What is known of the weights, on no graph of hyperparameters: the posterior, or before ``fit`` the prior."""
+        return DiagPrecision(self._prior.diagonal().detach()) if self._is_prior else self._frozen_posterior
+
+    @property
+    def _in_form(self) -> AbstractPrecision:
+        """The posterior precision, or before ``fit`` that of the prior, as the structure keeps it."""
+        if not self._is_prior:
+            return self._posterior
+        return self._zero_curvature.posterior(self._prior, **self._posterior_options())
+
+    @property
+    def posterior_precision(self) -> Any:
+        """Posterior precision in the form of the structure; before ``fit`` that of the prior. A copy."""
+        return independent(self._in_form.public)
+
+    def log_prob(self, value: Float[Tensor, "*batch params"], normalized: bool = True) -> Float[Tensor, "*batch"]:
+        """Log density of weights under the posterior, ``−½ (θ − θ*)ᵀ A (θ − θ*) + ½ log|A| − ½ P log 2π``, in nats.
+
+        Parameters
+        ----------
+        value
+            Weights, ``[..., P]``.
+        normalized
+            Include the normalizer ``½ (log|A| − P log 2π)``.
+
+        Returns
+        -------
+        One number for each vector of weights.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        normalized, quadratic = checks.flag("normalized", normalized), -0.5 * self.square_norm(value)
+        if not normalized:
+            return quadratic
+        return quadratic + 0.5 * (self.log_det_posterior_precision - len(self._mean) * math.log(2 * math.pi))
+
+    def square_norm(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
+        """(θ − θ*)ᵀ A (θ − θ*) with A the posterior precision.
+
+        Parameters
+        ----------
+        value
+            Weights, ``[..., P]``.
+
+        Returns
+        -------
+        One number for each vector of weights; without unit.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        return self._posterior.quadratic(checked_weights(value, self._mean) - self._mean)
+
+    @property
+    def scatter(self) -> Scalar:
+        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
+        return self._prior.scatter(self._mean)
+
+    @property
+    def log_det_posterior_precision(self) -> Scalar:
+        """Log |s·H + P₀|."""
+        return self._prior.logdet() if self._is_prior else super().log_det_posterior_precision
+
+    @property
+    def log_det_ratio(self) -> Scalar:
+        """Log |s·H + P₀| − log |P₀|."""
+        return torch.zeros_like(self._prior.logdet()) if self._is_prior else super().log_det_ratio
+
+    # -- samples and functions -----------------------------------------------------------------------------------------
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
         """Draw weights from the posterior, ``θ* + A^(−½) ε`` with standard normal ε; before ``fit`` from the prior.

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace import checks
-from laplace.baselaplace.subset_posterior import SubsetPosterior
+from laplace import checks, linalg
+from laplace.baselaplace.fitting import Learned, Training
+from laplace.baselaplace.functional import BaseFunctionalLaplace
+from laplace.baselaplace.options import checked_weights
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, PredType
+from laplace.errors import InputError, StateError
+from laplace.fit import FIT_ENTRIES
+from laplace.gp.network_kernel import NetworkKernel
+from laplace.gp.process import ProcessLinearization
+from laplace.gp.subset import Subset, expected_rows
 from laplace.gp.subset_curvature import SubsetCurvature
+from laplace.network import Batch, evaluating
+from laplace.network.batches import in_precision, to_device
+from laplace.predictive import Linearization
+from laplace.schema import Known, Table, flag, nested, tensor, whole
+from laplace.structures import AbstractCurvature
+from laplace.types import Inputs
 
 
-class FunctionalLaplace(SubsetPosterior):
+class FunctionalLaplace(BaseFunctionalLaplace):
     """A Gaussian process around the outputs of a network: the Laplace approximation in function space.
 
     Its kernel is that of the linearized network, its data a random subset of the training data. With all data it is the
@@ -77,6 +94,8 @@ class FunctionalLaplace(SubsetPosterior):
     linearization", section 3.3. arXiv:2008.08400
     """
 
+    curvature_type: ClassVar[type[AbstractCurvature]] = SubsetCurvature
+
     def __init__(
         self,
         model: nn.Module,
@@ -116,6 +135,80 @@ class FunctionalLaplace(SubsetPosterior):
         if self.diagonal_hessian:
             self._unit_likelihood.check_diagonal_hessian()
         self.n_subset, self.seed = checks.whole("n_subset", n_subset), checks.whole("seed", seed, 0)
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
+    @linalg.lasting
+    def fit(self, train_loader: Iterable[Any], progress_bar: bool = False) -> None:
+        """Choose the subset, and learn what its kernel is made of.
+
+        Parameters
+        ----------
+        train_loader
+            Yields ``(x, y)``, ``(x1, …, xk, y)`` or mappings: a ``DataLoader``, a list, any iterable of batches. One
+            that has no length needs memory for all data until the subset is drawn.
+        progress_bar
+            Show a progress bar.
+
+        Raises
+        ------
+        InputError
+            If there are fewer data than ``n_subset``, or the loader yields no batches or no valid targets.
+        UnsupportedError
+            If model, likelihood and back end do not fit together, or matrices of the subset cannot fit the device.
+        ShapeError
+            If outputs, targets or the prior have shapes that do not fit.
+
+        Notes
+        -----
+        One forward pass over the data and no backward pass; kernels and their factorization are left to the first use.
+        The model is left as it was found; if fitting fails, so is this object.
+        """
+        checks.loader("train_loader", train_loader)
+        backend = self.backend
+        accumulate = partial(self._accumulate, expected_rows(train_loader, self.dict_key_y))
+        training = Training(
+            self._weights,
+            backend,
+            accumulate,
+            partial(self._iterate, progress_bar=checks.flag("progress_bar", progress_bar)),
+            lambda: None,  # what the subset takes is checked when the outputs are known
+            lambda: self._check_prior(self._prior_precision, self._prior_mean),
+            self._sigma_noise,
+            self._dtype,
+        )
+        self._fit = training.fit(train_loader)
+        self._hyperparameters_changed()
+
+    def _accumulate(self, n_rows: int | None, batches: Iterable[Batch]) -> Learned | None:
+        """Negative log-likelihood of all data and curvature of the subset; ``None`` when there are no data."""
+        subset = Subset(
+            self.n_subset,
+            self.seed,
+            n_rows,
+            diagonal=self.diagonal_hessian,
+            independent=self.independent_outputs,
+            linearize=self._derive,
+        )
+        learned = self.curvature_type.accumulate(self.backend, batches, subset=subset)
+        if learned is None or not bool(torch.isfinite(learned[0]).all()):
+            return learned
+        nll, curvature = learned
+        assert isinstance(curvature, SubsetCurvature), "declared above"
+        kernel, root, ratio = subset.finish(curvature.kernel, curvature.root)
+        return nll, SubsetCurvature(kernel, root, ratio)
+
+    def _derive(self, x: Inputs) -> Linearization:
+        """Derivatives at data of the subset, which are made on first use: they must be those of the fit."""
+        fit = self.__dict__.get("_fit")
+        if fit is not None and not self._known("a prediction").equals(fit.mean):
+            msg = (
+                "The kernel of the subset is made of the network's derivatives when it is first used, and the weights "
+                "have changed since fit. Fit again, or make a prediction before the weights change."
+            )
+            raise InputError(msg)
+        with evaluating(self.model), torch.no_grad():
+            return self._linearize(x)
 
     @property
     def gp_kernel_prior_variance(self) -> Tensor:
@@ -172,6 +265,50 @@ class FunctionalLaplace(SubsetPosterior):
         """
         return self._frozen_posterior.functional_covariance(self._checked_jacobians(Js_star))
 
+    def log_prob(self, value: Float[Tensor, "*batch params"], normalized: bool = True) -> Float[Tensor, "*batch"]:
+        """Log density of weights under the posterior of the subset, in nats, as in ``ParametricLaplace.log_prob``.
+
+        Parameters
+        ----------
+        value
+            Weights, ``[..., P]``.
+        normalized
+            Include the normalizer.
+
+        Returns
+        -------
+        One number for each vector of weights.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        normalized, quadratic = checks.flag("normalized", normalized), -0.5 * self.square_norm(value)
+        if not normalized:
+            return quadratic
+        return quadratic + 0.5 * (self.log_det_posterior_precision - self.n_params * math.log(2 * math.pi))
+
+    def square_norm(self, value: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch"]:
+        """(θ − θ*)ᵀ A (θ − θ*) with A the posterior precision of the subset.
+
+        Parameters
+        ----------
+        value
+            Weights, ``[..., P]``.
+
+        Returns
+        -------
+        One number for each vector of weights; without unit.
+
+        Raises
+        ------
+        ShapeError
+            If P differs from the number of random weights.
+        """
+        mean = self._fitted.mean
+        return self._posterior.quadratic(checked_weights(value, mean) - mean)
+
     def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Float[Tensor, "samples params"]:
         """Draw weights whose linearized network is a draw from the process.
 
@@ -201,7 +338,86 @@ class FunctionalLaplace(SubsetPosterior):
         """
         self._options(PredType.NN, n_samples=n_samples, generator=generator)
         with torch.no_grad():
-            return self._mean + self._frozen_posterior.sample(n_samples, generator)
+            return self._fitted.mean + self._frozen_posterior.sample(n_samples, generator)
+
+    def _functions_at(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        curvature = self._fitted.curvature
+        assert isinstance(curvature, SubsetCurvature), "declared above"
+        return ProcessLinearization(self._linearize(x, **model_kwargs), curvature.kernel, self._dtype)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    state_entries: ClassVar[Table] = {
+        "n_subset": whole(1),
+        "seed": whole(0),
+        "independent_outputs": flag,
+        "diagonal_hessian": flag,
+        **FIT_ENTRIES,
+        "loss": tensor((), low=0),  # nothing can be assigned by hand
+        "n_data": whole(1),
+    }
+    saved: ClassVar[tuple[str, ...]] = (
+        *BaseFunctionalLaplace.saved,
+        "n_subset",
+        "seed",
+        "independent_outputs",
+        "diagonal_hessian",
+    )
+
+    @property
+    def _curvature_entries(self) -> Table:
+        if self._weights.of_head:
+            return super()._curvature_entries
+        return {**super()._curvature_entries, "kernel": nested(NetworkKernel.entries)}
+
+    def _check_taken(self, known: Known) -> None:
+        super()._check_taken(known)
+        curvature = self._fitted.curvature
+        assert isinstance(curvature, SubsetCurvature), "declared above"
+        if not bool(torch.isfinite(curvature.root.square().sum())):
+            msg = "The state is damaged: the squares of 'H'['root'] are not finite."
+            raise StateError(msg)
+        if isinstance(curvature.kernel, NetworkKernel):
+            if curvature.kernel.separates != (curvature.root.dim() == 2):
+                msg = "The state is damaged: 'H'['root'] and 'H'['kernel']['separates'] do not go together."
+                raise StateError(msg)
+            if not self._known("load_state_dict").equals(self._fitted.mean):
+                msg = (
+                    "The kernel of the state is made of the network's derivatives at the weights of the fit, 'mean', "
+                    "and the model has others. Give it those, or fit again."
+                )
+                raise StateError(msg)
+            with evaluating(self.model), torch.no_grad():
+                for x, (data, rows) in zip(curvature.kernel.batches, curvature.kernel.sizes, strict=True):
+                    f = self._weights.outputs(x)
+                    if f.numel() != data * rows * curvature.kernel.width or not bool(torch.isfinite(f).all()):
+                        msg = "The state is damaged: at its inputs the model has other outputs than in the fit."
+                        raise StateError(msg)
+
+    def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
+        if self._weights.of_head:
+            return super()._curvature_from(state)
+        kernel = NetworkKernel.from_state(state["kernel"], self._dtype, self._derive)
+        return SubsetCurvature(kernel, state["root"].to(self._dtype), float(state["ratio"]))
+
+    def _moved(self, curvature: AbstractCurvature) -> AbstractCurvature:
+        assert isinstance(curvature, SubsetCurvature), "declared above"
+        kernel = curvature.kernel
+        if not isinstance(kernel, NetworkKernel):
+            return super()._moved(curvature)
+        # Not by way of a state, which holds plain containers: the model is given what the loader yielded.
+        old, new = kernel.dtype, self._dtype
+        batches = tuple(in_precision(to_device(x, self._device), old, new) for x in kernel.batches)
+        kernel = replace(kernel, batches=batches, dtype=new, linearize=self._derive, _kept={})
+        return replace(curvature, kernel=kernel, root=curvature.root.to(self._device, new), _cache={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying take along: not what was made of the subset, which is made again."""
+        state = super().__getstate__()
+        fit = state.get("_fit")
+        if fit is not None:
+            state["_fit"] = replace(fit, curvature=replace(fit.curvature, _cache={}))
+        return state
 
 
 __all__ = ["FunctionalLaplace"]

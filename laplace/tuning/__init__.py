@@ -7,6 +7,7 @@ from laplace.tuning.joint import LIMITS, Joint, tune
 from laplace.tuning.kfold import cross_validation_scores
 from laplace.tuning.loo import leave_one_out_score, refitted_leave_one_out_scores
 from laplace.tuning.marglik import BOUNDS, maximize_evidence, optimize
+from laplace.tuning.methods import METHODS, Noise, Settings, by_validation
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
 from laplace.tuning.result import Tuning
@@ -15,15 +16,19 @@ from laplace.tuning.scores import Loss, RunningMetric, Score, choose_score, seed
 __all__ = [
     "BOUNDS",
     "LIMITS",
+    "METHODS",
     "CachedData",
     "HeadData",
     "Joint",
     "Loss",
+    "Noise",
     "Problem",
     "RunningMetric",
     "RunningNLLMetric",
     "Score",
+    "Settings",
     "Tuning",
+    "by_validation",
     "choose_score",
     "cross_validation_scores",
     "get_nll",

@@ -216,7 +216,8 @@ def posteriors(
         head = Head(data.phi, data.y, data.bias, likelihood, priors[index], n_outputs)
         theta = mode(head, theta)
         nll, curvature = structure.from_batch(HeadBackend(head, theta), data.phi, data.y)
-        fit = Fit(theta, curvature, nll, len(data.phi), len(data.phi), n_outputs, head_bias=data.bias)
+        shapes = [(n_outputs, data.phi.shape[1]), *([(n_outputs,)] if data.bias else [])]
+        fit = Fit(theta, curvature, nll, len(data.phi), len(data.phi), n_outputs, head=shapes)
         scaled = fit.scaled(likelihood.curvature_scale(CurvatureKind.GGN))
         yield index, head, theta, scaled.posterior(priors[index], **options)
 

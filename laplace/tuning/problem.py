@@ -18,6 +18,10 @@ from laplace.tuning.cached import CachedData
 from laplace.types import Scalar
 
 
+def _any_prior(prior: GaussianPrior) -> None:
+    """A structure that takes every prior."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A fit and everything fixed about it. Pure: nothing here changes the estimator.
@@ -38,6 +42,10 @@ class Problem:
         The present ones.
     options
         Of the structure's posterior: ``damping``.
+    structure
+        How the curvature is stored where it is taken again, at other weights.
+    check_prior
+        Raises if the structure cannot take a prior.
     """
 
     fit: Fit
@@ -48,6 +56,8 @@ class Problem:
     sigma_noise: Tensor
     output_temperature: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    structure: type[AbstractCurvature] = AbstractCurvature
+    check_prior: Callable[[GaussianPrior], None] = _any_prior
 
     def prior(self, precision: Tensor) -> GaussianPrior:
         """The prior with these precisions, ``[1]``, ``[n_layers]`` or ``[P]``."""
@@ -137,10 +147,10 @@ def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:
     Exact at the trained weights; O(1), from what ``fit`` summed.
     """
     scale, nll = likelihood.scale, fit.known_nll
-    if scale.dim() and fit.head_bias is not None:
+    if scale.dim() and fit.head is not None:
         nll = (scale * fit.nll_of_outputs).sum()
     else:
-        nll = (fit.common(scale) if fit.head_bias is None else scale) * nll
+        nll = (fit.common(scale) if fit.head is None else scale) * nll
     return -nll - likelihood.log_normalizer(fit.n_positions, fit.n_outputs)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace.baselaplace import checkpoint
+from laplace.baselaplace import statefile
 from laplace.errors import NotFittedError
 from tests.cases import ADDITIVE, BASIC, named
 from tests.contracts import generator
@@ -49,11 +49,11 @@ def test_a_state_holds_tensors_and_plain_values_that_torch_reads_safely(case, st
 def test_a_state_names_its_schema_and_the_weights_it_was_made_for(case):
     model = case.model()
     state = fitted(case, "kron", model).state_dict()
-    assert state["schema_version"] == checkpoint.SCHEMA_VERSION
-    assert state["fingerprint"] == checkpoint.fingerprint(model) == checkpoint.fingerprint(case.model())
+    assert state["schema_version"] == statefile.SCHEMA_VERSION
+    assert state["fingerprint"] == statefile.fingerprint(model) == statefile.fingerprint(case.model())
     with torch.no_grad():
         model.body[0].weight[0, 0] += 1e-12
-    assert state["fingerprint"] != checkpoint.fingerprint(model)
+    assert state["fingerprint"] != statefile.fingerprint(model)
 
 
 def test_the_fingerprint_sees_whatever_a_model_saves_in_any_dtype_and_no_caches():
@@ -67,14 +67,14 @@ def test_the_fingerprint_sees_whatever_a_model_saves_in_any_dtype_and_no_caches(
             nn.init.ones_(parameter)
         return model
 
-    prints = {checkpoint.fingerprint(build())}
-    assert checkpoint.fingerprint(build()) in prints
+    prints = {statefile.fingerprint(build())}
+    assert statefile.fingerprint(build()) in prints
     for change in ("0.bias", "1.running_mean", "1.num_batches_tracked", "2.weight", "flag", "cache"):
         model = build()
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             tensors[change].view(-1)[-1:] = 0 if change == "flag" else 7
-        prints.add(checkpoint.fingerprint(model))
+        prints.add(statefile.fingerprint(model))
     assert len(prints) == 6
 
 
@@ -194,7 +194,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_litter(name, tmp_pat
 
     la.prior_precision = 5.0
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", fails)
+        patch.setattr(statefile.torch, "save", fails)
         with pytest.raises(OSError, match="disk full"):
             la.save(path)
     assert path.read_bytes() == old

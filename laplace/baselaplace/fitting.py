@@ -1,0 +1,137 @@
+"""What ``fit`` does: one or more passes over the training data, counted and checked, to a ``Fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.baselaplace.random_weights import AllWeights
+from laplace.curvature import CurvatureInterface
+from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.fit import Fit
+from laplace.network import Batch, Passes, evaluating
+from laplace.structures import AbstractCurvature
+
+Learned = tuple[Tensor, AbstractCurvature]
+"""Negative log-likelihood ``[]``, or ``[C]`` by output, and curvature, at unit noise and temperature."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fit needs to know of an estimator.
+
+    Attributes
+    ----------
+    weights
+        Which are random.
+    backend
+        Computes the curvature.
+    accumulate
+        From batches to what was learned; ``None`` when there are none.
+    read
+        Batches of a loader.
+    ready
+        Called when the first batch has come and the weights are known: raises if the curvature has no room.
+    check_prior
+        Called when the model has run: raises if the prior does not fit.
+    sigma_noise
+        ``[]``, or ``[C]``.
+    dtype
+        Of the curvature.
+    """
+
+    weights: AllWeights
+    backend: CurvatureInterface
+    accumulate: Callable[[Iterable[Batch]], Learned | None]
+    read: Callable[[Iterable[Any]], Iterator[Batch]]
+    ready: Callable[[], None]
+    check_prior: Callable[[], None]
+    sigma_noise: Tensor
+    dtype: torch.dtype
+
+    def fit(self, loader: Iterable[Any]) -> Fit:
+        """Learn from a loader.
+
+        Raises
+        ------
+        InputError
+            If the loader is empty, or all of its rows are masked.
+        ShapeError
+            If there is a noise for another number of outputs.
+        """
+        counts: dict[str, int] = {}
+
+        def read() -> Iterator[Batch]:
+            counts.update(data=0, positions=0)
+            return self._counted(self.read(loader), counts)
+
+        with evaluating(self.weights.model), self._noise_by_output() as shape:
+            learned = self.accumulate(Passes(loader, read))
+        if learned is None:
+            msg = "The training loader is empty: there is nothing to learn the curvature from."
+            if isinstance(loader, Iterator):
+                msg += " It is an iterator, such as a generator, and may have been read before: pass a new one."
+            raise InputError(msg)
+        if not counts["positions"]:
+            msg = (
+                f"All {counts['data']} rows of training data are masked: there is nothing to learn the curvature from."
+            )
+            raise InputError(msg)
+        nll, curvature = learned[0].detach(), learned[1]
+        subset, n_outputs = self.weights.subset, self.weights.n_outputs(self.backend)
+        assert subset is not None, "the model has run"
+        if self.sigma_noise.numel() not in (1, n_outputs):
+            msg = f"sigma_noise has {self.sigma_noise.numel()} values, one for each output; the model has {n_outputs}."
+            raise ShapeError(msg)
+        mean, by_output = subset.vector().to(self.dtype), nll if nll.dim() else None
+        numbers = counts["data"], counts["positions"], n_outputs
+        return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape)
+
+    def _counted(self, batches: Iterator[Batch], counts: dict[str, int]) -> Iterator[Batch]:
+        """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
+        for batch in batches:
+            if not counts["data"]:
+                self.weights.before_first(self.backend, batch.x)
+                self.ready()
+            yield batch
+            if not counts["data"]:
+                self.check_prior()
+            counts["data"] += len(batch.y)
+            counts["positions"] += self.backend.count(batch.y)
+
+    @contextmanager
+    def _noise_by_output(self) -> Generator[Tensor | None]:
+        """What fitting a regression of several outputs needs to know of their noise; yields what became part of sums.
+
+        A last layer scales afterwards, and keeps the loss of each output for that; shared weights are summed with the
+        noise that outputs have relative to the first.
+
+        Raises
+        ------
+        UnsupportedError
+            If the back end computes with one noise for all outputs.
+        """
+        backend, sigma = self.backend, self.sigma_noise
+        before, shape = backend.output_likelihood, None
+        if not self.weights.of_head and sigma.dim():
+            if not backend.weighs_outputs:
+                msg = (
+                    f"{type(backend).__name__} computes with one noise for all outputs; sigma_noise has one for each. "
+                    "Use a built-in back end (backend=None)."
+                )
+                raise UnsupportedError(msg)
+            shape = (sigma / sigma[0]).detach()
+            backend.output_likelihood = before.weighing(shape**-2)
+        backend.loss_by_output = self.weights.of_head
+        try:
+            yield shape
+        finally:
+            backend.output_likelihood, backend.loss_by_output = before, False
+
+
+__all__ = ["Learned", "Training"]

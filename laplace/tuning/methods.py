@@ -1,0 +1,356 @@
+"""How hyperparameters are chosen: a function for each method of ``optimize_prior_precision``, and that of ``tune``.
+
+Each takes a ``Problem`` (what was learned), ``Settings`` (what was asked for) and a way to read data, and returns a
+``Tuning``; nothing is assigned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from laplace import checks
+from laplace.enums import CurvatureKind, PredType, PriorStructure, TuningMethod, choose
+from laplace.errors import InputError, UnsupportedError
+from laplace.network import full_precision
+from laplace.network.parameters import expand_groups
+from laplace.predictive import Options
+from laplace.prior import fix_prior_prec_structure
+from laplace.tuning.cached import CachedData
+from laplace.tuning.gridsearch import log_grid, search
+from laplace.tuning.head import HeadData
+from laplace.tuning.joint import LIMITS, Joint, tune
+from laplace.tuning.kfold import cross_validation_scores
+from laplace.tuning.loo import refitted_leave_one_out_scores
+from laplace.tuning.marglik import BOUNDS, maximize_evidence
+from laplace.tuning.problem import Problem
+from laplace.tuning.result import Tuning
+from laplace.tuning.scores import Score, choose_score, seed_of
+
+Noise: TypeAlias = Literal["keep", "scalar", "per_output"]
+Collect: TypeAlias = Callable[["Iterable[Any]", str], CachedData]
+"""From a user's loader, and what its data are called, to linearized data after their one pass."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user asked for; loaders and ``noise`` are checked where they are used.
+
+    Attributes
+    ----------
+    options
+        How the predictions that are scored are made.
+    structure
+        Of the prior.
+    n_steps, lr, bounds
+        Of the search by gradients.
+    loss
+        To minimize; ``None`` is the negative log predictive density.
+    noise
+        Whether the noise is chosen, too.
+    val_loader, train_loader
+        Data to score on.
+    start
+        Prior precisions to start from.
+    grid
+        Prior precisions to try.
+    n_folds
+        Of cross-validation.
+    progress_bar
+        Show progress bars.
+    """
+
+    options: Options
+    structure: PriorStructure
+    n_steps: int
+    loss: Any
+    noise: Any
+    val_loader: Any
+    progress_bar: bool
+    train_loader: Any = None
+    start: Tensor | None = None
+    grid: Tensor | None = None
+    bounds: tuple[float, float] = BOUNDS
+    lr: float = 0.1
+    n_folds: int = 5
+
+    def repeated(self, device: torch.device) -> Callable[[], Options]:
+        """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
+        seed, options = seed_of(self.options.generator), self.options
+        return lambda: replace(options, generator=torch.Generator(device).manual_seed(seed))
+
+
+def spread(structure: PriorStructure, precision: Tensor, problem: Problem) -> Tensor:
+    """Precisions in the shape of a prior structure."""
+    sizes, mean = problem.sizes, problem.fit.mean
+    if structure is PriorStructure.DIAG and precision.numel() == len(sizes):
+        precision = expand_groups(precision.reshape(-1), sizes)
+    return fix_prior_prec_structure(precision, structure, len(sizes), sum(sizes), mean.device, mean.dtype)
+
+
+def by_evidence(problem: Problem, asked: Settings, collect: Collect) -> Tuning:  # noqa: ARG001 - it needs no data
+    """The log marginal likelihood of the training data."""
+    assert asked.start is not None, "the caller says where to start"
+    start, structure, sizes = asked.start, asked.structure, problem.sizes
+    if start.numel() > 1 and structure is PriorStructure.SCALAR:  # several values bring their structure with them
+        brought = {len(sizes): PriorStructure.LAYERWISE, sum(sizes): PriorStructure.DIAG}
+        structure = brought.get(start.numel(), structure)
+    start = spread(structure, start, problem)
+    problem.check_prior(problem.prior(start))
+    best, sigma, value, n_clipped = maximize_evidence(
+        problem,
+        start,
+        _first_noise(problem, asked.noise),
+        n_steps=asked.n_steps,
+        lr=asked.lr,
+        bounds=asked.bounds,
+        progress_bar=asked.progress_bar,
+    )
+    chosen = {"prior_precision": best} if sigma is None else {"prior_precision": best, "sigma_noise": sigma}
+    curve = best.reshape(-1)[:1].cpu(), torch.tensor([value])
+    return Tuning("marglik", "log marginal likelihood", value, chosen, *curve, n_clipped=n_clipped)
+
+
+def by_grid(method: TuningMethod, problem: Problem, asked: Settings, collect: Collect) -> Tuning:
+    """The point of a grid with the lowest loss, by one of ``SCORES``."""
+    assert asked.grid is not None, "the caller says what to try"
+    score = choose_score(asked.loss, problem.likelihood(), asked.options.pred_type)
+    grid = asked.grid.to(problem.fit.mean)
+    shaped = partial(spread, asked.structure, problem=problem)
+    problem.check_prior(problem.prior(shaped(grid[:1])))
+    what, keyword = ("validation", "val_loader") if method is TuningMethod.GRIDSEARCH else ("training", "train_loader")
+    loader = getattr(asked, keyword)
+    if loader is None:
+        msg = f'method="{method.value}" scores hyperparameters on {what} data: pass {keyword}=.'
+        raise InputError(msg)
+    data = collect(loader, what)
+    with torch.no_grad(), full_precision(grid.device):
+        scored = SCORES[method](problem, asked, data, score, grid)
+        point, scores = search(scored, grid, progress_bar=asked.progress_bar)
+    value = float(scores[torch.isfinite(scores)].min())
+    return Tuning(method.value, score.name, value, {"prior_precision": shaped(point.reshape(1))}, grid.cpu(), scores)
+
+
+def _on_validation_data(
+    problem: Problem, asked: Settings, data: CachedData, score: Score, grid: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """From points of a grid to their scores on validation data, in the coordinates that all posteriors share."""
+    likelihood, fresh = problem.likelihood(), asked.repeated(grid.device)
+    basis = problem.basis(data, grid[:1]) if asked.options.pred_type is PredType.GLM else None
+    rotated = data.rotated(basis, grid.dtype)
+
+    def scores(points: Tensor) -> Tensor:
+        posteriors = [problem.posterior(point, likelihood, basis) for point in points.split(1)]
+        return rotated.scores(score, posteriors, [likelihood] * len(posteriors), fresh, grid.dtype)
+
+    return scores
+
+
+def _left_out(
+    method: TuningMethod, problem: Problem, asked: Settings, data: CachedData, score: Score, grid: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """From points of a grid to their scores on training data that were left out, the head at its best weights."""
+    likelihood, fresh = problem.likelihood(), asked.repeated(grid.device)
+    if method is TuningMethod.LOO and problem.fit.head is None:
+        msg = (
+            'method="loo" compares priors each at its own best weights, which takes a last layer: where weights '
+            "stay as they are, the score tends to the training loss and favors the strongest prior, whatever the "
+            'data say. Use method="marglik", or validation data: tune(val_loader).'
+        )
+        raise UnsupportedError(msg)
+    if problem.kind is not CurvatureKind.GGN:
+        msg = (
+            f'method="{method.value}" takes the curvature of the head again at other weights, by the generalized '
+            "Gauss–Newton matrix; this back end computes an empirical Fisher. Use a GGN back end, or gridsearch."
+        )
+        raise UnsupportedError(msg)
+    head, common = HeadData.collect(data, grid.dtype), {"initial": problem.fit.mean}
+    seed = seed_of(asked.options.generator)
+
+    def refitted(points: Tensor) -> Tensor:
+        priors = [problem.prior(point) for point in points.split(1)]
+        arguments = head, score, priors, likelihood, problem.structure, fresh
+        if method is TuningMethod.LOO:
+            return refitted_leave_one_out_scores(*arguments, **common)
+        dealt = torch.Generator().manual_seed(seed)  # the same folds for all of the grid
+        return cross_validation_scores(*arguments, n_folds=asked.n_folds, generator=dealt, **common, **problem.options)
+
+    return refitted
+
+
+SCORES: Mapping[TuningMethod, Callable[..., Callable[[Tensor], Tensor]]] = {
+    TuningMethod.GRIDSEARCH: _on_validation_data,
+    TuningMethod.LOO: partial(_left_out, TuningMethod.LOO),
+    TuningMethod.CV: partial(_left_out, TuningMethod.CV),
+}
+"""From problem, settings, data, score and grid to the score of each point."""
+
+METHODS: Mapping[TuningMethod, Callable[[Problem, Settings, Collect], Tuning]] = {
+    TuningMethod.MARGLIK: by_evidence,
+    **{method: partial(by_grid, method) for method in SCORES},
+}
+"""The methods of ``optimize_prior_precision``."""
+
+
+def by_validation(
+    problem: Problem,
+    asked: Settings,
+    collect: Collect,
+    output_temperature: bool | None,
+    limits: Mapping[str, tuple[float, float]],
+) -> Tuning:
+    """Prior precision and noise, or output temperature, together, by a proper score of validation data (``tune``)."""
+    if asked.structure is PriorStructure.DIAG:
+        msg = (
+            "A precision for each weight has as many values as validation data can never tell apart: choose it by "
+            'evidence, optimize_prior_precision(method="marglik", prior_structure="diag").'
+        )
+        raise UnsupportedError(msg)
+    second, n_values = beside_prior(problem, asked.noise, output_temperature)
+    measure = choose_score(asked.loss, problem.likelihood(), asked.options.pred_type, keyword="score")
+    if measure.name == "ece":
+        msg = (
+            "tune needs a proper score; the calibration error is best for a network that predicts shares of "
+            'classes. Use score="nll" or "brier", or optimize_prior_precision(method="gridsearch", loss="ece").'
+        )
+        raise UnsupportedError(msg)
+    n_precisions = 1 if asked.structure is PriorStructure.SCALAR else len(problem.sizes)
+    problem.check_prior(problem.prior(problem.fit.mean.new_ones(n_precisions)))
+    if asked.val_loader is None:
+        msg = "tune scores hyperparameters on validation data: pass val_loader=."
+        raise InputError(msg)
+    data = collect(asked.val_loader, "validation")
+    if n_values > 1:
+        n_values = problem.fit.n_outputs
+    mean = problem.fit.mean
+    with torch.no_grad(), full_precision(mean.device):
+        joint = Joint(problem, data, measure, asked.repeated(mean.device), mean.dtype, second, n_values)
+        return tune(joint, n_precisions, limits, n_steps=asked.n_steps, progress_bar=asked.progress_bar)
+
+
+def beside_prior(problem: Problem, noise: Any, output_temperature: bool | None) -> tuple[str | None, int]:
+    """The hyperparameter that goes with the prior precision, and whether it has one value or several."""
+    if not (noise is None or (isinstance(noise, str) and noise in ("keep", "scalar", "per_output"))):
+        msg = f"noise must be 'keep', 'scalar' or 'per_output'; got {noise!r}."
+        raise UnsupportedError(msg)
+    if output_temperature is not None:
+        output_temperature = checks.flag("output_temperature", output_temperature)
+    found = problem.likelihood().beside_prior(noise, output_temperature)
+    if noise == "per_output" and problem.fit.head is None:
+        msg = (
+            "noise='per_output' is chosen for a last layer, whose weights belong to outputs. For weights that "
+            "outputs share use noise='scalar', or assign a sigma_noise for each output and call fit again."
+        )
+        raise UnsupportedError(msg)
+    return found
+
+
+def _first_noise(problem: Problem, noise: Any) -> Tensor | None:
+    """The residuals' size, if the noise is to be chosen."""
+    if noise == "keep":
+        return None
+    if noise is None:
+        msg = "noise must be 'keep', 'scalar' or 'per_output'; got None."
+        raise UnsupportedError(msg)
+    beside_prior(problem, noise, None)
+    found = problem.residual_noise(per_output=noise == "per_output")
+    if not bool((found > 0).all()):
+        msg = "The model fits every training target exactly: no observation noise is best. Keep a noise of your own."
+        raise InputError(msg)
+    return found
+
+
+# -- what users pass --------------------------------------------------------------------------------------------------
+
+
+def checked_steps(verbose: Any, progress_bar: Any, n_steps: Any, lr: Any = 1.0) -> tuple[bool, int, float]:
+    """What every way of tuning is told: ``verbose``, ``n_steps`` and ``lr``; ``progress_bar`` must be a flag, too."""
+    checks.flag("progress_bar", progress_bar)
+    return checks.flag("verbose", verbose), checks.whole("n_steps", n_steps, 0), checks.number("lr", lr, positive=True)
+
+
+def checked_grid(low: Any, high: Any, size: Any, base: Any) -> Tensor:
+    """The grid of prior precisions that exponents, a number of points and a base of a user say."""
+    return log_grid(
+        checks.number("log_prior_prec_min", low),
+        checks.number("log_prior_prec_max", high),
+        checks.whole("grid_size", size),
+        checks.number("log_prior_prec_base", base, positive=True),
+    )
+
+
+def chosen_method(method: TuningMethod | str) -> TuningMethod:
+    """A method by its name, as in ``optimize_prior_precision``.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is none; the message lists those that there are.
+    """
+    if method == "CV":
+        msg = (
+            "method='CV' was the old name of laplace-torch for grid search on validation data: pass "
+            "method='gridsearch', val_loader=loader. Cross-validation on training data is method='cv', "
+            "train_loader=loader."
+        )
+        raise UnsupportedError(msg)
+    return choose(TuningMethod, method, "method")
+
+
+def checked_limits(name: str, edges: Any) -> tuple[float, float]:
+    """Two positive finite numbers in order."""
+    try:
+        low, high = (checks.number(name, edge) for edge in edges)
+    except (TypeError, ValueError) as error:
+        msg = f"{name} must be two numbers (low, high); got {edges!r}."
+        raise InputError(msg) from error
+    if not 0 < low < high < float("inf"):
+        msg = f"{name} must be (low, high) with 0 < low < high, both finite; got ({low}, {high})."
+        raise InputError(msg)
+    return low, high
+
+
+def checked_limits_by_name(limits: Any) -> dict[str, tuple[float, float]]:
+    """Limits of hyperparameters, by their names."""
+    given = {}
+    for name, edges in checks.keywords("limits", limits).items():
+        if name not in LIMITS:
+            msg = f"limits has no hyperparameter {name!r}; it may hold {', '.join(map(repr, LIMITS))}."
+            raise UnsupportedError(msg)
+        given[name] = checked_limits(f"limits[{name!r}]", edges)
+    return given
+
+
+def refuse_temperature(temperature: Any) -> None:
+    """Raise where a temperature is to be chosen by evidence.
+
+    Raises
+    ------
+    UnsupportedError
+        If so.
+    """
+    if checks.flag("temperature", temperature):
+        msg = (
+            "The evidence grows without end with the temperature of the likelihood, which is not normalized: no "
+            "value is best. Choose the output temperature on validation data instead: tune(val_loader)."
+        )
+        raise UnsupportedError(msg)
+
+
+__all__ = [
+    "METHODS",
+    "Noise",
+    "Settings",
+    "by_validation",
+    "checked_grid",
+    "checked_limits",
+    "checked_limits_by_name",
+    "checked_steps",
+    "chosen_method",
+    "refuse_temperature",
+]
