@@ -20,7 +20,7 @@ from laplace.enums import PredType
 from laplace.errors import StateError, UnsupportedError, warn
 from laplace.network import FeatureExtractor, ParameterSubset, WholeNetwork, evaluating
 from laplace.network.threads import together
-from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization
+from laplace.predictive import Linearization, NetworkLinearization
 from laplace.schema import Known, Table, check_entries, indices, optional, text
 from laplace.types import Inputs
 
@@ -129,9 +129,9 @@ class AllWeights:
             return self.whole.at(theta, x, **model_kwargs)
 
         if pred_type is PredType.NN:
-            return JacobianLinearization(self.whole(x, **model_kwargs), None, evaluate, center)
+            return NetworkLinearization(self.whole(x, **model_kwargs), None, evaluate, center)
         derivatives = backend().derivatives(x, differentiable, **model_kwargs)
-        return JacobianLinearization(derivatives.f, derivatives, evaluate, center)
+        return NetworkLinearization(derivatives.f, derivatives, evaluate, center)
 
     @property
     def holders(self) -> tuple[object, ...]:
@@ -254,7 +254,9 @@ class LastLayer(AllWeights):
     @property
     def head(self) -> list[tuple[int, ...]]:
         """Shapes of weight and bias."""
-        return ParameterSubset.last_layer(self.layer).shapes
+        layer = self.layer
+        weight = (layer.out_features, layer.in_features)
+        return [weight] if layer.bias is None else [weight, (layer.out_features,)]
 
     def backend_options(self) -> dict[str, Any]:
         """That it is a last layer."""
@@ -288,7 +290,7 @@ class LastLayer(AllWeights):
     ) -> Linearization:
         """Outputs and features."""
         f, phi = self.model.forward_with_features(x, **model_kwargs)
-        return FeatureLinearization(f, phi, bias=self.layer.bias is not None)
+        return NetworkLinearization.of_head(f, phi, self.head)
 
     @property
     def holders(self) -> tuple[object, ...]:

@@ -24,6 +24,21 @@ class Linearization(ABC):
         """C."""
         return self.f.shape[-1]
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether outputs are linear in the random weights, so that rows of several batches can be one batch."""
+        return False
+
+    def followed_by(self, others: Sequence[Linearization]) -> Linearization:
+        """With the rows of others after these; where outputs are linear in the random weights.
+
+        Parameters
+        ----------
+        others
+            Of the same kind.
+        """
+        raise NotImplementedError
+
     def mean(self, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
         """Outputs, flattened to rows."""
         return self.f.reshape(-1, self.n_outputs).to(dtype)

@@ -1,7 +1,7 @@
-"""Everything about some inputs that does not depend on the posterior: computed once, it serves any prior or noise.
+"""Outputs of a network and their derivatives at some inputs: computed once, they serve any prior or noise.
 
-``FeatureLinearization`` is exact for a linear last layer and needs its features alone; ``JacobianLinearization`` holds
-the derivatives of a whole network in factors.
+Of a linear head the derivatives are blocks of features, one row for each position, and the outputs are linear in them;
+of a whole network one row for each datum, with a column for each output at each position.
 """
 
 from __future__ import annotations
@@ -16,74 +16,13 @@ from torch import Tensor
 
 from laplace.errors import UnsupportedError
 from laplace.likelihoods.draws import chunks, draw
-from laplace.network.parameters import head_views, split_sizes
+from laplace.network.parameters import split_sizes
 from laplace.predictive.base import Linearization
 from laplace.predictive.spectral import SpectralLinearization
 from laplace.structures import AbstractPrecision
 from laplace.structures.basis import Basis, DenseBasis
-from laplace.structures.jacobian import JacobianBlock
-
-
-@dataclass(frozen=True)
-class FeatureLinearization(Linearization):
-    """Outputs and the features of their last layer: ``f(θ) = f + φ (W − W*)ᵀ + (b − b*)``, exactly.
-
-    Attributes
-    ----------
-    f
-        Outputs, ``[batch, *positions, C]``.
-    phi
-        Features, ``[batch, *positions, D]``.
-    bias
-        Whether the layer has a bias.
-    """
-
-    f: Tensor
-    phi: Tensor
-    bias: bool
-
-    def _rows(self, dtype: torch.dtype) -> Float[Tensor, "rows features"]:
-        return self.phi.reshape(-1, self.phi.shape[-1]).to(dtype)
-
-    def select(self, rows: Tensor) -> FeatureLinearization:
-        """Some of its flattened rows, ``[rows, ...]``."""
-        f, phi = (part.reshape(-1, part.shape[-1])[rows] for part in (self.f, self.phi))
-        return FeatureLinearization(f, phi, self.bias)
-
-    def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
-        """Features in other coordinates, where those of features alone are rotated; else all weights at once."""
-        phi = self._rows(dtype)
-        if isinstance(basis, DenseBasis):
-            return SpectralLinearization(self.f, lambda: basis.features(phi, self.n_outputs, self.bias))
-        return replace(self, phi=basis.features(phi, self.n_outputs, self.bias).reshape(self.phi.shape))
-
-    def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
-        """From features, by the structure."""
-        return precision.feature_variance(self._rows(dtype), self.n_outputs, self.bias, diagonal=True)
-
-    def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
-        """From features, by the structure."""
-        return precision.feature_variance(self._rows(dtype), self.n_outputs, self.bias)
-
-    def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
-        """From features, by the structure."""
-        return precision.feature_covariance(self._rows(dtype), self.n_outputs, self.bias)
-
-    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
-        """The Jacobian of a difference is that of the features, and 0 for the bias."""
-        first, second = self.phi.to(dtype).unbind(1)
-        J = torch.nn.functional.pad(first - second, (0, int(self.bias))).unsqueeze(1)
-        return precision.functional_variance(J).flatten(1)
-
-    def functions(
-        self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
-    ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """Through the weights."""
-        phi, mean = self._rows(dtype), self.mean(dtype)
-        for size in chunks(n_samples, max(precision.n_params, mean.numel())):
-            weight, offset = head_views(precision.sample(size, generator), self.n_outputs, phi.shape[-1], self.bias)
-            f = mean + torch.einsum("nd,scd->snc", phi, weight)
-            yield f if offset is None else f + offset.unsqueeze(1)
+from laplace.structures.head_block import HeadBlock, follow, head_blocks
+from laplace.structures.jacobian import JacobianBlock, sum_parts
 
 
 @runtime_checkable
@@ -102,21 +41,13 @@ class Derivatives(Protocol):
 
 @dataclass(frozen=True)
 class StoredDerivatives:
-    """All columns, kept.
-
-    Attributes
-    ----------
-    blocks
-        One for each parameter group.
-    """
+    """All columns, kept: one block for each parameter group."""
 
     blocks: Sequence[JacobianBlock]
 
     def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
-        """Mixtures of them; as they are where all are asked for."""
-        if torch.equal(mix, torch.eye(self.n_columns_at_once, dtype=mix.dtype, device=mix.device)):
-            return list(self.blocks)
-        return [block.mix(mix) for block in self.blocks]
+        """Mixtures of them."""
+        return [block.to(mix.dtype).mix(mix) for block in self.blocks]
 
     @property
     def n_columns_at_once(self) -> int:
@@ -125,8 +56,8 @@ class StoredDerivatives:
 
 
 @dataclass(frozen=True)
-class JacobianLinearization(Linearization):
-    """Outputs of a network and their derivatives: ``f(θ) ≈ f + J (θ − θ*)``.
+class NetworkLinearization(Linearization):
+    """Outputs and derivatives: ``f(θ) ≈ f + J (θ − θ*)``, of a head exactly.
 
     Attributes
     ----------
@@ -135,15 +66,30 @@ class JacobianLinearization(Linearization):
     derivatives
         In the random weights; ``None`` where only the network itself is asked for.
     evaluate
-        The network's outputs at other weights ``[P]``.
+        The network's outputs at other weights ``[P]``; ``None`` of a head, which is linear in its weights.
     theta
-        The weights it is linearized at, ``[P]``.
+        The weights it is linearized at, ``[P]``; ``None`` of a head.
     """
 
     f: Tensor
     derivatives: Derivatives | None
-    evaluate: Callable[[Tensor], Tensor]
-    theta: Tensor
+    evaluate: Callable[[Tensor], Tensor] | None = None
+    theta: Tensor | None = None
+
+    @classmethod
+    def of_head(cls, f: Tensor, phi: Tensor, shapes: Sequence[tuple[int, ...]]) -> NetworkLinearization:
+        """Outputs and features ``[batch, *positions, D]`` of a head with parameter groups of these shapes."""
+        return cls(f, StoredDerivatives(head_blocks(phi.reshape(-1, phi.shape[-1]), shapes)))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether outputs are linear in the random weights: those of a head."""
+        return self.evaluate is None
+
+    @property
+    def n_columns(self) -> int:
+        """Number of columns: C of a head, whose rows are positions; else C at each position of a datum."""
+        return self.n_outputs if self.is_linear else self.f[0].numel()
 
     @property
     def _derivatives(self) -> Derivatives:
@@ -152,81 +98,111 @@ class JacobianLinearization(Linearization):
             raise UnsupportedError(msg)
         return self.derivatives
 
-    def _blocks(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> list[JacobianBlock]:
-        """Derivatives of some of the ``positions · C`` outputs of each datum."""
-        eye = torch.eye(self.f[0].numel(), dtype=dtype, device=self.f.device)
-        return self._derivatives.columns(eye[start:stop])
+    def blocks(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> list[JacobianBlock]:
+        """Derivatives of some of the columns, all by default."""
+        derivatives, n = self._derivatives, self.n_columns
+        stop = n if stop is None else min(stop, n)
+        if isinstance(derivatives, StoredDerivatives) and (start, stop) == (0, n):
+            return [block.to(dtype) for block in derivatives.blocks]
+        mix = torch.zeros(stop - start, n, dtype=dtype, device=self.f.device)
+        mix.diagonal(start).fill_(1)
+        return derivatives.columns(mix)
+
+    @property
+    def head(self) -> list[HeadBlock]:
+        """The blocks of a head."""
+        assert self.is_linear and isinstance(self.derivatives, StoredDerivatives), "of a head"
+        return [block for block in self.derivatives.blocks if isinstance(block, HeadBlock)]
+
+    def select(self, rows: Tensor) -> NetworkLinearization:
+        """Some positions of a head, flattened, ``[rows, ...]``."""
+        f = self.f.reshape(-1, self.n_outputs)[rows]
+        return replace(self, f=f, derivatives=StoredDerivatives([block.select(rows) for block in self.head]))
+
+    def followed_by(self, others: Sequence[Linearization]) -> NetworkLinearization:
+        """Row after row, of a head; positions are flattened where batches have different numbers of them."""
+        parts = [self, *(other for other in others if isinstance(other, NetworkLinearization))]
+        f = [part.f for part in parts]
+        if len({part.shape[1:] for part in f}) > 1:
+            f = [part.reshape(-1, self.n_outputs) for part in f]
+        return replace(self, f=torch.cat(f), derivatives=StoredDerivatives(follow([part.head for part in parts])))
 
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
         """A few outputs at a time."""
-        step, n_columns = self._derivatives.n_columns_at_once, self.f[0].numel()
-        parts = [
-            precision.block_variance(self._blocks(dtype, start, start + step)) for start in range(0, n_columns, step)
-        ]
-        return torch.cat(parts).T.reshape(-1, self.n_outputs)
+        step = self._derivatives.n_columns_at_once
+        starts = range(0, self.n_columns, step)
+        parts = [precision.block_variance(self.blocks(dtype, start, start + step)) for start in starts]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).T.reshape(-1, self.n_outputs)
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
         """All outputs of a position at a time."""
-        step, n_columns = self.n_outputs, self.f[0].numel()
-        parts = [
-            precision.block_covariance(self._blocks(dtype, start, start + step)) for start in range(0, n_columns, step)
-        ]
-        return torch.stack(parts, 1).flatten(0, 1)
+        step = self.n_outputs
+        starts = range(0, self.n_columns, step)
+        parts = [precision.block_covariance(self.blocks(dtype, start, start + step)) for start in starts]
+        return parts[0] if len(parts) == 1 else torch.stack(parts, 1).flatten(0, 1)
 
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
         """All outputs at once."""
-        return precision.block_kernel(self._blocks(dtype))
+        return precision.block_kernel(self.blocks(dtype))
+
+    def differences(self, dtype: torch.dtype) -> list[JacobianBlock]:
+        """Derivatives of the difference of the two scores of each pair, one column."""
+        if self.is_linear:
+            return [block.to(dtype).differences() for block in self.head]
+        return self._derivatives.columns(torch.tensor([[1.0, -1.0]], dtype=dtype, device=self.f.device))
 
     def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
         """One column, the difference."""
-        mix = torch.tensor([[1.0, -1.0]], dtype=dtype, device=self.f.device)
-        return precision.block_variance(self._derivatives.columns(mix)).T
+        return precision.block_variance(self.differences(dtype)).T
 
     def functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """In function space where there are fewer outputs than samples, else through the weights."""
+        """Through the weights; of a network in function space where there are fewer outputs than samples."""
         mean = self.mean(dtype)
-        if mean.numel() <= n_samples:
+        if not self.is_linear and mean.numel() <= n_samples:
             cov = self.joint_covariance(precision, dtype).unsqueeze(0)
             for part in draw(mean.reshape(1, -1), cov, n_samples, generator):
                 yield part.reshape(-1, *mean.shape)
             return
-        n_columns = self.f[0].numel()
+        step = self._derivatives.n_columns_at_once
         for size in chunks(n_samples, max(precision.n_params, mean.numel())):
             theta = precision.sample(size, generator)
             rows: list[Tensor] = []
-            step = self._derivatives.n_columns_at_once
-            for start in range(0, n_columns, step):
-                blocks = self._blocks(dtype, start, start + step)
+            for start in range(0, self.n_columns, step):
+                blocks = self.blocks(dtype, start, start + step)
                 parts = split_sizes(theta, [block.n_params for block in blocks])
-                rows.append(torch.stack([b.apply(v) for b, v in zip(blocks, parts, strict=True)]).sum(0))
+                rows.append(sum_parts([b.apply(v) for b, v in zip(blocks, parts, strict=True)]))
             yield mean + torch.cat(rows, 1).transpose(1, 2).reshape(size, *mean.shape)
 
     def network_functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """One forward pass a sample, by functional calls."""
+        """One forward pass for each sample, by functional calls; of a head the same as ``functions``."""
+        evaluate, center = self.evaluate, self.theta
+        if evaluate is None or center is None:
+            yield from self.functions(precision, n_samples, generator, dtype)
+            return
         mean = self.mean(dtype)
         for size in chunks(n_samples, max(precision.n_params, mean.numel())):
-            thetas = self.theta + precision.sample(size, generator)
-            yield torch.stack([self.evaluate(theta).reshape(mean.shape).to(dtype) for theta in thetas])
+            thetas = center + precision.sample(size, generator)
+            yield torch.stack([evaluate(theta).reshape(mean.shape).to(dtype) for theta in thetas])
 
     def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
         """Derivatives in other coordinates, group by group or all weights at once."""
         if isinstance(basis, DenseBasis):
-            return SpectralLinearization(self.f, lambda: basis.blocks(self._blocks(dtype)))
-        return replace(self, derivatives=StoredDerivatives(basis.blocks(self._blocks(dtype))))
+            return SpectralLinearization(self.f, lambda: basis.blocks(self.blocks(dtype)))
+        return replace(self, derivatives=StoredDerivatives(basis.blocks(self.blocks(dtype))))
 
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
-        """All columns, each group in factors or written out, whichever is smaller, if they fit."""
-        if self.derivatives is None:
+        """All columns, each group in factors or written out, whichever is smaller, if they fit; of a head always few."""
+        if self.derivatives is None or self.is_linear:
             return super().kept(limit)
         dtype = torch.promote_types(self.f.dtype, torch.float32)
-        blocks, n_columns = self._blocks(dtype, 0, 1), self.f[0].numel()
+        blocks, n_columns = self.blocks(dtype, 0, 1), self.n_columns
         least = sum(min(block.size, block.n_rows * block.n_params) for block in blocks) * n_columns
         if least + self.f.numel() > limit:
             return None
-        blocks = [block.compact() for block in (blocks if n_columns == 1 else self._blocks(dtype))]
+        blocks = [block.compact() for block in (blocks if n_columns == 1 else self.blocks(dtype))]
         size, stored = sum(block.size for block in blocks) + self.f.numel(), StoredDerivatives(blocks)
-        return JacobianLinearization(self.f, stored, self.evaluate, self.theta), size
+        return replace(self, derivatives=stored), size

@@ -6,7 +6,7 @@ that is built on them serve it as they are. The variance of Δ contains the cova
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,16 @@ class Pairs(Linearization):
 
     f: Tensor
     scores: Linearization
+
+    @property
+    def is_linear(self) -> bool:
+        """As the scores are."""
+        return self.scores.is_linear
+
+    def followed_by(self, others: Sequence[Linearization]) -> Pairs:
+        """Pair after pair."""
+        parts = [other for other in others if isinstance(other, Pairs)]
+        return Pairs(torch.cat([self.f, *(p.f for p in parts)]), self.scores.followed_by([p.scores for p in parts]))
 
     def mean(self, dtype: torch.dtype) -> Float[Tensor, "pairs outputs"]:
         """Logits, ``[pairs, 2]``."""

@@ -20,7 +20,7 @@ from laplace.errors import UnsupportedError
 from laplace.prior import GaussianPrior
 from laplace.schema import Table
 from laplace.structures.accumulate import add_up, require_finite
-from laplace.structures.dense_jacobian import check_jacobians, dense_rows, head_jacobians
+from laplace.structures.dense_jacobian import check_jacobians, dense_rows
 from laplace.structures.jacobian import JacobianBlock
 from laplace.structures.supports import SupportsCurvature
 from laplace.types import Scalar
@@ -212,8 +212,8 @@ class AbstractCurvature(ABC):
         msg = f"hessian_structure={self.name.value!r} takes one sigma_noise for all outputs."
         raise UnsupportedError(msg)
 
-    def basis(self, prior: GaussianPrior, *, features: bool) -> Any:  # noqa: ARG002
-        """The ``Basis`` that posteriors share under all priors of a shape, of features or derivatives, if any."""
+    def basis(self, prior: GaussianPrior) -> Any:  # noqa: ARG002
+        """The ``Basis`` that posteriors share under all priors of a shape, if there is one."""
         return None
 
     def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
@@ -357,42 +357,3 @@ class AbstractPrecision(ABC):
             One for each parameter group.
         """
         return self.functional_covariance(torch.cat(list(dense_rows(blocks))))
-
-    def feature_variance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
-    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
-        """The same for a linear last layer, ``J = [I ⊗ φᵀ, I]``; structures override it so that J is never built.
-
-        Parameters
-        ----------
-        phi
-            Features, ``[rows, D]``.
-        n_outputs
-            C.
-        bias
-            Whether the layer has a bias.
-        diagonal
-            Return variances ``[rows, C]`` instead of covariances ``[rows, C, C]``.
-
-        Returns
-        -------
-        Output units squared, without observation noise.
-        """
-        cov = self.functional_variance(head_jacobians(phi, n_outputs, bias))
-        return cov.diagonal(dim1=-2, dim2=-1) if diagonal else cov
-
-    def feature_covariance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Float[Tensor, "joint joint"]:
-        """Covariance across inputs for a linear last layer, ``[rows·C, rows·C]``.
-
-        Parameters
-        ----------
-        phi
-            Features, ``[rows, D]``.
-        n_outputs
-            C.
-        bias
-            Whether the layer has a bias.
-        """
-        return self.functional_covariance(head_jacobians(phi, n_outputs, bias))

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.linalg import CHUNK_ELEMENTS
-from laplace.network.parameters import augment, output_index
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractPrecision
+from laplace.structures.head_block import head_of
 from laplace.structures.jacobian import JacobianBlock
 
 
@@ -27,20 +27,6 @@ class Basis(ABC):
 
     posterior: Callable[..., AbstractPrecision]
     """From a curvature (scaled), a prior and options to the posterior in these coordinates."""
-
-    @abstractmethod
-    def features(self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool) -> Any:
-        """Features in these coordinates.
-
-        Parameters
-        ----------
-        phi
-            Features, ``[rows, D]``.
-        n_outputs
-            C.
-        bias
-            Whether the layer has a bias.
-        """
 
     @abstractmethod
     def blocks(self, blocks: Sequence[JacobianBlock]) -> Any:
@@ -72,30 +58,13 @@ class RotatedGroups(Basis):
     shapes: Sequence[tuple[int, ...]]
 
     @classmethod
-    def of(
-        cls, eigenvectors: Sequence[Sequence[Tensor | None]], shapes: Sequence[tuple[int, ...]], *, features: bool
-    ) -> RotatedGroups:
-        """The coordinates of a curvature whose posteriors are ``RotatedPrecision`` in ``eigenvectors``.
-
-        Parameters
-        ----------
-        eigenvectors, shapes
-            Of the curvature.
-        features
-            Only the inputs' side is rotated: outputs of a last layer stay as they are.
-        """
+    def of(cls, eigenvectors: Sequence[Sequence[Tensor | None]], shapes: Sequence[tuple[int, ...]]) -> RotatedGroups:
+        """The coordinates of a curvature whose posteriors are ``RotatedPrecision`` in ``eigenvectors``."""
 
         def posterior(curvature: Any, prior: GaussianPrior, **options: Any) -> AbstractPrecision:
-            # Where two groups share their first side they still do.
-            kept = [[block[0] if features else None, *[None] * (len(block) - 1)] for block in eigenvectors]
-            return replace(curvature.posterior(prior, **options), eigenvectors=kept)
+            return replace(curvature.posterior(prior, **options), eigenvectors=[[None] * len(b) for b in eigenvectors])
 
         return cls(posterior, eigenvectors, shapes)
-
-    def features(self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool) -> Tensor:  # noqa: ARG002
-        """Φ V, ``[rows, D]``: the side of the inputs."""
-        inner = self.eigenvectors[0][1]
-        return phi if inner is None else phi @ inner
 
     def blocks(self, blocks: Sequence[JacobianBlock]) -> list[JacobianBlock]:
         """Lᵀ J R, group by group."""
@@ -118,18 +87,15 @@ class DenseBasis(Basis):
     posterior: Callable[..., AbstractPrecision]
     eigenvectors: Float[Tensor, "params params"]
 
-    def features(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Iterator[Float[Tensor, "chunk outputs params"]]:
-        """J Q for a bounded number of rows at a time, without J."""
-        order = output_index(n_outputs, len(self.eigenvectors), bias).to(phi.device)
-        sides = self.eigenvectors[order].transpose(0, 1).flatten(1)  # [D, C · P]
-        step = max(1, CHUNK_ELEMENTS // sides.shape[1])
-        for rows in augment(phi, bias).split(step):
-            yield (rows @ sides).view(len(rows), n_outputs, -1)
-
     def blocks(self, blocks: Sequence[JacobianBlock]) -> Iterator[Float[Tensor, "chunk columns params"]]:
-        """J Q for a bounded number of data at a time, group by group."""
+        """J Q for a bounded number of data at a time, group by group; of a head without J."""
+        head = head_of(blocks)
+        if head is not None:
+            sides = self.eigenvectors[head.order].transpose(0, 1).flatten(1)  # [D, C · P]
+            step = max(1, CHUNK_ELEMENTS // sides.shape[1])
+            for rows in head.augmented.split(step):
+                yield (rows @ sides).view(len(rows), head.n_outputs, -1)
+            return
         parts = self.eigenvectors.split([block.n_params for block in blocks])
         step = max(1, CHUNK_ELEMENTS // max(1, blocks[0].n_columns * len(self.eigenvectors)))
         for start in range(0, blocks[0].n_rows, step):

@@ -177,20 +177,3 @@ class BlockDiagPrecision(AbstractPrecision):
     def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
         """The same across data."""
         return sum_parts([part.block_kernel([block]) for part, block in zip(self.parts, blocks, strict=True)])
-
-    def feature_variance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
-    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
-        """That of the weight by its closed form, and the covariance of the bias, which is the same for all inputs."""
-        variance = self.parts[0].feature_variance(phi, n_outputs, bias=False, diagonal=diagonal)
-        if not bias:
-            return variance
-        offset = self.parts[1].covariance
-        return variance + (offset.diagonal() if diagonal else offset)
-
-    def feature_covariance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Float[Tensor, "joint joint"]:
-        """The same across inputs."""
-        joint = self.parts[0].feature_covariance(phi, n_outputs, bias=False)
-        return joint + self.parts[1].covariance.repeat(len(phi), len(phi)) if bias else joint

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from laplace.enums import HessianStructure
 from laplace.errors import NotPositiveDefiniteError
-from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, signed_vector
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
 from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.head_block import joined
 from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Scalar
 
@@ -170,6 +170,7 @@ class DiagPrecision(AbstractPrecision):
 
     def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
         """Each block with the variances of its weights."""
+        blocks = joined(blocks)
         yield from zip(blocks, (1 / self.vector).split([block.n_params for block in blocks]), strict=True)
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
@@ -183,24 +184,3 @@ class DiagPrecision(AbstractPrecision):
     def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
         """The same across data."""
         return sum_parts([block.kernel(w) for block, w in self._by_block(blocks)])
-
-    def feature_variance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
-    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
-        """φ² · (1/a): exactly diagonal over outputs, one product of ``[rows, D]`` with ``[D, C]``."""
-        weight, offset = head_views(1 / self.vector, n_outputs, phi.shape[-1], bias)
-        var = phi.square() @ weight.T
-        if offset is not None:
-            var = var + offset
-        return var if diagonal else torch.diag_embed(var)
-
-    def feature_covariance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Float[Tensor, "joint joint"]:
-        """Outputs are independent of each other: one ``[rows, rows]`` matrix an output."""
-        weight, offset = head_views(1 / self.vector, n_outputs, phi.shape[-1], bias)
-        blocks = torch.einsum("nd,cd,md->cnm", phi, weight, phi)
-        if offset is not None:
-            blocks = blocks + offset[:, None, None]
-        eye = torch.eye(n_outputs, dtype=phi.dtype, device=phi.device)
-        return torch.einsum("ck,cnm->ncmk", eye, blocks).reshape(len(phi) * n_outputs, -1)

@@ -202,9 +202,9 @@ class EKFACCurvature(AbstractCurvature):
             linalg.warn_of_condition(float(values.max() / values.min().clamp(min=0)) * rounding, values.dtype)
         return EKFACPrecision(self.eigenvectors, shifted)
 
-    def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
-        """The eigenvectors: of the inputs' side alone for features, whose outputs stay as they are."""
-        return RotatedGroups.of(self.eigenvectors, [tuple(d.shape) for d in self.diagonals], features=features)
+    def basis(self, prior: GaussianPrior) -> RotatedGroups:  # noqa: ARG002
+        """The eigenvectors."""
+        return RotatedGroups.of(self.eigenvectors, [tuple(d.shape) for d in self.diagonals])
 
     def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
         """Σ log(1 + s/δ)."""

@@ -18,12 +18,13 @@ from torch import Tensor
 from laplace import linalg
 from laplace.enums import HessianStructure
 from laplace.errors import NotPositiveDefiniteError
-from laplace.network.parameters import augment, output_index
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, symmetric
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
 from laplace.structures.basis import DenseBasis
 from laplace.structures.diag import DiagPrecision
+from laplace.structures.head_block import HeadBlock, head_of
+from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Scalar
 
 
@@ -138,7 +139,7 @@ class FullCurvature(AbstractCurvature):
                 self._cache.setdefault("eigenvalues", _without_rounding(values))
         return self._cache["eigenvectors"]
 
-    def basis(self, prior: GaussianPrior, *, features: bool) -> DenseBasis | None:  # noqa: ARG002
+    def basis(self, prior: GaussianPrior) -> DenseBasis | None:
         """The eigenvectors, which a scalar prior leaves alone; none where weights have different precisions."""
         return DenseBasis(_spectral, self.eigenvectors) if prior.precision.numel() == 1 else None
 
@@ -183,7 +184,7 @@ class FullPrecision(AbstractPrecision):
     """
 
     matrix: Float[Tensor, "params params"]
-    _blocks: dict[tuple[str, int, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _blocks: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_params(self) -> int:
@@ -242,42 +243,51 @@ class FullPrecision(AbstractPrecision):
         """The matrix itself."""
         return self.matrix
 
-    def feature_variance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
-    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
-        """φᵀ Σ_ck φ for each pair of outputs; variances use the C diagonal blocks of Σ alone."""
-        augmented = augment(phi, bias)
-        if diagonal:
-            # [rows, D] @ [D, C·D], then a dot product with φ: no [rows, C, C] and no Jacobian.
-            left = (augmented @ self._diagonal_blocks(n_outputs, bias)).view(len(phi), n_outputs, -1)
-            return (left * augmented.unsqueeze(1)).sum(-1)
-        rows = [torch.einsum("nke,ne->nk", left, augmented) for left in self._left_products(augmented, n_outputs, bias)]
-        return torch.stack(rows, 1)
+    def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
+        """Of a head ``φᵀ Σ_cc φ``, from the C diagonal blocks of Σ alone."""
+        head = head_of(blocks)
+        if head is None:
+            return super().block_variance(blocks)
+        if head.outer is not None:
+            return self.block_covariance(blocks).diagonal(dim1=1, dim2=2).T
+        phi = head.augmented
+        # [rows, D] @ [D, C·D], then a dot product with φ: no [rows, C, C] and no Jacobian.
+        left = (phi @ self._diagonal_blocks(head)).view(len(phi), head.n_outputs, -1)
+        return (left * phi.unsqueeze(1)).sum(-1).T
 
-    def feature_covariance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Float[Tensor, "joint joint"]:
-        """Φ Σ_ck Φᵀ for each pair of outputs."""
-        augmented = augment(phi, bias)
-        blocks = [
-            torch.einsum("nke,me->nmk", left, augmented) for left in self._left_products(augmented, n_outputs, bias)
-        ]
-        return torch.stack(blocks, 1).reshape(len(phi) * n_outputs, -1)
+    def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
+        """Of a head ``φᵀ Σ_ck φ`` for each pair of outputs."""
+        head = head_of(blocks)
+        if head is None:
+            return super().block_covariance(blocks)
+        phi = head.augmented
+        rows = [torch.einsum("nke,ne->nk", left, phi) for left in self._left_products(head)]
+        covariance = torch.stack(rows, 1)
+        return covariance if head.outer is None else head.outer @ covariance @ head.outer.T
 
-    def _left_products(self, augmented: Tensor, n_outputs: int, bias: bool) -> Iterator[Tensor]:
+    def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
+        """Of a head ``Φ Σ_ck Φᵀ`` for each pair of outputs."""
+        head = head_of(blocks)
+        if head is None or head.outer is not None:
+            return super().block_kernel(blocks)
+        phi = head.augmented
+        parts = [torch.einsum("nke,me->nmk", left, phi) for left in self._left_products(head)]
+        return torch.stack(parts, 1).reshape(len(phi) * head.n_outputs, -1)
+
+    def _left_products(self, head: HeadBlock) -> Iterator[Tensor]:
         """Φ Σ_ck for one output c at a time and all k: ``[rows, C, D]`` each."""
-        key = ("all", n_outputs, bias)
+        phi, key = head.augmented, ("all", head.n_outputs, len(head.phis))
         if key not in self._blocks:
-            order = output_index(n_outputs, self.n_params, bias).to(augmented.device).flatten()
-            self._blocks[key] = self.covariance[order][:, order].unflatten(0, (n_outputs, -1))
+            order = head.order.flatten()
+            self._blocks[key] = self.covariance[order][:, order].unflatten(0, (head.n_outputs, -1))
         for rows in self._blocks[key]:
-            yield (augmented @ rows).view(len(augmented), n_outputs, -1)
+            yield (phi @ rows).view(len(phi), head.n_outputs, -1)
 
-    def _diagonal_blocks(self, n_outputs: int, bias: bool) -> Tensor:
+    def _diagonal_blocks(self, head: HeadBlock) -> Tensor:
         """The blocks Σ_cc side by side, ``[D, C·D]``."""
-        key = ("diagonal", n_outputs, bias)
+        key = ("diagonal", head.n_outputs, len(head.phis))
         if key not in self._blocks:
-            order = output_index(n_outputs, self.n_params, bias).to(self.matrix.device)
+            order = head.order
             blocks = self.covariance[order.unsqueeze(2), order.unsqueeze(1)]
             self._blocks[key] = blocks.transpose(0, 1).reshape(order.shape[1], -1)
         return self._blocks[key]

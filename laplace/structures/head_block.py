@@ -3,90 +3,217 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace.structures.jacobian import DenseBlock, JacobianBlock
+from laplace.network.parameters import split_sizes
+from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
 
 
 @dataclass(frozen=True)
 class HeadBlock(JacobianBlock):
-    """Derivatives in one parameter group of a linear head; a row is a position, a column an output.
+    """Derivatives in the weights of a linear head, ``[Q, rows, p]``; a row is a position, a column an output.
+
+    The weights are those of one parameter group, or of several one after another (``joined``): the weight row by row,
+    then the bias, whose feature is 1 (0 where it cancels).
 
     Attributes
     ----------
-    phi
-        Features, ``[rows, D]``; of a bias a column of ones, ``[rows, 1]`` (zeros where it cancels).
+    phis
+        Features of each group, ``[rows, D]``.
+    n_outputs
+        C.
     outer
         What the columns are, as directions in the outputs, ``[Q, C]``; ``None``: the C outputs themselves.
-    group
-        The shape of the parameter group, ``(C, D)``, or ``(C,)`` of a bias.
     """
 
-    phi: Float[Tensor, "rows features"]
-    outer: Float[Tensor, "columns outputs"] | None
-    group: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the parameter group."""
-        return self.group
+    phis: tuple[Float[Tensor, "rows _"], ...]
+    n_outputs: int
+    outer: Float[Tensor, "columns outputs"] | None = None
 
     @property
     def n_columns(self) -> int:
         """Q."""
-        return self.group[0] if self.outer is None else len(self.outer)
+        return self.n_outputs if self.outer is None else len(self.outer)
 
     @property
     def n_rows(self) -> int:
         """Positions."""
-        return len(self.phi)
+        return len(self.phis[0])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of weights in each group."""
+        return [self.n_outputs * phi.shape[1] for phi in self.phis]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(C, D)`` of one group; of several their number of weights."""
+        return (self.n_outputs, self.phis[0].shape[1]) if len(self.phis) == 1 else (sum(self.sizes),)
 
     @property
     def sample(self) -> Tensor:
         """The features."""
-        return self.phi
+        return self.phis[0]
 
     @property
     def size(self) -> int:
-        """The features', and the directions' if there are any."""
-        return self.phi.numel() + (0 if self.outer is None else self.outer.numel())
+        """That of features and directions."""
+        return sum(phi.numel() for phi in self.phis) + (0 if self.outer is None else self.outer.numel())
 
     @property
     def n_units(self) -> int:
-        """Each output is one."""
-        return self.group[0]
+        """The outputs, of one group."""
+        return self.n_outputs if len(self.phis) == 1 else 1
 
-    def _outer(self) -> Tensor:
+    @property
+    def augmented(self) -> Float[Tensor, "rows augmented"]:
+        """Features of all groups side by side."""
+        return self.phis[0] if len(self.phis) == 1 else torch.cat(self.phis, 1)
+
+    @property
+    def order(self) -> Int[Tensor, "outputs augmented"]:
+        """Where the weights of each output lie, ``[C, D]`` with D over all groups."""
+        parts, start = [], 0
+        for phi, size in zip(self.phis, self.sizes, strict=True):
+            parts.append(torch.arange(start, start + size, device=phi.device).view(self.n_outputs, -1))
+            start += size
+        return torch.cat(parts, 1)
+
+    def matrices(self, v: Float[Tensor, "*batch params"]) -> list[Float[Tensor, "*batch outputs _"]]:
+        """Vectors over the weights as matrices ``[..., C, D]``, one for each group."""
+        return [part.unflatten(-1, (self.n_outputs, -1)) for part in split_sizes(v, self.sizes)]
+
+    def _mixed(self, values: Float[Tensor, "rows outputs"], power: int = 1) -> Float[Tensor, "columns rows"]:
+        """From outputs to columns, by a power of the directions."""
+        return values.T if self.outer is None else self.outer**power @ values.T
+
+    def _directions(self) -> Float[Tensor, "columns outputs"]:
         """The directions, written out."""
-        eye = torch.eye(self.group[0], dtype=self.phi.dtype, device=self.phi.device)
+        eye = torch.eye(self.n_outputs, dtype=self.sample.dtype, device=self.sample.device)
         return eye if self.outer is None else self.outer
 
     def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
         """A part of J, written out."""
-        return torch.einsum("qc,bd->qbcd", self._outer()[:, units], self.phi[rows]).flatten(2)
+        outer = self._directions() if len(self.phis) > 1 else self._directions()[:, units]
+        return torch.cat([torch.einsum("qc,bd->qbcd", outer, phi[rows]).flatten(2) for phi in self.phis], 2)
+
+    def entries(self, rows: slice, index: Int[Tensor, " part"]) -> Float[Tensor, "columns batch part"]:
+        """Products of a direction and a feature."""
+        if len(self.phis) > 1:
+            return super().entries(rows, index)
+        width = self.phis[0].shape[1]
+        return torch.einsum("qp,bp->qbp", self._directions()[:, index // width], self.phis[0][rows][:, index % width])
 
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> JacobianBlock:
-        """``outer L`` and ``φ R``; of a bias ``outer R``; written out where all weights share one matrix."""
-        if len(sides) == 1 and len(self.group) == 2:
+        """``outer L`` and ``φ R``; one matrix for all weights of a group with features is written out."""
+        if len(sides) == 1 and (len(self.phis) > 1 or self.phis[0].shape[1] > 1):
             return DenseBlock(self.dense()).rotate(sides, shape)
-        left, right = sides[0], sides[1] if len(sides) == 2 else None
-        outer = self.outer if left is None else (left if self.outer is None else self.outer @ left)
-        return HeadBlock(self.phi if right is None else self.phi @ right, outer, self.group)
+        (left, *right), (phi,) = sides, self.phis
+        if left is None:
+            outer = self.outer
+        else:
+            outer = left if self.outer is None else self.outer @ left
+        turned = phi if not right or right[0] is None else phi @ right[0]
+        return replace(self, phis=(turned,), outer=outer)
 
     def mix(self, weights: Float[Tensor, "mixtures columns"]) -> HeadBlock:
         """Other directions in the outputs."""
-        return HeadBlock(self.phi, weights if self.outer is None else weights @ self.outer, self.group)
+        return replace(self, outer=weights if self.outer is None else weights @ self.outer)
 
     def select(self, rows: Tensor) -> HeadBlock:
         """Some of the rows."""
-        return HeadBlock(self.phi[rows], self.outer, self.group)
+        return replace(self, phis=tuple(phi[rows] for phi in self.phis))
+
+    def differences(self) -> HeadBlock:
+        """Of each pair of rows that follow one another, the first less the second; a bias cancels."""
+        return replace(self, phis=tuple(phi[::2] - phi[1::2] for phi in self.phis))
+
+    def to(self, dtype: torch.dtype) -> HeadBlock:
+        """In another precision."""
+        if self.sample.dtype == dtype:
+            return self
+        outer = None if self.outer is None else self.outer.to(dtype)
+        return replace(self, phis=tuple(phi.to(dtype) for phi in self.phis), outer=outer)
+
+    # -- closed forms -------------------------------------------------------------------------------------------------
+
+    def squares(self) -> Float[Tensor, " params"]:
+        """Σ_q outer² ⊗ Σ_b φ²."""
+        strength = self.sample.new_ones(self.n_outputs) if self.outer is None else self.outer.square().sum(0)
+        return torch.cat([torch.outer(strength, phi.square().sum(0)).flatten() for phi in self.phis])
+
+    def _strength(self, w: Float[Tensor, " params"]) -> Float[Tensor, "rows outputs"]:
+        """Σ_d w_cd φ_d²: one product of ``[rows, D]`` with ``[D, C]`` for each group."""
+        parts = zip(self.phis, self.matrices(w), strict=True)
+        # The feature of a bias is one number for each row, as a rule 1.
+        return sum_parts([phi.square() @ v.T if v.shape[1] > 1 else phi.square() * v.T for phi, v in parts])
+
+    def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
+        """``outer² · (φ² Wᵀ)``."""
+        return self._mixed(self._strength(w), 2)
+
+    def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:
+        """``outer diag(φ² Wᵀ) outerᵀ``: diagonal where the columns are outputs."""
+        strength = self._strength(w)
+        if self.outer is None:
+            return torch.diag_embed(strength)
+        return (self.outer * strength.unsqueeze(1)) @ self.outer.T
+
+    def kernel(self, w: Float[Tensor, " params"]) -> Float[Tensor, "joint joint"]:
+        """One ``[rows, rows]`` matrix for each output, mixed by the directions."""
+        parts = zip(self.phis, self.matrices(w), strict=True)
+        kernels = sum_parts([torch.einsum("nd,cd,md->cnm", phi, v, phi) for phi, v in parts])
+        outer = self._directions()
+        return torch.einsum("ci,inm,ki->ncmk", outer, kernels, outer).reshape(self.n_rows * len(outer), -1)
+
+    def apply(self, v: Float[Tensor, "samples params"]) -> Float[Tensor, "samples columns batch"]:
+        """``outer (W φ)``."""
+        parts = zip(self.phis, self.matrices(v), strict=True)
+        moved = sum_parts([torch.einsum("nd,scd->scn", phi, matrix) for phi, matrix in parts])
+        return moved if self.outer is None else self.outer @ moved
+
+    def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
+        """Σ_b (outerᵀ w)_b ⊗ φ_b."""
+        weights = w if self.outer is None else self.outer.T @ w
+        return torch.cat([(weights @ phi).flatten(1) for phi in self.phis], 1)
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """``outer outer'ᵀ`` times the products of the features."""
+        if not isinstance(other, HeadBlock):
+            return super().cross(other)
+        between = self._directions() @ other._directions().T
+        products = sum_parts([phi @ point.T for phi, point in zip(self.phis, other.phis, strict=True)])
+        return torch.einsum("qk,nm->qnkm", between, products)
 
 
 def head_blocks(phi: Float[Tensor, "rows features"], shapes: Sequence[tuple[int, ...]]) -> list[HeadBlock]:
     """The blocks of a head, one for each parameter group: weight ``(C, D)`` and, if there is one, bias ``(C,)``."""
-    ones = phi.new_ones(len(phi), 1)
-    return [HeadBlock(phi if len(shape) > 1 else ones, None, tuple(shape)) for shape in shapes]
+    return [HeadBlock((phi if len(shape) > 1 else phi.new_ones(len(phi), 1),), shape[0]) for shape in shapes]
+
+
+def follow(parts: Sequence[Sequence[HeadBlock]]) -> list[HeadBlock]:
+    """The blocks of a head at the inputs of several batches, one after the other."""
+    groups = zip(*parts, strict=True)
+    return [replace(group[0], phis=(torch.cat([block.phis[0] for block in group]),)) for group in groups]
+
+
+def joined(blocks: Sequence[JacobianBlock]) -> Sequence[JacobianBlock]:
+    """The blocks of a head that have the same directions as one; others as they are.
+
+    This is the one place that asks for the type of a block: structures that couple groups, or mix directions, have
+    closed forms for a whole head.
+    """
+    heads = [block for block in blocks if isinstance(block, HeadBlock)]
+    if len(heads) != len(blocks) or any(head.outer is not heads[0].outer for head in heads):
+        return blocks
+    return [replace(heads[0], phis=tuple(phi for head in heads for phi in head.phis))]
+
+
+def head_of(blocks: Sequence[JacobianBlock]) -> HeadBlock | None:
+    """A whole head as one block; ``None`` if the blocks are not of one."""
+    (first, *others) = joined(blocks)
+    return first if not others and isinstance(first, HeadBlock) else None

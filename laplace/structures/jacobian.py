@@ -136,6 +136,10 @@ class JacobianBlock(ABC):
         """
         return self.piece(rows, slice(None))[..., index]
 
+    def to(self, dtype: torch.dtype) -> JacobianBlock:  # noqa: ARG002 - derivatives of a network are in it already
+        """The same in the precision of the curvature."""
+        return self
+
     def compact(self) -> JacobianBlock:
         """The same in as few numbers as it can be kept in, where it is used more than once."""
         return self

@@ -163,10 +163,10 @@ class KronCurvature(AbstractCurvature):
         decomposed = replace(self.decomposed, **options)
         return decomposed * self.scale + prior.per_layer()
 
-    def basis(self, prior: GaussianPrior, *, features: bool) -> RotatedGroups:  # noqa: ARG002
-        """The eigenvectors of the factors: of the inputs' side alone for features, whose outputs stay as they are."""
+    def basis(self, prior: GaussianPrior) -> RotatedGroups:  # noqa: ARG002
+        """The eigenvectors of the factors."""
         decomposed = self.decomposed
-        return RotatedGroups.of(decomposed.eigenvectors, decomposed.shapes, features=features)
+        return RotatedGroups.of(decomposed.eigenvectors, decomposed.shapes)
 
     def log_det_ratio(self, prior: GaussianPrior, **options: Any) -> Scalar:
         """Σ log(1 + γλ/δ) without damping, which is no sum."""

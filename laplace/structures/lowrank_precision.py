@@ -11,7 +11,7 @@ the identity of Woodbury would subtract nearly equal numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.linalg import CHUNK_ELEMENTS
-from laplace.network.parameters import head_views, output_index
 from laplace.structures.base import AbstractPrecision
 from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.head_block import HeadBlock, head_of
 from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Scalar
 
@@ -186,7 +186,9 @@ class LowRankPrecision(AbstractPrecision):
                 yield rows, J / root[weights] - torch.einsum("rqb,pr->qbp", inside[:, :, rows], Q[weights])
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
-        """The sum of two squares, piece by piece."""
+        """The sum of two squares, piece by piece; of a head by its closed form."""
+        if (head := head_of(blocks)) is not None:
+            return self._head_variance(head)
         inside = self._inside(blocks)
         total = self._narrowed(inside).square().sum(0)
         for rows, part in self._outside(blocks, inside):
@@ -195,6 +197,8 @@ class LowRankPrecision(AbstractPrecision):
 
     def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
         """The same between columns."""
+        if (head := head_of(blocks)) is not None:
+            return self._head_covariance(head)
         inside = self._inside(blocks)
         half = self._narrowed(inside).permute(2, 1, 0)
         total = half @ half.mT
@@ -205,6 +209,9 @@ class LowRankPrecision(AbstractPrecision):
 
     def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
         """The same across data."""
+        head = head_of(blocks)
+        if head is not None and head.outer is None:
+            return self._head_kernel(head)
         inside = self._inside(blocks)
         half = self._narrowed(inside).permute(2, 1, 0).flatten(0, 1)
         total = half @ half.mT
@@ -213,47 +220,34 @@ class LowRankPrecision(AbstractPrecision):
             total = total + half @ half.mT
         return total
 
-    # -- last layers --------------------------------------------------------------------------------------------------
+    # -- heads --------------------------------------------------------------------------------------------------------
 
-    def _corrections(self, phi: Tensor, n_outputs: int, bias: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _corrections(self, head: HeadBlock) -> Iterator[tuple[Tensor, Tensor]]:
         """For some rows at a time the prior variances ``[rows, C]`` and J T, ``[rows, C, r]``, in float64."""
         T = self.correction
-        weight, offset = head_views(1 / self.delta.to(T), n_outputs, phi.shape[-1], bias)
-        order = output_index(n_outputs, self.n_params, bias).to(T.device)
-        sides = T[order]
-        step = max(1, CHUNK_ELEMENTS // max(1, n_outputs * T.shape[1]))
+        sides, prior = T[head.order], head.to(T.dtype)
+        phi, step = prior.augmented, max(1, CHUNK_ELEMENTS // max(1, head.n_outputs * T.shape[1]))
+        strength = replace(prior, outer=None).variance(1 / self.delta.to(T)).T
         for start in range(0, len(phi), step):
             rows = slice(start, start + step)
-            some = phi[rows].to(T)
-            narrowed = torch.einsum("nd,cdr->ncr", some, sides[:, : phi.shape[1]])
-            prior = some.square() @ weight.T
-            if offset is not None:
-                narrowed, prior = narrowed + sides[:, -1], prior + offset
-            yield rows, prior, narrowed
+            yield strength[rows], torch.einsum("nd,cdr->ncr", phi[rows], sides)
 
-    def feature_variance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
-    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
+    def _head_variance(self, head: HeadBlock) -> Float[Tensor, "columns batch"]:
         """J diag(1/δ) Jᵀ − (J T)(J T)ᵀ, from features: O(rows · C · D · r)."""
-        parts: list[Tensor] = []
-        for _, prior, narrowed in self._corrections(phi, n_outputs, bias):
-            if diagonal:
-                parts.append(prior - narrowed.square().sum(-1))
-            else:
-                parts.append(torch.diag_embed(prior) - narrowed @ narrowed.mT)
-        return torch.cat(parts).to(phi)
+        if head.outer is not None:
+            return self._head_covariance(head).diagonal(dim1=1, dim2=2).T
+        parts = [prior - narrowed.square().sum(-1) for prior, narrowed in self._corrections(head)]
+        return torch.cat(parts).to(head.sample).T
 
-    def feature_covariance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Float[Tensor, "joint joint"]:
-        """The same across inputs."""
+    def _head_covariance(self, head: HeadBlock) -> Float[Tensor, "batch columns columns"]:
+        """The same between columns."""
+        parts = [torch.diag_embed(prior) - narrowed @ narrowed.mT for prior, narrowed in self._corrections(head)]
+        covariance = torch.cat(parts).to(head.sample)
+        return covariance if head.outer is None else head.outer @ covariance @ head.outer.T
+
+    def _head_kernel(self, head: HeadBlock) -> Float[Tensor, "joint joint"]:
+        """The same across data, of outputs."""
         T = self.correction
-        weight, offset = head_views(1 / self.delta.to(T), n_outputs, phi.shape[-1], bias)
-        wide = phi.to(T)
-        kernels = torch.einsum("nd,cd,md->cnm", wide, weight, wide)
-        if offset is not None:
-            kernels = kernels + offset[:, None, None]
-        eye = torch.eye(n_outputs, dtype=T.dtype, device=T.device)
-        prior = torch.einsum("ck,cnm->ncmk", eye, kernels).reshape(len(phi) * n_outputs, -1)
-        narrowed = torch.cat([part.flatten(0, 1) for _, _, part in self._corrections(phi, n_outputs, bias)])
-        return (prior - narrowed @ narrowed.mT).to(phi)
+        prior = head.to(T.dtype).kernel(1 / self.delta.to(T))
+        narrowed = torch.cat([part.flatten(0, 1) for _, part in self._corrections(head)])
+        return (prior - narrowed @ narrowed.mT).to(head.sample)

@@ -17,6 +17,7 @@ from laplace.errors import ShapeError
 from laplace.network.parameters import split_sizes
 from laplace.structures.base import AbstractPrecision
 from laplace.structures.dense_jacobian import check_jacobians
+from laplace.structures.head_block import joined
 from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Scalar
 
@@ -148,8 +149,11 @@ class RotatedPrecision(AbstractPrecision):
 
     def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
         """Each block in the eigenbasis, with the variances there."""
-        for block, vectors, values in zip(blocks, self.eigenvectors, self.spectrum, strict=True):
-            yield block.rotate(vectors, values.shape), 1 / values.flatten()
+        spectrum = self.spectrum
+        groups = zip(blocks, self.eigenvectors, spectrum, strict=True)
+        turned = [block.rotate(vectors, values.shape) for block, vectors, values in groups]
+        inverse, together = [1 / values.flatten() for values in spectrum], joined(turned)
+        yield from zip(together, inverse if len(together) == len(inverse) else [torch.cat(inverse)], strict=True)
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
         """Σ_ij (Uᵀ J V)²_ij / spectrum_ij, block by block."""
@@ -162,48 +166,6 @@ class RotatedPrecision(AbstractPrecision):
     def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
         """The same across data."""
         return sum_parts([block.kernel(w) for block, w in self._by_block(blocks)])
-
-    def feature_variance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool, *, diagonal: bool = False
-    ) -> Float[Tensor, "rows outputs outputs"] | Float[Tensor, "rows outputs"]:
-        """U diag(S_b) Uᵀ with S = (ΦV)² R, R the inverse spectrum: O(B(D² + DC + C²))."""
-        assert len(self.spectrum) == 1 + int(bias), "one block for the weight, one for the bias"
-        (outer, inner), inverse = self.eigenvectors[0], 1 / self.spectrum[0]
-        strength = rotate(phi, inner).square() @ inverse.T
-        parts = [(outer, strength)]
-        if bias:
-            parts.append((self.eigenvectors[1][0], (1 / self.spectrum[1]).expand(len(phi), n_outputs)))
-        if bias and parts[0][0] is parts[1][0]:
-            parts = [(outer, strength + parts[1][1])]
-        if diagonal:
-            return sum_parts([s if u is None else s @ u.square().T for u, s in parts])
-        return sum_parts([torch.diag_embed(s) if u is None else (u * s.unsqueeze(1)) @ u.T for u, s in parts])
-
-    def feature_covariance(
-        self, phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-    ) -> Float[Tensor, "joint joint"]:
-        """Σ_i U_ci U_ki Σ_j (φ_n·v_j)(φ_m·v_j) R_ij: one ``[rows, rows]`` matrix for each i."""
-        assert len(self.spectrum) == 1 + int(bias), "one block for the weight, one for the bias"
-        projected = rotate(phi, self.eigenvectors[0][1])
-        kernels = torch.einsum("nj,ij,mj->inm", projected, 1 / self.spectrum[0], projected)
-        parts = [self._mix(self.eigenvectors[0][0], kernels)]
-        if bias:
-            constant = (1 / self.spectrum[1])[:, None, None].expand(n_outputs, len(phi), len(phi))
-            parts.append(self._mix(self.eigenvectors[1][0], constant))
-        return sum_parts(parts)
-
-    @staticmethod
-    def _mix(outer: Tensor | None, kernels: Tensor) -> Tensor:
-        """Σ_i U_ci U_ki K_i as a matrix over (input, output) pairs."""
-        if outer is None:
-            outer = torch.eye(len(kernels), dtype=kernels.dtype, device=kernels.device)
-        n_outputs, n_rows = kernels.shape[:2]
-        return torch.einsum("ci,inm,ki->ncmk", outer, kernels, outer).reshape(n_rows * n_outputs, -1)
-
-
-def rotate(rows: Tensor, side: Tensor | None) -> Tensor:
-    """``rows @ side``, with ``None`` for the identity."""
-    return rows if side is None else rows @ side
 
 
 def apply_blocks(W: Tensor, blocks: Sequence[Sequence[Tensor | None]], shapes: Sequence[Sequence[int]]) -> Tensor:
