@@ -64,7 +64,7 @@ class HessianSums:
         return blocks
 
     def lowrank(self, directions: Tensor) -> tuple[Tensor, None]:
-        """Products with directions ``[P, k]``; an indefinite matrix has a trace that says nothing about its positive part."""
+        """Products with directions ``[P, k]``; the trace of what may be indefinite says nothing of its positive part."""
         products = hessian_products(self.loss, self.subset)(directions.T)
         return products.detach().to(self.loss.dtype).T, None
 

@@ -1,9 +1,9 @@
 """Closed forms for the last layer: its curvature from features and output Hessians. No Jacobian, no backward pass.
 
-The last layer is linear, ``f = W φ + b``: its derivatives are blocks ``I_C ⊗ φ``, one for each parameter group, the bias
-with φ = 1. So every curvature is a sum of ``Λ ⊗ φφᵀ`` over rows, with ``Λ = diag(d) ± r rᵀ`` the Hessian of the negative
-log-likelihood in the outputs (or an outer product of gradients, for a Fisher). The outputs are linear in these weights,
-so the generalized Gauss–Newton matrix *is* the Hessian.
+The last layer is linear, ``f = W φ + b``: its derivatives are blocks ``I_C ⊗ φ``, one for each parameter group, that of
+the bias with φ = 1. So every curvature is a sum of ``Λ ⊗ φφᵀ`` over rows, with ``Λ = diag(d) ± r rᵀ`` the Hessian of the
+negative log-likelihood in the outputs (or an outer product of gradients, for a Fisher). The outputs are linear in these
+weights, so the generalized Gauss–Newton matrix *is* the Hessian.
 
 All results are sums over rows, in public order: group by group, the weight row by row.
 """
@@ -39,7 +39,7 @@ def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
 def kron(
     blocks: Sequence[HeadBlock], hessian: OutputHessian, of_bias: Callable[[Tensor], Tensor] | None = None
 ) -> Kron:
-    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums, and ``[Σ Λ]`` of the bias: the same tensor, or ``of_bias`` of it.
+    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias the same first one, ``[Σ Λ]``, or ``of_bias`` of it.
 
     Notes
     -----

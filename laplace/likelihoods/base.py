@@ -537,8 +537,8 @@ class AbstractLikelihood(ABC):
             return
         if axis is not None:
             msg = (
-                f"The outputs of the model are {list(shape)} with their channels on axis {axis}, where convolutions put "
-                "them. Outputs are read as [batch, *positions, C]: the last axis holds classes, or outputs of a "
+                f"The outputs of the model are {list(shape)} with their channels on axis {axis}, where convolutions put"
+                " them. Outputs are read as [batch, *positions, C]: the last axis holds classes, or outputs of a "
                 f"regression. Wrap the model in a module that returns outputs.movedim({axis}, -1), and give soft labels"
                 " or regression targets the same order of axes."
             )

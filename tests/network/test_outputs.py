@@ -7,8 +7,8 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.errors import UnsupportedError
-from laplace.likelihoods.categorical import check_logits
 from laplace.likelihoods import chosen
+from laplace.likelihoods.categorical import check_logits
 from laplace.network.axes import Axes
 from tests.network.test_failures import KINDS, X, Y, estimator, net
 
