@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from laplace.curvature import kfac
-from laplace.curvature.columns import ColumnSums
+from laplace.curvature.columns import ColumnSums, Sums
 from laplace.curvature.curvature import CurvatureInterface
 from laplace.curvature.memory import Memory
 from laplace.curvature.recording import Recording
@@ -86,7 +86,7 @@ class AllWeightsEngine:
             )
 
     @contextmanager
-    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, ColumnSums], None, None]:
+    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
         """Loss and curvature of a batch: one backward pass a column of the output Hessian's root."""
         recording = self.record(x)
         with torch.no_grad(), full_precision(recording.f.device):

@@ -72,7 +72,7 @@ class AsdlInterface(PackageInterface):
     def loss_type(self) -> str:
         """ASDL's name of the loss."""
         asdl = require("asdl", "asdl")
-        names = {nn.MSELoss: asdl.LOSS_MSE, nn.CrossEntropyLoss: asdl.LOSS_CROSS_ENTROPY}
+        names: dict[Any, str] = {nn.MSELoss: asdl.LOSS_MSE, nn.CrossEntropyLoss: asdl.LOSS_CROSS_ENTROPY}
         return names[type(self.lossfunc)]
 
     def _jacobians(self, batch: PrivateBatch) -> Jacobians:

@@ -1,6 +1,6 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
-Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass a batch),
+Two engines do the work: closed forms for the last layer (``curvature/last_layer.py``, one forward pass a batch),
 backward passes to the outputs of layers for all or for chosen weights (``curvature/all_weights.py``).
 """
 
@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.by_autograd import hessian_products, hessian_rows
+from laplace.curvature.columns import Sums
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
-from laplace.curvature.last_layer_engine import LastLayerEngine
+from laplace.curvature.last_layer import LastLayerEngine
 from laplace.curvature.structured import Basis, check_count, without_count
 from laplace.enums import HessianStructure, KfacApprox, Likelihood, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
@@ -64,7 +65,7 @@ class HessianSums:
         return blocks
 
     def lowrank(self, directions: Tensor) -> tuple[Tensor, None]:
-        """Products with directions ``[P, k]``; the trace of what may be indefinite says nothing of its positive part."""
+        """Products with directions ``[P, k]``; what may be indefinite has a trace that says little."""
         products = hessian_products(self.loss, self.subset)(directions.T)
         return products.detach().to(self.loss.dtype).T, None
 
@@ -84,7 +85,7 @@ class HessianEngine(AllWeightsEngine):
     """The same with the Hessian for the curvature."""
 
     @contextmanager
-    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, HessianSums], None, None]:
+    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
         """Loss and Hessian of a batch."""
         with torch.inference_mode(False):
             # Attention in a form that has second derivatives.
@@ -155,7 +156,8 @@ class AutogradInterface(CurvatureInterface):
         """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace; O(P k) memory."""
         self._refuse(kwargs, HessianStructure.LOWRANK)
         with self._engine.sums(x, y) as (loss, sums):
-            return loss, *sums.lowrank(directions)
+            products, trace = sums.lowrank(directions)
+            return loss, products, trace
 
     def repeatable(
         self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -105,9 +105,38 @@ def dense_columns(J: Float[Tensor, "columns rows params"], sizes: Sequence[int])
     return [DenseBlock(part) for part in J.split(list(sizes), -1)]
 
 
+class Sums(Protocol):
+    """The curvature of a batch, of which one structure is asked for."""
+
+    def full(self) -> Tensor:
+        """Dense curvature ``[P, P]``."""
+        ...
+
+    def diag(self) -> Tensor:
+        """Diagonal ``[P]``."""
+        ...
+
+    @property
+    def kron(self) -> Callable[[], Kron]:
+        """Makes Kronecker factors, raw sums."""
+        ...
+
+    def blockdiag(self) -> list[Tensor]:
+        """The diagonal block of each group, ``[p, p]``."""
+        ...
+
+    def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The diagonal of the curvature in a basis, group by group."""
+        ...
+
+    def lowrank(self, directions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Products of the curvature with directions ``[P, k]``, and its trace ``[]`` where it is known."""
+        ...
+
+
 @dataclass(frozen=True)
 class ColumnSums:
-    """The curvature of a batch from its columns, which may be made as we go: one of the structures is asked for.
+    """The same from columns, which may be made as we go.
 
     Attributes
     ----------

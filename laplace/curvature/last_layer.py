@@ -1,28 +1,38 @@
 """Closed forms for the last layer: its curvature from features and output Hessians. No Jacobian, no backward pass.
 
 The last layer is linear, ``f = W φ + b``: its derivatives are blocks ``I_C ⊗ φ``, one for each parameter group, that of
-the bias with φ = 1. So every curvature is a sum of ``Λ ⊗ φφᵀ`` over rows, with ``Λ = diag(d) ± r rᵀ`` the Hessian of the
-negative log-likelihood in the outputs (or an outer product of gradients, for a Fisher). The outputs are linear in these
-weights, so the generalized Gauss–Newton matrix *is* the Hessian.
+the bias with φ = 1. So every curvature is a sum of ``Λ ⊗ φφᵀ`` over rows, with ``Λ = diag(d) ± r rᵀ`` the Hessian of
+the negative log-likelihood in the outputs (or an outer product of gradients, for a Fisher). The outputs are linear in
+these weights, so the generalized Gauss–Newton matrix *is* the Hessian.
 
 All results are sums over rows, in public order: group by group, the weight row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace.likelihoods import OutputHessian
+from laplace import linalg
+from laplace.curvature.columns import ColumnSums, Sums
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.replay import Features, Replay
+from laplace.curvature.structured import Basis
+from laplace.enums import HessianStructure
+from laplace.likelihoods import OutputHessian, Positions
 from laplace.linalg import CHUNK_ELEMENTS
+from laplace.network.modes import full_precision
 from laplace.structures import Kron
 from laplace.structures.head_block import HeadBlock
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
-from laplace.types import Scalar
+from laplace.types import Inputs, Jacobians, Scalar
 
 
 def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, " params"]:
@@ -36,10 +46,8 @@ def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
     return torch.cat([(strength @ block.phi.square()).flatten() for block in blocks])
 
 
-def kron(
-    blocks: Sequence[HeadBlock], hessian: OutputHessian, of_bias: Callable[[Tensor], Tensor] | None = None
-) -> Kron:
-    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias the same first one, ``[Σ Λ]``, or ``of_bias`` of it.
+def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron:
+    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias, which multiplies 1, the same first one.
 
     Notes
     -----
@@ -51,7 +59,7 @@ def kron(
     arXiv:1503.05671; Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
     """
     outer = hessian.sum()
-    alone = outer if of_bias is None else of_bias(outer)
+    alone = outer if constant == 1 else constant**2 * outer
     return Kron([[outer, block.phi.T @ block.phi] if len(block.group) > 1 else [alone] for block in blocks])
 
 
@@ -217,3 +225,122 @@ def datum_columns(
             for rows in (gradients, *features)
         )
         yield [DenseBlock((padded.mT @ phi).flatten(1).unsqueeze(0)) for phi in phis]
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """The curvature of the last layer in a batch, by the closed forms.
+
+    Attributes
+    ----------
+    backend
+        Gives the output Hessians.
+    positions
+        Outputs and targets.
+    blocks
+        Derivatives of the head at the same rows, one block for each parameter group.
+    constant
+        What the bias multiplies.
+    """
+
+    backend: CurvatureInterface
+    positions: Positions
+    blocks: Sequence[HeadBlock]
+    constant: float
+
+    def full(self) -> Tensor:
+        """Dense curvature ``[P, P]``: O(rows · (C D)²)."""
+        return full(self.blocks, self.hessian(self.positions))
+
+    def diag(self) -> Tensor:
+        """Diagonal ``[P]``: O(rows · C D)."""
+        return diag(self.blocks, self.hessian(self.positions))
+
+    def kron(self) -> Kron:
+        """Kronecker factors, raw sums in float64: O(rows · (C² + D²))."""
+        return kron(*self._wide(), self.constant)
+
+    def blockdiag(self) -> list[Tensor]:
+        """The blocks of weight and bias: O(rows · (C D)²)."""
+        return blockdiag(self.blocks, self.hessian(self.positions))
+
+    def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:  # noqa: ARG002 - of the blocks
+        """The diagonal of the curvature in a basis, computed in float64: O(rows · (C² + D² + C D))."""
+        blocks, hessian = self._wide()
+        sides = [[None if side is None else side.to(blocks[0].phi) for side in group] for group in basis]
+        return [diagonal.to(self.positions.f.dtype) for diagonal in ekfac(blocks, hessian, sides)]
+
+    def lowrank(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of the curvature with directions ``[P, k]``, and its trace: O(rows · C · D · k)."""
+        return lowrank(self.blocks, self.hessian(self.positions), directions.to(self.positions.f.dtype))
+
+    def _wide(self) -> tuple[list[HeadBlock], OutputHessian]:
+        """Blocks and output Hessians in float64."""
+        wide = linalg.wide_dtype(self.positions.f)
+        blocks = [HeadBlock(block.phi.to(wide), None, block.group) for block in self.blocks]
+        return blocks, self.hessian(self.positions.to(wide))
+
+    def hessian(self, positions: Positions) -> OutputHessian:
+        """In the outputs of the head."""
+        return self.backend.output_likelihood.head_hessian(self.backend.output_hessian(positions))
+
+
+class LastLayerEngine:
+    """Curvature and Jacobians of the last layer: one forward pass a batch, no backward pass.
+
+    Parameters
+    ----------
+    backend
+        Gives the model and the output Hessians.
+    """
+
+    def __init__(self, backend: CurvatureInterface) -> None:
+        self.backend = backend
+
+    @contextmanager
+    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
+        """Loss and curvature of a batch; the body runs in full precision and builds no graph."""
+        with torch.no_grad():
+            f, phi = self.features(x)
+            with full_precision(f.device):
+                positions = self.backend.positions(f, y)
+                likelihood, shapes = self.backend.output_likelihood, [tuple(p.shape) for p in self.backend.params]
+                phi, constant = likelihood.head_rows(positions, phi.to(positions.f.dtype))
+                of_bias = phi.new_full((len(phi), 1), constant)
+                blocks = [HeadBlock(phi if len(shape) > 1 else of_bias, None, shape) for shape in shapes]
+                head, loss = HeadSums(self.backend, positions, blocks, constant), self.backend.loss(positions)
+                if not self.backend.adds_over_positions or positions.datum is None:
+                    yield loss, head
+                    return
+                # Gradients of the positions of a datum add up before they are squared.
+                root = head.hessian(positions).root
+                assert root is not None, "gradients are roots"
+                columns = datum_columns(blocks, root.squeeze(-1), positions.datum)
+                yield loss, ColumnSums(columns, [block.n_params for block in blocks], positions.f, head.kron)
+
+    def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
+        """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
+        return self.backend.last_layer_jacobians(x, enable_backprop)
+
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
+        return CurvatureInterface.gradients(self.backend, x, y)
+
+    def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Any:
+        """Outputs and their derivatives, written out."""
+        return CurvatureInterface.derivatives(self.backend, x, create_graph, **model_kwargs)
+
+    def repeatable(
+        self,
+        batches: Iterable[tuple[Inputs, Tensor]],
+        structure: HessianStructure,  # noqa: ARG002 - any
+    ) -> Iterable[tuple[Inputs, Tensor]]:
+        """The features, made in the first pass."""
+        return Replay(batches, self.features)
+
+    def features(self, x: Inputs) -> Features:
+        """Outputs and features, which may take the place of the inputs of ``sums``."""
+        if isinstance(x, Features):
+            return x
+        with torch.no_grad():
+            return Features(*self.backend.model.forward_with_features(x))

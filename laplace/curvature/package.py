@@ -267,10 +267,9 @@ class PackageInterface(CurvatureInterface):
         assert y is not None, "Jacobians of a last layer need no package"
         f, phi = self.model.forward_with_features(x)
         positions, likelihood = self.positions(f, y), self.output_likelihood
-        rows = likelihood.head_rows(positions, phi.to(self._compute_dtype))
-        # A bias that multiplies nothing cancels: the package would take it for one that multiplies 1.
-        has_bias = self._head.bias is not None and bool(likelihood.head_constant(torch.ones(())))
-        layer = private_head(self._head, self._compute_dtype, has_bias)
+        rows, constant = likelihood.head_rows(positions, phi.to(self._compute_dtype))
+        # The package would take a bias that cancels for one that is added.
+        layer = private_head(self._head, self._compute_dtype, self._head.bias is not None and constant != 0)
         return positions, self._batch(PrivateHead(layer, likelihood.of_head), layer, rows, positions, len(f))
 
     def _private_network(

@@ -158,9 +158,9 @@ class Subset:
         self, backend: Any, phi: Tensor, positions: Positions, root: Tensor, rows: Tensor
     ) -> tuple[FeatureKernel, Tensor]:
         likelihood, bias, width = backend.output_likelihood, len(backend.params) == 2, backend.params[0].shape[0]
-        features = likelihood.head_rows(positions, phi)
+        features, constant = likelihood.head_rows(positions, phi)
         if bias:
-            features = torch.cat([features, likelihood.head_constant(torch.ones_like(features[:, :1]))], 1)
+            features = torch.nn.functional.pad(features, (0, 1), value=constant)
         datum = positions.datum if positions.datum is not None else torch.arange(len(features), device=features.device)
         here = torch.isin(datum, rows.to(datum.device))
         self._note(datum[here] + self.n_seen, features[here].numel())

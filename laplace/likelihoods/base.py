@@ -444,13 +444,9 @@ class AbstractLikelihood(ABC):
     def check_head(self, n_outputs: int) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise unless a head with so many outputs fits the likelihood."""
 
-    def head_rows(self, positions: Positions, phi: Tensor) -> Float[Tensor, "rows features"]:
-        """What W multiplies in each row, of features ``[batch, *positions, D]``."""
-        return positions.select(phi)
-
-    def head_constant(self, value: Tensor) -> Tensor:
-        """What b multiplies, of something that it would multiply for a single input, such as 1."""
-        return value
+    def head_rows(self, positions: Positions, phi: Tensor) -> tuple[Float[Tensor, "rows features"], float]:
+        """What W multiplies in each row, of features ``[batch, *positions, D]``; and the number that b multiplies."""
+        return positions.select(phi), 1.0
 
     def head_hessian(self, hessian: OutputHessian) -> OutputHessian:
         """Hessians of rows in the outputs of the head at ``head_rows``."""

@@ -129,14 +129,10 @@ class BradleyTerryLikelihood(PredictsMoments):
             )
             raise UnsupportedError(msg)
 
-    def head_rows(self, positions: Positions, phi: Tensor) -> Float[Tensor, "pairs features"]:
-        """φ₀ − φ₁: a pair is seen by the difference of its scores, ``w · (φ₀ − φ₁)``."""
+    def head_rows(self, positions: Positions, phi: Tensor) -> tuple[Float[Tensor, "pairs features"], float]:
+        """φ₀ − φ₁ and 0: a pair is seen by the difference of its scores, ``w · (φ₀ − φ₁)``, where the bias cancels."""
         first, second = positions.select(phi).chunk(2, dim=-1)
-        return first - second
-
-    def head_constant(self, value: Tensor) -> Tensor:
-        """0: what both items have cancels."""
-        return torch.zeros_like(value)
+        return first - second, 0.0
 
     def head_hessian(self, hessian: OutputHessian) -> OutputHessian:
         """Of the difference: ``r rᵀ`` with ``r = ρ [1, −1]ᵀ`` is ``ρ²`` there."""

@@ -236,8 +236,7 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
     ) -> None:
         super().__init__(model, n_params_subnet)
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
-        self._criterion = chosen(self.likelihood).training_loss()
-        if self._criterion is None:
+        if chosen(self.likelihood).training_loss() is None:
             names = " or ".join(repr(name.value) for name in sorted(LIKELIHOODS) if chosen(name).training_loss())
             msg = (
                 f"LargestVarianceSWAGSubnetMask trains with the loss of {names}. For {self.likelihood.value!r} call "
@@ -260,10 +259,12 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
         InputError
             If there are none, or as in ``fit_diagonal_swag_var``.
         """
+        criterion = chosen(self.likelihood).training_loss()
+        assert criterion is not None, "the constructor checks it"
         return fit_diagonal_swag_var(
             self.model,
             self._needed(train_loader),
-            self._criterion,
+            criterion,
             self.swag_n_snapshots,
             self.swag_snapshot_freq,
             self.swag_lr,
