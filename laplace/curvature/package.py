@@ -269,7 +269,7 @@ class PackageInterface(CurvatureInterface):
         positions, likelihood = self.positions(f, y), self.output_likelihood
         rows, constant = likelihood.head_rows(positions, phi.to(self._compute_dtype))
         # The package would take a bias that cancels for one that is added.
-        layer = private_head(self._head, self._compute_dtype, self._head.bias is not None and constant != 0)
+        layer = private_head(self._head.weight, self._head.bias if constant else None, self._compute_dtype)
         return positions, self._batch(PrivateHead(layer, likelihood.of_head), layer, rows, positions, len(f))
 
     def _private_network(

@@ -151,23 +151,21 @@ class PrivateHead(nn.Module):
         return self.of_head(self.layer(phi))
 
 
-def private_head(layer: nn.Linear, dtype: torch.dtype, has_bias: bool) -> nn.Module:
+def private_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A copy of a last layer, all of whose weights are random.
 
     Parameters
     ----------
-    layer
+    weight, bias
         The user's.
     dtype
         Of the copy.
-    has_bias
-        Whether it is given the bias.
     """
     # A plain layer, without the hooks of a user: that outputs are those of the weights is checked with the features.
-    twin = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
-    twin.weight = nn.Parameter(layer.weight.detach().to(dtype))
-    if has_bias:
-        twin.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    twin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    twin.weight = nn.Parameter(weight.detach().to(dtype))
+    if bias is not None:
+        twin.bias = nn.Parameter(bias.detach().to(dtype))
     return twin
 
 
