@@ -30,6 +30,7 @@ from laplace.network.modes import full_precision
 from laplace.network.threads import alone
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures import Kron
+from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs, Jacobians
 
 MANY_COLUMNS = 1000
@@ -89,15 +90,16 @@ class AllWeightsEngine:
     def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
         """Loss and curvature of a batch: one backward pass a column of the output Hessian's root."""
         recording = self.record(x)
-        with torch.no_grad(), full_precision(recording.f.device):
-            positions = self.backend.positions(recording.f, y)
-            recording.mask = mask_of(positions, recording.f)
+        f = recording.f
+        with torch.no_grad(), full_precision(f.device):
+            positions = self.backend.positions(f, y)
+            recording.mask = mask_of(positions, f)
             root = self.backend.output_root(positions)
             together = self.backend.adds_over_positions or self.backend.is_sampled
-            columns = directions(root, positions, recording.f, together=together)
+            columns = directions(root, positions, f, together=together)
             factors = partial(kron, recording, columns, self.network, reduce=self.reduce)
             blocks = (recording.blocks(some) for some in chunks(recording, columns))
-            like = torch.zeros((), dtype=recording.dtype, device=recording.f.device)
+            like = torch.zeros((), dtype=recording.dtype, device=f.device)
             yield self.backend.loss(positions), ColumnSums(blocks, self.network.subset.sizes, like, factors)
 
     def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
@@ -213,20 +215,18 @@ def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, 
         For layers that get an exact diagonal block, such as recurrent ones; they are named.
     """
     diagonal = check_kron(recording, network)
+
+    def blocks() -> Iterator[list[JacobianBlock]]:
+        for some in chunks(recording, columns or [torch.zeros_like(recording.outputs)]):
+            found = recording.blocks(some)
+            for group, block in enumerate(found):
+                if isinstance(block, MixedBlock):
+                    refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
+            yield found
+
     # A device without float64 sums in what it has.
-    wide = recording.dtype if recording.f.device.type == "mps" else torch.float64
-    total: list[kfac.Factors] = []
-    for some in chunks(recording, columns or [torch.zeros_like(recording.f)]):
-        blocks = recording.blocks(some)
-        for group, block in enumerate(blocks):
-            if isinstance(block, MixedBlock):
-                refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
-        moment = kfac.Moments(wide)
-        options = {"reduce": reduce, "inputs": not total}
-        new = [kfac.factors(b, moment, diagonal=i in diagonal, **options) for i, b in enumerate(blocks)]
-        total = kfac.more_columns(total, new) if total else new
-    resolution = torch.finfo(recording.dtype).eps
-    return Kron([group.sides for group in total], [group.count for group in total], resolution)
+    wide = recording.dtype if recording.outputs.device.type == "mps" else torch.float64
+    return kfac.kron(blocks(), diagonal, wide, torch.finfo(recording.dtype).eps, reduce=reduce)
 
 
 def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:

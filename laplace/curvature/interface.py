@@ -211,9 +211,10 @@ class CurvatureInterface(StructuredInterface, ABC):
             If their last axis is not surely that of the C outputs, as after a convolution.
         """
         f = (self.model if self.network is None else self.network)(x, **model_kwargs)
-        if self.network is not None:
-            self.output_likelihood.check_axes(f.shape, self.network.channels(f))
-        self.n_outputs = self.output_likelihood.count_outputs(f.shape)
+        shape, likelihood = f.shape, self.output_likelihood
+        if self.network is not None and len(shape) > 2:
+            likelihood.check_axes(shape, self.network.channels(f))
+        self.n_outputs = likelihood.count_outputs(shape)
         return f
 
     def last_layer_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:

@@ -47,7 +47,7 @@ def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
 
 
 def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron:
-    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias, which multiplies 1, the same first one.
+    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias, which multiplies a constant, its block.
 
     Notes
     -----
@@ -59,8 +59,13 @@ def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 
     arXiv:1503.05671; Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
     """
     outer = hessian.sum()
-    alone = outer if constant == 1 else constant**2 * outer
-    return Kron([[outer, block.phi.T @ block.phi] if len(block.group) > 1 else [alone] for block in blocks])
+    of_bias = bias_block(outer, constant)
+    return Kron([[outer, block.phi.T @ block.phi] if len(block.group) > 1 else [of_bias] for block in blocks])
+
+
+def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Float[Tensor, "outputs outputs"]:
+    """Σ Λ φ² for the constant φ that a bias multiplies: of 1 the same tensor, which is then decomposed once."""
+    return outer if constant == 1 else constant**2 * outer
 
 
 def full(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "params params"]:
@@ -86,14 +91,14 @@ def full(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
     return public_order(matrix, n_outputs, widths)
 
 
-def blockdiag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> list[Tensor]:
+def blockdiag(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> list[Tensor]:
     """The blocks of weight ``[C·D, C·D]`` and bias ``[C, C]`` of ``full``.
 
     Notes
     -----
     Exact blocks. Time O(rows · (C D)²), memory O((C D)²).
     """
-    return [full([block], hessian) for block in blocks]
+    return [full([block], hessian) if len(block.group) > 1 else bias_block(hessian.sum(), constant) for block in blocks]
 
 
 def ekfac(
@@ -262,7 +267,7 @@ class HeadSums:
 
     def blockdiag(self) -> list[Tensor]:
         """The blocks of weight and bias: O(rows · (C D)²)."""
-        return blockdiag(self.blocks, self.hessian(self.positions))
+        return blockdiag(self.blocks, self.hessian(self.positions), self.constant)
 
     def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:  # noqa: ARG002 - of the blocks
         """The diagonal of the curvature in a basis, computed in float64: O(rows · (C² + D² + C D))."""
