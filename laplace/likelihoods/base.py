@@ -425,7 +425,7 @@ class AbstractLikelihood(ABC):
         return self
 
     def arranged(self, inputs: Any, compare: Callable[[Any], Any]) -> Any:  # noqa: ARG002
-        """Linearized inputs as targets need them: compared where they are of pairs."""
+        """Inputs, or what was made of them, as targets need them: compared where they are of pairs."""
         return inputs
 
     def check_rows(self) -> None:  # noqa: B027 - most have nothing to refuse

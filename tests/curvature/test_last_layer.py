@@ -69,6 +69,17 @@ def test_kron_is_exact_for_data_that_share_their_hessian():
     assert_close(torch.kron(factors[0], factors[1] / 7), last_layer.full(blocks(phi, identity, False), identity))
 
 
+def test_the_bias_shares_the_factor_of_the_outputs_unless_it_cancels():
+    phi, output_hessian = torch.randn(5, 4).double(), hessian("difference", 5, 3)
+    weight, bias = last_layer.kron(blocks(phi, output_hessian, True), output_hessian).kfacs
+    assert bias[0] is weight[0]
+    for constant in (0.0, 2.0):
+        head = [*blocks(phi, output_hessian, False), HeadBlock(torch.full((5, 1), constant).double(), None, (3,))]
+        exact = last_layer.full(head, output_hessian)[-3:, -3:]
+        assert_close(last_layer.kron(head, output_hessian, constant).kfacs[1][0], exact)
+        assert_close(last_layer.blockdiag(head, output_hessian, constant)[1], exact)
+
+
 @pytest.mark.parametrize("kind", ["root", "difference"])
 def test_chunks_do_not_change_the_dense_matrix(kind, monkeypatch):
     phi, output_hessian = torch.randn(9, 3).double(), hessian(kind, 9, 2)
