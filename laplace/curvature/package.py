@@ -123,10 +123,9 @@ class PackageInterface(CurvatureInterface):
             return loss, sums if N == 1 else sums.divide_inputs(N * batch.items)
 
     def _for_all(self, values: Tensor, n_axes: int) -> Tensor:
-        """Zeros for the bias of a last layer that was not given to the package, along the last axes."""
-        if not self.last_layer:
-            return values
-        return F.pad(values, (0, sum(parameter.numel() for parameter in self.params) - values.shape[-1]) * n_axes)
+        """With zeros for the bias of a last layer where it was not given to the package, along the last axes."""
+        left_out = len(self.zeros()) - values.shape[-1]
+        return F.pad(values, (0, left_out) * n_axes) if left_out else values
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features.
