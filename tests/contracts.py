@@ -60,7 +60,7 @@ def check_likelihood(likelihood: Any, f: Tensor, y: Tensor) -> None:
     kept = likelihood.flatten(f, y)
     assert torch.equal(kept.f, f)
     assert torch.equal(kept.y, y)
-    assert likelihood.count(y, n_outputs // likelihood.n_items) == n
+    assert likelihood.count(y, likelihood.count_outputs(f.shape)) == n
 
 
 def check_sampled_gradients(likelihood: Any, f: Tensor, fisher: Tensor) -> None:

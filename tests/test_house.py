@@ -37,7 +37,7 @@ STOREY = {room: storey for storey, rooms in STOREYS.items() for room in rooms}
 CLOSED = {
     "structures": {"likelihoods"},
     "likelihoods": {"network", "structures", "prior"},
-    "network": {"structures", "likelihoods", "prior"},
+    "network": {"structures", "prior"},
     "prior": {"structures", "likelihoods"},
     "curvature": {"prior"},
     "predictive": {"curvature"},
@@ -231,6 +231,107 @@ def test_the_checker_sees_a_bad_import(module: str, source: str, complaint: str)
 )
 def test_the_checker_lets_a_good_import_pass(module: str, source: str) -> None:
     assert broken_rules(source, module) == []
+
+
+# -- which likelihood it is, nobody asks ------------------------------------------------------------------------------
+
+KNOW_LIKELIHOODS = {"enums", "laplace", "likelihoods"}
+"""Rooms that may: the names, the factory, and the room itself."""
+CAPABILITIES = {"compares", "has_link", "has_noise", "n_items"}
+"""What would say it."""
+
+
+def left_out(tree: ast.Module) -> set[ast.AST]:
+    """Annotations, and defaults of signatures."""
+    roots: list[ast.AST | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            roots += [*node.defaults, *node.kw_defaults]
+        elif isinstance(node, (ast.arg, ast.AnnAssign)):
+            roots.append(node.annotation)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            roots.append(node.returns)
+    return {node for root in roots if root is not None for node in ast.walk(root)}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Names and attributes anywhere in an expression."""
+    parts = list(ast.walk(node))
+    return {part.id for part in parts if isinstance(part, ast.Name)} | {
+        part.attr for part in parts if isinstance(part, ast.Attribute)
+    }
+
+
+def questions(source: str) -> list[str]:
+    """Where code asks which likelihood it has: by a member of the enum, its name, its class or a capability."""
+    tree, found = ast.parse(source), []
+    aside = left_out(tree)
+    for node in ast.walk(tree):
+        if node in aside:
+            continue
+        match node:
+            case ast.Attribute(value=ast.Name("Likelihood") | ast.Attribute(attr="Likelihood")):
+                found.append(node)
+            case ast.Call(func=ast.Name("Likelihood") | ast.Attribute(attr="Likelihood")):
+                found.append(node)
+            case ast.Subscript(value=ast.Name("Likelihood") | ast.Attribute(attr="Likelihood")):
+                found.append(node)
+            case ast.Call(func=ast.Name("isinstance" | "issubclass"), args=[_, classes]):
+                found += [node] * any(name.endswith("Likelihood") for name in names_in(classes))
+            case ast.Attribute(attr=name) if name in CAPABILITIES:
+                found.append(node)
+            case ast.Constant(value=str(text)) if text in set(enums.Likelihood):
+                found.append(node)
+            case ast.Compare():
+                sides = [node.left, *node.comparators]
+                found += [node] * any(
+                    isinstance(side, ast.Attribute) and side.attr == "name" and "ikelihood" in ast.unparse(side)
+                    for side in sides
+                )
+            case _:
+                pass
+    return [f"line {node.lineno}: {ast.unparse(node)}" for node in found]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LIBRARY_FILES if room_of(module_name(path)) not in KNOW_LIKELIHOODS], ids=name_of
+)
+def test_nobody_asks_which_likelihood_it_is(path: Path) -> None:
+    assert not questions(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if likelihood is Likelihood.REGRESSION: pass",
+        "LOSSES = {enums.Likelihood.CLASSIFICATION: loss}",
+        "if self.likelihood == Likelihood(name): pass",
+        "if likelihood == 'classification': pass",
+        "match likelihood:\n    case 'poisson': pass",
+        "loss = {'binary': loss}[self.likelihood]",
+        "if isinstance(self.likelihood, (int, likelihoods.GaussianLikelihood)): pass",
+        "issubclass(cls, BradleyTerryLikelihood)",
+        "rows = rows * self.output_likelihood.n_items",
+        "def f(likelihood=Likelihood.REGRESSION):\n    return likelihood.has_noise",
+        "if likelihood.name == other: pass",
+    ],
+)
+def test_the_checker_sees_a_question(source: str) -> None:
+    assert len(questions(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(likelihood: Likelihood | str = Likelihood.CLASSIFICATION, *, kind: Any = 'binary') -> Likelihood: ...",
+        "self.likelihood: Literal['regression'] = choose(Likelihood, likelihood, 'likelihood')",
+        "ALL = frozenset(Likelihood)\nloss = self.output_likelihood.torch_loss()",
+        "msg = f'likelihood={self.likelihood!r} takes no classification'\nname = likelihood.name",
+        "if isinstance(prior, GaussianPrior) and parameter.name == 'weight': pass",
+    ],
+)
+def test_the_checker_lets_others_pass(source: str) -> None:
+    assert questions(source) == []
 
 
 @pytest.mark.parametrize("path", sorted((LIBRARY / "utils").glob("*.py")), ids=name_of)

@@ -6,21 +6,23 @@ memory is bounded by activations, never by outputs times weights.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from laplace.curvature import columns as by_columns
 from laplace.curvature import kfac
+from laplace.curvature.columns import ColumnSums, Sums
 from laplace.curvature.curvature import CurvatureInterface
 from laplace.curvature.memory import Memory
 from laplace.curvature.recording import Recording
-from laplace.curvature.structured import Basis
+from laplace.curvature.replay import check_repeatable
 from laplace.curvature.uses import MixedBlock
+from laplace.enums import HessianStructure
 from laplace.errors import PerformanceWarning, UnsupportedError, warn
 from laplace.likelihoods import Positions
 from laplace.network.batches import count_rows, differentiable
@@ -28,7 +30,7 @@ from laplace.network.modes import full_precision
 from laplace.network.threads import alone
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures import Kron
-from laplace.structures.dense_jacobian import dense_rows
+from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs, Jacobians
 
 MANY_COLUMNS = 1000
@@ -84,40 +86,21 @@ class AllWeightsEngine:
                 dtype=self.backend.curvature_dtype,
             )
 
-    def full(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and dense curvature ``[P, P]``."""
-        with self._columns(x, y) as (loss, recording, columns):
-            return loss, full(recording, columns)
-
-    def diag(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and diagonal ``[P]``."""
-        with self._columns(x, y) as (loss, recording, columns):
-            return loss, diag(recording, columns)
-
-    def kron(self, x: Inputs, y: Tensor) -> tuple[Tensor, Kron]:
-        """Loss ``[]`` and Kronecker factors, raw sums."""
-        with self._columns(x, y) as (loss, recording, columns):
-            return loss, kron(recording, columns, self.network, reduce=self.reduce)
-
-    def blockdiag(self, x: Inputs, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and the diagonal block of each group, ``[p, p]``."""
-        with self._columns(x, y) as (loss, recording, columns):
+    @contextmanager
+    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
+        """Loss and curvature of a batch: one backward pass a column of the output Hessian's root."""
+        recording = self.record(x)
+        f = recording.f
+        with torch.no_grad(), full_precision(f.device):
+            positions = self.backend.positions(f, y)
+            recording.mask = mask_of(positions, f)
+            root = self.backend.output_root(positions)
+            together = self.backend.adds_over_positions or self.backend.is_sampled
+            columns = directions(root, positions, f, together=together)
+            factors = partial(kron, recording, columns, self.network, reduce=self.reduce)
             blocks = (recording.blocks(some) for some in chunks(recording, columns))
-            return loss, by_columns.blockdiag(blocks, self.network.subset.sizes, zeros(recording))
-
-    def ekfac(
-        self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and the diagonal of the curvature in a basis."""
-        with self._columns(x, y) as (loss, recording, columns):
-            blocks = (recording.blocks(some) for some in chunks(recording, columns))
-            return loss, by_columns.ekfac(blocks, basis, shapes, zeros(recording))
-
-    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace ``[]``."""
-        with self._columns(x, y) as (loss, recording, columns):
-            blocks = (recording.blocks(some) for some in chunks(recording, columns))
-            return loss, *by_columns.lowrank(blocks, directions.to(recording.dtype), self.network.subset.sizes)
+            like = torch.zeros((), dtype=recording.dtype, device=f.device)
+            yield self.backend.loss(positions), ColumnSums(blocks, self.network.subset.sizes, like, factors)
 
     def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
@@ -139,17 +122,12 @@ class AllWeightsEngine:
             gradients = torch.cat([block.dense() for block in blocks], -1)[0]
             return gradients, self.backend.output_likelihood.nll(positions.f, positions.y)
 
-    @contextmanager
-    def _columns(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Recording, list[Tensor]], None, None]:
-        """Loss, the recorded pass, and columns of the output Hessian's root as directions in the outputs."""
-        recording = self.record(x)
-        with torch.no_grad(), full_precision(recording.f.device):
-            positions = self.backend.positions(recording.f, y)
-            recording.mask = mask_of(positions, recording.f)
-            root = self.backend.output_root(positions)
-            together = self.backend.adds_over_positions or self.backend.is_sampled
-            columns = directions(root, positions, recording.f, together=together)
-            yield self.backend.output_likelihood.nll(positions.f, positions.y), recording, columns
+    def repeatable(
+        self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
+    ) -> Iterable[tuple[Inputs, Tensor]]:
+        """The batches, if they can be read again."""
+        check_repeatable(batches, structure)
+        return batches
 
 
 def mask_of(positions: Positions, f: Tensor) -> Bool[Tensor, "batch positions"] | None:
@@ -212,8 +190,8 @@ def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]
         yield columns[start : start + step]
 
 
-def diag(recording: Recording, columns: list[Tensor]) -> Float[Tensor, " params"]:
-    """Diagonal of ``Σ J Jᵀ``, ``[P]``: exact, layer by layer.
+def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
+    """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block.
 
     Parameters
     ----------
@@ -221,43 +199,6 @@ def diag(recording: Recording, columns: list[Tensor]) -> Float[Tensor, " params"
         Of a batch.
     columns
         Directions in its outputs.
-    """
-    total: Tensor | None = None
-    for some in chunks(recording, columns):
-        part = torch.cat([block.squares() for block in recording.blocks(some)])
-        total = part if total is None else total + part
-    return zeros(recording) if total is None else total
-
-
-def full(recording: Recording, columns: list[Tensor]) -> Float[Tensor, "params params"]:
-    """``Σ J Jᵀ``, ``[P, P]``: exact.
-
-    Parameters
-    ----------
-    recording, columns
-        As in ``diag``.
-    """
-    n_params = len(zeros(recording))
-    total = torch.zeros(n_params, n_params, dtype=recording.dtype, device=recording.f.device)
-    for some in chunks(recording, columns):
-        for J in dense_rows(recording.blocks(some)):
-            flat = J.flatten(0, 1)
-            total.addmm_(flat.T, flat)
-    return total
-
-
-def zeros(recording: Recording) -> Float[Tensor, " params"]:
-    """No curvature."""
-    return torch.zeros(recording.subset.n_params, dtype=recording.dtype, device=recording.f.device)
-
-
-def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
-    """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block.
-
-    Parameters
-    ----------
-    recording, columns
-        As in ``diag``.
     network
         Names the layers in messages.
     reduce
@@ -274,20 +215,18 @@ def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, 
         For layers that get an exact diagonal block, such as recurrent ones; they are named.
     """
     diagonal = check_kron(recording, network)
+
+    def blocks() -> Iterator[list[JacobianBlock]]:
+        for some in chunks(recording, columns or [torch.zeros_like(recording.outputs)]):
+            found = recording.blocks(some)
+            for group, block in enumerate(found):
+                if isinstance(block, MixedBlock):
+                    refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
+            yield found
+
     # A device without float64 sums in what it has.
-    wide = recording.dtype if recording.f.device.type == "mps" else torch.float64
-    total: list[kfac.Factors] = []
-    for some in chunks(recording, columns or [torch.zeros_like(recording.f)]):
-        blocks = recording.blocks(some)
-        for group, block in enumerate(blocks):
-            if isinstance(block, MixedBlock):
-                refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
-        moment = kfac.Moments(wide)
-        options = {"reduce": reduce, "inputs": not total}
-        new = [kfac.factors(b, moment, diagonal=i in diagonal, **options) for i, b in enumerate(blocks)]
-        total = kfac.more_columns(total, new) if total else new
-    resolution = torch.finfo(recording.dtype).eps
-    return Kron([group.sides for group in total], [group.count for group in total], resolution)
+    wide = recording.dtype if recording.outputs.device.type == "mps" else torch.float64
+    return kfac.kron(blocks(), diagonal, wide, torch.finfo(recording.dtype).eps, reduce=reduce)
 
 
 def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:

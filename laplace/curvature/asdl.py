@@ -24,7 +24,7 @@ from laplace.curvature.package import PackageInterface, seeded
 from laplace.curvature.private_batch import PrivateBatch, flat
 from laplace.enums import HessianStructure, Likelihood
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import Positions
+from laplace.likelihoods import Positions, with_loss
 from laplace.optional import require
 from laplace.types import Jacobians
 
@@ -47,9 +47,7 @@ class AsdlInterface(PackageInterface):
     package: ClassVar[str] = "asdl"
     extra: ClassVar[str] = "asdl"
     accepts_fisher_kwargs: ClassVar[bool] = True
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(
-        {Likelihood.CLASSIFICATION, Likelihood.REGRESSION, Likelihood.REWARD_MODELING}
-    )
+    likelihoods: ClassVar[frozenset[Likelihood]] = with_loss(nn.CrossEntropyLoss, nn.MSELoss, compared=True)
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]]:
@@ -74,7 +72,8 @@ class AsdlInterface(PackageInterface):
     def loss_type(self) -> str:
         """ASDL's name of the loss."""
         asdl = require("asdl", "asdl")
-        return asdl.LOSS_MSE if self.likelihood is Likelihood.REGRESSION else asdl.LOSS_CROSS_ENTROPY
+        names: dict[Any, str] = {nn.MSELoss: asdl.LOSS_MSE, nn.CrossEntropyLoss: asdl.LOSS_CROSS_ENTROPY}
+        return names[type(self.lossfunc)]
 
     def _jacobians(self, batch: PrivateBatch) -> Jacobians:
         n_outputs = batch.f.shape[1]

@@ -1,31 +1,98 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
-Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass a batch),
+Two engines do the work: closed forms for the last layer (``curvature/last_layer.py``, one forward pass a batch),
 backward passes to the outputs of layers for all or for chosen weights (``curvature/all_weights.py``).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.curvature.all_weights import AllWeightsEngine
-from laplace.curvature.by_autograd import WrittenOut, hessian_products, hessian_rows
+from laplace.curvature.by_autograd import hessian_products, hessian_rows
+from laplace.curvature.columns import Sums
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
-from laplace.curvature.last_layer_engine import LastLayerEngine
-from laplace.curvature.recording import Recording
-from laplace.curvature.replay import Replay
+from laplace.curvature.last_layer import LastLayerEngine
 from laplace.curvature.structured import Basis, check_count, without_count
 from laplace.enums import HessianStructure, KfacApprox, Likelihood, SubsetOfWeights, choose
 from laplace.network.batches import differentiable
-from laplace.structures import Kron
+from laplace.network.parameters import ParameterSubset
+from laplace.structures import FullCurvature, Kron
 from laplace.types import Inputs, Jacobians
+
+
+@dataclass(frozen=True)
+class HessianSums:
+    """The Hessian of the loss of a batch in all or in chosen weights, a backward pass for each of its rows.
+
+    Attributes
+    ----------
+    backend
+        Whose it is.
+    loss
+        With its graph.
+    subset
+        The weights.
+    """
+
+    backend: CurvatureInterface
+    loss: Tensor
+    subset: ParameterSubset
+
+    def full(self) -> Tensor:
+        """The Hessian ``[P, P]``."""
+        return torch.stack(list(self._rows()))
+
+    def diag(self) -> Tensor:
+        """Its diagonal ``[P]``."""
+        return torch.stack([row[index] for index, row in enumerate(self._rows())])
+
+    def blockdiag(self) -> list[Tensor]:
+        """Its diagonal block for each parameter group, ``[p, p]``."""
+        rows, blocks, start = self._rows(), [], 0
+        for size in self.subset.sizes:
+            blocks.append(torch.stack([row[start : start + size] for row in itertools.islice(rows, size)]))
+            start += size
+        return blocks
+
+    def lowrank(self, directions: Tensor) -> tuple[Tensor, None]:
+        """Products with directions ``[P, k]``; what may be indefinite has a trace that says little."""
+        products = hessian_products(self.loss, self.subset)(directions.T)
+        return products.detach().to(self.loss.dtype).T, None
+
+    def kron(self) -> NoReturn:
+        """There are no factors."""
+        raise self.backend.cannot(HessianStructure.KRON)
+
+    def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> NoReturn:  # noqa: ARG002
+        """There are none."""
+        raise self.backend.cannot(HessianStructure.EKFAC)
+
+    def _rows(self) -> Iterator[Tensor]:
+        return (row.to(self.loss.dtype) for row in hessian_rows(self.loss, self.subset))
+
+
+class HessianEngine(AllWeightsEngine):
+    """The same with the Hessian for the curvature."""
+
+    @contextmanager
+    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
+        """Loss and Hessian of a batch."""
+        with torch.inference_mode(False):
+            # Attention in a form that has second derivatives.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                positions = self.backend.positions(self.backend.outputs(differentiable(x)), y)
+                loss = self.backend.output_likelihood.nll(positions.f, positions.y)
+            yield loss.detach(), HessianSums(self.backend, loss, self.network.subset)
 
 
 class AutogradInterface(CurvatureInterface):
@@ -37,18 +104,21 @@ class AutogradInterface(CurvatureInterface):
 
     @cached_property
     def _engine(self) -> LastLayerEngine | AllWeightsEngine:
-        """Computes curvature in the chosen weights."""
+        """Computes curvature in the chosen weights: all of them have the same methods."""
         return LastLayerEngine(self) if self.network is None else AllWeightsEngine(self, self.network, self._reduce)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and dense curvature ``[P, P]``: O(rows · P²), for all weights times the number of columns."""
         self._refuse(without_count(kwargs))
-        return self._engine.full(x, y)
+        with self._engine.sums(x, y) as (loss, sums):
+            FullCurvature.check_memory([self.zeros()], loss.dtype)
+            return loss, sums.full()
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal ``[P]``: O(rows · P), for all weights times the number of columns."""
         self._refuse(without_count(kwargs))
-        return self._engine.diag(x, y)
+        with self._engine.sums(x, y) as (loss, sums):
+            return loss, sums.diag()
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors; the inputs' side divided by ``N`` (times the positions of a datum).
@@ -60,54 +130,51 @@ class AutogradInterface(CurvatureInterface):
         """
         self._refuse(kwargs, HessianStructure.KRON)
         check_count(N)
-        loss, sums = self._engine.kron(x, y)
+        with self._engine.sums(x, y) as (loss, sums):
+            factors = sums.kron()
         if N == 1:
-            return loss, sums
+            return loss, factors
         n_data = max(self.count(y), 1)
-        counts = [n_data] * len(sums) if sums.counts is None else sums.counts
-        return loss, sums.divide_inputs([count * N / n_data for count in counts])
+        counts = [n_data] * len(factors) if factors.counts is None else factors.counts
+        return loss, factors.divide_inputs([count * N / n_data for count in counts])
 
     def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal block of each parameter group: O(rows · Σ p²), for all weights times columns."""
         self._refuse(kwargs, HessianStructure.BLOCKDIAG)
-        return self._engine.blockdiag(x, y)
+        with self._engine.sums(x, y) as (loss, sums):
+            return loss, sums.blockdiag()
 
     def ekfac(
         self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass a column."""
         self._refuse(kwargs, HessianStructure.EKFAC)
-        return self._engine.ekfac(x, y, basis, shapes)
+        with self._engine.sums(x, y) as (loss, sums):
+            return loss, sums.ekfac(basis, shapes)
 
     def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss ``[]``, products of the curvature with directions ``[P, k]``, and its trace; O(P k) memory."""
         self._refuse(kwargs, HessianStructure.LOWRANK)
-        return self._engine.lowrank(x, y, directions)
+        with self._engine.sums(x, y) as (loss, sums):
+            products, trace = sums.lowrank(directions)
+            return loss, products, trace
 
     def repeatable(
         self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
     ) -> Iterable[tuple[Inputs, Tensor]]:
         """Of a last layer the features, made in the first pass; else the batches, if they can be read again."""
-        if isinstance(self._engine, LastLayerEngine):
-            return Replay(batches, self._engine.features)
-        return super().repeatable(batches, structure)
+        return self._engine.repeatable(batches, structure)
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
-        if isinstance(self._engine, LastLayerEngine):
-            return self.last_layer_jacobians(x, enable_backprop)
         return self._engine.jacobians(x, enable_backprop)
 
     def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
-        if isinstance(self._engine, LastLayerEngine):
-            return super().gradients(x, y)
         return self._engine.gradients(x, y)
 
-    def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Recording | WrittenOut:
+    def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Any:
         """Outputs and their derivatives in factors; for all weights one backward pass a column, made when asked for."""
-        if isinstance(self._engine, LastLayerEngine):
-            return super().derivatives(x, enable_backprop, **model_kwargs)
         return self._engine.record(x, create_graph=enable_backprop, **model_kwargs)
 
 
@@ -139,76 +206,15 @@ class AutogradHessian(AutogradInterface):
     # Not of users, which say their Fisher matrix: of ours it is the Hessian in the outputs.
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(set(Likelihood))
 
-    def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and Hessian ``[P, P]``."""
-        if self.last_layer:
-            return super().full(x, y, **kwargs)
-        self._refuse(without_count(kwargs))
-        with torch.inference_mode(False):
-            loss, rows = self._rows(x, y)
-            return self._widen(loss.detach()), torch.stack([self._widen(row) for row in rows])
-
-    def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Loss ``[]`` and the diagonal of the Hessian ``[P]``."""
-        if self.last_layer:
-            return super().diag(x, y, **kwargs)
-        self._refuse(without_count(kwargs))
-        with torch.inference_mode(False):
-            loss, rows = self._rows(x, y)
-            return self._widen(loss.detach()), torch.stack([self._widen(row[index]) for index, row in enumerate(rows)])
-
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Of the last layer; for all weights there are no factors."""
-        if self.last_layer:
-            return super().kron(x, y, N, **kwargs)
-        raise self.cannot(HessianStructure.KRON)
-
-    def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and the diagonal block of the Hessian of each parameter group, ``[p, p]``."""
-        if self.last_layer:
-            return super().blockdiag(x, y, **kwargs)
-        self._refuse(kwargs, HessianStructure.BLOCKDIAG)
-        with torch.inference_mode(False):
-            loss, rows = self._rows(x, y)
-            blocks, start = [], 0
-            for size in (parameter.numel() for parameter in self.params):
-                part = slice(start, start + size)
-                blocks.append(torch.stack([self._widen(row[part]) for row in itertools.islice(rows, size)]))
-                start += size
-            return self._widen(loss.detach()), blocks
-
-    def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss ``[]`` and products of the Hessian with directions ``[P, k]``, a backward pass each.
-
-        For all weights the Hessian may be indefinite, and its trace says nothing about its positive part: ``None``.
-        """
-        if self.last_layer:
-            return super().lowrank(x, y, directions, **kwargs)
-        self._refuse(kwargs, HessianStructure.LOWRANK)
-        with torch.inference_mode(False):
-            loss = self._loss(x, y)
-            assert self.network is not None, "all weights are random"
-            products = hessian_products(loss, self.network.subset)(directions.T)
-            return self._widen(loss.detach()), self._widen(products.detach()).T, None
+    @cached_property
+    def _engine(self) -> LastLayerEngine | AllWeightsEngine:
+        return LastLayerEngine(self) if self.network is None else HessianEngine(self, self.network, reduce=False)
 
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
         """Kronecker factors are there for the last layer only."""
         last_layer = subset is SubsetOfWeights.LAST_LAYER
         return super().can(structure, subset) and (last_layer or structure is not HessianStructure.KRON)
-
-    def _loss(self, x: Inputs, y: Tensor) -> Tensor:
-        """The loss with its graph."""
-        # Attention in a form that has second derivatives.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            positions = self.positions(self.outputs(differentiable(x)), y)
-            return self.output_likelihood.nll(positions.f, positions.y)
-
-    def _rows(self, x: Inputs, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-        """The loss and the rows of its Hessian."""
-        loss = self._loss(x, y)
-        assert self.network is not None, "all or chosen weights are random"
-        return loss, hessian_rows(loss, self.network.subset)
 
 
 class AutogradEF(AutogradInterface, EFInterface):

@@ -6,9 +6,10 @@ Pure functions of columns, and ``ColumnsInterface``, which makes structures of t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.structured import Basis
 from laplace.enums import HessianStructure
 from laplace.linalg import CHUNK_ELEMENTS
+from laplace.structures import Kron
 from laplace.structures.dense_jacobian import dense_rows
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
 from laplace.types import Inputs, Scalar
@@ -26,17 +28,26 @@ Columns: TypeAlias = "Iterable[Sequence[JacobianBlock]]"
 """Some columns at a time: one block for each parameter group."""
 
 
+def full(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, "params params"]:
+    """``Σ J Jᵀ``, ``[P, P]``, in the precision of ``like``: exact."""
+    total = like.new_zeros(sum(sizes), sum(sizes))
+    for blocks in columns:
+        for J in dense_rows(blocks):
+            flat = J.flatten(0, 1)
+            total.addmm_(flat.T, flat)
+    return total
+
+
+def diag(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, " params"]:
+    """Its diagonal ``[P]``: exact, layer by layer."""
+    total = like.new_zeros(sum(sizes))
+    for blocks in columns:
+        total += torch.cat([block.squares() for block in blocks])
+    return total
+
+
 def blockdiag(columns: Columns, sizes: Sequence[int], like: Tensor) -> list[Float[Tensor, "p p"]]:
     """The diagonal block ``Σ J Jᵀ`` of each parameter group: exact.
-
-    Parameters
-    ----------
-    columns
-        Of a batch.
-    sizes
-        Of the parameter groups.
-    like
-        Any tensor in the precision of the result, where it is to be.
 
     Notes
     -----
@@ -54,15 +65,6 @@ def blockdiag(columns: Columns, sizes: Sequence[int], like: Tensor) -> list[Floa
 def ekfac(columns: Columns, basis: Basis, shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
     """The diagonal of the curvature in a basis, ``Σ (Uᵀ J V)²`` for each parameter group: exact.
 
-    Parameters
-    ----------
-    columns, like
-        As in ``blockdiag``.
-    basis
-        One or two orthogonal matrices for each group.
-    shapes
-        Their sizes.
-
     References
     ----------
     George et al. (2018), arXiv:1806.03884.
@@ -78,15 +80,6 @@ def lowrank(
     columns: Columns, directions: Float[Tensor, "params k"], sizes: Sequence[int]
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products ``H V = Σ J (Jᵀ V)`` and the trace ``Σ J²``: neither H nor J is formed.
-
-    Parameters
-    ----------
-    columns
-        Of a batch.
-    directions
-        V, ``[P, k]``.
-    sizes
-        Of the parameter groups.
 
     Notes
     -----
@@ -108,16 +101,79 @@ def lowrank(
 
 
 def dense_columns(J: Float[Tensor, "columns rows params"], sizes: Sequence[int]) -> list[JacobianBlock]:
-    """Columns that are written out, as blocks.
+    """Columns that are written out, as blocks."""
+    return [DenseBlock(part) for part in J.split(list(sizes), -1)]
 
-    Parameters
+
+class Sums(Protocol):
+    """The curvature of a batch, of which one structure is asked for."""
+
+    def full(self) -> Tensor:
+        """Dense curvature ``[P, P]``."""
+        ...
+
+    def diag(self) -> Tensor:
+        """Diagonal ``[P]``."""
+        ...
+
+    @property
+    def kron(self) -> Callable[[], Kron]:
+        """Makes Kronecker factors, raw sums."""
+        ...
+
+    def blockdiag(self) -> list[Tensor]:
+        """The diagonal block of each group, ``[p, p]``."""
+        ...
+
+    def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The diagonal of the curvature in a basis, group by group."""
+        ...
+
+    def lowrank(self, directions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Products of the curvature with directions ``[P, k]``, and its trace ``[]`` where it is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """The same from columns, which may be made as we go.
+
+    Attributes
     ----------
-    J
-        ``[columns, rows, P]``.
+    columns
+        Of the batch.
     sizes
         Of the parameter groups.
+    like
+        Any tensor in the precision of the result, where it is to be.
+    kron
+        Kronecker factors, raw sums, which columns alone do not give.
     """
-    return [DenseBlock(part) for part in J.split(list(sizes), -1)]
+
+    columns: Columns
+    sizes: Sequence[int]
+    like: Tensor
+    kron: Callable[[], Kron]
+
+    def full(self) -> Tensor:
+        """Dense curvature ``[P, P]``."""
+        return full(self.columns, self.sizes, self.like)
+
+    def diag(self) -> Tensor:
+        """Diagonal ``[P]``."""
+        return diag(self.columns, self.sizes, self.like)
+
+    def blockdiag(self) -> list[Tensor]:
+        """The diagonal block of each group, ``[p, p]``."""
+        return blockdiag(self.columns, self.sizes, self.like)
+
+    def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The diagonal of the curvature in a basis, group by group."""
+        return ekfac(self.columns, basis, shapes, self.like)
+
+    def lowrank(self, directions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Products of the curvature with directions ``[P, k]``, and its trace ``[]``."""
+        return lowrank(self.columns, directions.to(self.like.dtype), self.sizes)
 
 
 class ColumnsInterface(CurvatureInterface):

@@ -107,7 +107,9 @@ class GGNInterface(ColumnsInterface):
 
     def output_hessian(self, positions: Positions) -> OutputHessian:
         """The likelihood's Hessian, or the mean of ``num_samples`` outer products with that expectation."""
-        return self._sampled(positions, self.num_samples) if self.stochastic else super().output_hessian(positions)
+        if self.stochastic:
+            return self._sampled(positions, self.num_samples)
+        return self.output_likelihood.hessian(positions.f)
 
     def _sampled(self, positions: Positions, num_samples: int) -> OutputHessian:
         """The mean of outer products of gradients at sampled labels."""

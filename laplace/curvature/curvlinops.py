@@ -25,7 +25,7 @@ from laplace.curvature.package import PackageInterface, mixing
 from laplace.curvature.private_batch import PrivateBatch
 from laplace.enums import HessianStructure, KfacApprox, Likelihood, choose
 from laplace.errors import InputError, ModelError, UnsupportedError
-from laplace.likelihoods import Positions
+from laplace.likelihoods import Positions, with_loss
 from laplace.network.batches import count_rows, rows_of
 from laplace.optional import require
 from laplace.types import Inputs, Jacobians
@@ -42,9 +42,7 @@ class CurvlinopsInterface(PackageInterface):
 
     package: ClassVar[str] = "curvlinops"
     extra: ClassVar[str] = "curvlinops"
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(
-        {Likelihood.CLASSIFICATION, Likelihood.REGRESSION, Likelihood.REWARD_MODELING}
-    )
+    likelihoods: ClassVar[frozenset[Likelihood]] = with_loss(nn.CrossEntropyLoss, nn.MSELoss, compared=True)
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:

@@ -22,7 +22,6 @@ from laplace.curvature.structured import StructuredInterface
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnknownAttributeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, name_of, resolve
-from laplace.network.axes import check_last
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures.dense_jacobian import head_jacobians
@@ -212,9 +211,10 @@ class CurvatureInterface(StructuredInterface, ABC):
             If their last axis is not surely that of the C outputs, as after a convolution.
         """
         f = (self.model if self.network is None else self.network)(x, **model_kwargs)
-        if self.network is not None and f.dim() > 2 and self.output_likelihood.n_items == 1:
-            check_last(f.shape, self.network.channels(f), classes=self.likelihood is Likelihood.CLASSIFICATION)
-        self.n_outputs = 1 if self.output_likelihood.n_items > 1 else f.shape[-1]
+        shape, likelihood = f.shape, self.output_likelihood
+        if self.network is not None and len(shape) > 2:
+            likelihood.check_axes(shape, self.network.channels(f))
+        self.n_outputs = likelihood.count_outputs(shape)
         return f
 
     def last_layer_jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:

@@ -25,12 +25,14 @@ network architectures", arXiv:2311.00636 (expand and reduce: section 3).
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace.structures import Kron
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
@@ -66,6 +68,40 @@ class Factors:
         if self.inputs is None:
             return [self.outputs]
         return [self.inputs, self.outputs] if self.inputs_first else [self.outputs, self.inputs]
+
+
+def kron(
+    columns: Iterable[Sequence[JacobianBlock]],
+    diagonal: Collection[int],
+    dtype: torch.dtype,
+    resolution: float,
+    *,
+    reduce: bool,
+) -> Kron:
+    """Factors of the same data, some columns at a time: raw sums, with the number of rows in the inputs' sides.
+
+    Parameters
+    ----------
+    columns
+        One block for each group.
+    diagonal
+        Groups of which only the diagonal of an exact block is kept.
+    dtype
+        What sums are returned in.
+    resolution
+        Of the blocks.
+    reduce
+        Average positions instead of treating them as data.
+    """
+    total: list[Factors] = []
+    for blocks in columns:
+        moment, inputs = Moments(dtype), not total
+        new = [
+            factors(block, moment, reduce=reduce, inputs=inputs, diagonal=group in diagonal)
+            for group, block in enumerate(blocks)
+        ]
+        total = more_columns(total, new) if total else new
+    return Kron([group.sides for group in total], [group.count for group in total], resolution)
 
 
 def more_columns(first: list[Factors], second: list[Factors]) -> list[Factors]:

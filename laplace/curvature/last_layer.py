@@ -1,67 +1,53 @@
 """Closed forms for the last layer: its curvature from features and output Hessians. No Jacobian, no backward pass.
 
-The last layer is linear, ``f = W φ + b``, so ``J = I_C ⊗ [φ, 1]ᵀ`` and every curvature is a sum of ``Λ ⊗ φφᵀ``, with
-``Λ = diag(d) ± r rᵀ`` the Hessian of the negative log-likelihood in the outputs (or an outer product of gradients, for
-a Fisher). The outputs are linear in these weights, so the generalized Gauss–Newton matrix *is* the Hessian.
+The last layer is linear, ``f = W φ + b``: its derivatives are blocks ``I_C ⊗ φ``, one for each parameter group, that of
+the bias with φ = 1. So every curvature is a sum of ``Λ ⊗ φφᵀ`` over rows, with ``Λ = diag(d) ± r rᵀ`` the Hessian of
+the negative log-likelihood in the outputs (or an outer product of gradients, for a Fisher). The outputs are linear in
+these weights, so the generalized Gauss–Newton matrix *is* the Hessian.
 
-All results are sums over rows, in public order: the weight row by row, then the bias.
+All results are sums over rows, in public order: group by group, the weight row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace.likelihoods import OutputHessian
+from laplace import linalg
+from laplace.curvature.columns import ColumnSums, Sums
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.replay import Features, Replay
+from laplace.curvature.structured import Basis
+from laplace.enums import HessianStructure
+from laplace.likelihoods import OutputHessian, Positions
 from laplace.linalg import CHUNK_ELEMENTS
-from laplace.network.parameters import augment, output_index
+from laplace.network.modes import full_precision
 from laplace.structures import Kron
-from laplace.types import Scalar
+from laplace.structures.head_block import HeadBlock
+from laplace.structures.jacobian import DenseBlock, JacobianBlock
+from laplace.types import Inputs, Jacobians, Scalar
 
 
-def diag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:
-    """Diagonal of Σ Λ ⊗ φφᵀ: one product of ``[C, rows]`` with ``[rows, D]``.
-
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-
-    Returns
-    -------
-    ``[P]``, in public order.
+def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, " params"]:
+    """Diagonal of Σ Λ ⊗ φφᵀ: for each block one product of ``[C, rows]`` with ``[rows, D]``.
 
     Notes
     -----
     Exact. Time O(rows · C · D), memory O(C · D).
     """
-    strength = hessian.diag()
-    weight = (strength.T @ phi.square()).flatten()
-    return torch.cat([weight, strength.sum(0)]) if bias else weight
+    strength = hessian.diag().T
+    return torch.cat([(strength @ block.phi.square()).flatten() for block in blocks])
 
 
-def kron(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Kron:
-    """Factors Σ Λ and Σ φφᵀ, both raw sums; the bias block shares the first.
-
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-
-    Returns
-    -------
-    A block ``[Σ Λ, Σ φφᵀ]`` for the weight and ``[Σ Λ]`` for the bias.
+def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron:
+    """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias, which multiplies a constant, its block.
 
     Notes
     -----
@@ -73,116 +59,72 @@ def kron(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool
     arXiv:1503.05671; Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
     """
     outer = hessian.sum()
-    return Kron([[outer, phi.T @ phi], [outer]] if bias else [[outer, phi.T @ phi]])
+    of_bias = bias_block(outer, constant)
+    return Kron([[outer, block.phi.T @ block.phi] if len(block.group) > 1 else [of_bias] for block in blocks])
 
 
-def full(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> Float[Tensor, "params params"]:
-    """Σ Λ ⊗ φφᵀ, dense: C products for the diagonal blocks, one for the outer products.
+def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Float[Tensor, "outputs outputs"]:
+    """Σ Λ φ² for the constant φ that a bias multiplies: of 1 the same tensor, which is then decomposed once."""
+    return outer if constant == 1 else constant**2 * outer
 
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
 
-    Returns
-    -------
-    ``[P, P]``, symmetric, in public order.
+def full(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "params params"]:
+    """Σ Λ ⊗ φφᵀ, dense and symmetric: C products for the diagonal blocks, one for the outer products.
 
     Notes
     -----
     Time O(rows · (C D)²), memory O((C D)²).
     """
-    augmented = augment(phi, bias)
-    n_outputs, width = hessian.n_outputs, augmented.shape[1]
+    phi, widths = joined(blocks)
+    n_outputs, width = hessian.n_outputs, phi.shape[1]
     if hessian.root is None:
         matrix = phi.new_zeros(n_outputs * width, n_outputs * width)
     else:
-        matrix = hessian.sign * outer_products(augmented, hessian.root)
+        matrix = hessian.sign * outer_products(phi, hessian.root)
     strength = hessian.diagonal if hessian.total is None else hessian.total
     if strength is not None:
         # [1 or C, D, D]: one block serves all outputs when they share their diagonal.
-        blocks = torch.einsum("nd,nc,ne->cde", augmented, strength, augmented).permute(1, 2, 0)
+        parts = torch.einsum("nd,nc,ne->cde", phi, strength, phi).permute(1, 2, 0)
         diagonal = matrix.view(n_outputs, width, n_outputs, width).diagonal(dim1=0, dim2=2)
         # Where the whole diagonal is known it replaces what the outer products left there.
-        diagonal.add_(blocks) if hessian.total is None else diagonal.copy_(blocks)
-    return public_order(matrix, n_outputs, bias)
+        diagonal.add_(parts) if hessian.total is None else diagonal.copy_(parts)
+    return public_order(matrix, n_outputs, widths)
 
 
-def blockdiag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> list[Tensor]:
-    """The blocks of weight and bias of ``full``: Σ Λ ⊗ φφᵀ and Σ Λ.
-
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-
-    Returns
-    -------
-    ``[C·D, C·D]``, and ``[C, C]`` with a bias.
+def blockdiag(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> list[Tensor]:
+    """The blocks of weight ``[C·D, C·D]`` and bias ``[C, C]`` of ``full``.
 
     Notes
     -----
     Exact blocks. Time O(rows · (C D)²), memory O((C D)²).
     """
-    weight = full(phi, hessian, bias=False)
-    return [weight, hessian.sum()] if bias else [weight]
+    return [full([block], hessian) if len(block.group) > 1 else bias_block(hessian.sum(), constant) for block in blocks]
 
 
 def ekfac(
-    phi: Float[Tensor, "rows features"],
-    hessian: OutputHessian,
-    bias: bool,
-    basis: Sequence[Sequence[Tensor | None]],
+    blocks: Sequence[HeadBlock], hessian: OutputHessian, basis: Sequence[Sequence[Tensor | None]]
 ) -> list[Tensor]:
-    """The diagonal of Σ Λ ⊗ φφᵀ in the basis U ⊗ V, ``Σ (Uᵀ Λ U)_ii (φ V)_j²``, and that of Σ Λ in its own.
-
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-    basis
-        U and V for the weight, U for the bias; ``None`` is the identity.
-
-    Returns
-    -------
-    ``[C, D]``, and ``[C]`` with a bias.
+    """The diagonal in the basis U ⊗ V of the weight, ``Σ (Uᵀ Λ U)_ii (φ V)_j²`` ``[C, D]``, and in that U of the bias.
 
     Notes
     -----
-    Exact. Time O(rows · (C² + D² + C D)), memory O(rows · (C + D) + C D).
+    Exact; ``None`` is the identity. Time O(rows · (C² + D² + C D)), memory O(rows · (C + D) + C D).
 
     References
     ----------
     George et al. (2018), arXiv:1806.03884.
     """
-    outer, inner = basis[0]
-    strength = diagonal_in(hessian, outer)
-    weight = strength.T @ (phi if inner is None else phi @ inner).square()
-    return [weight, diagonal_in(hessian, basis[1][0]).sum(0)] if bias else [weight]
+    diagonals: list[Tensor] = []
+    for block, (outer, *inner) in zip(blocks, basis, strict=True):
+        phi = block.phi
+        for side in inner:
+            phi = phi if side is None else phi @ side
+        diagonals.append((diagonal_in(hessian, outer).T @ phi.square()).view(block.group))
+    return diagonals
 
 
 def diagonal_in(hessian: OutputHessian, basis: Tensor | None) -> Float[Tensor, "rows outputs"]:
-    """Diagonals of Uᵀ Λ U, ``[rows, C]``: two products with ``[C, C]``.
-
-    Parameters
-    ----------
-    hessian
-        Λ for each row.
-    basis
-        U; ``None`` is the identity.
-    """
+    """Diagonals of Uᵀ Λ U, ``[rows, C]``: two products with ``[C, C]``; ``None`` is the identity."""
     if basis is None:
         return hessian.diag()
     parts: list[Tensor] = []
@@ -195,114 +137,215 @@ def diagonal_in(hessian: OutputHessian, basis: Tensor | None) -> Float[Tensor, "
 
 
 def lowrank(
-    phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool, directions: Float[Tensor, "params k"]
+    blocks: Sequence[HeadBlock], hessian: OutputHessian, directions: Float[Tensor, "params k"]
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products (Σ Λ ⊗ φφᵀ) V and the trace, Σ tr Λ · |φ|²: through the outputs, ``Jᵀ (Λ (J V))``.
-
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-    directions
-        V, ``[P, k]``.
-
-    Returns
-    -------
-    ``[P, k]`` and ``[]``.
 
     Notes
     -----
     Exact. Time O(rows · C · D · k), memory O(P k) beside chunks of rows.
     """
-    augmented = augment(phi, bias)
+    phi, widths = joined(blocks)
     n_outputs, n_directions = hessian.n_outputs, directions.shape[1]
-    order = output_index(n_outputs, len(directions), bias).to(directions.device)
-    sides = directions[order]  # [C, D, k]
+    parts = directions.split([n_outputs * width for width in widths])
+    sides = torch.cat([part.unflatten(0, (n_outputs, -1)) for part in parts], 1)  # [C, D, k]
     total = torch.zeros_like(sides)
     step = max(1, CHUNK_ELEMENTS // max(1, n_outputs * n_directions))
     for start in range(0, len(phi), step):
         rows = slice(start, start + step)
-        moved = torch.einsum("nd,cdk->nck", augmented[rows], sides)
+        moved = torch.einsum("nd,cdk->nck", phi[rows], sides)
         weighed = torch.zeros_like(moved)
         if hessian.diagonal is not None:
             weighed = hessian.diagonal[rows].unsqueeze(-1) * moved
         if hessian.root is not None:
             root = hessian.root[rows]
             weighed = weighed + hessian.sign * (root @ (root.mT @ moved))
-        total += torch.einsum("nck,nd->cdk", weighed, augmented[rows])
-    products = torch.empty_like(directions)
-    products[order.flatten()] = total.flatten(0, 1)
-    return products, (hessian.diag().sum(1) * augmented.square().sum(1)).sum()
+        total += torch.einsum("nck,nd->cdk", weighed, phi[rows])
+    products = torch.cat([part.flatten(0, 1) for part in total.split(widths, 1)])
+    return products, (hessian.diag().sum(1) * phi.square().sum(1)).sum()
+
+
+def joined(blocks: Sequence[HeadBlock]) -> tuple[Float[Tensor, "rows all_features"], list[int]]:
+    """The features of all blocks side by side, such as [φ, 1], and how many there are of each."""
+    widths = [block.phi.shape[1] for block in blocks]
+    return blocks[0].phi if len(blocks) == 1 else torch.cat([block.phi for block in blocks], 1), widths
 
 
 def outer_products(
-    augmented: Float[Tensor, "rows augmented"], root: Float[Tensor, "rows outputs samples"]
+    phi: Float[Tensor, "rows features"], root: Float[Tensor, "rows outputs samples"]
 ) -> Float[Tensor, "internal internal"]:
-    """Σ z zᵀ over rows and samples with z = r ⊗ φ, in chunks of rows; row-major order of ``[W, b]``."""
+    """Σ z zᵀ over rows and samples with z = r ⊗ φ, in chunks of rows; output by output."""
     n_rows, n_outputs, n_samples = root.shape
-    width = n_outputs * augmented.shape[1]
-    total = augmented.new_zeros(width, width)
+    width = n_outputs * phi.shape[1]
+    total = phi.new_zeros(width, width)
     step = max(1, CHUNK_ELEMENTS // (width * n_samples))
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
-        z = torch.einsum("nck,nd->nkcd", root[rows], augmented[rows]).reshape(-1, width)
+        z = torch.einsum("nck,nd->nkcd", root[rows], phi[rows]).reshape(-1, width)
         total.addmm_(z.T, z)
     return total
 
 
 def public_order(
-    matrix: Float[Tensor, "internal internal"], n_outputs: int, bias: bool
+    matrix: Float[Tensor, "internal internal"], n_outputs: int, widths: Sequence[int]
 ) -> Float[Tensor, "params params"]:
-    """From the row-major order of ``[W, b]`` to the weight row by row, then the bias."""
-    if not bias:
+    """From the weights of one output after another to one parameter group after another."""
+    if len(widths) == 1:
         return matrix
-    width = len(matrix) // n_outputs
-    size = len(matrix) - n_outputs
-    blocks = matrix.view(n_outputs, width, n_outputs, width)
+    spans = [
+        (slice(start, stop), slice(n_outputs * start, n_outputs * stop))
+        for start, stop in pairwise(accumulate(widths, initial=0))
+    ]
+    parts = matrix.view(n_outputs, sum(widths), n_outputs, sum(widths))
     ordered = torch.empty_like(matrix)
     # Slices of one view instead of an index: a copy at memory speed.
-    shape = (n_outputs, width - 1, n_outputs, width - 1)
-    ordered[:size, :size].unflatten(1, shape[2:]).unflatten(0, shape[:2]).copy_(blocks[:, :-1, :, :-1])
-    ordered[:size, size:].unflatten(0, shape[:2]).copy_(blocks[:, :-1, :, -1])
-    ordered[size:, :size].unflatten(1, shape[2:]).copy_(blocks[:, -1, :, :-1])
-    ordered[size:, size:].copy_(blocks[:, -1, :, -1])
+    for of_rows, rows in spans:
+        for of_columns, columns in spans:
+            part = parts[:, of_rows, :, of_columns]
+            ordered[rows, columns].unflatten(1, part.shape[2:]).unflatten(0, part.shape[:2]).copy_(part)
     return ordered
 
 
-def per_datum_gradients(
-    phi: Float[Tensor, "rows features"],
-    gradient: Float[Tensor, "rows outputs"],
-    datum: Int[Tensor, " rows"],
-    bias: bool,
-) -> Iterator[Float[Tensor, "chunk params"]]:
-    """Gradients of each datum in the weights, summed over its positions first; in chunks of data, in public order.
+def datum_columns(
+    blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], datum: Int[Tensor, " rows"]
+) -> Iterator[list[JacobianBlock]]:
+    """Gradients of each datum in the weights, summed over its positions first: one column, some data at a time.
 
     Parameters
     ----------
-    phi
-        Features, ``[rows, D]``.
+    blocks
+        Of the head.
     gradient
         Gradients in the outputs, ``[rows, C]``.
     datum
         Which datum each row belongs to, ascending.
-    bias
-        Whether the layer has a bias.
-
-    Yields
-    ------
-    ``[chunk, P]``, the data in their order.
     """
     positions = torch.unique_consecutive(datum, return_counts=True)[1].tolist()
-    step = max(1, CHUNK_ELEMENTS // ((phi.shape[1] + int(bias)) * gradient.shape[1]))
-    phis, gradients = phi.split(positions), gradient.split(positions)
+    step = max(1, CHUNK_ELEMENTS // sum(block.n_params for block in blocks))
+    gradients, features = gradient.split(positions), [block.phi.split(positions) for block in blocks]
     for start in range(0, len(positions), step):
-        part = slice(start, start + step)
         # Padded with zeros to [chunk, positions, ·]: the sum over positions becomes a batched product.
-        padded_phi = torch.nn.utils.rnn.pad_sequence(list(phis[part]), batch_first=True)
-        padded_gradient = torch.nn.utils.rnn.pad_sequence(list(gradients[part]), batch_first=True)
-        weight = (padded_gradient.mT @ padded_phi).flatten(1)
-        yield torch.cat([weight, padded_gradient.sum(1)], 1) if bias else weight
+        padded, *phis = (
+            torch.nn.utils.rnn.pad_sequence(list(rows[start : start + step]), batch_first=True)
+            for rows in (gradients, *features)
+        )
+        yield [DenseBlock((padded.mT @ phi).flatten(1).unsqueeze(0)) for phi in phis]
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """The curvature of the last layer in a batch, by the closed forms.
+
+    Attributes
+    ----------
+    backend
+        Gives the output Hessians.
+    positions
+        Outputs and targets.
+    blocks
+        Derivatives of the head at the same rows, one block for each parameter group.
+    constant
+        What the bias multiplies.
+    """
+
+    backend: CurvatureInterface
+    positions: Positions
+    blocks: Sequence[HeadBlock]
+    constant: float
+
+    def full(self) -> Tensor:
+        """Dense curvature ``[P, P]``: O(rows · (C D)²)."""
+        return full(self.blocks, self.hessian(self.positions))
+
+    def diag(self) -> Tensor:
+        """Diagonal ``[P]``: O(rows · C D)."""
+        return diag(self.blocks, self.hessian(self.positions))
+
+    def kron(self) -> Kron:
+        """Kronecker factors, raw sums in float64: O(rows · (C² + D²))."""
+        return kron(*self._wide(), self.constant)
+
+    def blockdiag(self) -> list[Tensor]:
+        """The blocks of weight and bias: O(rows · (C D)²)."""
+        return blockdiag(self.blocks, self.hessian(self.positions), self.constant)
+
+    def ekfac(self, basis: Basis, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:  # noqa: ARG002 - of the blocks
+        """The diagonal of the curvature in a basis, computed in float64: O(rows · (C² + D² + C D))."""
+        blocks, hessian = self._wide()
+        sides = [[None if side is None else side.to(blocks[0].phi) for side in group] for group in basis]
+        return [diagonal.to(self.positions.f.dtype) for diagonal in ekfac(blocks, hessian, sides)]
+
+    def lowrank(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of the curvature with directions ``[P, k]``, and its trace: O(rows · C · D · k)."""
+        return lowrank(self.blocks, self.hessian(self.positions), directions.to(self.positions.f.dtype))
+
+    def _wide(self) -> tuple[list[HeadBlock], OutputHessian]:
+        """Blocks and output Hessians in float64."""
+        wide = linalg.wide_dtype(self.positions.f)
+        blocks = [HeadBlock(block.phi.to(wide), None, block.group) for block in self.blocks]
+        return blocks, self.hessian(self.positions.to(wide))
+
+    def hessian(self, positions: Positions) -> OutputHessian:
+        """In the outputs of the head."""
+        return self.backend.output_likelihood.head_hessian(self.backend.output_hessian(positions))
+
+
+class LastLayerEngine:
+    """Curvature and Jacobians of the last layer: one forward pass a batch, no backward pass.
+
+    Parameters
+    ----------
+    backend
+        Gives the model and the output Hessians.
+    """
+
+    def __init__(self, backend: CurvatureInterface) -> None:
+        self.backend = backend
+
+    @contextmanager
+    def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
+        """Loss and curvature of a batch; the body runs in full precision and builds no graph."""
+        with torch.no_grad():
+            f, phi = self.features(x)
+            with full_precision(f.device):
+                positions = self.backend.positions(f, y)
+                likelihood, shapes = self.backend.output_likelihood, [tuple(p.shape) for p in self.backend.params]
+                phi, constant = likelihood.head_rows(positions, phi.to(positions.f.dtype))
+                of_bias = phi.new_full((len(phi), 1), constant)
+                blocks = [HeadBlock(phi if len(shape) > 1 else of_bias, None, shape) for shape in shapes]
+                head, loss = HeadSums(self.backend, positions, blocks, constant), self.backend.loss(positions)
+                if not self.backend.adds_over_positions or positions.datum is None:
+                    yield loss, head
+                    return
+                # Gradients of the positions of a datum add up before they are squared.
+                root = head.hessian(positions).root
+                assert root is not None, "gradients are roots"
+                columns = datum_columns(blocks, root.squeeze(-1), positions.datum)
+                yield loss, ColumnSums(columns, [block.n_params for block in blocks], positions.f, head.kron)
+
+    def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
+        """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
+        return self.backend.last_layer_jacobians(x, enable_backprop)
+
+    def gradients(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
+        return CurvatureInterface.gradients(self.backend, x, y)
+
+    def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Any:
+        """Outputs and their derivatives, written out."""
+        return CurvatureInterface.derivatives(self.backend, x, create_graph, **model_kwargs)
+
+    def repeatable(
+        self,
+        batches: Iterable[tuple[Inputs, Tensor]],
+        structure: HessianStructure,  # noqa: ARG002 - any
+    ) -> Iterable[tuple[Inputs, Tensor]]:
+        """The features, made in the first pass."""
+        return Replay(batches, self.features)
+
+    def features(self, x: Inputs) -> Features:
+        """Outputs and features, which may take the place of the inputs of ``sums``."""
+        if isinstance(x, Features):
+            return x
+        with torch.no_grad():
+            return Features(*self.backend.model.forward_with_features(x))

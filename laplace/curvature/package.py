@@ -25,19 +25,20 @@ from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.capabilities import Capabilities, alternatives
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.private_batch import (
-    PairHead,
     PrivateBatch,
+    PrivateHead,
     PrivateNetwork,
     PrivatePairs,
     flat,
     outputs_of_known,
     private_head,
+    scored_items,
 )
 from laplace.curvature.structured import check_count, without_count
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import Positions
-from laplace.network.batches import count_rows, differentiable, items_of, rows_of
+from laplace.likelihoods import Positions, with_loss
+from laplace.network.batches import differentiable, rows_of
 from laplace.network.modes import full_precision
 from laplace.optional import require
 from laplace.structures import FullCurvature, Kron
@@ -64,7 +65,7 @@ class PackageInterface(CurvatureInterface):
     structures: ClassVar[frozenset[HessianStructure]] = frozenset(
         {HessianStructure.FULL, HessianStructure.DIAG, HessianStructure.KRON}
     )
-    likelihoods: ClassVar[frozenset[Likelihood]] = frozenset({Likelihood.CLASSIFICATION, Likelihood.REGRESSION})
+    likelihoods: ClassVar[frozenset[Likelihood]] = with_loss(nn.CrossEntropyLoss, nn.MSELoss)
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
     takes_positions: ClassVar[bool] = False
 
@@ -101,12 +102,12 @@ class PackageInterface(CurvatureInterface):
         FullCurvature.check_memory(self.params, self._compute_dtype)
         with self._private(x, y, HessianStructure.FULL, without_count(kwargs)) as (loss, batch):
             matrix = self._full(batch) if len(batch.y) else batch.zeros(2)
-            return loss, self._with_bias(self._restrict(self._restrict(matrix).mT).mT, 2)
+            return loss, self._for_all(self._restrict(self._restrict(matrix).mT).mT, 2)
 
     def diag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch, by the package."""
         with self._private(x, y, HessianStructure.DIAG, without_count(kwargs)) as (loss, batch):
-            return loss, self._with_bias(self._restrict(self._diag(batch) if len(batch.y) else batch.zeros(1)), 1)
+            return loss, self._for_all(self._restrict(self._diag(batch) if len(batch.y) else batch.zeros(1)), 1)
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors by the package; the inputs' side divided by ``N`` (1 for raw sums)."""
@@ -115,20 +116,16 @@ class PackageInterface(CurvatureInterface):
             if not len(batch.y):
                 return loss, Kron.init_from_model(self.params, loss.device, batch.f.dtype)
             factors = self._kron(batch)
-            if self._bias_cancels:
-                factors.append([batch.f.new_zeros(1, 1)])
+            left_out = [parameter.numel() for parameter in self.params[len(factors) :]]
+            factors += [[batch.f.new_zeros(size, size)] for size in left_out]
             rows = len(batch.y) * batch.items
             sums = Kron(factors, [rows] * len(factors), torch.finfo(batch.f.dtype).eps)
             return loss, sums if N == 1 else sums.divide_inputs(N * batch.items)
 
-    @property
-    def _bias_cancels(self) -> bool:
-        """Whether the bias of a last layer is not given to the package: it cancels in the difference of two scores."""
-        return self.last_layer and self.output_likelihood.n_items > 1 and self._head.bias is not None
-
-    def _with_bias(self, values: Tensor, n_axes: int) -> Tensor:
-        """Zeros for a bias that cancels, along the last axes."""
-        return F.pad(values, (0, 1) * n_axes) if self._bias_cancels else values
+    def _for_all(self, values: Tensor, n_axes: int) -> Tensor:
+        """With zeros for the bias of a last layer where it was not given to the package, along the last axes."""
+        left_out = len(self.zeros()) - values.shape[-1]
+        return F.pad(values, (0, left_out) * n_axes) if left_out else values
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features.
@@ -171,8 +168,8 @@ class PackageInterface(CurvatureInterface):
         """Gradients of the negative log-likelihood of each datum, ``[batch, P]``, and the summed loss."""
         with self._private(x, y, None) as (loss, batch):
             if not len(batch.y):
-                return self._with_bias(self._restrict(batch.zeros(1).repeat(batch.n_data, 1)), 1), loss
-            return self._with_bias(self._restrict(batch.sum_positions(self._gradients(batch))), 1), loss
+                return self._for_all(self._restrict(batch.zeros(1).repeat(batch.n_data, 1)), 1), loss
+            return self._for_all(self._restrict(batch.sum_positions(self._gradients(batch))), 1), loss
 
     def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
         """Raise for options of a method that the package does not have, or has under our names."""
@@ -268,12 +265,11 @@ class PackageInterface(CurvatureInterface):
         """The last layer and its features, one row an unmasked position."""
         assert y is not None, "Jacobians of a last layer need no package"
         f, phi = self.model.forward_with_features(x)
-        positions = self.positions(f, y)
-        rows = positions.select(phi.to(self._compute_dtype))
-        if positions.n_items > 1:
-            first, second = rows.chunk(2, -1)
-            return positions, self._batch(PairHead(self._head, self._compute_dtype), first - second, positions, len(f))
-        return positions, self._batch(private_head(self._head, self._compute_dtype), rows, positions, len(f))
+        positions, likelihood = self.positions(f, y), self.output_likelihood
+        rows, constant = likelihood.head_rows(positions, phi.to(self._compute_dtype))
+        # The package would take a bias that cancels for one that is added.
+        layer = private_head(self._head.weight, self._head.bias if constant else None, self._compute_dtype)
+        return positions, self._batch(PrivateHead(layer, likelihood.of_head), layer, rows, positions, len(f))
 
     def _private_network(
         self, x: Inputs, y: Tensor | None, structure: HessianStructure | None
@@ -290,10 +286,7 @@ class PackageInterface(CurvatureInterface):
         able = self._takers_of_any_layer(structure)
         with full_precision(self.params[0].device), sdpa_kernel(SDPBackend.MATH):
             objection, originals = partial(self.objection, structure), list(self.network.model.parameters())
-            scores = model(x) if self.output_likelihood.n_items > 1 else None
-            items = x if scores is None else items_of(x)
-            paired = scores is not None and scores.numel() == count_rows(items) == 2 * count_rows(x)
-            items = items if paired else x  # a row with two scores is the pair itself
+            items, scores = self.output_likelihood.arranged((x, None), partial(scored_items, model))
             f = outputs_of_known(model, items, known, originals, objection, type(self).__name__, able)
             size = float(f.abs().max()) if f.numel() else 0.0
             if scores is not None and not torch.allclose(f.flatten(), scores.flatten(), rtol=0, atol=1e-3 * size):
@@ -307,22 +300,22 @@ class PackageInterface(CurvatureInterface):
             msg = f"{type(self).__name__} takes outputs [batch, C]; got {list(f.shape)}. {able} take positions."
             raise UnsupportedError(msg)
         self.n_outputs = f.shape[1]
-        if paired and y is not None:
+        if scores is not None and y is not None:
             positions = self.positions(f.reshape(-1, 2), y)
-            return positions, self._batch(PrivatePairs(model), x, positions, len(y))
-        x = items
+            return positions, self._batch(PrivatePairs(model), model.model, x, positions, len(y), items=2)
         positions = Positions(f, f) if y is None else self.positions(f, y)
-        rows = x if positions.kept is None else rows_of(x, positions.kept, len(f))
-        return positions, self._batch(model, rows, positions, len(f))
+        rows = items if positions.kept is None else rows_of(items, positions.kept, len(f))
+        return positions, self._batch(model, model.model, rows, positions, len(f))
 
-    def _batch(self, model: nn.Module, x: Inputs, positions: Positions, n_data: int) -> PrivateBatch:
+    def _batch(
+        self, model: nn.Module, bare: nn.Module, x: Inputs, positions: Positions, n_data: int, items: int = 1
+    ) -> PrivateBatch:
+        """What counts of a batch, and whose it is."""
         datum = positions.datum if positions.datum is not None else positions.kept
         if datum is None:
             datum = torch.arange(n_data, device=positions.f.device)
-        y = positions.y
-        soft = self.likelihood is Likelihood.CLASSIFICATION and y.is_floating_point()
-        bare = model.model if isinstance(model, PrivateNetwork) else model
-        return PrivateBatch(model, bare, x, y, y.argmax(-1) if soft else y, positions.f, datum, n_data)
+        labels = self.output_likelihood.hard_targets(positions.y)
+        return PrivateBatch(model, bare, x, positions.y, labels, positions.f, datum, n_data, items)
 
 
 def mixing(f: Tensor) -> Tensor:

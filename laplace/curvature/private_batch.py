@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from laplace.errors import UnsupportedError
-from laplace.network.batches import items_of, rows_of
+from laplace.network.batches import count_rows, items_of, rows_of
 from laplace.network.structural_copy import Uses, structural_copy
 from laplace.network.whole_network import WholeNetwork
 from laplace.types import Inputs
@@ -39,6 +39,8 @@ class PrivateBatch:
         Which of the ``n_data`` rows of the loader each belongs to.
     n_data
         Their number.
+    items
+        How many rows of layers belong to a row of outputs: 2 where pairs are compared.
     options
         Of the package, from the user.
     """
@@ -51,17 +53,13 @@ class PrivateBatch:
     f: Float[Tensor, "rows outputs"]
     datum: Int[Tensor, " rows"]
     n_data: int
+    items: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the copy that hold random weights, in public order."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    @property
-    def items(self) -> int:
-        """How many rows of layers belong to a row of outputs: 2 where pairs are compared."""
-        return 2 if isinstance(self.model, PrivatePairs) else 1
 
     @cached_property
     def one_row_a_datum(self) -> bool:
@@ -125,43 +123,49 @@ class PrivatePairs(nn.Module):
         return self.network(items_of(x)).reshape(-1, 2)
 
 
-class PairHead(nn.Module):
-    """A head without bias, from differences of features to the scores (Δ, 0): all that the likelihood sees of a pair.
+def scored_items(model: nn.Module, pairs: tuple[Inputs, None]) -> tuple[Inputs, Tensor | None]:
+    """The items of pairs as rows, and their scores in pairs; a row with two scores is the pair itself, without any."""
+    x, _ = pairs
+    items, scores = items_of(x), model(x)
+    one_by_one = scores.numel() == count_rows(items) == 2 * count_rows(x)
+    return (items, scores) if one_by_one else pairs
+
+
+class PrivateHead(nn.Module):
+    """A private last layer as a module from features of rows to outputs ``[rows, C]`` that the likelihood takes.
 
     Parameters
     ----------
     layer
-        The user's.
-    dtype
-        Of the copy.
+        The copy.
+    of_head
+        From its outputs to those.
     """
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, of_head: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer = nn.Linear(layer.in_features, 1, bias=False, device="meta")
-        self.layer.weight = nn.Parameter(layer.weight.detach().to(dtype))
+        self.layer, self.of_head = layer, of_head
 
-    def forward(self, differences: Tensor) -> Tensor:
-        """Scores ``[pairs, 2]``."""
-        ahead = self.layer(differences)
-        return torch.cat([ahead, torch.zeros_like(ahead)], -1)
+    def forward(self, phi: Tensor) -> Tensor:
+        """Outputs."""
+        return self.of_head(self.layer(phi))
 
 
-def private_head(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def private_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A copy of a last layer, all of whose weights are random.
 
     Parameters
     ----------
-    layer
+    weight, bias
         The user's.
     dtype
         Of the copy.
     """
     # A plain layer, without the hooks of a user: that outputs are those of the weights is checked with the features.
-    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    twin.weight = nn.Parameter(layer.weight.detach().to(dtype))
-    if layer.bias is not None:
-        twin.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    twin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    twin.weight = nn.Parameter(weight.detach().to(dtype))
+    if bias is not None:
+        twin.bias = nn.Parameter(bias.detach().to(dtype))
     return twin
 
 

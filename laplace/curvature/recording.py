@@ -311,16 +311,20 @@ class Recording:
         slow = self.verdict.slow
         with torch.set_grad_enabled(self.create_graph):
             parts = self._parts(directions, set(slow))
-            wanted = {group: self.parameters[group] for group in sorted(slow)}
-            precision, create = (self.dtype, self._eps), self.create_graph
-            slowly = row_by_row(self.run, self.x, self.outputs, wanted, directions, *precision, create_graph=create)
-            for group, block in slowly.items():
-                parts[group] = [block]
-            known = {group: slow[group] for group in slowly if self._opaque.get(group) in {None, *READER_NAMES}}
-            warn_of_slow(known, self.names, self._memory.warned)
+            if slow:
+                wanted = {group: self.parameters[group] for group in sorted(slow)}
+                precision, create = (self.dtype, self._eps), self.create_graph
+                slowly = row_by_row(self.run, self.x, self.outputs, wanted, directions, *precision, create_graph=create)
+                for group, block in slowly.items():
+                    parts[group] = [block]
+                known = {group: slow[group] for group in slowly if self._opaque.get(group) in {None, *READER_NAMES}}
+                warn_of_slow(known, self.names, self._memory.warned)
             sizes = (parameter.numel() for parameter in self.parameters)
             zeros = torch.zeros(len(directions), self.n_rows, 1, dtype=self.dtype, device=self.outputs.device)
-            whole = [combined(blocks, zeros, size) for blocks, size in zip(parts, sizes, strict=True)]
+            whole = [
+                blocks[0] if len(blocks) == 1 else combined(blocks, zeros, size)
+                for blocks, size in zip(parts, sizes, strict=True)
+            ]
             return chosen(whole, self.subset)
 
     def columns(self, mix: Tensor) -> list[JacobianBlock]:

@@ -60,8 +60,6 @@ def row_by_row(
     InputError
         If a datum alone gets other outputs than in its batch, or none.
     """
-    if not parameters:
-        return {}
     rows: dict[int, list[Tensor]] = {group: [] for group in parameters}
     for b in range(len(outputs)):
         try:

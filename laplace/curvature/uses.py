@@ -25,7 +25,7 @@ def combined(blocks: Sequence[JacobianBlock], zeros: Float[Tensor, "columns batc
     Parameters
     ----------
     blocks
-        One for each use of the group.
+        One for each use of the group: none or several.
     zeros
         No derivative, for a group that is not used.
     n_params
@@ -33,8 +33,6 @@ def combined(blocks: Sequence[JacobianBlock], zeros: Float[Tensor, "columns batc
     """
     if not blocks:
         return DenseBlock(zeros.new_zeros(*zeros.shape[:2], n_params))
-    if len(blocks) == 1:
-        return blocks[0]
     if all(isinstance(b, SumBlock) for b in blocks):
         left = torch.cat([b.left for b in blocks if isinstance(b, SumBlock)], 2)
         return SumBlock(left.sum(2), left)

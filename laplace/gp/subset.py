@@ -121,7 +121,7 @@ class Subset:
             f, phi = backend.model.forward_with_features(x) if backend.last_layer else (backend.outputs(x), None)
             with full_precision(f.device):
                 positions = backend.positions(f, y)
-                root = self._roots(backend, positions, separates=phi is not None or self._separate(positions))
+                root = self._roots(backend, positions, of_head=phi is not None)
                 # Scores of the two items of a pair may come one after the other: data are counted by targets.
                 n_data = len(y)
                 if not self.n_seen:
@@ -143,33 +143,23 @@ class Subset:
         here = (self._chosen >= self.n_seen) & (self._chosen < self.n_seen + n_data)
         return self._chosen[here] - self.n_seen
 
-    def _separate(self, positions: Positions) -> bool:
-        # The two items of a pair are one output at two inputs.
-        return self.independent and positions.n_items == 1
-
-    def _roots(self, backend: Any, positions: Positions, *, separates: bool) -> Tensor:
+    def _roots(self, backend: Any, positions: Positions, *, of_head: bool) -> Tensor:
         """Of the output Hessians of the unmasked positions."""
-        hessian, width = backend.output_hessian(positions), positions.f.shape[-1]
-        if positions.n_items > 1:
-            root = backend.output_root(positions)
-            # One number for the difference of two scores, whose derivatives are those of the difference of features.
-            return root[:, 0].abs() if separates else root
-        if hessian.root is None or self.diagonal or self.independent:
+        hessian, likelihood = backend.output_hessian(positions), backend.output_likelihood
+        hessian = likelihood.head_hessian(hessian) if of_head else hessian
+        independent = likelihood.independent(self.independent)
+        if hessian.root is None or self.diagonal or independent or hessian.n_outputs == 1:
             alone = hessian.diagonal if hessian.root is None and hessian.total is None else None
             half = (hessian.diag() if alone is None else alone).sqrt()
-            return half if separates else torch.diag_embed(half.expand(-1, width))
+            return half if of_head or independent else torch.diag_embed(half.expand(-1, hessian.n_outputs))
         return hessian.root if backend.is_sampled else backend.output_root(positions)
 
     def _of_features(
         self, backend: Any, phi: Tensor, positions: Positions, root: Tensor, rows: Tensor
     ) -> tuple[FeatureKernel, Tensor]:
-        bias = len(backend.params) == 2
-        features, width = positions.select(phi), positions.f.shape[-1]
-        if positions.n_items > 1:
-            first, second = features.unflatten(1, (2, -1)).unbind(1)
-            features, width = first - second, 1
+        likelihood, bias, width = backend.output_likelihood, len(backend.params) == 2, backend.params[0].shape[0]
+        features, constant = likelihood.head_rows(positions, phi)
         if bias:
-            constant = float(positions.n_items == 1)
             features = torch.nn.functional.pad(features, (0, 1), value=constant)
         datum = positions.datum if positions.datum is not None else torch.arange(len(features), device=features.device)
         here = torch.isin(datum, rows.to(datum.device))
@@ -189,7 +179,7 @@ class Subset:
         sizes = ((len(rows), each),) if len(rows) else ()
         self._note(rows + self.n_seen, len(rows) * f[0].numel())
         n_params = sum(parameter.numel() for parameter in backend.params)
-        separate = self._separate(positions)
+        separate = backend.output_likelihood.independent(self.independent)
         return NetworkKernel(batches, sizes, width, n_params, separate, positions.f.dtype, self.linearize), chosen
 
     def _note(self, datum: Tensor, size: int) -> None:

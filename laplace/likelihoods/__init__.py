@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from laplace.enums import Likelihood, choose
 from laplace.errors import UnsupportedError
@@ -49,6 +50,22 @@ def register(cls: Any) -> None:
     if known is not cls:
         msg = f"{known.__name__} is the likelihood with the name {cls.name!r}; give {cls.__name__} another."
         raise UnsupportedError(msg)
+
+
+def with_loss(*losses: type[nn.Module], compared: bool = False) -> frozenset[Likelihood]:
+    """The likelihoods of this library that packages can compute that know a few losses of PyTorch.
+
+    Parameters
+    ----------
+    *losses
+        Which.
+    compared
+        Whether they can have several rows of inputs for a target.
+    """
+    found = {name: (cls().torch_loss(), cls.compares) for name, cls in LIKELIHOODS.items()}
+    return frozenset(
+        name for name, (loss, compares) in found.items() if loss and type(loss[0]) in losses and compared >= compares
+    )
 
 
 def name_of(likelihood: Any) -> str:
@@ -132,4 +149,5 @@ __all__ = [
     "name_of",
     "register",
     "resolve",
+    "with_loss",
 ]

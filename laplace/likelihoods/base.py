@@ -7,7 +7,7 @@ that they stay differentiable and can change without refitting.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, NoReturn, cast
@@ -86,8 +86,8 @@ class AbstractLikelihood(ABC):
     """Those beside the prior that tuning may choose: ``"sigma_noise"``, ``"output_temperature"``."""
     temperature: float | Tensor
     """T of the tempered likelihood ``p(y|f)^(1/T)``."""
-    n_items: ClassVar[int] = 1
-    """How many inputs a target compares: 2 for preferences between pairs."""
+    compares: ClassVar[bool] = False
+    """Whether a target compares inputs, whose outputs then share a row."""
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
 
@@ -425,7 +425,7 @@ class AbstractLikelihood(ABC):
         return self
 
     def arranged(self, inputs: Any, compare: Callable[[Any], Any]) -> Any:  # noqa: ARG002
-        """Linearized inputs as targets need them: compared where they are of pairs."""
+        """Inputs, or what was made of them, as targets need them: compared where they are of pairs."""
         return inputs
 
     def check_rows(self) -> None:  # noqa: B027 - most have nothing to refuse
@@ -434,6 +434,27 @@ class AbstractLikelihood(ABC):
     @classmethod  # noqa: B027 - most have nothing to refuse
     def check_diagonal_hessian(cls) -> None:
         """Raise where the diagonal of Hessians in the outputs means nothing."""
+
+    def independent(self, wanted: bool) -> bool:
+        """Whether outputs of a row are taken for functions of their own where that is wanted."""
+        return wanted
+
+    # -- a linear head f = W φ + b ------------------------------------------------------------------------------------
+
+    def check_head(self, n_outputs: int) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raise unless a head with so many outputs fits the likelihood."""
+
+    def head_rows(self, positions: Positions, phi: Tensor) -> tuple[Float[Tensor, "rows features"], float]:
+        """What W multiplies in each row, of features ``[batch, *positions, D]``; and the number that b multiplies."""
+        return positions.select(phi), 1.0
+
+    def head_hessian(self, hessian: OutputHessian) -> OutputHessian:
+        """Hessians of rows in the outputs of the head at ``head_rows``."""
+        return hessian
+
+    def of_head(self, outputs: Outputs) -> Outputs:
+        """Outputs of rows with the same likelihood, from those of the head at ``head_rows``."""
+        return outputs
 
     # -- variational inference ----------------------------------------------------------------------------------------
 
@@ -492,25 +513,56 @@ class AbstractLikelihood(ABC):
             Targets.
         """
 
-    def check_head(self, n_outputs: int) -> None:
-        """Raise unless a linear head with so many outputs fits the likelihood.
+    def check_axes(self, shape: Sequence[int], axis: int | None) -> None:
+        """Raise unless the last axis of outputs is surely that of the C outputs.
 
         Parameters
         ----------
-        n_outputs
-            C.
+        shape
+            Of the outputs, ``[batch, *positions, C]``.
+        axis
+            The one where channels were seen; ``None`` if that is not known.
 
         Raises
         ------
         UnsupportedError
-            If items are compared by one score each, and the head gives several.
+            If channels are elsewhere, or were not seen and the shape of targets cannot tell.
         """
-        if self.n_items > 1 and n_outputs != 1:
+        n_axes = len(shape)
+        if n_axes < 3 or axis == n_axes - 1:
+            return
+        if axis is not None:
             msg = (
-                f'likelihood="{self.name}" compares items by one score each; the last layer of the model has '
-                f"{n_outputs} outputs. Give it one output and apply it to both items of a pair."
+                f"The outputs of the model are {list(shape)} with their channels on axis {axis}, where convolutions put"
+                " them. Outputs are read as [batch, *positions, C]: the last axis holds classes, or outputs of a "
+                f"regression. Wrap the model in a module that returns outputs.movedim({axis}, -1), and give soft labels"
+                " or regression targets the same order of axes."
             )
             raise UnsupportedError(msg)
+        if not self.tells_axis(shape):
+            msg = (
+                f"The outputs of the model are {list(shape)}, and neither their shape nor the functions that made them "
+                "tell which axis holds the classes or the outputs of a regression. Outputs are read as [batch, "
+                "*positions, C]. Wrap the model in a module that returns outputs.movedim(1, -1) if channels come after "
+                "the batch, and outputs.movedim(-1, -1) if they are last: that says so."
+            )
+            raise UnsupportedError(msg)
+
+    def tells_axis(self, shape: Sequence[int]) -> bool:
+        """Whether targets that fit outputs of this shape would not fit another order of its axes."""
+        return len(shape) <= 3
+
+    def count_outputs(self, shape: Sequence[int]) -> int:
+        """C, of outputs ``[batch, *positions, C]``."""
+        return shape[-1]
+
+    def hard_targets(self, y: Targets) -> Targets:
+        """Targets in the simplest form, for packages that need some where their values do not matter."""
+        return y
+
+    def training_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The mean loss of outputs and targets by which training can go on; ``None``: that is refused."""
+        return None
 
     def torch_loss(self) -> tuple[nn.Module, float] | None:
         """A summed PyTorch loss and the factor that makes it ``nll``, for packages; ``None``: they are refused."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -63,7 +63,7 @@ class BradleyTerryLikelihood(PredictsMoments):
 
     name: ClassVar[str] = Likelihood.REWARD_MODELING.value
     hyperparameters: ClassVar[tuple[str, ...]] = ("output_temperature",)
-    n_items: ClassVar[int] = 2
+    compares: ClassVar[bool] = True
 
     @classmethod
     def check_prediction(
@@ -109,6 +109,40 @@ class BradleyTerryLikelihood(PredictsMoments):
             "out diagonal_hessian=True."
         )
         raise UnsupportedError(msg)
+
+    def independent(self, wanted: bool) -> bool:  # noqa: ARG002
+        """No: the two scores of a pair are one function at two inputs."""
+        return False
+
+    def check_head(self, n_outputs: int) -> None:
+        """Raise unless there is one score for each item.
+
+        Raises
+        ------
+        UnsupportedError
+            If the head gives several.
+        """
+        if n_outputs != 1:
+            msg = (
+                f'likelihood="{self.name}" compares items by one score each; the last layer of the model has '
+                f"{n_outputs} outputs. Give it one output and apply it to both items of a pair."
+            )
+            raise UnsupportedError(msg)
+
+    def head_rows(self, positions: Positions, phi: Tensor) -> tuple[Float[Tensor, "pairs features"], float]:
+        """φ₀ − φ₁ and 0: a pair is seen by the difference of its scores, ``w · (φ₀ − φ₁)``, where the bias cancels."""
+        first, second = positions.select(phi).chunk(2, dim=-1)
+        return first - second, 0.0
+
+    def head_hessian(self, hessian: OutputHessian) -> OutputHessian:
+        """Of the difference: ``r rᵀ`` with ``r = ρ [1, −1]ᵀ`` is ``ρ²`` there."""
+        assert hessian.root is not None, "the likelihood and both Fishers give roots"
+        assert hessian.diagonal is None, "and nothing else: it would not be a multiple of [1, −1]"
+        return OutputHessian(1, root=hessian.root[:, :1])
+
+    def of_head(self, outputs: Float[Tensor, "pairs 1"]) -> Outputs:
+        """The scores (Δ, 0)."""
+        return torch.cat([outputs, torch.zeros_like(outputs)], -1)
 
     @classmethod
     def check_sampled_energy(cls) -> None:
@@ -181,6 +215,13 @@ class BradleyTerryLikelihood(PredictsMoments):
             raise InputError(msg)
         check_outputs(f)
         return Positions(f.reshape(n_pairs, 2), y.long(), n_items=2)
+
+    def check_axes(self, shape: Sequence[int], axis: int | None) -> None:
+        """Scores have no axis of classes."""
+
+    def count_outputs(self, shape: Sequence[int]) -> int:  # noqa: ARG002
+        """One score for each item, in whatever shape."""
+        return 1
 
     def torch_loss(self) -> tuple[nn.Module, float]:
         """``CrossEntropyLoss`` of the two scores, and 1."""

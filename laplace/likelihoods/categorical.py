@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -160,6 +161,18 @@ class CategoricalLikelihood(PredictsProbabilities):
         check_logits(flat[kept])
         return Positions(flat[kept], labels[kept], kept, kept if datum is None else datum[kept])
 
+    def tells_axis(self, shape: Sequence[int]) -> bool:
+        """Class indices leave out the axis of classes, unless all axes are equally long."""
+        return len(set(shape[1:])) > 1
+
+    def hard_targets(self, y: Targets) -> Targets:
+        """Class indices, also where probabilities were given."""
+        return y.argmax(-1) if y.is_floating_point() else y
+
+    def training_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Cross-entropy."""
+        return cross_entropy
+
     def torch_loss(self) -> tuple[nn.Module, float]:
         """``CrossEntropyLoss`` and 1."""
         return nn.CrossEntropyLoss(reduction="sum"), 1.0
@@ -167,6 +180,25 @@ class CategoricalLikelihood(PredictsProbabilities):
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions that are not masked."""
         return y.numel() // n_outputs if y.is_floating_point() else int((y.long() != IGNORED).sum())
+
+
+def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
+    """The mean over unmasked positions, of class indices or probabilities.
+
+    Parameters
+    ----------
+    f
+        Logits, ``[batch, *positions, C]``.
+    y
+        Targets, ``[batch, *positions]`` or ``[batch, *positions, C]``.
+    """
+    rows = f.reshape(-1, f.shape[-1])
+    if y.is_floating_point():
+        return F.cross_entropy(rows, y.reshape(rows.shape))
+    labels = y.reshape(-1).long()
+    n_unmasked = int((labels != IGNORED).sum())
+    # A batch without labels says nothing: its mean would be 0/0.
+    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / max(1, n_unmasked)
 
 
 def check_logits(f: Outputs) -> None:

@@ -207,6 +207,10 @@ class GaussianLikelihood(PredictsMoments):
         flat = f.reshape(-1, f.shape[-1])
         return Positions(flat, y.reshape(flat.shape).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
 
+    def training_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The squared error."""
+        return squared_error
+
     def torch_loss(self) -> tuple[nn.Module, float]:
         """``MSELoss`` and ½."""
         return nn.MSELoss(reduction="sum"), 0.5
@@ -214,3 +218,8 @@ class GaussianLikelihood(PredictsMoments):
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions: every one of them counts."""
         return y.numel() // n_outputs
+
+
+def squared_error(f: Tensor, y: Tensor) -> Tensor:
+    """The mean, whether outputs are ``[batch]`` or ``[batch, 1]``."""
+    return nn.functional.mse_loss(f, y.reshape(f.shape).to(f.dtype))

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from laplace.errors import UnsupportedError
-
 CONVOLUTIONS = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}
 """Functions that put channels before their spatial axes, and how many of those there are."""
 LAST = {"bilinear", "embedding", "linear", "multi_head_attention_forward"}
@@ -98,42 +96,3 @@ def _moved(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int 
     order = func(torch.empty(tuple(range(2, 2 + n_axes)), device="meta"), *args[1:], **kwargs)
     sizes = tuple(order.shape) if isinstance(order, Tensor) else ()
     return sizes.index(axis + 2) if axis + 2 in sizes else None
-
-
-def check_last(shape: Sequence[int], axis: int | None, *, classes: bool) -> None:
-    """Raise unless the last axis of outputs is surely that of the C outputs.
-
-    Parameters
-    ----------
-    shape
-        Of the outputs, ``[batch, *positions, C]``.
-    axis
-        The one where channels were seen; ``None`` if that is not known.
-    classes
-        Whether targets are class indices, whose shape leaves out that axis.
-
-    Raises
-    ------
-    UnsupportedError
-        If channels are elsewhere; or, where they were not seen, if the shape of class indices cannot tell (all axes are
-        equally long), or other targets have several positions.
-    """
-    n_axes = len(shape)
-    if n_axes < 3 or axis == n_axes - 1:
-        return
-    if axis is not None:
-        msg = (
-            f"The outputs of the model are {list(shape)} with their channels on axis {axis}, where convolutions put "
-            "them. Outputs are read as [batch, *positions, C]: the last axis holds classes, or outputs of a "
-            f"regression. Wrap the model in a module that returns outputs.movedim({axis}, -1), and give soft labels or "
-            "regression targets the same order of axes."
-        )
-        raise UnsupportedError(msg)
-    if len(set(shape[1:])) == 1 if classes else n_axes > 3:
-        msg = (
-            f"The outputs of the model are {list(shape)}, and neither their shape nor the functions that made them "
-            "tell which axis holds the classes or the outputs of a regression. Outputs are read as [batch, *positions, "
-            "C]. Wrap the model in a module that returns outputs.movedim(1, -1) if channels come after the batch, and "
-            "outputs.movedim(-1, -1) if they are last: that says so."
-        )
-        raise UnsupportedError(msg)

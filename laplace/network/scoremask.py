@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from laplace.enums import Likelihood, choose
 from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.likelihoods import LIKELIHOODS, chosen
 from laplace.network.subnetmask import SubnetMask
 from laplace.network.swag import fit_diagonal_swag_var
-from laplace.network.targets import IGNORED
 
 
 class ScoreBasedSubnetMask(SubnetMask):
@@ -237,8 +236,8 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
     ) -> None:
         super().__init__(model, n_params_subnet)
         self.likelihood = choose(Likelihood, likelihood, "likelihood")
-        if self.likelihood not in TRAINING_LOSSES:
-            names = " or ".join(repr(name.value) for name in TRAINING_LOSSES)
+        if chosen(self.likelihood).training_loss() is None:
+            names = " or ".join(repr(name.value) for name in sorted(LIKELIHOODS) if chosen(name).training_loss())
             msg = (
                 f"LargestVarianceSWAGSubnetMask trains with the loss of {names}. For {self.likelihood.value!r} call "
                 "fit_diagonal_swag_var with its loss, and return the result from a ScoreBasedSubnetMask of your own."
@@ -260,50 +259,15 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
         InputError
             If there are none, or as in ``fit_diagonal_swag_var``.
         """
+        criterion = chosen(self.likelihood).training_loss()
+        assert criterion is not None, "the constructor checks it"
         return fit_diagonal_swag_var(
             self.model,
             self._needed(train_loader),
-            TRAINING_LOSSES[self.likelihood],
+            criterion,
             self.swag_n_snapshots,
             self.swag_snapshot_freq,
             self.swag_lr,
             dict_key_x=self.dict_key_x,
             dict_key_y=self.dict_key_y,
         )
-
-
-def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
-    """The mean over unmasked positions, of class indices or probabilities.
-
-    Parameters
-    ----------
-    f
-        Logits, ``[batch, *positions, C]``.
-    y
-        Targets, ``[batch, *positions]`` or ``[batch, *positions, C]``.
-    """
-    rows = f.reshape(-1, f.shape[-1])
-    if y.is_floating_point():
-        return F.cross_entropy(rows, y.reshape(rows.shape))
-    labels = y.reshape(-1).long()
-    n_unmasked = int((labels != IGNORED).sum())
-    # A batch without labels says nothing: its mean would be 0/0.
-    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / max(1, n_unmasked)
-
-
-def squared_error(f: Tensor, y: Tensor) -> Tensor:
-    """The mean, whether outputs are ``[batch]`` or ``[batch, 1]``.
-
-    Parameters
-    ----------
-    f, y
-        Outputs and targets.
-    """
-    return F.mse_loss(f, y.reshape(f.shape).to(f.dtype))
-
-
-TRAINING_LOSSES: dict[Likelihood, Callable[[Tensor, Tensor], Tensor]] = {
-    Likelihood.CLASSIFICATION: cross_entropy,
-    Likelihood.REGRESSION: squared_error,
-}
-"""Losses to train with, by likelihood."""

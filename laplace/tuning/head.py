@@ -123,13 +123,13 @@ class HeadBackend:
     def full(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, "params params"]]:
         """Negative log-likelihood and dense curvature."""
         f = self.head.outputs(self.theta, x)
-        matrix = last_layer.full(x, self.head.likelihood.hessian(f), self.head.bias)
+        matrix = last_layer.full(self.head.blocks(x), self.head.likelihood.hessian(f))
         return self.head.likelihood.nll(f, y), matrix
 
     def diag(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, " params"]]:
         """Negative log-likelihood and diagonal."""
         f = self.head.outputs(self.theta, x)
-        vector = last_layer.diag(x, self.head.likelihood.hessian(f), self.head.bias)
+        vector = last_layer.diag(self.head.blocks(x), self.head.likelihood.hessian(f))
         return self.head.likelihood.nll(f, y), vector
 
     def kron(self, x: Features, y: Targets, N: int) -> tuple[Scalar, Kron]:
@@ -137,13 +137,13 @@ class HeadBackend:
         assert N == 1, "structures ask for raw sums"
         f = self.head.outputs(self.theta, x)
         wide = x.dtype if x.device.type == "mps" else torch.float64  # which that device does not have
-        factors = last_layer.kron(x.to(wide), self.head.likelihood.hessian(f.to(wide)), self.head.bias)
+        factors = last_layer.kron(self.head.blocks(x.to(wide)), self.head.likelihood.hessian(f.to(wide)))
         return self.head.likelihood.nll(f, y), factors
 
     def blockdiag(self, x: Features, y: Targets) -> tuple[Scalar, list[Tensor]]:
         """Negative log-likelihood and the blocks of weight and bias."""
         f = self.head.outputs(self.theta, x)
-        blocks = last_layer.blockdiag(x, self.head.likelihood.hessian(f), self.head.bias)
+        blocks = last_layer.blockdiag(self.head.blocks(x), self.head.likelihood.hessian(f))
         return self.head.likelihood.nll(f, y), blocks
 
     def ekfac(
@@ -155,13 +155,13 @@ class HeadBackend:
     ) -> tuple[Scalar, list[Tensor]]:
         """Negative log-likelihood and the diagonal of the curvature in a basis."""
         f = self.head.outputs(self.theta, x)
-        diagonals = last_layer.ekfac(x, self.head.likelihood.hessian(f), self.head.bias, basis)
+        diagonals = last_layer.ekfac(self.head.blocks(x), self.head.likelihood.hessian(f), basis)
         return self.head.likelihood.nll(f, y), diagonals
 
     def lowrank(self, x: Features, y: Targets, directions: Tensor) -> tuple[Scalar, Tensor, Tensor | None]:
         """Negative log-likelihood, products of the curvature with directions ``[P, k]``, and its trace."""
         f = self.head.outputs(self.theta, x)
-        found = last_layer.lowrank(x, self.head.likelihood.hessian(f), self.head.bias, directions)
+        found = last_layer.lowrank(self.head.blocks(x), self.head.likelihood.hessian(f), directions)
         return self.head.likelihood.nll(f, y), *found
 
     def zeros(self) -> Float[Tensor, " params"]:

@@ -18,6 +18,7 @@ from laplace.errors import InputError, NumericalWarning, warn
 from laplace.likelihoods import AbstractLikelihood, OutputHessian
 from laplace.network.parameters import head_views
 from laplace.prior import GaussianPrior
+from laplace.structures.head_block import HeadBlock, head_blocks
 from laplace.types import Features, Outputs, Scalar, Targets
 
 DENSE_PARAMS = 512
@@ -70,6 +71,11 @@ class Head:
         weight, offset = head_views(theta, self.n_outputs, phi.shape[1], self.bias)
         return phi @ weight.T if offset is None else torch.addmm(offset, phi, weight.T)
 
+    def blocks(self, phi: Features) -> list[HeadBlock]:
+        """The derivatives of the outputs at some features, one block for each parameter group."""
+        shapes = [(self.n_outputs, phi.shape[1]), (self.n_outputs,)]
+        return head_blocks(phi, shapes if self.bias else shapes[:1])
+
     def pull_back(self, outputs: Outputs) -> Float[Tensor, " params"]:
         """Jᵀ times a vector of outputs."""
         weight = (outputs.T @ self.phi).flatten()
@@ -102,10 +108,10 @@ class Head:
         hessian = scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
         delta = self.prior.diagonal()
         if len(gradient) <= DENSE_PARAMS:
-            matrix = last_layer.full(self.phi, hessian, self.bias) + torch.diag(delta)
+            matrix = last_layer.full(self.blocks(self.phi), hessian) + torch.diag(delta)
             factor = linalg.cholesky(matrix, "Hessian of the head")
             return -torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
-        diagonal = last_layer.diag(self.phi, hessian, self.bias) + delta
+        diagonal = last_layer.diag(self.blocks(self.phi), hessian) + delta
 
         def product(v: Tensor) -> Tensor:
             return self.pull_back(multiply(hessian, self.outputs(v))) + delta * v

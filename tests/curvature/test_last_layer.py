@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from laplace.curvature import last_layer
 from laplace.likelihoods import OutputHessian
+from laplace.structures.head_block import HeadBlock, head_blocks
 from tests.contracts import linear_jacobian
 from tests.tools import LargestTensor, assert_close
 
@@ -25,6 +26,11 @@ def hessian(kind: str, n_rows: int, n_outputs: int) -> OutputHessian:
     }[kind]
 
 
+def blocks(phi: torch.Tensor, output_hessian: OutputHessian, bias: bool) -> list[HeadBlock]:
+    shapes = [(output_hessian.n_outputs, phi.shape[1]), (output_hessian.n_outputs,)]
+    return head_blocks(phi, shapes[: 1 + bias])
+
+
 def brute_force(phi: torch.Tensor, Lambda: torch.Tensor, bias: bool) -> torch.Tensor:
     n_params = Lambda.shape[1] * (phi.shape[1] + bias)
     total = torch.zeros(n_params, n_params).double()
@@ -41,40 +47,51 @@ def test_closed_forms_equal_the_sum_over_data(kind, n_rows, n_outputs, n_feature
     phi, output_hessian = torch.randn(n_rows, n_features).double(), hessian(kind, n_rows, n_outputs)
     Lambda = output_hessian.dense()
     H = brute_force(phi, Lambda, bias)
-    assert_close(last_layer.full(phi, output_hessian, bias), H, "full")
-    assert_close(last_layer.diag(phi, output_hessian, bias), H.diagonal(), "diag")
+    assert_close(last_layer.full(blocks(phi, output_hessian, bias), output_hessian), H, "full")
+    assert_close(last_layer.diag(blocks(phi, output_hessian, bias), output_hessian), H.diagonal(), "diag")
     G, A = Lambda.sum(0), phi.T @ phi
     kron = torch.block_diag(torch.kron(G, A), *[G] * bias)
-    assert_close(last_layer.kron(phi, output_hessian, bias).to_matrix(), kron, "kron")
+    assert_close(last_layer.kron(blocks(phi, output_hessian, bias), output_hessian).to_matrix(), kron, "kron")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kron_is_exact_for_a_single_datum(kind):
     phi, output_hessian = torch.randn(1, 4).double(), hessian(kind, 1, 3)
-    full = last_layer.full(phi, output_hessian, False)
-    assert_close(last_layer.kron(phi, output_hessian, False).to_matrix(), full)
+    full = last_layer.full(blocks(phi, output_hessian, False), output_hessian)
+    assert_close(last_layer.kron(blocks(phi, output_hessian, False), output_hessian).to_matrix(), full)
 
 
 def test_kron_is_exact_for_data_that_share_their_hessian():
     """The Gaussian without bias: sum of I x phi phi' is N I x mean of phi phi'."""
     phi = torch.randn(7, 4).double()
     identity = OutputHessian(3, diagonal=torch.ones(7, 1).double())
-    factors = last_layer.kron(phi, identity, False).kfacs[0]
-    assert_close(torch.kron(factors[0], factors[1] / 7), last_layer.full(phi, identity, False))
+    factors = last_layer.kron(blocks(phi, identity, False), identity).kfacs[0]
+    assert_close(torch.kron(factors[0], factors[1] / 7), last_layer.full(blocks(phi, identity, False), identity))
+
+
+def test_the_bias_shares_the_factor_of_the_outputs_unless_it_cancels():
+    phi, output_hessian = torch.randn(5, 4).double(), hessian("difference", 5, 3)
+    weight, bias = last_layer.kron(blocks(phi, output_hessian, True), output_hessian).kfacs
+    assert bias[0] is weight[0]
+    for constant in (0.0, 2.0):
+        head = [*blocks(phi, output_hessian, False), HeadBlock(torch.full((5, 1), constant).double(), None, (3,))]
+        exact = last_layer.full(head, output_hessian)[-3:, -3:]
+        assert_close(last_layer.kron(head, output_hessian, constant).kfacs[1][0], exact)
+        assert_close(last_layer.blockdiag(head, output_hessian, constant)[1], exact)
 
 
 @pytest.mark.parametrize("kind", ["root", "difference"])
 def test_chunks_do_not_change_the_dense_matrix(kind, monkeypatch):
     phi, output_hessian = torch.randn(9, 3).double(), hessian(kind, 9, 2)
-    whole = last_layer.full(phi, output_hessian, True)
+    whole = last_layer.full(blocks(phi, output_hessian, True), output_hessian)
     monkeypatch.setattr(last_layer, "CHUNK_ELEMENTS", 10)
-    assert_close(last_layer.full(phi, output_hessian, True), whole)
+    assert_close(last_layer.full(blocks(phi, output_hessian, True), output_hessian), whole)
 
 
 def test_neither_diagonal_nor_factors_take_more_than_inputs_and_result():
     rows, n_outputs, n_features = 32, 40, 50
     phi, output_hessian = torch.randn(rows, n_features).double(), hessian("difference", rows, n_outputs)
     with LargestTensor() as largest:
-        last_layer.diag(phi, output_hessian, True)
-        last_layer.kron(phi, output_hessian, True)
+        last_layer.diag(blocks(phi, output_hessian, True), output_hessian)
+        last_layer.kron(blocks(phi, output_hessian, True), output_hessian)
     assert largest.numel <= max(n_outputs * (n_features + 1), n_features**2, n_outputs**2), largest.operation

@@ -72,7 +72,7 @@ def spy(monkeypatch, cls, after=None) -> list[str]:
 @every_structure
 def test_what_an_adapter_claims_its_package_computes(cls, structure, last_layer, monkeypatch):
     """The entry point of the package is called, and our engines are not."""
-    for engine in ("all_weights.AllWeightsEngine", "last_layer_engine.LastLayerEngine"):
+    for engine in ("all_weights.AllWeightsEngine", "last_layer.LastLayerEngine"):
         module, _, name = engine.partition(".")
         ours = getattr(importlib.import_module(f"laplace.curvature.{module}"), name)
         monkeypatch.setattr(ours, "__init__", lambda *_args: pytest.fail("this is our engine"))

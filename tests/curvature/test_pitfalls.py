@@ -258,6 +258,7 @@ def test_masks_send_no_weight_the_slow_way(masked):
     x, y = torch.randn(4, 5, 2), torch.randint(3, (4, 5))
     y[masked] = -100
     engine = AutogradGGN(model, "classification")
-    with engine._engine._columns(x, y) as (_, recording, _columns):
+    with engine._engine.sums(x, y) as (_, sums):
+        recording = sums.kron.args[0]
         assert recording.mask is not None
         assert not recording.verdict.slow

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from laplace.enums import Likelihood
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import LIKELIHOODS, OutputHessian, resolve
+from laplace.likelihoods import LIKELIHOODS, OutputHessian, resolve, with_loss
 from tests.tools import LargestTensor, assert_close
 
 ROWS, OUTPUTS = 4, 3
@@ -62,6 +63,13 @@ def test_every_name_has_a_likelihood():
 def test_an_unknown_name_lists_the_choices():
     with pytest.raises(UnsupportedError, match=r"'regression'.*'reward_modeling'.*Did you mean 'classification'"):
         resolve("clasification")
+
+
+def test_packages_take_the_likelihoods_whose_loss_they_know():
+    labels = {Likelihood.CLASSIFICATION}
+    assert with_loss(nn.CrossEntropyLoss) == labels
+    assert with_loss(nn.CrossEntropyLoss, compared=True) == labels | {Likelihood.REWARD_MODELING}
+    assert with_loss(nn.MSELoss, nn.BCEWithLogitsLoss) == {Likelihood.REGRESSION, Likelihood.BINARY}
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)

@@ -84,6 +84,22 @@ def test_scores_of_pairs_become_rows(shape, dtype):
     assert LIKELIHOOD.count(Y, 1) == 5
 
 
+def test_a_head_is_seen_by_the_difference_of_features_and_its_bias_cancels():
+    phi, theta = scores(5, 2, 3).double(), scores(7)[3:].double()
+
+    def nll(theta):
+        return LIKELIHOOD.nll((phi @ theta[:3] + theta[3]).reshape(5, 2), Y)
+
+    positions = LIKELIHOOD.flatten((phi @ theta[:3] + theta[3]).unsqueeze(-1), Y)
+    rows, constant = LIKELIHOOD.head_rows(positions, phi)
+    ahead = rows @ theta[:3] + constant * theta[3]
+    assert_close(LIKELIHOOD.nll(LIKELIHOOD.of_head(ahead.unsqueeze(-1)), Y), nll(theta))
+    hessian = LIKELIHOOD.head_hessian(LIKELIHOOD.hessian(positions.f)).dense()
+    J = torch.cat([rows, torch.full((5, 1), constant).double()], 1).unsqueeze(1)
+    assert_close((J.mT @ hessian @ J).sum(0), torch.autograd.functional.hessian(nll, theta))
+    assert not LIKELIHOOD.independent(True)
+
+
 @pytest.mark.parametrize(
     ("f", "y", "error", "says"),
     [

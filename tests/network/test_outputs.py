@@ -7,12 +7,14 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.errors import UnsupportedError
+from laplace.likelihoods import chosen
 from laplace.likelihoods.categorical import check_logits
-from laplace.network.axes import Axes, check_last
+from laplace.network.axes import Axes
 from tests.network.test_failures import KINDS, X, Y, estimator, net
 
 WHOLE = [kind for kind in KINDS if "last layer" not in kind]
 SIZE = 4
+CLASSES, NUMBERS = chosen("classification"), chosen("regression")
 IMAGES = torch.randn(6, 2, SIZE, SIZE, dtype=torch.float64)
 
 
@@ -171,11 +173,11 @@ def test_channels_at_the_end_are_fitted_where_all_sizes_agree(name, likelihood):
 
 def test_outputs_that_nothing_is_known_of():
     for shape in ([2, 4, 5], [2, 5, 4], [2, 4]):
-        check_last(shape, None, classes=True)
-        check_last(shape, None, classes=False)
-    for shape, classes in (([2, 4, 4], True), ([2, 4, 4, 4], True), ([2, 1, 8, 8], False)):
+        CLASSES.check_axes(shape, None)
+        NUMBERS.check_axes(shape, None)
+    for shape, likelihood in (([2, 4, 4], CLASSES), ([2, 4, 4, 4], CLASSES), ([2, 1, 8, 8], NUMBERS)):
         with pytest.raises(UnsupportedError, match=r"neither their shape nor.*movedim\(1, -1\).*movedim\(-1, -1\)"):
-            check_last(shape, None, classes=classes)
+            likelihood.check_axes(shape, None)
     decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
     la = Laplace(decoder, "regression", "all", "diag")
     with pytest.raises(UnsupportedError, match="neither their shape nor"):

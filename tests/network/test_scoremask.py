@@ -6,7 +6,8 @@ from torch import nn
 
 from laplace import DiagLaplace, FullLaplace, Laplace
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.network.scoremask import cross_entropy, squared_error
+from laplace.likelihoods.categorical import cross_entropy
+from laplace.likelihoods.gaussian import squared_error
 from laplace.utils import fit_diagonal_swag_var
 from laplace.utils.subnetmask import (
     LargestMagnitudeSubnetMask,
