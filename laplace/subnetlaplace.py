@@ -19,6 +19,7 @@ from laplace.baselaplace.random_weights import Subnetwork
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
 from laplace.errors import InputError, ShapeError
+from laplace.network.batches import copied
 
 ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
 """Options that may hold a value for each weight."""
@@ -105,8 +106,8 @@ class SubnetLaplace(ParametricLaplace):
                 "what mask.select() returns. All weights are subset_of_weights='all'."
             )
             raise InputError(msg)
-        # Checked as soon as the first prior is.
-        self._indices = subnetwork_indices
+        # A copy: changing the user's tensor must not change what is random. Checked as soon as the first prior is.
+        self._indices = copied(subnetwork_indices)
         super().__init__(
             model,
             likelihood,
@@ -122,9 +123,7 @@ class SubnetLaplace(ParametricLaplace):
             asdl_fisher_kwargs=asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
         )
-        # A copy: changing the user's tensor must not change what is random.
-        self._indices = subnetwork_indices.detach().clone().to(self._device)
-        vars(self).pop("_weights", None)
+        self._indices = self._indices.to(self._device)
 
     @cached_property
     def _weights(self) -> Subnetwork:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.enums import CurvatureKind
+from laplace.predictive import NetworkLinearization
+from laplace.structures.head_block import head_blocks
 from tests import reference
 from tests.cases import Case
 from tests.likelihood_kinds import KINDS
@@ -148,20 +150,24 @@ def check_precision(precision: Any, dense: Tensor, *, n_outputs: int | None = No
     assert torch.equal(z, precision.sample(20_000, generator(4)))
     assert not torch.equal(z, precision.sample(20_000, generator(5)))
     if n_outputs is not None:
-        check_feature_variance(precision, dense, n_outputs, bias)
+        check_head(precision, dense, n_outputs, bias)
 
 
-def check_feature_variance(precision: Any, dense: Tensor, n_outputs: int, bias: bool) -> None:
-    """The closed forms for a linear layer equal the materialized Jacobian."""
+def check_head(precision: Any, dense: Tensor, n_outputs: int, bias: bool) -> None:
+    """The closed forms for a linear layer equal the materialized Jacobian, for outputs and for mixtures of them."""
     n_features = len(dense) // n_outputs - bias
     phi = torch.randn(4, n_features, generator=generator(6))
     J = torch.stack([linear_jacobian(row, n_outputs, bias) for row in phi])
-    V = reference.output_covariance(J, dense)
-    assert_close(precision.feature_variance(phi, n_outputs, bias), V, "feature variance")
-    diagonal = precision.feature_variance(phi, n_outputs, bias, diagonal=True)
-    assert_close(diagonal, V.diagonal(dim1=1, dim2=2), "diagonal of the feature variance")
-    joint = reference.joint_covariance(J, dense)
-    assert_close(precision.feature_covariance(phi, n_outputs, bias), joint, "feature covariance")
+    blocks = head_blocks(phi, shapes_of(n_outputs, n_features, bias))
+    mix = torch.randn(2, n_outputs, generator=generator(7))
+    for some, rows in ((blocks, J), ([block.mix(mix) for block in blocks], mix @ J)):
+        V = reference.output_covariance(rows, dense)
+        assert_close(precision.block_covariance(some), V, "covariance")
+        assert_close(precision.block_variance(some).T, V.diagonal(dim1=1, dim2=2), "variance")
+        assert_close(precision.block_kernel(some), reference.joint_covariance(rows, dense), "kernel")
+    pairs = [block.differences() for block in blocks]
+    V = reference.output_covariance(J[::2] - J[1::2], dense)
+    assert_close(precision.block_covariance(pairs), V, "covariance of differences")
 
 
 def linear_jacobian(phi: Tensor, n_outputs: int, bias: bool) -> Tensor:
@@ -297,3 +303,14 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(_same, first, second))
     return type(first) is type(second) and first == second
+
+
+def shapes_of(n_outputs: int, n_features: int, bias: bool = True) -> list[tuple[int, ...]]:
+    """Of the parameter groups of a head."""
+    weight = (n_outputs, n_features)
+    return [weight, (n_outputs,)] if bias else [weight]
+
+
+def of_head(f: Tensor, phi: Tensor, bias: bool = True) -> NetworkLinearization:
+    """Outputs and features as predictions see them."""
+    return NetworkLinearization.of_head(f, phi, shapes_of(f.shape[-1], phi.shape[-1], bias))

@@ -197,7 +197,9 @@ def test_tuning_and_evidence_may_break_at_any_step(structure, step, monkeypatch)
 
 
 @every_structure
-@pytest.mark.parametrize(("where", "broken"), [(room, "move"), (states, "Fit"), (room, "GaussianPrior"), (room, "fingerprint")])
+@pytest.mark.parametrize(
+    ("where", "broken"), [(room, "move"), (states, "Fit"), (room, "GaussianPrior"), (room, "fingerprint")]
+)
 def test_loading_and_saving_may_break_at_any_point(structure, where, broken, monkeypatch, tmp_path):
     case, model = BASIC[0], BASIC[0].model().train()
     la = fitted(case, structure, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from laplace.gp.tangents import Points, Tangents, WrittenTangents
 from laplace.gp.whole_network import BlockPoints
 from laplace.likelihoods import Positions
 from laplace.network import evaluating, full_precision
-from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization, compare
+from laplace.predictive import Linearization, NetworkLinearization, compare
 from laplace.schema import Known, Table, nested, tensor, whole
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.structures.jacobian import JacobianBlock
@@ -93,7 +94,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
     def _point_blocks(self, x: Inputs, column: Tensor) -> list[JacobianBlock]:
         """Derivatives of one output of each datum, in factors."""
         inputs = self._linearize(x)
-        assert isinstance(inputs, JacobianLinearization), "a whole network"
+        assert isinstance(inputs, NetworkLinearization), "a whole network"
         return block_points(inputs, column, self._dtype)
 
     def _points(self, parts: Sequence[tuple[Inputs, Tensor]]) -> Points:
@@ -105,10 +106,10 @@ class FeatureLaplace(BaseFunctionalLaplace):
             Inputs, and which of the ``positions · C`` outputs of each.
         """
         if self._weights.of_head:
-            found = [(self._linearize(x), column) for x, column in parts]
-            features = [feature_points(i, c, self._dtype) for i, c in found if isinstance(i, FeatureLinearization)]
-            phi, output = torch.cat([p.phi for p in features]), torch.cat([p.output for p in features])
-            return FeaturePoints(phi, output, features[0].n_outputs, features[0].bias)
+            linearized = [(self._linearize(x), column) for x, column in parts]
+            found = [feature_points(i, c, self._dtype) for i, c in linearized if isinstance(i, NetworkLinearization)]
+            phis = tuple(torch.cat(group) for group in zip(*(head.phis for head, _ in found), strict=True))
+            return FeaturePoints(replace(found[0][0], phis=phis), torch.cat([output for _, output in found]))
         pieces: list[Callable[[], list[JacobianBlock]]] = []
         left = KEPT_ELEMENTS
         for x, column in parts:

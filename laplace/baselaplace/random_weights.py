@@ -190,7 +190,7 @@ class Subnetwork(AllWeights):
 
     def backend_options(self) -> dict[str, Any]:
         """Which weights are chosen."""
-        return {"last_layer": False, "subnetwork_indices": self.indices}
+        return {"last_layer": False, "subnetwork_indices": self.indices.to(self.first.device)}
 
     def choices(self) -> dict[str, Any]:
         """Which weights are chosen."""

@@ -24,7 +24,7 @@ from laplace.errors import UnknownAttributeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, name_of, resolve
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
-from laplace.structures.dense_jacobian import head_jacobians
+from laplace.structures.head_block import head_blocks
 from laplace.types import Inputs, Jacobians
 
 B = TypeVar("B", bound="CurvatureInterface")
@@ -238,8 +238,9 @@ class CurvatureInterface(StructuredInterface, ABC):
         with torch.set_grad_enabled(enable_backprop):
             f, phi = self.model.forward_with_features(x)
             f, phi = self._widen(f), self._widen(phi)
-            f, phi = f.reshape(-1, f.shape[-1]), phi.reshape(-1, phi.shape[-1])
-            return head_jacobians(phi, f.shape[-1], self._head.bias is not None), f
+            blocks = head_blocks(phi.reshape(-1, phi.shape[-1]), [tuple(p.shape) for p in self.params])
+            J = torch.cat([block.dense() for block in blocks], -1).transpose(0, 1)
+            return J, f.reshape(-1, f.shape[-1])
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
         """Jacobians of the outputs in the random weights, ``[rows, outputs, P]``, and outputs ``[rows, outputs]``.

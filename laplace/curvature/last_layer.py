@@ -60,7 +60,7 @@ def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 
     """
     outer = hessian.sum()
     of_bias = bias_block(outer, constant)
-    return Kron([[outer, block.phi.T @ block.phi] if len(block.group) > 1 else [of_bias] for block in blocks])
+    return Kron([[outer, block.phi.T @ block.phi] if len(block.shape) > 1 else [of_bias] for block in blocks])
 
 
 def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Float[Tensor, "outputs outputs"]:
@@ -98,7 +98,7 @@ def blockdiag(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: flo
     -----
     Exact blocks. Time O(rows · (C D)²), memory O((C D)²).
     """
-    return [full([block], hessian) if len(block.group) > 1 else bias_block(hessian.sum(), constant) for block in blocks]
+    return [full([block], hessian) if len(block.shape) > 1 else bias_block(hessian.sum(), constant) for block in blocks]
 
 
 def ekfac(
@@ -119,7 +119,7 @@ def ekfac(
         phi = block.phi
         for side in inner:
             phi = phi if side is None else phi @ side
-        diagonals.append((diagonal_in(hessian, outer).T @ phi.square()).view(block.group))
+        diagonals.append((diagonal_in(hessian, outer).T @ phi.square()).view(block.shape))
     return diagonals
 
 
@@ -282,7 +282,7 @@ class HeadSums:
     def _wide(self) -> tuple[list[HeadBlock], OutputHessian]:
         """Blocks and output Hessians in float64."""
         wide = linalg.wide_dtype(self.positions.f)
-        blocks = [HeadBlock(block.phi.to(wide), None, block.group) for block in self.blocks]
+        blocks = [block.to(wide) for block in self.blocks]
         return blocks, self.hessian(self.positions.to(wide))
 
     def hessian(self, positions: Positions) -> OutputHessian:
@@ -312,7 +312,7 @@ class LastLayerEngine:
                 likelihood, shapes = self.backend.output_likelihood, [tuple(p.shape) for p in self.backend.params]
                 phi, constant = likelihood.head_rows(positions, phi.to(positions.f.dtype))
                 of_bias = phi.new_full((len(phi), 1), constant)
-                blocks = [HeadBlock(phi if len(shape) > 1 else of_bias, None, shape) for shape in shapes]
+                blocks = [HeadBlock((phi if len(shape) > 1 else of_bias,), (shape,)) for shape in shapes]
                 head, loss = HeadSums(self.backend, positions, blocks, constant), self.backend.loss(positions)
                 if not self.backend.adds_over_positions or positions.datum is None:
                     yield loss, head

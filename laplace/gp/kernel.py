@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.errors import UnsupportedError
-from laplace.network.parameters import head_views
-from laplace.predictive import FeatureLinearization, Linearization
+from laplace.predictive import Linearization, NetworkLinearization
 from laplace.schema import Known, Table, refuse, tensor, whole
+from laplace.structures.head_block import HeadBlock, head_of
 
 
 def _width(value: Any, where: str, known: Known) -> None:
@@ -161,19 +162,18 @@ class FeatureKernel(SubsetKernel):
 
     Attributes
     ----------
-    phi
-        Features of the rows, and what multiplies the bias: ``[rows, D̃]``.
-    width
-        C.
-    bias
-        Whether the layer has a bias, whose factor (1; 0 in differences of features) is the last column.
+    head
+        Derivatives at the rows, as one block.
     """
 
-    phi: Float[Tensor, "rows augmented"]
-    width: int
-    bias: bool
+    head: HeadBlock
 
     separates = True
+
+    @cached_property
+    def phi(self) -> Float[Tensor, "rows augmented"]:
+        """Features of the rows, and what multiplies the bias (1; 0 in differences of features), ``[rows, D̃]``."""
+        return self.head.augmented
 
     @property
     def n_rows(self) -> int:
@@ -183,12 +183,12 @@ class FeatureKernel(SubsetKernel):
     @property
     def n_outputs(self) -> int:
         """C."""
-        return self.width
+        return self.head.n_outputs
 
     @property
     def n_params(self) -> int:
         """P."""
-        return self.width * self.phi.shape[1]
+        return self.head.n_params
 
     @property
     def is_finite(self) -> bool:
@@ -207,11 +207,11 @@ class FeatureKernel(SubsetKernel):
 
     def cross(self, inputs: Linearization, dtype: torch.dtype) -> Float[Tensor, "rows augmented"]:
         """The features themselves: products with those of the subset are made where they are used."""
-        if not isinstance(inputs, FeatureLinearization):
+        head = head_of(inputs.blocks(dtype)) if isinstance(inputs, NetworkLinearization) else None
+        if head is None:
             msg = f"A last layer needs features; got {type(inputs).__name__}."
             raise UnsupportedError(msg)
-        phi = inputs.phi.reshape(-1, inputs.phi.shape[-1]).to(dtype)
-        return torch.nn.functional.pad(phi, (0, 1), value=1.0) if self.bias else phi
+        return head.augmented
 
     def project(
         self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
@@ -263,26 +263,22 @@ class FeatureKernel(SubsetKernel):
 
     def apply(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "vectors rows outputs"]:
         """Products with features."""
-        weight, offset = head_views(vectors, self.width, self.phi.shape[1] - int(self.bias), self.bias)
-        augmented = weight if offset is None else torch.cat([weight, offset.unsqueeze(-1)], -1)
-        return self.phi @ augmented.mT
+        return self.head.apply(vectors).mT
 
     def combine(self, weights: Float[Tensor, "vectors rows outputs"]) -> Float[Tensor, "vectors params"]:
         """Products with features, in public order: the weight row by row, then the bias."""
-        augmented = weights.mT @ self.phi
-        if not self.bias:
-            return augmented.flatten(1)
-        return torch.cat([augmented[..., :-1].flatten(1), augmented[..., -1]], 1)
+        return self.head.apply_transposed(weights.mT)
 
     def union(self, other: FeatureKernel) -> FeatureKernel:
         """Features one after the other."""
-        return FeatureKernel(torch.cat([self.phi, other.phi]), self.width, self.bias)
+        pairs = zip(self.head.phis, other.head.phis, strict=True)
+        return FeatureKernel(replace(self.head, phis=tuple(torch.cat(pair) for pair in pairs)))
 
     entries: ClassVar[Table] = {"phi": tensor(("rows", "augmented")), "n_outputs": _width, "bias": _bias}
 
     def state(self) -> dict[str, Any]:
         """Features."""
-        return {"phi": self.phi, "n_outputs": self.width, "bias": self.bias}
+        return {"phi": self.phi, "n_outputs": self.n_outputs, "bias": len(self.head.phis) > 1}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> FeatureKernel:
@@ -295,7 +291,10 @@ class FeatureKernel(SubsetKernel):
         dtype
             To compute in.
         """
-        return cls(state["phi"].to(dtype), int(state["n_outputs"]), bool(state["bias"]))
+        phi, n_outputs = state["phi"].to(dtype), int(state["n_outputs"])
+        phis = (phi[:, :-1], phi[:, -1:]) if state["bias"] else (phi,)
+        groups = ((n_outputs, phis[0].shape[1]), (n_outputs,))
+        return cls(HeadBlock(phis, groups[: len(phis)]))
 
 
 __all__ = ["FeatureKernel", "SubsetKernel", "whitened_gram"]

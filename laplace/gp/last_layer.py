@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.gp.tangents import Points, Tangents
-from laplace.network.parameters import augment, head_views, output_index
+from laplace.structures.head_block import HeadBlock
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,19 @@ class FeaturePoints(Points):
 
     Attributes
     ----------
-    phi
-        Features of the points, with the constant of the bias, ``[M, D̃]``.
+    head
+        Derivatives at the points, as one block.
     output
         Output of each, ``[M]``.
-    n_outputs
-        C.
-    bias
-        Whether the layer has one.
     """
 
-    phi: Float[Tensor, "points features"]
+    head: HeadBlock
     output: Int[Tensor, " points"]
-    n_outputs: int
-    bias: bool
+
+    @cached_property
+    def phi(self) -> Float[Tensor, "points augmented"]:
+        """Features of the points, with the constant of the bias."""
+        return self.head.augmented
 
     @property
     def n_points(self) -> int:
@@ -44,58 +44,47 @@ class FeaturePoints(Points):
 
     def combine(self, weights: Float[Tensor, "vectors points"]) -> Float[Tensor, "vectors params"]:
         """Added output by output."""
-        total = weights.new_zeros(len(weights), self.n_outputs, self.phi.shape[1])
+        total = weights.new_zeros(len(weights), *self.head.order.shape)
         for c in self.output.unique().tolist():
             of_c = self.output == c
             total[:, c] = weights[:, of_c] @ self.phi[of_c]
-        n_params = self.n_outputs * self.phi.shape[1]
-        index = output_index(self.n_outputs, n_params, self.bias).flatten().to(weights.device)
-        return torch.empty_like(total.flatten(1)).index_copy_(1, index, total.flatten(1))
+        flat = total.flatten(1)
+        return torch.empty_like(flat).index_copy_(1, self.head.order.flatten(), flat)
 
     def against(self, rows: Float[Tensor, "rows params"]) -> Float[Tensor, "rows points"]:
         """The part of the point's output with its features."""
-        index = output_index(self.n_outputs, rows.shape[1], self.bias).to(rows.device)
         result = rows.new_empty(len(rows), self.n_points)
         for c in self.output.unique().tolist():
             of_c = self.output == c
-            result[:, of_c] = rows[:, index[c]] @ self.phi[of_c].T
+            result[:, of_c] = rows[:, self.head.order[c]] @ self.phi[of_c].T
         return result
 
 
 @dataclass(frozen=True)
 class FeatureTangents(Tangents):
-    """``J = I_C ⊗ φ̃ᵀ``, in the order of public vectors: the weight row by row, then the bias.
+    """``J = I_C ⊗ φ̃ᵀ``, as one block of a head."""
 
-    Attributes
-    ----------
-    phi
-        Features of each row, ``[rows, D]``.
-    n_outputs
-        C.
-    bias
-        Whether the layer has one.
-    """
+    head: HeadBlock
 
-    phi: Float[Tensor, "rows features"]
-    n_outputs: int
-    bias: bool
+    @cached_property
+    def phi(self) -> Float[Tensor, "rows augmented"]:
+        """Features, with the constant of the bias."""
+        return self.head.augmented
 
     def times(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "rows outputs vectors"]:
         """One product with features."""
-        weight, offset = head_views(vectors, self.n_outputs, self.phi.shape[1], self.bias)
-        result = torch.einsum("nd,kcd->nck", self.phi, weight)
-        return result if offset is None else result + offset.T
+        return self.head.apply(vectors).permute(2, 1, 0)
 
     def cross(self, points: Points) -> Float[Tensor, "rows outputs points"]:
         """Products of features, where the outputs agree."""
         assert isinstance(points, FeaturePoints), "points of the same last layer"
-        products = augment(self.phi, self.bias) @ points.phi.T
-        same = torch.arange(self.n_outputs, device=self.phi.device).unsqueeze(1) == points.output
+        products = self.phi @ points.phi.T
+        same = torch.arange(self.head.n_outputs, device=products.device).unsqueeze(1) == points.output
         return products.unsqueeze(1) * same
 
     def variance(self) -> Float[Tensor, "rows outputs"]:
         """The same for all outputs."""
-        return augment(self.phi, self.bias).square().sum(1, keepdim=True).expand(-1, self.n_outputs)
+        return self.phi.square().sum(1, keepdim=True).expand(-1, self.head.n_outputs)
 
     def covariance(self) -> Float[Tensor, "rows outputs outputs"]:
         """Diagonal."""
@@ -103,10 +92,9 @@ class FeatureTangents(Tangents):
 
     def joint(self) -> Float[Tensor, "joint joint"]:
         """``Φ̃ Φ̃ᵀ ⊗ I``."""
-        phi = augment(self.phi, self.bias)
-        return torch.kron(phi @ phi.T, torch.eye(self.n_outputs, dtype=phi.dtype, device=phi.device))
+        eye = torch.eye(self.head.n_outputs, dtype=self.phi.dtype, device=self.phi.device)
+        return torch.kron(self.phi @ self.phi.T, eye)
 
     def pair_variance(self) -> Float[Tensor, " pairs"]:
         """Of the differences of features: the bias cancels."""
-        first, second = self.phi.reshape(-1, 2, self.phi.shape[1]).unbind(1)
-        return (first - second).square().sum(1)
+        return self.head.differences().augmented.square().sum(1)

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.errors import UnsupportedError
-from laplace.gp.last_layer import FeaturePoints, FeatureTangents
+from laplace.gp.last_layer import FeatureTangents
 from laplace.gp.tangents import Points, Tangents
 from laplace.gp.whole_network import BlockTangents
-from laplace.network.parameters import augment
-from laplace.predictive.linearization import FeatureLinearization, JacobianLinearization, Linearization
+from laplace.predictive.linearization import Linearization, NetworkLinearization
 from laplace.predictive.pairs import Pairs
+from laplace.structures.head_block import HeadBlock, head_of
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
 
@@ -88,34 +88,26 @@ def tangents(inputs: Linearization, dtype: torch.dtype) -> Tangents:
     """
     if isinstance(inputs, Pairs):
         return DifferenceTangents(tangents(inputs.scores, dtype))
-    if isinstance(inputs, FeatureLinearization):
-        return FeatureTangents(inputs.phi.reshape(-1, inputs.phi.shape[-1]).to(dtype), inputs.n_outputs, inputs.bias)
-    if isinstance(inputs, JacobianLinearization) and inputs.derivatives is not None:
-        return BlockTangents(inputs.derivatives, tuple(inputs.f.shape), inputs.f.new_empty((), dtype=dtype))
+    if isinstance(inputs, NetworkLinearization) and inputs.derivatives is not None:
+        head = head_of(inputs.blocks(dtype)) if inputs.is_linear else None
+        return BlockTangents(inputs, dtype) if head is None else FeatureTangents(head)
     msg = f"{type(inputs).__name__} holds no derivatives that a kernel could be made of."
     raise UnsupportedError(msg)
 
 
-def feature_points(inputs: FeatureLinearization, column: Int[Tensor, " batch"], dtype: torch.dtype) -> FeaturePoints:
-    """One output of each datum of a last layer.
-
-    Parameters
-    ----------
-    inputs
-        A batch.
-    column
-        Which of its ``positions · C`` outputs, ``[batch]``.
-    dtype
-        To compute in.
-    """
-    phi = inputs.phi.reshape(len(column), -1, inputs.phi.shape[-1])
+def feature_points(
+    inputs: NetworkLinearization, column: Int[Tensor, " batch"], dtype: torch.dtype
+) -> tuple[HeadBlock, Int[Tensor, " batch"]]:
+    """Derivatives of a last layer at one position of each datum, and which output is meant of its ``positions · C``."""
+    n_positions = inputs.f.numel() // (len(column) * inputs.n_outputs)
     position, output = column // inputs.n_outputs, column % inputs.n_outputs
-    chosen = phi[torch.arange(len(column), device=phi.device), position].to(dtype)
-    return FeaturePoints(augment(chosen, inputs.bias), output, inputs.n_outputs, inputs.bias)
+    head = head_of(inputs.blocks(dtype))
+    assert head is not None, "of a last layer"
+    return head.select(torch.arange(len(column), device=position.device) * n_positions + position), output
 
 
 def block_points(
-    inputs: JacobianLinearization, column: Int[Tensor, " batch"], dtype: torch.dtype
+    inputs: NetworkLinearization, column: Int[Tensor, " batch"], dtype: torch.dtype
 ) -> list[JacobianBlock]:
     """One output of each datum of a whole network, ``[1, batch, p]`` for each parameter group.
 
@@ -137,12 +129,11 @@ def block_points(
     one_hot = torch.nn.functional.one_hot(column, inputs.f[0].numel()).to(inputs.f.dtype).reshape(inputs.f.shape)
     if isinstance(inputs.derivatives, Directional):
         return inputs.derivatives.blocks([one_hot])
-    eye = torch.eye(inputs.f[0].numel(), dtype=dtype, device=inputs.f.device)
     result: list[Tensor] = []
     for c in column.unique().tolist():
         rows = (column == c).nonzero().squeeze(1)
-        of_c = inputs.derivatives.columns(eye[c : c + 1])
-        result = result or [eye.new_zeros(1, len(column), block.n_params) for block in of_c]
+        of_c = inputs.blocks(dtype, c, c + 1)
+        result = result or [block.sample.new_zeros(1, len(column), block.n_params) for block in of_c]
         for values, block in zip(result, of_c, strict=True):
             for row in rows.tolist():
                 values[:, row] = block.dense(slice(row, row + 1))[:, 0]

@@ -17,7 +17,7 @@ from laplace.errors import UnsupportedError
 from laplace.gp.kernel import SubsetKernel, whitened_gram
 from laplace.network.batches import count_rows, join_rows, plain, signature
 from laplace.network.parameters import split_sizes
-from laplace.predictive import JacobianLinearization, Linearization
+from laplace.predictive import Linearization, NetworkLinearization
 from laplace.schema import Known, Table, flag, refuse, whole
 from laplace.structures.jacobian import JacobianBlock, sum_parts
 from laplace.types import Inputs
@@ -59,7 +59,7 @@ class Piece:
 
 
 def pieces(
-    inputs: JacobianLinearization, width: int, dtype: torch.dtype, *, separate: bool, start: int = 0
+    inputs: NetworkLinearization, width: int, dtype: torch.dtype, *, separate: bool, start: int = 0
 ) -> Iterator[Piece]:
     """Derivatives of a batch, a bounded number of its outputs at a time.
 
@@ -138,7 +138,7 @@ class NetworkKernel(SubsetKernel):
     separates: bool
     dtype: torch.dtype
     linearize: Linearize = field(repr=False, compare=False)
-    _kept: dict[int, tuple[JacobianLinearization, int]] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[int, tuple[NetworkLinearization, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_rows(self) -> int:
@@ -155,15 +155,15 @@ class NetworkKernel(SubsetKernel):
         """P."""
         return self.weights
 
-    def _at(self, number: int) -> JacobianLinearization:
+    def _at(self, number: int) -> NetworkLinearization:
         """One batch of the subset, linearized; kept if it fits."""
         if number not in self._kept:
             inputs = self.linearize(self.batches[number])
-            assert isinstance(inputs, JacobianLinearization), "of all weights"
+            assert isinstance(inputs, NetworkLinearization), "of all weights"
             found = inputs.kept(KEPT_ELEMENTS - sum(size for _, size in self._kept.values()))
             if found is None:
                 return inputs
-            assert isinstance(found[0], JacobianLinearization), "what is kept is of the same kind"
+            assert isinstance(found[0], NetworkLinearization), "what is kept is of the same kind"
             self._kept[number] = found[0], found[1]
         return self._kept[number][0]
 
@@ -189,7 +189,7 @@ class NetworkKernel(SubsetKernel):
 
     def cross(self, inputs: Linearization, dtype: torch.dtype) -> Tensor:
         """``[rows·C, rows'·C]``; ``[C, rows, rows']`` between equal outputs."""
-        if not isinstance(inputs, JacobianLinearization):
+        if not isinstance(inputs, NetworkLinearization) or inputs.is_linear:
             msg = f"All weights need derivatives; got {type(inputs).__name__}."
             raise UnsupportedError(msg)
         C = inputs.n_outputs

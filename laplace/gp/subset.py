@@ -20,6 +20,7 @@ from laplace.network import full_precision
 from laplace.network.batches import rows_of
 from laplace.network.sampler import SoDSampler
 from laplace.predictive import Linearization
+from laplace.structures.head_block import HeadBlock
 from laplace.types import Inputs
 
 KEPT_ELEMENTS = 2**29
@@ -157,14 +158,13 @@ class Subset:
     def _of_features(
         self, backend: Any, phi: Tensor, positions: Positions, root: Tensor, rows: Tensor
     ) -> tuple[FeatureKernel, Tensor]:
-        likelihood, bias, width = backend.output_likelihood, len(backend.params) == 2, backend.params[0].shape[0]
-        features, constant = likelihood.head_rows(positions, phi)
-        if bias:
-            features = torch.nn.functional.pad(features, (0, 1), value=constant)
+        features, constant = backend.output_likelihood.head_rows(positions, phi)
         datum = positions.datum if positions.datum is not None else torch.arange(len(features), device=features.device)
         here = torch.isin(datum, rows.to(datum.device))
-        self._note(datum[here] + self.n_seen, features[here].numel())
-        return FeatureKernel(features[here], width, bias), root[here]
+        features, shapes = features[here], tuple(tuple(parameter.shape) for parameter in backend.params)
+        phis = (features, features.new_full((len(features), 1), constant))[: len(shapes)]
+        self._note(datum[here] + self.n_seen, sum(phi.numel() for phi in phis))
+        return FeatureKernel(HeadBlock(phis, shapes)), root[here]
 
     def _of_network(
         self, backend: Any, x: Inputs, f: Tensor, positions: Positions, root: Tensor, rows: Tensor
@@ -243,7 +243,7 @@ class Subset:
         """To the chosen data."""
         if isinstance(kernel, FeatureKernel):
             here = torch.isin(torch.cat(self._datum), chosen.to(root.device))
-            return replace(kernel, phi=kernel.phi[here]), root[here]
+            return FeatureKernel(kernel.head.select(here)), root[here]
         assert isinstance(kernel, NetworkKernel), "there are two kinds"
         batches, sizes, roots, start = [], [], [], 0
         parts = root.split([data * rows for data, rows in kernel.sizes])

@@ -106,15 +106,10 @@ class SubsetCurvature(AbstractCurvature):
 
     def scale_weights(self, factors: Float[Tensor, " params"]) -> SubsetCurvature:
         """One factor for all weights of an output, of a last layer: it scales the roots of that output."""
-        each = factors[: self.kernel.n_outputs * (self.n_params // self.kernel.n_outputs - int(self._bias))]
-        of_output = each.view(self.kernel.n_outputs, -1)[:, 0].sqrt()
+        assert isinstance(self.kernel, FeatureKernel), "weights of a last layer belong to outputs"
+        of_output = self.kernel.head.matrices(factors)[0][:, 0].sqrt()
         root = self.root * (of_output if self.root.dim() == 2 else of_output.unsqueeze(1))
         return replace(self, root=root, _cache={})
-
-    @property
-    def _bias(self) -> bool:
-        assert isinstance(self.kernel, FeatureKernel), "weights of a last layer belong to outputs"
-        return self.kernel.bias
 
     @property
     def gram(self) -> Float[Tensor, "parts columns columns"]:
@@ -174,7 +169,7 @@ class SubsetCurvature(AbstractCurvature):
         factors = linalg.cholesky(eye + factor * self.gram, "kernel of the subset")
         return 2 * self.repeats * factors.diagonal(dim1=1, dim2=2).log().sum()
 
-    def basis(self, prior: GaussianPrior, *, features: bool) -> KernelBasis:  # noqa: ARG002
+    def basis(self, prior: GaussianPrior) -> KernelBasis:  # noqa: ARG002
         """Eigenvectors of the Gram matrix, which prior and noise leave alone."""
         vectors = self.eigenvectors
         return KernelBasis(self.kernel, self.root, self.eigenvalues, vectors)
@@ -229,13 +224,8 @@ class KernelBasis(Basis):
         inverse = torch.where(kept, self.eigenvalues.clamp(min=torch.finfo(self.root.dtype).tiny).rsqrt(), 0.0)
         return self.eigenvectors * inverse.unsqueeze(1)
 
-    def features(self, phi: Tensor, n_outputs: int, bias: bool) -> Any:  # noqa: ARG002
-        """Not asked for: inputs of a process are rotated through their kernel."""
-        msg = "Inputs of a Gaussian process are rotated as ProcessLinearization."
-        raise UnsupportedError(msg)
-
     def blocks(self, blocks: Sequence[Any]) -> Any:  # noqa: ARG002
-        """Not asked for, either."""
+        """Not asked for: inputs of a process are rotated through their kernel."""
         msg = "Inputs of a Gaussian process are rotated as ProcessLinearization."
         raise UnsupportedError(msg)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace.gp.tangents import Points, Tangents
 from laplace.network.parameters import split_sizes
-from laplace.predictive.linearization import Derivatives
+from laplace.predictive.linearization import NetworkLinearization
 from laplace.structures.jacobian import JacobianBlock, sum_parts
 
 
@@ -80,43 +80,33 @@ class BlockTangents(Tangents):
 
     Attributes
     ----------
-    derivatives
-        Of the outputs of a batch.
-    shape
-        Of the outputs, ``[batch, *positions, C]``.
-    sample
-        A tensor of the dtype and on the device to compute in.
+    inputs
+        Linearized.
+    dtype
+        To compute in.
     """
 
-    derivatives: Derivatives
-    shape: tuple[int, ...]
-    sample: Tensor
+    inputs: NetworkLinearization
+    dtype: torch.dtype
 
     @property
-    def _n_outputs(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def _n_columns(self) -> int:
-        """T·C, the outputs of a datum at all positions."""
-        return torch.Size(self.shape[1:]).numel()
-
-    def _blocks(self, start: int, stop: int) -> list[JacobianBlock]:
-        eye = torch.eye(self._n_columns, dtype=self.sample.dtype, device=self.sample.device)
-        return self.derivatives.columns(eye[start:stop])
+    def _step(self) -> int:
+        """How many columns fit the memory that chunks may take."""
+        assert self.inputs.derivatives is not None, "tangents checks this"
+        return self.inputs.derivatives.n_columns_at_once
 
     def _by_column(self, step: int) -> Iterator[list[JacobianBlock]]:
-        for start in range(0, self._n_columns, step):
-            yield self._blocks(start, start + step)
+        for start in range(0, self.inputs.n_columns, step):
+            yield self.inputs.blocks(self.dtype, start, start + step)
 
     def _rows(self, columns: Tensor) -> Tensor:
         """From ``[columns, batch, k]`` to ``[rows, C, k]``."""
-        return columns.transpose(0, 1).reshape(-1, self._n_outputs, columns.shape[-1])
+        return columns.transpose(0, 1).reshape(-1, self.inputs.n_outputs, columns.shape[-1])
 
     def times(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "rows outputs vectors"]:
         """By each block."""
         columns = []
-        for blocks in self._by_column(self.derivatives.n_columns_at_once):
+        for blocks in self._by_column(self._step):
             parts = split_sizes(vectors, [block.n_params for block in blocks])
             columns.append(sum_parts([b.apply(v) for b, v in zip(blocks, parts, strict=True)]))
         return self._rows(torch.cat(columns, 1).permute(1, 2, 0))
@@ -125,18 +115,18 @@ class BlockTangents(Tangents):
         """Of blocks with blocks."""
         assert isinstance(points, BlockPoints), "points of the same network"
         columns = []
-        for blocks in self._by_column(self.derivatives.n_columns_at_once):
+        for blocks in self._by_column(self._step):
             columns.append(torch.cat([product(blocks, piece()) for piece in points.pieces], 2))
         return self._rows(torch.cat(columns))
 
     def _ones(self, blocks: Sequence[JacobianBlock]) -> list[Tensor]:
-        return [self.sample.new_ones(1).expand(block.n_params) for block in blocks]
+        return [block.sample.new_ones(1, dtype=self.dtype).expand(block.n_params) for block in blocks]
 
     def variance(self) -> Float[Tensor, "rows outputs"]:
         """A few outputs at a time."""
         columns = [
             sum_parts([b.variance(w) for b, w in zip(blocks, self._ones(blocks), strict=True)])
-            for blocks in self._by_column(self.derivatives.n_columns_at_once)
+            for blocks in self._by_column(self._step)
         ]
         return self._rows(torch.cat(columns).unsqueeze(-1)).squeeze(-1)
 
@@ -144,18 +134,18 @@ class BlockTangents(Tangents):
         """All outputs of a position at a time."""
         parts = [
             sum_parts([b.covariance(w) for b, w in zip(blocks, self._ones(blocks), strict=True)])
-            for blocks in self._by_column(self._n_outputs)
+            for blocks in self._by_column(self.inputs.n_outputs)
         ]
         return torch.stack(parts, 1).flatten(0, 1)
 
     def joint(self) -> Float[Tensor, "joint joint"]:
         """All outputs at once."""
-        blocks = self._blocks(0, self._n_columns)
+        blocks = self.inputs.blocks(self.dtype)
         return sum_parts([b.kernel(w) for b, w in zip(blocks, self._ones(blocks), strict=True)])
 
     def pair_variance(self) -> Float[Tensor, " pairs"]:
         """One column, the difference."""
-        blocks = self.derivatives.columns(self.sample.new_tensor([[1.0, -1.0]]))
+        blocks = self.inputs.differences(self.dtype)
         return sum_parts([b.variance(w) for b, w in zip(blocks, self._ones(blocks), strict=True)]).squeeze(0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from laplace.network.choice import Choice, Interleaved
@@ -129,39 +129,6 @@ def _same(now: Tensor, then: Tensor) -> bool:
     """Whether two vectors agree in the coarser of their precisions, on the device of the first."""
     dtype = max(now.dtype, then.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     return torch.equal(now.to(dtype), then.to(now.device, dtype))
-
-
-def head_views(
-    vector: Float[Tensor, "*batch params"], n_outputs: int, n_features: int, bias: bool
-) -> tuple[Float[Tensor, "*batch outputs features"], Float[Tensor, "*batch outputs"] | None]:
-    """View vectors over the weights of a linear layer as its weight and its bias.
-
-    Parameters
-    ----------
-    vector
-        ``[..., P]`` in public order: the weight row by row, then the bias.
-    n_outputs, n_features
-        C and D of the layer.
-    bias
-        Whether it has a bias.
-    """
-    size = n_outputs * n_features
-    weight = vector[..., :size].unflatten(-1, (n_outputs, n_features))
-    return weight, vector[..., size:] if bias else None
-
-
-def augment(phi: Float[Tensor, "rows features"], bias: bool) -> Float[Tensor, "rows augmented"]:
-    """Append the constant feature 1 that a bias multiplies."""
-    return torch.cat([phi, torch.ones_like(phi[:, :1])], 1) if bias else phi
-
-
-def output_index(n_outputs: int, n_params: int, bias: bool) -> Int[Tensor, "outputs augmented"]:
-    """Where the weights of each output (its row of W, then its bias) lie in public order, ``[C, D + bias]``."""
-    n_features = n_params // n_outputs - int(bias)
-    weight = torch.arange(n_outputs * n_features).view(n_outputs, n_features)
-    if not bias:
-        return weight
-    return torch.cat([weight, (n_outputs * n_features + torch.arange(n_outputs)).unsqueeze(1)], 1)
 
 
 def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) -> tuple[Tensor, ...]:

@@ -5,8 +5,8 @@ from laplace.predictive.pairs import compare
 from laplace.predictive.pushforward import Options, functional_samples, predict
 
 __all__ = [
-    "NetworkLinearization",
     "Linearization",
+    "NetworkLinearization",
     "Options",
     "compare",
     "functional_samples",

@@ -29,6 +29,16 @@ class Linearization(ABC):
         """Whether outputs are linear in the random weights, so that rows of several batches can be one batch."""
         return False
 
+    def select(self, rows: Tensor) -> Linearization:
+        """Some rows, flattened; where outputs are linear in the random weights.
+
+        Parameters
+        ----------
+        rows
+            Their indices.
+        """
+        raise NotImplementedError
+
     def followed_by(self, others: Sequence[Linearization]) -> Linearization:
         """With the rows of others after these; where outputs are linear in the random weights.
 

@@ -195,7 +195,7 @@ class NetworkLinearization(Linearization):
         return replace(self, derivatives=StoredDerivatives(basis.blocks(self.blocks(dtype))))
 
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
-        """All columns, each group in factors or written out, whichever is smaller, if they fit; of a head always few."""
+        """All columns, each group in factors or written out, whichever is smaller, if they fit; a head has few."""
         if self.derivatives is None or self.is_linear:
             return super().kept(limit)
         dtype = torch.promote_types(self.f.dtype, torch.float32)

@@ -31,18 +31,6 @@ def dense_rows(blocks: Sequence[JacobianBlock]) -> Iterator[Float[Tensor, "batch
         yield torch.cat([block.dense(slice(start, start + step)) for block in blocks], -1).transpose(0, 1)
 
 
-def head_jacobians(
-    phi: Float[Tensor, "rows features"], n_outputs: int, bias: bool
-) -> Float[Tensor, "rows outputs params"]:
-    """The Jacobian of a linear layer in its own weights, written out: ``[I_C ⊗ φᵀ, I_C]``.
-
-    Its size is C times that of the outputs' gradients: only the generic paths use it.
-    """
-    eye = torch.eye(n_outputs, dtype=phi.dtype, device=phi.device)
-    weight = torch.einsum("ck,nd->nckd", eye, phi).flatten(2)
-    return torch.cat([weight, eye.expand(len(phi), -1, -1)], -1) if bias else weight
-
-
 def check_jacobians(J: Tensor, n_params: int) -> None:
     """Raise unless Jacobians are ``[batch, outputs, P]``.
 

@@ -24,15 +24,25 @@ class HeadBlock(JacobianBlock):
     ----------
     phis
         Features of each group, ``[rows, D]``.
-    n_outputs
-        C.
+    groups
+        Shape of each, ``(C, D)``, or ``(C,)`` of a bias.
     outer
         What the columns are, as directions in the outputs, ``[Q, C]``; ``None``: the C outputs themselves.
     """
 
     phis: tuple[Float[Tensor, "rows _"], ...]
-    n_outputs: int
+    groups: tuple[tuple[int, ...], ...]
     outer: Float[Tensor, "columns outputs"] | None = None
+
+    @property
+    def phi(self) -> Float[Tensor, "rows features"]:
+        """Features of the first group, as a rule the only one."""
+        return self.phis[0]
+
+    @property
+    def n_outputs(self) -> int:
+        """C."""
+        return self.groups[0][0]
 
     @property
     def n_columns(self) -> int:
@@ -51,8 +61,8 @@ class HeadBlock(JacobianBlock):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(C, D)`` of one group; of several their number of weights."""
-        return (self.n_outputs, self.phis[0].shape[1]) if len(self.phis) == 1 else (sum(self.sizes),)
+        """That of one group; of several their number of weights."""
+        return self.groups[0] if len(self.groups) == 1 else (sum(self.sizes),)
 
     @property
     def sample(self) -> Tensor:
@@ -105,18 +115,17 @@ class HeadBlock(JacobianBlock):
         """Products of a direction and a feature."""
         if len(self.phis) > 1:
             return super().entries(rows, index)
-        width = self.phis[0].shape[1]
-        return torch.einsum("qp,bp->qbp", self._directions()[:, index // width], self.phis[0][rows][:, index % width])
+        phi, width = self.phi, self.phi.shape[1]
+        return torch.einsum("qp,bp->qbp", self._directions()[:, index // width], phi[rows][:, index % width])
 
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> JacobianBlock:
         """``outer L`` and ``φ R``; one matrix for all weights of a group with features is written out."""
-        if len(sides) == 1 and (len(self.phis) > 1 or self.phis[0].shape[1] > 1):
+        if len(sides) == 1 and self.shape != (self.n_outputs,):
             return DenseBlock(self.dense()).rotate(sides, shape)
-        (left, *right), (phi,) = sides, self.phis
-        if left is None:
-            outer = self.outer
-        else:
-            outer = left if self.outer is None else self.outer @ left
+        (left, *right), phi = sides, self.phi
+        outer = left if self.outer is None else self.outer
+        if left is not None and self.outer is not None:
+            outer = self.outer @ left
         turned = phi if not right or right[0] is None else phi @ right[0]
         return replace(self, phis=(turned,), outer=outer)
 
@@ -192,7 +201,7 @@ class HeadBlock(JacobianBlock):
 
 def head_blocks(phi: Float[Tensor, "rows features"], shapes: Sequence[tuple[int, ...]]) -> list[HeadBlock]:
     """The blocks of a head, one for each parameter group: weight ``(C, D)`` and, if there is one, bias ``(C,)``."""
-    return [HeadBlock((phi if len(shape) > 1 else phi.new_ones(len(phi), 1),), shape[0]) for shape in shapes]
+    return [HeadBlock((phi if len(shape) > 1 else phi.new_ones(len(phi), 1),), (shape,)) for shape in shapes]
 
 
 def follow(parts: Sequence[Sequence[HeadBlock]]) -> list[HeadBlock]:
@@ -210,7 +219,8 @@ def joined(blocks: Sequence[JacobianBlock]) -> Sequence[JacobianBlock]:
     heads = [block for block in blocks if isinstance(block, HeadBlock)]
     if len(heads) != len(blocks) or any(head.outer is not heads[0].outer for head in heads):
         return blocks
-    return [replace(heads[0], phis=tuple(phi for head in heads for phi in head.phis))]
+    phis = tuple(phi for head in heads for phi in head.phis)
+    return [HeadBlock(phis, tuple(group for head in heads for group in head.groups), heads[0].outer)]
 
 
 def head_of(blocks: Sequence[JacobianBlock]) -> HeadBlock | None:

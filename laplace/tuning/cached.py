@@ -15,8 +15,8 @@ from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS, trying
 from laplace.network.batches import copied
-from laplace.predictive.linearization import FeatureLinearization, Linearization
-from laplace.predictive.pairs import Pairs, compare
+from laplace.predictive import Linearization
+from laplace.predictive.pairs import compare
 from laplace.predictive.pushforward import Options, moments_of_each
 from laplace.structures import AbstractPrecision
 from laplace.structures.basis import Basis
@@ -36,12 +36,9 @@ class CachedData:
     ----------
     batches
         How to get the linearized inputs of each batch, and its unmasked positions. Batches of features are one.
-    of_features
-        Whether inputs are features of a last layer, rather than derivatives of a network.
     """
 
     batches: Batches
-    of_features: bool = False
 
     @classmethod
     def collect(
@@ -75,7 +72,7 @@ class CachedData:
             If there are none, all are masked, or one cannot be used; the message numbers it.
         """
         collected: list[tuple[Callable[[], Linearization], Positions]] = []
-        left, features = KEPT_ELEMENTS, False
+        left = KEPT_ELEMENTS
 
         def arranged(x: Any) -> Linearization:
             return likelihood.arranged(linearize(x), compare)
@@ -86,7 +83,6 @@ class CachedData:
             with numbered(index, x):
                 inputs = arranged(x)
                 positions = likelihood.flatten(inputs.f, y)
-            features = isinstance(inputs.scores if isinstance(inputs, Pairs) else inputs, FeatureLinearization)
             found = inputs.kept(left)
             if found is None:
                 collected.append((partial(arranged, x), positions))
@@ -98,7 +94,7 @@ class CachedData:
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
             raise InputError(msg)
-        return cls(_joined(collected), features)
+        return cls(_joined(collected))
 
     @property
     def n_rows(self) -> int:
@@ -123,7 +119,7 @@ class CachedData:
                 rotated.append((partial(_same, get().rotated(basis, dtype)), positions))
             else:
                 rotated.append((partial(_rotate, get, basis, dtype), positions))
-        return CachedData(rotated, self.of_features)
+        return CachedData(rotated)
 
     def scores(
         self,
@@ -223,26 +219,11 @@ def _joined(batches: Batches) -> Batches:
     """One batch of many, where inputs are features: a few large products instead of many small ones."""
     inputs = [get() if isinstance(get, partial) and get.func is _same else None for get, _ in batches]
     positions = [found for _, found in batches]
-    scores = [item.scores if isinstance(item, Pairs) else item for item in inputs]
-    if len(batches) == 1 or not all(isinstance(item, FeatureLinearization) for item in scores):
+    first = inputs[0]
+    if first is None or len(batches) == 1 or not all(item is not None and item.is_linear for item in inputs):
         return batches
-    features = [item for item in scores if isinstance(item, FeatureLinearization)]
-    if isinstance(inputs[0], Pairs):
-        both = [item.f for item in inputs if isinstance(item, Pairs)]
-        joined = Pairs(torch.cat(both), _concatenated(features))
-    else:
-        found = zip(features, positions, strict=True)
-        joined = _concatenated([item if p.kept is None else item.select(p.kept) for item, p in found])
-    return [(partial(_same, joined), _all_positions(positions))]
-
-
-def _concatenated(parts: Sequence[FeatureLinearization]) -> FeatureLinearization:
-    """Row after row; positions are flattened where batches have different numbers of them."""
-    shapes = {part.f.shape[1:] for part in parts}
-    f, phi = [part.f for part in parts], [part.phi for part in parts]
-    if len(shapes) > 1:
-        f, phi = ([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors] for tensors in (f, phi))
-    return FeatureLinearization(torch.cat(f), torch.cat(phi), parts[0].bias)
+    found = [item if p.kept is None else item.select(p.kept) for item, p in zip(inputs, positions, strict=True) if item]
+    return [(partial(_same, found[0].followed_by(found[1:])), _all_positions(positions))]
 
 
 def _all_positions(parts: Sequence[Positions]) -> Positions:

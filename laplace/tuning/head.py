@@ -5,6 +5,7 @@ What cross-validation and refitted leave-one-out scores share. The features are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from laplace.enums import CurvatureKind, HessianStructure
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, Positions
-from laplace.predictive.linearization import FeatureLinearization
+from laplace.predictive import Linearization, NetworkLinearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, Kron
 from laplace.tuning.cached import CachedData
@@ -37,15 +38,15 @@ class HeadData:
         Features, ``[rows, D]``, one row an unmasked position.
     y
         Targets of the same rows.
-    bias
-        Whether the layer has a bias.
+    shapes
+        Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``.
     datum
         Which datum each row belongs to, ``[rows]``; ``None`` when every datum is one row.
     """
 
     phi: Features
     y: Targets
-    bias: bool
+    shapes: Sequence[tuple[int, ...]]
     datum: Int[Tensor, " rows"] | None = None
 
     @classmethod
@@ -64,23 +65,23 @@ class HeadData:
         UnsupportedError
             If other weights are random as well, or targets compare inputs.
         """
-        phis, targets, index, n_data, bias = [], [], [], 0, False
+        phis, targets, index, n_data, shapes = [], [], [], 0, ()
         for get, positions in data.batches:
             inputs = get()
-            if not isinstance(inputs, FeatureLinearization):
+            if not (isinstance(inputs, NetworkLinearization) and inputs.is_linear):
                 msg = (
                     "To train the last layer again from its features takes "
                     'subset_of_weights="last_layer" and a target for each input (no reward modeling). Use '
                     'method="marglik", or validation data (method="gridsearch").'
                 )
                 raise UnsupportedError(msg)
-            bias = inputs.bias
-            phis.append(positions.select(inputs.phi).to(dtype))
+            shapes = [block.shape for block in inputs.head]
+            phis.append(positions.select(inputs.head[0].phi).to(dtype))
             targets.append(positions.to(dtype).y)
             rows = torch.arange(len(positions.f), device=positions.f.device)
             index.append(n_data + (rows if positions.datum is None else positions.datum))
             n_data = int(index[-1].max()) + 1 if len(index[-1]) else n_data
-        return cls(torch.cat(phis), torch.cat(targets), bias, torch.cat(index))
+        return cls(torch.cat(phis), torch.cat(targets), shapes, torch.cat(index))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadData:
         """Some of the rows.
@@ -90,7 +91,7 @@ class HeadData:
         index
             Which.
         """
-        return HeadData(self.phi[index], self.y[index], self.bias, None if self.datum is None else self.datum[index])
+        return HeadData(self.phi[index], self.y[index], self.shapes, None if self.datum is None else self.datum[index])
 
     def at(self, f: Outputs) -> CachedData:
         """The data with outputs of their own, as other weights of the head give them.
@@ -100,7 +101,7 @@ class HeadData:
         f
             Outputs of the rows at those weights.
         """
-        inputs = FeatureLinearization(f, self.phi, self.bias)
+        inputs = NetworkLinearization.of_head(f, self.phi, self.shapes)
         return CachedData([(partial(same, inputs), Positions(f, self.y, datum=self.datum))])
 
 
@@ -211,28 +212,19 @@ def posteriors(
     Which prior, the head, its mode ``[P]``, and the posterior precision there. Strong priors, whose modes are near,
     come first, and each mode is where the next search starts.
     """
-    n_outputs, theta = count_outputs(data, priors, likelihood), initial
+    check_priors(data, priors, likelihood)
+    theta, n_outputs = initial, data.shapes[0][0]
     for index in sorted(range(len(priors)), key=lambda index: -float(priors[index].logdet())):
-        head = Head(data.phi, data.y, data.bias, likelihood, priors[index], n_outputs)
+        head = Head(data.phi, data.y, data.shapes, likelihood, priors[index])
         theta = mode(head, theta)
         nll, curvature = structure.from_batch(HeadBackend(head, theta), data.phi, data.y)
-        shapes = [(n_outputs, data.phi.shape[1]), *([(n_outputs,)] if data.bias else [])]
-        fit = Fit(theta, curvature, nll, len(data.phi), len(data.phi), n_outputs, head=shapes)
+        fit = Fit(theta, curvature, nll, len(data.phi), len(data.phi), n_outputs, head=data.shapes)
         scaled = fit.scaled(likelihood.curvature_scale(CurvatureKind.GGN))
         yield index, head, theta, scaled.posterior(priors[index], **options)
 
 
-def count_outputs(data: HeadData, priors: Sequence[GaussianPrior], likelihood: AbstractLikelihood) -> int:
-    """C, from the number of weights, which must be those of a head with these features.
-
-    Parameters
-    ----------
-    data
-        Features and targets.
-    priors
-        Over the weights of the head.
-    likelihood
-        What the outputs mean.
+def check_priors(data: HeadData, priors: Sequence[GaussianPrior], likelihood: AbstractLikelihood) -> None:
+    """Raise unless priors are over the weights of the head.
 
     Raises
     ------
@@ -242,17 +234,15 @@ def count_outputs(data: HeadData, priors: Sequence[GaussianPrior], likelihood: A
         If the priors are over other weights, or over different ones.
     """
     likelihood.check_rows()
-    width = data.phi.shape[1] + int(data.bias)
-    sizes = {prior.n_params for prior in priors}
-    if len(sizes) != 1 or (n_params := sizes.pop()) % width:
+    n_params = sum(math.prod(shape) for shape in data.shapes)
+    if {prior.n_params for prior in priors} != {n_params}:
         msg = (
-            f"Priors must be over the weights of one head: a multiple of {width} weights for {data.phi.shape[1]} "
-            f"features {'and a bias' if data.bias else 'without bias'}; got {[prior.n_params for prior in priors]}."
+            f"Priors must be over the weights of one head, {n_params} in parameter groups of the shapes "
+            f"{list(map(list, data.shapes))}; got {[prior.n_params for prior in priors]}."
         )
         raise ShapeError(msg)
-    return n_params // width
 
 
-def same(inputs: FeatureLinearization) -> FeatureLinearization:
+def same(inputs: Linearization) -> Linearization:
     """What is known already, where a function that computes it is asked for."""
     return inputs

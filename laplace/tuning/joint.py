@@ -82,7 +82,7 @@ class Joint:
         """Coordinates that posteriors with a scalar prior share, and the data in them."""
         if self.second == "sigma_noise" and self.n_values > 1:
             return None, self.data  # each output scales its weights in its own way
-        basis = self.problem.basis(self.data, torch.ones(1, dtype=self.dtype, device=self.problem.fit.mean.device))
+        basis = self.problem.basis(torch.ones(1, dtype=self.dtype, device=self.problem.fit.mean.device))
         return basis, self.data.rotated(basis, self.dtype)
 
     def likelihood(self, value: Tensor | None) -> AbstractLikelihood:
@@ -106,7 +106,7 @@ class Joint:
         # Precisions that are no scalar have no common coordinates unless the structure says so.
         basis, data = self.rotated
         if basis is not None and precisions[0].numel() > 1:
-            basis = self.problem.basis(self.data, precisions[0])
+            basis = self.problem.basis(precisions[0])
             data = self.data if basis is None else data
         likelihoods = [self.likelihood(value) for value in values]
         posteriors: dict[Any, Any] = {}

@@ -19,7 +19,7 @@ from laplace.predictive.pushforward import Options
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature
 from laplace.tuning.grouped import numbered
-from laplace.tuning.head import HeadData, count_outputs, posteriors
+from laplace.tuning.head import HeadData, check_priors, posteriors
 from laplace.tuning.scores import Score
 
 
@@ -130,7 +130,7 @@ def cross_validation_scores(
     ----------
     Stone (1974), "Cross-validatory choice and assessment of statistical predictions".
     """
-    count_outputs(data, priors, likelihood)  # before any work
+    check_priors(data, priors, likelihood)  # before any work
     source = torch.Generator().manual_seed(0) if generator is None else generator
     totals = torch.zeros(len(priors), dtype=torch.float64)
     for train, held in list(folds(data, n_folds, source)):

@@ -18,7 +18,7 @@ from laplace.enums import CurvatureKind, PredType
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.predictive.base import Linearization
-from laplace.predictive.linearization import FeatureLinearization
+from laplace.predictive.linearization import NetworkLinearization
 from laplace.predictive.pushforward import Options
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision, FullPrecision
@@ -267,9 +267,9 @@ def _without(
 
     def left_out() -> Linearization:
         inputs = get()
-        if groups is not None and isinstance(inputs, FeatureLinearization):
-            f, phi = groups.grid(positions.f), groups.grid(positions.select(inputs.phi))
-            inputs = FeatureLinearization(f, phi, inputs.bias)
+        if groups is not None and isinstance(inputs, NetworkLinearization):
+            f, phi = groups.grid(positions.f), groups.grid(positions.select(inputs.head[0].phi))
+            inputs = NetworkLinearization.of_head(f, phi, [block.shape for block in inputs.head])
         shift, moment = remove(inputs, Terms.of(inputs, grouped.to(dtype), likelihood, kind))
         return LeftOut(inputs.f.to(dtype) + shift.reshape(inputs.f.shape), moment)
 
@@ -278,4 +278,4 @@ def _without(
 
 def _of_features(inputs: Linearization) -> bool:
     """Whether rows of the batch may lie elsewhere than their data."""
-    return isinstance(inputs, FeatureLinearization)
+    return isinstance(inputs, NetworkLinearization) and inputs.is_linear

@@ -141,7 +141,7 @@ def _on_validation_data(
 ) -> Callable[[Tensor], Tensor]:
     """From points of a grid to their scores on validation data, in the coordinates that all posteriors share."""
     likelihood, fresh = problem.likelihood(), asked.repeated(grid.device)
-    basis = problem.basis(data, grid[:1]) if asked.options.pred_type is PredType.GLM else None
+    basis = problem.basis(grid[:1]) if asked.options.pred_type is PredType.GLM else None
     rotated = data.rotated(basis, grid.dtype)
 
     def scores(points: Tensor) -> Tensor:

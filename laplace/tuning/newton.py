@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from laplace import linalg
 from laplace.curvature import last_layer
 from laplace.errors import InputError, NumericalWarning, warn
 from laplace.likelihoods import AbstractLikelihood, OutputHessian
-from laplace.network.parameters import head_views
+from laplace.network.parameters import split_sizes
 from laplace.prior import GaussianPrior
 from laplace.structures.head_block import HeadBlock, head_blocks
 from laplace.types import Features, Outputs, Scalar, Targets
@@ -40,22 +41,19 @@ class Head:
         Features, ``[rows, D]``.
     y
         Targets of the same rows.
-    bias
-        Whether the layer has a bias.
+    shapes
+        Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``.
     likelihood
         With its noise and temperature.
     prior
         Over the head's weights.
-    n_outputs
-        C.
     """
 
     phi: Features
     y: Targets
-    bias: bool
+    shapes: Sequence[tuple[int, ...]]
     likelihood: AbstractLikelihood
     prior: GaussianPrior
-    n_outputs: int
 
     def outputs(self, theta: Float[Tensor, " params"], phi: Features | None = None) -> Outputs:
         """W φ + b, ``[rows, C]``.
@@ -68,18 +66,20 @@ class Head:
             Features; those of the head when ``None``.
         """
         phi = self.phi if phi is None else phi
-        weight, offset = head_views(theta, self.n_outputs, phi.shape[1], self.bias)
-        return phi @ weight.T if offset is None else torch.addmm(offset, phi, weight.T)
+        weight, *offset = (part.view(shape) for part, shape in zip(self._split(theta), self.shapes, strict=True))
+        return torch.addmm(offset[0], phi, weight.T) if offset else phi @ weight.T
+
+    def _split(self, theta: Float[Tensor, " params"]) -> tuple[Tensor, ...]:
+        return split_sizes(theta, [math.prod(shape) for shape in self.shapes])
 
     def blocks(self, phi: Features) -> list[HeadBlock]:
         """The derivatives of the outputs at some features, one block for each parameter group."""
-        shapes = [(self.n_outputs, phi.shape[1]), (self.n_outputs,)]
-        return head_blocks(phi, shapes if self.bias else shapes[:1])
+        return head_blocks(phi, self.shapes)
 
     def pull_back(self, outputs: Outputs) -> Float[Tensor, " params"]:
         """Jᵀ times a vector of outputs."""
         weight = (outputs.T @ self.phi).flatten()
-        return torch.cat([weight, outputs.sum(0)]) if self.bias else weight
+        return weight if len(self.shapes) == 1 else torch.cat([weight, outputs.sum(0)])
 
     def objective(self, theta: Float[Tensor, " params"]) -> Scalar:
         """The regularized loss, in nats."""

@@ -14,7 +14,6 @@ from laplace.likelihoods import AbstractLikelihood
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision
 from laplace.structures.basis import Basis
-from laplace.tuning.cached import CachedData
 from laplace.types import Scalar
 
 
@@ -74,19 +73,11 @@ class Problem:
         """The curvature at the noise and temperature of a likelihood."""
         return self.fit.scaled(likelihood.curvature_scale(self.kind))
 
-    def basis(self, data: CachedData, precision: Tensor) -> Basis | None:
-        """Coordinates that posteriors with such priors share, whatever the noise; ``None`` where there are none.
-
-        Parameters
-        ----------
-        data
-            Features or derivatives.
-        precision
-            Any prior precisions of the same number.
-        """
+    def basis(self, precision: Tensor) -> Basis | None:
+        """Coordinates that posteriors with as many precisions share, whatever the noise; ``None`` without any."""
         if self.sigma_noise.dim():
             return None  # each output scales its weights in its own way
-        return self.fit.curvature.basis(self.prior(precision), features=data.of_features)
+        return self.fit.curvature.basis(self.prior(precision))
 
     def posterior(
         self, precision: Tensor, likelihood: AbstractLikelihood, basis: Basis | None = None

@@ -18,11 +18,10 @@ from laplace.enums import CurvatureKind
 from laplace.errors import NotPositiveDefiniteError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS
-from laplace.network.parameters import augment, head_views
-from laplace.predictive.base import Linearization
-from laplace.predictive.linearization import FeatureLinearization, JacobianLinearization
+from laplace.predictive import Linearization, NetworkLinearization
 from laplace.predictive.pairs import Pairs
 from laplace.structures import AbstractPrecision, DiagPrecision
+from laplace.structures.head_block import HeadBlock, head_of
 from laplace.structures.jacobian import JacobianBlock
 
 
@@ -161,13 +160,15 @@ def _joint_covariances(
     """Covariance of all outputs of each datum, at all of its positions."""
     if n_positions == 1:
         yield slice(None), inputs.covariance(precision, dtype)
-    elif isinstance(inputs, FeatureLinearization):
-        phi = inputs.phi.reshape(n_data, n_positions, -1).to(dtype)
+    elif inputs.is_linear:
+        blocks = _blocks(inputs, dtype)
         step = max(1, CHUNK_ELEMENTS // (n_positions * inputs.n_outputs) ** 2)
+        rows = torch.arange(n_data * n_positions, device=inputs.f.device).view(n_data, n_positions)
         for start in range(0, n_data, step):
             part = slice(start, start + step)
-            covs = [precision.feature_covariance(datum, inputs.n_outputs, inputs.bias) for datum in phi[part]]
-            yield part, torch.stack(covs)
+            head = head_of(blocks)
+            assert head is not None, "outputs are linear"
+            yield part, torch.stack([precision.block_kernel([head.select(datum)]) for datum in rows[part]])
     else:
         yield slice(None), precision.block_covariance(_blocks(inputs, dtype))
 
@@ -226,16 +227,12 @@ def from_diagonal(
     Exact for the structure. No matrix of outputs does it, as with a dense precision: the diagonal of ``Jᵀ Λ J`` has the
     rank of the weights. O(T C D) a datum for a last layer, without a Jacobian; else O((T C)² P).
     """
-    if isinstance(inputs, FeatureLinearization):
-        phi = inputs.phi.reshape(*terms.gradient.shape[:2], -1).to(dtype)
-        return _head_without(phi, precision.vector.to(dtype), terms.gradient, terms.strength(), inputs.bias, terms)
-    if isinstance(inputs, Pairs) and isinstance(inputs.scores, FeatureLinearization):
-        # The logits (Δ, 0): one output of the differences of features, in which the bias cancels, and a constant.
-        first, second = inputs.scores.phi.to(dtype).unbind(1)
-        phi = (first - second).unsqueeze(1)
-        weight, gradient, strength = precision.vector[: phi.shape[-1]], terms.gradient, terms.strength()
-        found = _head_without(phi, weight.to(dtype), gradient[..., :1], strength[..., :1], False, terms)
-        shift, moment = (torch.nn.functional.pad(part, (0, 1)) for part in found)
+    head = head_of(_blocks(inputs, dtype)) if inputs.is_linear else None
+    if head is not None:
+        # Of pairs the logits (Δ, 0): one output of the differences of features, and a constant.
+        n, gradient, strength = head.n_outputs, terms.gradient, terms.strength()
+        found = _head_without(head, precision.vector.to(dtype), gradient[..., :n], strength[..., :n], terms)
+        shift, moment = (torch.nn.functional.pad(part, (0, gradient.shape[-1] - n)) for part in found)
         return shift, moment
     n_data, n_positions, n_outputs = terms.gradient.shape
     root = terms.joint_roots(terms.roots())
@@ -245,21 +242,17 @@ def from_diagonal(
 
 
 def _head_without(
-    phi: Float[Tensor, "batch positions features"],
+    head: HeadBlock,
     vector: Float[Tensor, " params"],
     gradient: Float[Tensor, "batch positions outputs"],
     strength: Float[Tensor, "batch positions outputs"],
-    bias: bool,
     terms: Terms,
 ) -> tuple[Float[Tensor, "batch positions outputs"], Float[Tensor, "rows outputs"]]:
     """Shift and variances of a last layer; one precision a weight ``[chunk, C, D]`` for each datum, no Jacobian."""
-    n_outputs = gradient.shape[-1]
-    weight, offset = head_views(vector, n_outputs, phi.shape[-1], bias)
-    a = weight if offset is None else torch.cat([weight, offset.unsqueeze(-1)], -1)
-    augmented = augment(phi.flatten(0, 1), bias).view(*phi.shape[:2], -1)
+    a, augmented = vector[head.order], head.augmented.view(*gradient.shape[:2], -1)
     shift, variance = torch.empty_like(gradient), torch.empty_like(gradient)
     step = max(1, CHUNK_ELEMENTS // a.numel())
-    for start in range(0, len(phi), step):
+    for start in range(0, len(augmented), step):
         part = slice(start, start + step)
         features = augmented[part]
         added = (strength[part].mT @ features).square() if terms.sums_first else strength[part].mT @ features.square()
@@ -296,13 +289,16 @@ def _positive(precisions: Tensor) -> Tensor:
 def _blocks(inputs: Linearization, dtype: torch.dtype) -> list[JacobianBlock]:
     """Derivatives of all outputs of each datum at all of its positions, in factors."""
     network = inputs.scores if isinstance(inputs, Pairs) else inputs
-    if not isinstance(network, JacobianLinearization) or network.derivatives is None:
+    if not isinstance(network, NetworkLinearization) or network.derivatives is None:
         msg = (
             "Leaving a datum out needs the features of a last layer or the derivatives of a whole network; got "
             f"{type(network).__name__} without them. Linearize the training data with pred_type='glm'."
         )
         raise UnsupportedError(msg)
-    eye = torch.eye(network.f[0].numel(), dtype=dtype, device=network.f.device)
-    # Pairs: the logits (Δ, 0).
-    mix = torch.stack([eye[0] - eye[1], torch.zeros_like(eye[0])]) if isinstance(inputs, Pairs) else eye
+    if not isinstance(inputs, Pairs):
+        return network.blocks(dtype)
+    if network.is_linear:
+        return network.differences(dtype)
+    # The logits (Δ, 0).
+    mix = torch.tensor([[1.0, -1.0], [0.0, 0.0]], dtype=dtype, device=network.f.device)
     return network.derivatives.columns(mix)

@@ -74,7 +74,7 @@ def test_the_bias_shares_the_factor_of_the_outputs_unless_it_cancels():
     weight, bias = last_layer.kron(blocks(phi, output_hessian, True), output_hessian).kfacs
     assert bias[0] is weight[0]
     for constant in (0.0, 2.0):
-        head = [*blocks(phi, output_hessian, False), HeadBlock(torch.full((5, 1), constant).double(), None, (3,))]
+        head = [*blocks(phi, output_hessian, False), HeadBlock((torch.full((5, 1), constant).double(),), ((3,),))]
         exact = last_layer.full(head, output_hessian)[-3:, -3:]
         assert_close(last_layer.kron(head, output_hessian, constant).kfacs[1][0], exact)
         assert_close(last_layer.blockdiag(head, output_hessian, constant)[1], exact)

@@ -14,8 +14,9 @@ from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import block_points, feature_points
 from laplace.gp.tangents import Points
 from laplace.gp.whole_network import BlockPoints
-from laplace.predictive import FeatureLinearization, JacobianLinearization, Linearization
+from laplace.predictive import Linearization, NetworkLinearization
 from tests.cases import Case
+from tests.contracts import of_head
 from tests.networks import Network
 
 F64 = torch.float64
@@ -33,20 +34,20 @@ WHOLE = (
 """Networks whose weights have blocks of every kind."""
 
 
-def whole_network(network: Network, x: Any, *, written: bool = False) -> JacobianLinearization:
+def whole_network(network: Network, x: Any, *, written: bool = False) -> NetworkLinearization:
     """Derivatives of all weights, in factors or as a back end that only gives Jacobians has them."""
     backend = AutogradGGN(network.model(), network.likelihood)
     derivatives: Any = backend.derivatives(x)
     if written:
         J = network.problem().jacobian(x).flatten(1, 2)
         derivatives = WrittenOut(derivatives.f, J, tuple(p.numel() for p in backend.params))
-    return JacobianLinearization(derivatives.f, derivatives, lambda theta: theta, torch.zeros(()))
+    return NetworkLinearization(derivatives.f, derivatives, lambda theta: theta, torch.zeros(()))
 
 
-def last_layer(case: Case, x: Any) -> FeatureLinearization:
+def last_layer(case: Case, x: Any) -> NetworkLinearization:
     """Features of a last layer."""
     f, phi = case.extractor().forward_with_features(x)
-    return FeatureLinearization(f.detach(), phi.detach(), case.bias)
+    return of_head(f.detach(), phi.detach(), case.bias)
 
 
 def columns_for(f: Tensor, seed: int = 0) -> Tensor:
@@ -72,8 +73,7 @@ def situation(thing: Case | Network, *, written: bool = False) -> Situation:
     if isinstance(thing, Case):
         inputs, at = last_layer(thing, x), last_layer(thing, z)
         columns = columns_for(at.f)
-        points: Points = feature_points(at, columns, F64)
-        assert isinstance(points, FeaturePoints)
+        points: Points = FeaturePoints(*feature_points(at, columns, F64))
     else:
         inputs = whole_network(thing, x, written=written)
         parts = [whole_network(thing, part, written=written) for part in (z[:2], z[2:])]

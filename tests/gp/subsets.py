@@ -11,6 +11,7 @@ from torch import Tensor
 from laplace.gp.kernel import FeatureKernel, SubsetKernel
 from laplace.gp.network_kernel import NetworkKernel
 from laplace.predictive import Linearization
+from laplace.structures.head_block import head_of
 from tests.cases import Case
 from tests.cases import named as case_named
 from tests.gp.samples import F64, last_layer, whole_network
@@ -85,9 +86,9 @@ def sample(kind: str, name: str) -> Sample:
     J, J_inputs = (problem.jacobian(part).flatten(0, 1) for part in (z, x))
     if isinstance(thing, Case):
         at = last_layer(thing, z)
-        phi = at.phi.reshape(-1, at.phi.shape[-1])
-        augmented = torch.nn.functional.pad(phi, (0, 1), value=1.0) if thing.bias else phi
-        return Sample(FeatureKernel(augmented, thing.n_outputs, thing.bias), last_layer(thing, x), J, J_inputs)
+        head = head_of(at.head)
+        assert head is not None
+        return Sample(FeatureKernel(head), last_layer(thing, x), J, J_inputs)
 
     def linearize(part: Any) -> Linearization:
         return whole_network(thing, part)

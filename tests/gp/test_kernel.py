@@ -6,6 +6,7 @@ import torch
 from laplace.errors import UnsupportedError
 from laplace.gp.kernel import FeatureKernel
 from laplace.gp.network_kernel import NetworkKernel
+from laplace.structures.head_block import HeadBlock
 from tests.gp.samples import F64
 from tests.gp.subsets import KINDS, Sample, sample
 from tests.tools import assert_close
@@ -65,7 +66,7 @@ def test_weights_and_outputs_are_products_with_the_jacobian(kind, name):
 @pytest.mark.parametrize("n_rows", [2, 9])
 def test_fewer_features_and_fewer_rows_give_the_same(n_rows):
     phi, x = torch.randn(n_rows, 5), torch.randn(3, 4)
-    kernel = FeatureKernel(torch.nn.functional.pad(phi[:, :4], (0, 1), value=1.0), 2, True)
+    kernel = FeatureKernel(HeadBlock((phi[:, :4], torch.ones(len(phi), 1)), ((2, 4), (2,))))
     cross = torch.nn.functional.pad(x, (0, 1), value=1.0)
     for root in (torch.rand(n_rows, 2), torch.randn(n_rows, 2, 2)):
         sides = list(kernel.sides(root))

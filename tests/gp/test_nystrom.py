@@ -9,6 +9,7 @@ from laplace.gp.last_layer import FeaturePoints
 from laplace.gp.linearized import tangents
 from laplace.gp.posterior import FeaturePrecision, FunctionLinearization
 from laplace.likelihoods import resolve
+from laplace.structures.head_block import HeadBlock
 from tests.cases import named as case_named
 from tests.gp.samples import F64, situation
 from tests.networks import named
@@ -51,13 +52,13 @@ def test_the_posterior_is_that_of_weights_that_move_along_the_directions(thing):
 
 def test_fewer_features_than_asked_for_are_announced():
     phi = torch.randn(3, 2)
-    points = FeaturePoints(torch.cat([phi, phi]), torch.zeros(6, dtype=torch.long), 1, False)
+    points = FeaturePoints(HeadBlock((torch.cat([phi, phi]),), ((1, phi.shape[1]),)), torch.zeros(6, dtype=torch.long))
     with pytest.warns(NumericalWarning, match="has rank 2 to working precision"):
         V = nystrom.leading_directions(points, 5)
     assert V.shape == (2, 2)
 
 
 def test_a_kernel_of_zeros_is_refused():
-    points = FeaturePoints(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), 1, False)
+    points = FeaturePoints(HeadBlock((torch.zeros(3, 2),), ((1, 2),)), torch.zeros(3, dtype=torch.long))
     with pytest.raises(NotPositiveDefiniteError, match="do not depend on the random weights"):
         nystrom.leading_directions(points, 2)

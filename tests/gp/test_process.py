@@ -1,7 +1,5 @@
 """Inputs of a process under its posterior, as they are and in the eigenbasis of the subset, against dense algebra."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from laplace.errors import UnsupportedError
 from laplace.gp.process import Process, ProcessLinearization, RotatedProcess
 from laplace.gp.subset_curvature import SubsetCurvature
 from laplace.structures import AbstractPrecision
-from tests.contracts import generator
+from tests.contracts import generator, of_head
 from tests.gp.samples import F64
 from tests.gp.subsets import KINDS, N_INPUTS, Sample, sample
 from tests.gp.test_kernel import roots
@@ -24,7 +22,7 @@ DELTAS = (0.1, 1.3, 20.0)
 def both(here: Sample, root: torch.Tensor, delta: float) -> list[tuple[Process, AbstractPrecision]]:
     """The same posterior by factorization and in the eigenbasis."""
     curvature, prior = SubsetCurvature(here.kernel, root), prior_of(here, delta)
-    inputs, basis = ProcessLinearization(here.inputs, here.kernel, F64), curvature.basis(prior, features=False)
+    inputs, basis = ProcessLinearization(here.inputs, here.kernel, F64), curvature.basis(prior)
     rotated = inputs.rotated(basis, F64)
     assert isinstance(rotated, RotatedProcess)
     return [(inputs, curvature.posterior(prior)), (rotated, basis.posterior(curvature, prior))]
@@ -49,7 +47,7 @@ def test_variances_under_many_priors_are_those_under_each(kind, name):
     here = sample(kind, name)
     for root in roots(here):
         curvature = SubsetCurvature(here.kernel, root)
-        basis = curvature.basis(prior_of(here), features=False)
+        basis = curvature.basis(prior_of(here))
         inputs = ProcessLinearization(here.inputs, here.kernel, F64).rotated(basis, F64)
         posteriors = [basis.posterior(curvature, prior_of(here, delta)) for delta in DELTAS]
         twice = [list(inputs.variances(posteriors, F64)) for _ in range(2)]
@@ -101,11 +99,11 @@ def test_what_is_kept_predicts_the_same(kind, name):
 def test_variances_are_differentiable_in_the_inputs():
     here = sample("last", "classification")
     root = here.roots(diagonal=False)
-    phi = here.inputs.phi.clone().requires_grad_(True)  # pyright: ignore[reportAttributeAccessIssue]
+    phi = here.inputs.head[0].phi.clone().requires_grad_(True)  # pyright: ignore[reportAttributeAccessIssue]
     posterior = both(here, root, 1.3)[0][1]
 
     def variance(phi: torch.Tensor) -> torch.Tensor:
-        inputs = replace(here.inputs, phi=phi)  # pyright: ignore[reportArgumentType]
+        inputs = of_head(here.inputs.f, phi)
         return ProcessLinearization(inputs, here.kernel, F64).variance(posterior, F64)
 
     assert torch.autograd.gradcheck(variance, (phi,))
@@ -113,8 +111,6 @@ def test_variances_are_differentiable_in_the_inputs():
 
 def test_a_basis_rotates_no_bare_features():
     here = sample("last", "classification")
-    basis = SubsetCurvature(here.kernel, here.roots(diagonal=False)).basis(prior_of(here), features=True)
-    with pytest.raises(UnsupportedError, match="ProcessLinearization"):
-        basis.features(torch.zeros(2, 3), 4, True)
+    basis = SubsetCurvature(here.kernel, here.roots(diagonal=False)).basis(prior_of(here))
     with pytest.raises(UnsupportedError, match="ProcessLinearization"):
         basis.blocks([])

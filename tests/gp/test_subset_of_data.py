@@ -33,7 +33,7 @@ def test_over_all_weights_it_is_a_precision(name):
 def test_over_a_last_layer_it_is_a_precision(name, number):
     here = sample("last", name)
     root = roots(here)[number]
-    bias = isinstance(here.kernel, FeatureKernel) and here.kernel.bias
+    bias = isinstance(here.kernel, FeatureKernel) and len(here.kernel.head.phis) > 1
     check_precision(posterior(here, root), here.precision(root, DELTA), n_outputs=here.n_outputs, bias=bias)
 
 
@@ -91,7 +91,7 @@ def test_float32_agrees_with_float64():
     here = sample("last", "classification")
     root = here.roots(diagonal=False)
     assert isinstance(here.kernel, FeatureKernel)
-    narrow = FeatureKernel(here.kernel.phi.float(), here.kernel.width, here.kernel.bias)
+    narrow = FeatureKernel(here.kernel.head.to(torch.float32))
     found = SubsetPrecision(
         narrow, root.float(), narrow.gram(root.float()), torch.tensor(1 / DELTA, dtype=torch.float32)
     )

@@ -8,7 +8,7 @@ from laplace.errors import UnsupportedError
 from laplace.gp.linearized import DifferenceTangents, block_points, tangents
 from laplace.gp.tangents import WrittenTangents
 from laplace.gp.whole_network import product
-from laplace.predictive import JacobianLinearization
+from laplace.predictive import NetworkLinearization
 from laplace.predictive.pairs import compare
 from tests.cases import named as case_named
 from tests.gp.samples import F64, WHOLE, Situation, columns_for, last_layer, situation, whole_network
@@ -84,7 +84,7 @@ def test_points_of_a_back_end_without_directions_are_the_same():
         n_columns_at_once = 2
         columns = inputs.derivatives.columns
 
-    slow = JacobianLinearization(inputs.f, OneByOne(), inputs.evaluate, inputs.theta)
+    slow = NetworkLinearization(inputs.f, OneByOne(), inputs.evaluate, inputs.theta)
     for ours, theirs in zip(block_points(slow, columns, F64), block_points(whole, columns, F64), strict=True):
         assert_close(ours.dense(), theirs.dense())
 
@@ -93,7 +93,7 @@ def test_kernels_in_factors_need_no_memory_of_jacobians():
     model = torch.nn.Sequential(torch.nn.Linear(500, 500), torch.nn.Tanh(), torch.nn.Linear(500, 3))
     derivatives = AutogradGGN(model, "classification").derivatives(torch.randn(40, 500))
     one_hot = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).to(F64)
-    inputs = JacobianLinearization(derivatives.f, derivatives, lambda theta: theta, torch.zeros(()))
+    inputs = NetworkLinearization(derivatives.f, derivatives, lambda theta: theta, torch.zeros(()))
     with LargestTensor() as largest:
         blocks = block_points(inputs, one_hot.argmax(1), F64)
         kernel = product(blocks, blocks)[0]
@@ -103,6 +103,6 @@ def test_kernels_in_factors_need_no_memory_of_jacobians():
 
 def test_other_linearizations_are_refused():
     whole = whole_network(named("mlp"), named("mlp").data()[0])
-    without = JacobianLinearization(whole.f, None, whole.evaluate, whole.theta)
+    without = NetworkLinearization(whole.f, None, whole.evaluate, whole.theta)
     with pytest.raises(UnsupportedError, match="no derivatives"):
         tangents(without, F64)

@@ -11,6 +11,7 @@ from laplace.gp.nystrom import feature_gram
 from laplace.gp.posterior import FeaturePrecision, FunctionLinearization, Rest
 from laplace.gp.variational import InducingMap, Objective, Statistics
 from laplace.likelihoods import resolve
+from laplace.structures.head_block import HeadBlock
 from tests.cases import named as case_named
 from tests.gp.samples import F64, situation
 from tests.networks import named
@@ -114,7 +115,7 @@ def test_a_triangular_root_of_a_singular_matrix_is_one():
 
 
 def points(phi: torch.Tensor) -> FeaturePoints:
-    return FeaturePoints(phi, torch.zeros(len(phi), dtype=torch.long), 1, False)
+    return FeaturePoints(HeadBlock((phi,), ((1, phi.shape[1]),)), torch.zeros(len(phi), dtype=torch.long))
 
 
 def test_repeated_points_get_a_jitter_that_is_announced():
@@ -138,6 +139,6 @@ def test_a_kernel_that_no_jitter_helps_is_refused():
         def gram(self) -> torch.Tensor:
             return torch.tensor([[1.0, 2.0], [2.0, 1.0]])
 
-    wrong = Wrong(torch.randn(2, 2), torch.zeros(2, dtype=torch.long), 1, False)
+    wrong = Wrong(HeadBlock((torch.randn(2, 2),), ((1, 2),)), torch.zeros(2, dtype=torch.long))
     with pytest.raises(NotPositiveDefiniteError, match=r"smallest eigenvalue -1.000e\+00.*Likely causes"):
         variational.kernel_factor(wrong)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from laplace.network.parameters import ParameterSubset, expand_groups, head_views, split_sizes
+from laplace.network.parameters import ParameterSubset, expand_groups, split_sizes
 from tests.tools import assert_close
 
 
@@ -27,17 +27,6 @@ def test_the_vector_is_a_copy():
     before = layer.weight.detach().clone()
     vector.zero_()
     assert torch.equal(layer.weight, before)
-
-
-def test_views_undo_the_flattening():
-    layer = nn.Linear(3, 2).double()
-    vector = ParameterSubset.last_layer(layer).vector()
-    weight, bias = head_views(vector.expand(5, 8), 2, 3, bias=True)
-    assert_close(weight, layer.weight.expand(5, 2, 3))
-    assert_close(bias, layer.bias.expand(5, 2))
-    weight, bias = head_views(vector[:6], 2, 3, bias=False)
-    assert_close(weight, layer.weight)
-    assert bias is None
 
 
 def test_groups_split_and_expand():

@@ -7,13 +7,12 @@ from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError
 from laplace.likelihoods import resolve
 from laplace.likelihoods import softmax as links
+from laplace.predictive import NetworkLinearization, pushforward
 from laplace.predictive import linearization as linearization_module
-from laplace.predictive import pushforward
-from laplace.predictive.linearization import FeatureLinearization
 from laplace.predictive.pushforward import Options
 from laplace.structures import DiagPrecision, FullPrecision, Kron
 from tests import reference
-from tests.contracts import generator, linear_jacobian
+from tests.contracts import generator, linear_jacobian, of_head
 from tests.structures.samples import PER_LAYER, C, D, P, psd, uniform
 from tests.tools import LargestTensor, assert_close, assert_covariance_of, assert_within
 
@@ -27,13 +26,13 @@ every_structure = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=
 positions = pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["rows", "positions"])
 
 
-def linearization(*shape: int) -> FeatureLinearization:
+def linearization(*shape: int) -> NetworkLinearization:
     noise = generator(5)
-    return FeatureLinearization(torch.randn(*shape, C, generator=noise), torch.randn(*shape, D, generator=noise), True)
+    return of_head(torch.randn(*shape, C, generator=noise), torch.randn(*shape, D, generator=noise))
 
 
-def jacobian(inputs: FeatureLinearization) -> torch.Tensor:
-    return torch.stack([linear_jacobian(row, C, True) for row in inputs.phi.reshape(-1, D)])
+def jacobian(inputs: NetworkLinearization) -> torch.Tensor:
+    return torch.stack([linear_jacobian(row, C, True) for row in inputs.head[0].phi])
 
 
 def predict(inputs, precision, likelihood: str, **options):
@@ -132,7 +131,7 @@ def test_the_variance_over_samples_is_unbiased_and_needs_two():
 
 def test_results_come_in_the_dtype_of_the_outputs():
     inputs = linearization(3)
-    narrow = FeatureLinearization(inputs.f.float(), inputs.phi.float(), True)
+    narrow = of_head(inputs.f.float(), inputs.head[0].phi.float())
     mean, cov = predict(narrow, PRECISIONS["full"], "regression")
     assert mean.dtype == cov.dtype == torch.float32
     assert predict(narrow, PRECISIONS["full"], "classification").dtype == torch.float32

@@ -5,10 +5,9 @@ import torch
 
 from laplace import Laplace
 from laplace.errors import NotPositiveDefiniteError
-from laplace.predictive import FeatureLinearization
 from laplace.structures import FullCurvature, Kron, KronCurvature
 from laplace.structures.basis import DenseBasis, RotatedGroups
-from tests.contracts import generator
+from tests.contracts import generator, of_head
 from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, C, D, P, prior, psd
 from tests.tools import assert_close
 
@@ -18,13 +17,13 @@ CURVATURES = {
     "full": FullCurvature(psd(P, 1)),
     "kron": KronCurvature(Kron([[G, psd(D, 2)], [G]]), (5, 5)),
 }
-INPUTS = FeatureLinearization(
-    torch.randn(6, C, dtype=F64, generator=generator(0)), torch.randn(6, D, dtype=F64, generator=generator(1)), True
+INPUTS = of_head(
+    torch.randn(6, C, dtype=F64, generator=generator(0)), torch.randn(6, D, dtype=F64, generator=generator(1))
 )
 
 
 def rotated(curvature, precision):
-    basis = curvature.basis(prior(precision), features=True)
+    basis = curvature.basis(prior(precision))
     return basis, INPUTS.rotated(basis, F64)
 
 
@@ -57,9 +56,9 @@ def test_functions_drawn_there_have_the_same_covariance(name):
 
 
 def test_kinds_of_coordinates():
-    assert isinstance(CURVATURES["full"].basis(prior(SCALAR), features=True), DenseBasis)
-    assert CURVATURES["full"].basis(prior(PER_WEIGHT), features=True) is None
-    assert isinstance(CURVATURES["kron"].basis(prior(PER_LAYER), features=True), RotatedGroups)
+    assert isinstance(CURVATURES["full"].basis(prior(SCALAR)), DenseBasis)
+    assert CURVATURES["full"].basis(prior(PER_WEIGHT)) is None
+    assert isinstance(CURVATURES["kron"].basis(prior(PER_LAYER)), RotatedGroups)
 
 
 def test_differentiation_goes_through_shared_coordinates():
@@ -75,11 +74,11 @@ def test_differentiation_goes_through_shared_coordinates():
 
 def test_an_indefinite_matrix_is_refused_and_rounding_is_not():
     indefinite = FullCurvature(torch.diag(torch.linspace(-1, 1, P, dtype=F64)))
-    basis = indefinite.basis(prior(SCALAR), features=True)
+    basis = indefinite.basis(prior(SCALAR))
     with pytest.raises(NotPositiveDefiniteError, match="GGN"):
         basis.posterior(indefinite, prior(SCALAR * 1e-3))
     rounding = FullCurvature(torch.diag(torch.tensor([1.0] + [-1e-16] * (P - 1), dtype=F64)))
-    basis = rounding.basis(prior(SCALAR), features=True)
+    basis = rounding.basis(prior(SCALAR))
     assert bool((basis.posterior(rounding, prior(SCALAR * 1e-20)).vector > 0).all())
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from laplace.structures.diag import DiagCurvature, DiagPrecision
-from tests.contracts import check_curvature, check_precision
+from laplace.structures.head_block import head_blocks
+from tests.contracts import check_curvature, check_precision, shapes_of
 from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, C, D, P, prior, uniform
 from tests.tools import LargestTensor
 
@@ -26,6 +27,7 @@ def test_diag_knows_the_closed_forms_of_a_linear_layer(bias):
 def test_variances_take_no_more_memory_than_the_weights_or_the_outputs():
     n_outputs, n_features, rows = 40, 30, 20
     precision = DiagPrecision(uniform(n_outputs * (n_features + 1)))
+    blocks_of_head = head_blocks(torch.randn(rows, n_features).double(), shapes_of(n_outputs, n_features))
     with LargestTensor() as largest:
-        precision.feature_variance(torch.randn(rows, n_features).double(), n_outputs, True, diagonal=True)
+        precision.block_variance(blocks_of_head)
     assert largest.numel <= n_outputs * (n_features + 1), largest.operation

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from laplace.structures.full import FullCurvature, FullPrecision
-from tests.contracts import check_curvature, check_precision
+from laplace.structures.head_block import head_blocks
+from tests.contracts import check_curvature, check_precision, shapes_of
 from tests.structures.samples import PER_LAYER, PER_WEIGHT, SCALAR, C, D, P, prior, psd
 from tests.tools import LargestTensor, assert_close
 
@@ -34,6 +35,7 @@ def test_variances_of_many_outputs_never_build_their_covariance():
     n_outputs, n_features, rows = 24, 3, 50
     size = n_outputs * (n_features + 1)
     precision = FullPrecision(psd(size, 5, rank=size) + torch.eye(size).double())
+    blocks_of_head = head_blocks(torch.randn(rows, n_features).double(), shapes_of(n_outputs, n_features))
     with LargestTensor() as largest:
-        precision.feature_variance(torch.randn(rows, n_features).double(), n_outputs, True, diagonal=True)
+        precision.block_variance(blocks_of_head)
     assert largest.numel < rows * n_outputs**2, largest.operation

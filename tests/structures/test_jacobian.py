@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from laplace import DiagLaplace, linalg
-from laplace.predictive.linearization import JacobianLinearization
+from laplace.predictive import NetworkLinearization
 from laplace.structures import DiagPrecision
+from laplace.structures.head_block import head_blocks, head_of
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 from tests.gp.samples import WHOLE, whole_network
 from tests.networks import named
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 def blocks(name: str, n_rows: int, columns: slice, shift: int) -> list[JacobianBlock]:
     network = named(name)
     inputs = whole_network(network, network.data(n_rows=n_rows, shift=shift)[0])
-    return inputs._blocks(torch.float64, columns.start, columns.stop)
+    return inputs.blocks(torch.float64, columns.start, columns.stop)
 
 
 @pytest.mark.parametrize("name", [*WHOLE, "attention", "conv_transpose1d", "two_convolutions", "tied_embedding"])
@@ -69,8 +71,8 @@ def test_convolutions_at_many_positions_are_kept_written_out():
     x = torch.randn(2, 1, 20, 20, dtype=torch.float64)
     la.fit([(x, torch.zeros(2, 3, dtype=torch.float64))])
     inputs = la._linearize(x)
-    assert isinstance(inputs, JacobianLinearization)
-    weight, bias, *head = inputs._blocks(torch.float64)
+    assert isinstance(inputs, NetworkLinearization)
+    weight, bias, *head = inputs.blocks(torch.float64)
     found = inputs.kept(10**9)
     assert found is not None
     kept, size = found
@@ -81,3 +83,15 @@ def test_convolutions_at_many_positions_are_kept_written_out():
     assert inputs.kept(size // 2) is None
     posterior = DiagPrecision(la.posterior_precision)
     assert_close(kept.variance(posterior, torch.float64), inputs.variance(posterior, torch.float64))
+
+
+def test_views_of_a_head_undo_the_flattening():
+    layer = nn.Linear(3, 2).double()
+    vector = torch.cat([layer.weight.detach().flatten(), layer.bias.detach()])
+    whole = head_of(head_blocks(torch.zeros(1, 3).double(), [(2, 3), (2,)]))
+    weight, bias = whole.matrices(vector.expand(5, 8))
+    assert_close(weight, layer.weight.detach().expand(5, 2, 3))
+    assert_close(bias.squeeze(-1), layer.bias.detach().expand(5, 2))
+    alone = head_of(head_blocks(torch.zeros(1, 3).double(), [(2, 3)]))
+    (weight,) = alone.matrices(vector[:6])
+    assert_close(weight, layer.weight.detach())

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from laplace.errors import ShapeError
+from laplace.structures.head_block import head_blocks
 from laplace.structures.kron import Kron
 from laplace.utils import KronDecomposed
-from tests.contracts import check_precision
+from tests.contracts import check_precision, shapes_of
 from tests.structures.samples import PER_LAYER, SCALAR, C, D, prior, psd
 from tests.tools import LargestTensor, assert_close
 
@@ -96,6 +97,7 @@ def test_variances_never_build_a_matrix_a_row():
     n_outputs, n_features, rows = 30, 20, 25
     G, A = psd(n_outputs, 1), psd(n_features, 2)
     precision = Kron([[G, A], [G]]).decompose() + PER_LAYER
+    blocks_of_head = head_blocks(torch.randn(rows, n_features).double(), shapes_of(n_outputs, n_features))
     with LargestTensor() as largest:
-        precision.feature_variance(torch.randn(rows, n_features).double(), n_outputs, True, diagonal=True)
+        precision.block_variance(blocks_of_head)
     assert largest.numel <= max(n_outputs, n_features, rows) ** 2, largest.operation

@@ -6,11 +6,11 @@ import torch
 from laplace.enums import PredType
 from laplace.errors import InputError
 from laplace.likelihoods import resolve
-from laplace.predictive import FeatureLinearization, Linearization, Options
+from laplace.predictive import Linearization, Options
 from laplace.structures import DiagPrecision
 from laplace.tuning import CachedData, choose_score
 from tests import reference
-from tests.contracts import generator
+from tests.contracts import generator, of_head
 from tests.structures.samples import uniform
 from tests.tools import assert_close
 
@@ -19,14 +19,14 @@ C, D = 3, 4
 
 def validation(likelihood: str, *, masked: bool = False) -> tuple[CachedData, Linearization, torch.Tensor]:
     noise = generator(0)
-    inputs = FeatureLinearization(torch.randn(6, C, generator=noise), torch.randn(6, D, generator=noise), True)
+    inputs = of_head(torch.randn(6, C, generator=noise), torch.randn(6, D, generator=noise))
     y = torch.tensor([0, 1, 2, 0, 1, 2]) if likelihood == "classification" else torch.randn(6, C, generator=noise)
     if masked:
         y[2] = -100
     parts = [slice(0, 4), slice(4, 6)]
-    batches = [((inputs.f[part], inputs.phi[part]), y[part]) for part in parts]
+    batches = [((inputs.f[part], inputs.head[0].phi[part]), y[part]) for part in parts]
     named = resolve(likelihood)
-    return CachedData.collect(batches, lambda x: FeatureLinearization(*x, True), named), inputs, y
+    return CachedData.collect(batches, lambda x: of_head(*x), named), inputs, y
 
 
 PRECISION = DiagPrecision(uniform(C * (D + 1)) + 1)
@@ -38,7 +38,7 @@ def score_of(data, likelihood, loss=None) -> float:
 
 
 def covariance(inputs: Linearization) -> torch.Tensor:
-    return PRECISION.feature_variance(inputs.phi, C, True)
+    return PRECISION.block_covariance(inputs.blocks(torch.float64))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "one masked"])
@@ -60,7 +60,7 @@ def test_the_default_score_of_a_regressor_is_the_mean_log_density_of_the_targets
 
 
 def test_the_default_score_stays_finite_where_probabilities_underflow():
-    inputs = FeatureLinearization(torch.tensor([[0.0, 1e4, 0.0]]), torch.zeros(1, D), True)
+    inputs = of_head(torch.tensor([[0.0, 1e4, 0.0]]), torch.zeros(1, D))
     named = resolve("classification")
     data = CachedData.collect([(None, torch.tensor([0]))], lambda _: inputs, named)
     score = score_of(data, named)
@@ -94,7 +94,7 @@ def test_a_loss_of_the_users_own_gets_all_predictions_and_targets():
 
 def test_the_model_runs_once_a_batch_however_many_points_are_scored():
     calls = []
-    inputs = FeatureLinearization(torch.zeros(2, C), torch.zeros(2, D), True)
+    inputs = of_head(torch.zeros(2, C), torch.zeros(2, D))
     data = CachedData.collect(
         [(None, torch.tensor([0, 1]))] * 3, lambda x: calls.append(x) or inputs, resolve("classification")
     )
@@ -112,11 +112,10 @@ def test_batches_of_features_become_one_and_keep_only_what_counts():
     data, inputs, y = validation("classification", masked=True)
     ((get, positions),) = data.batches
     kept = y != -100
-    assert_close(get().phi, inputs.phi[kept])
+    assert_close(get().head[0].phi, inputs.head[0].phi[kept])
     assert_close(positions.f, inputs.f[kept])
     assert torch.equal(positions.y, y[kept])
     assert data.n_rows == int(kept.sum())
-    assert data.of_features
 
 
 def test_batches_with_different_numbers_of_positions_are_one_list_of_rows():
@@ -126,10 +125,10 @@ def test_batches_with_different_numbers_of_positions_are_one_list_of_rows():
         ((torch.randn(*s, C, generator=noise), torch.randn(*s, D, generator=noise)), torch.zeros(s).long())
         for s in shapes
     ]
-    data = CachedData.collect(batches, lambda x: FeatureLinearization(*x, True), resolve("classification"))
+    data = CachedData.collect(batches, lambda x: of_head(*x), resolve("classification"))
     ((get, positions),) = data.batches
-    assert get().phi.shape == (26, D)
-    assert_close(get().phi, torch.cat([x[1].flatten(0, 1) for x, _ in batches]))
+    assert get().head[0].phi.shape == (26, D)
+    assert_close(get().head[0].phi, torch.cat([x[1].flatten(0, 1) for x, _ in batches]))
     # A datum of the second batch is another one than those of the first.
     assert positions.datum.tolist() == [n for n in range(2) for _ in range(3)] + [
         2 + n for n in range(4) for _ in range(5)

@@ -9,11 +9,11 @@ from laplace.prior import GaussianPrior
 from laplace.structures import STRUCTURES
 from laplace.tuning import HeadData
 from laplace.tuning.grouped import numbered
-from laplace.tuning.head import count_outputs, posteriors
+from laplace.tuning.head import check_priors, posteriors
 from tests import reference
 from tests.cases import STRUCTURES as NAMES
 from tests.cases import named
-from tests.contracts import generator
+from tests.contracts import generator, shapes_of
 from tests.estimators import fitted, structure_type
 from tests.tools import assert_close
 from tests.tuning.collected import collected
@@ -24,7 +24,7 @@ SIZES = (C * D, C)
 
 def head_data():
     noise = generator(0)
-    return HeadData(torch.randn(N, D, generator=noise), torch.randint(C, (N,), generator=noise), True)
+    return HeadData(torch.randn(N, D, generator=noise), torch.randint(C, (N,), generator=noise), shapes_of(C, D))
 
 
 def prior(delta, sizes=SIZES):
@@ -68,7 +68,7 @@ def test_a_posterior_is_the_curvature_at_the_mode_and_the_prior(structure):
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_a_noise_for_each_output_is_that_of_each_output_alone(structure):
     noise, sigma = generator(0), torch.tensor([0.3, 1.0, 2.5])
-    data = HeadData(head_data().phi, torch.randn(N, C, generator=noise), True)
+    data = HeadData(head_data().phi, torch.randn(N, C, generator=noise), shapes_of(C, D))
     likelihood = resolve("regression", sigma_noise=sigma)
     ((_, _, theta, precision),) = posteriors(data, [prior(0.7)], likelihood, STRUCTURES[structure])
     W, b = theta[: C * D].view(C, D), theta[C * D :]
@@ -86,10 +86,10 @@ def test_whole_networks_and_pairs_are_refused():
     with pytest.raises(UnsupportedError, match="reward modeling"):
         HeadData.collect(collected(fitted(case, "full"), case.batches(4)), torch.float64)
     with pytest.raises(UnsupportedError, match="compare two inputs"):
-        count_outputs(head_data(), [prior(1.0)], resolve("reward_modeling"))
+        check_priors(head_data(), [prior(1.0)], resolve("reward_modeling"))
 
 
 @pytest.mark.parametrize("sizes", [[(C * D + 1, C)], [SIZES, (2 * D, 2)], []])
 def test_priors_over_other_weights_are_refused(sizes):
-    with pytest.raises(ShapeError, match="a multiple of 5 weights for 4 features and a bias"):
-        count_outputs(head_data(), [prior(1.0, size) for size in sizes], resolve("classification"))
+    with pytest.raises(ShapeError, match="over the weights of one head"):
+        check_priors(head_data(), [prior(1.0, size) for size in sizes], resolve("classification"))

@@ -16,7 +16,7 @@ from laplace.tuning.kfold import folds
 from tests import reference
 from tests.cases import STRUCTURES as NAMES
 from tests.cases import named
-from tests.contracts import generator
+from tests.contracts import generator, shapes_of
 from tests.estimators import fitted, structure_type
 from tests.tools import assert_close
 from tests.tuning.collected import collected, nll
@@ -43,7 +43,7 @@ def problem(likelihood, device="cpu"):
         if likelihood == "classification"
         else torch.randn(N, C, generator=noise)
     )
-    return HeadData(phi.to(device), y.to(device), True)
+    return HeadData(phi.to(device), y.to(device), shapes_of(C, D))
 
 
 def scores(data, likelihood, structure="full", deltas=GRID, options=Options, loss=None, **arguments):
@@ -147,7 +147,7 @@ def test_every_row_is_held_out_once_and_folds_differ_by_one_datum_at_most(n_fold
 
 def test_all_positions_of_a_datum_are_in_one_fold():
     datum = torch.tensor([9, 2, 2, 2, 5, 5, 7, 9])
-    data = HeadData(torch.zeros(8, D), torch.zeros(8, C), True, datum)
+    data = HeadData(torch.zeros(8, D), torch.zeros(8, C), shapes_of(C, D), datum)
     split = list(folds(data, 4, generator(0)))
     assert sorted(len(held) for _, held in split) == [1, 2, 2, 3]
     for train, held in split:
@@ -161,7 +161,7 @@ def test_too_few_folds_and_too_few_data_are_refused(n_folds):
 
 
 def test_positions_do_not_count_as_data():
-    data = HeadData(torch.zeros(8, D), torch.zeros(8, C), True, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    data = HeadData(torch.zeros(8, D), torch.zeros(8, C), shapes_of(C, D), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
     with pytest.raises(InputError, match="n_folds=3 for 2 data"):
         scores(data, "regression", n_folds=3)
 

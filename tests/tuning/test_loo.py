@@ -8,7 +8,7 @@ import torch
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import resolve
-from laplace.predictive import FeatureLinearization, Options
+from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.structures import STRUCTURES, DiagPrecision, FullPrecision
 from laplace.tuning import (
@@ -22,7 +22,7 @@ from laplace.tuning.head import HeadBackend, posteriors
 from laplace.tuning.loo import LeftOut, leave_one_out
 from tests import reference
 from tests.cases import named
-from tests.contracts import generator
+from tests.contracts import generator, of_head, shapes_of
 from tests.estimators import fitted, posterior
 from tests.tools import assert_close
 from tests.tuning.collected import against_zero, collected, nll, own_blocks, without_each
@@ -52,7 +52,7 @@ def regression():
     W, cov, _ = reference.linear_regression(X, Y, SIGMA, DELTA)
     design = torch.cat([X, torch.ones(N, 1)], 1)
     likelihood = resolve("regression", sigma_noise=SIGMA)
-    data = CachedData.collect([(design, Y)], lambda phi: FeatureLinearization(phi @ W.T, phi, False), likelihood)
+    data = CachedData.collect([(design, Y)], lambda phi: of_head(phi @ W.T, phi, False), likelihood)
     return X, Y, design, data, FullPrecision(torch.kron(torch.eye(C), cov.inverse().contiguous())), likelihood
 
 
@@ -203,7 +203,7 @@ def head_data(likelihood, datum=None):
     noise, rows = generator(4), 24
     phi = torch.randn(rows, D, generator=noise)
     y = torch.randint(C, (rows,), generator=noise) if likelihood == "classification" else phi[:, :C] ** 2
-    return HeadData(phi, y, True, datum)
+    return HeadData(phi, y, shapes_of(C, D), datum)
 
 
 def priors(deltas=GRID):
@@ -259,9 +259,7 @@ def test_a_strong_prior_is_not_rewarded_once_its_own_mode_is_scored(structure):
     assert float(strong) > float(weak)
     # With the weights of the weak prior held, the same strong prior looks better than it.
     ((_, head, theta, _),) = posteriors(data, grid[:1], likelihood, STRUCTURES[structure])
-    held = CachedData.collect(
-        [(head.outputs(theta), data.y)], lambda f: FeatureLinearization(f, data.phi, True), likelihood
-    )
+    held = CachedData.collect([(head.outputs(theta), data.y)], lambda f: of_head(f, data.phi), likelihood)
     curvature = STRUCTURES[structure].from_batch(HeadBackend(head, theta), data.phi, data.y)[1] * likelihood.scale
     fixed = [left_out_score(held, curvature.posterior(prior), likelihood) for prior in grid]
     assert fixed[1] < fixed[0]

@@ -9,7 +9,7 @@ from laplace.prior import GaussianPrior
 from laplace.tuning import newton
 from laplace.tuning.newton import Head, conjugate_gradients, mode, multiply
 from tests import reference
-from tests.contracts import generator
+from tests.contracts import generator, shapes_of
 from tests.structures.samples import psd, uniform
 from tests.tools import assert_close
 
@@ -38,12 +38,12 @@ def head(likelihood="classification", delta=None, *, bias=True, mean=0.3, scale=
         y = y.softmax(-1) if soft else torch.randint(C, (N,), generator=noise)
     delta = uniform(sum(sizes)) if delta is None else torch.tensor([delta])
     prior = GaussianPrior(torch.tensor(mean), delta, sizes)
-    return Head(phi, y, bias, resolve(likelihood, **LIKELIHOODS[likelihood]), prior, C)
+    return Head(phi, y, shapes_of(C, D, bias), resolve(likelihood, **LIKELIHOODS[likelihood]), prior)
 
 
 def loss(head, theta):
     """The regularized loss, row by row."""
-    weight, offset = theta[: C * D].view(C, D), theta[C * D :] if head.bias else torch.zeros(C)
+    weight, offset = theta[: C * D].view(C, D), theta[C * D :] if len(head.shapes) > 1 else torch.zeros(C)
     name = head.likelihood.name
     rows = zip(head.phi, head.y, strict=True)
     nll = sum(reference.datum_nll(name, (weight @ phi + offset).unsqueeze(0), y) for phi, y in rows)
@@ -124,10 +124,9 @@ def test_single_precision_reaches_the_optimum_to_its_own_precision():
     narrow = Head(
         problem.phi.float(),
         problem.y,
-        True,
+        shapes_of(C, D),
         problem.likelihood,
         GaussianPrior(torch.tensor(0.3, dtype=torch.float32), torch.tensor([0.5], dtype=torch.float32), (C * D, C)),
-        C,
     )
     found = mode(narrow)
     assert found.dtype == torch.float32

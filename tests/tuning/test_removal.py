@@ -8,14 +8,14 @@ from laplace.curvature import AutogradEF
 from laplace.enums import CurvatureKind
 from laplace.errors import NotPositiveDefiniteError, UnsupportedError
 from laplace.likelihoods import Positions, resolve
-from laplace.predictive import FeatureLinearization, JacobianLinearization
+from laplace.predictive import NetworkLinearization
 from laplace.structures import DiagPrecision, FullPrecision
 from laplace.tuning import removal
 from laplace.tuning.loo import leave_one_out
 from laplace.tuning.removal import Terms
 from tests import networks
 from tests.cases import CASES, named
-from tests.contracts import generator
+from tests.contracts import generator, of_head
 from tests.estimators import fitted, posterior
 from tests.tools import LargestTensor, assert_close
 from tests.tuning.collected import against_zero, collected, own_blocks, without_each
@@ -72,7 +72,7 @@ def test_a_network_without_a_datum_is_that_with_its_term_subtracted(name, struct
     la.fit([(x, y)])
     dense = problem.curvature(structure) + torch.eye(len(problem.theta()))
     data = collected(la, [(x[:3], y[:3]), (x[3:], y[3:])])
-    assert all(isinstance(get(), JacobianLinearization) for get, _ in data.batches)
+    assert all(isinstance(get(), NetworkLinearization) for get, _ in data.batches)
     check(data, problem, la._frozen_posterior, la._frozen_likelihood, without_each(problem, dense, 1.0, structure))
 
 
@@ -109,7 +109,7 @@ def test_a_last_layer_on_the_diagonal_needs_no_jacobian(device):
     n, C, D = 64, 20, 30
     noise = generator(0)
     f, phi = torch.randn(n, C, generator=noise).to(device), torch.randn(n, D, generator=noise).to(device)
-    inputs, likelihood = FeatureLinearization(f, phi, True), resolve("classification")
+    inputs, likelihood = of_head(f, phi), resolve("classification")
     positions = Positions(f, torch.zeros(n, dtype=torch.long, device=device))
     precision = DiagPrecision(torch.full((C * (D + 1),), 100.0, device=device))
     terms = Terms.of(inputs, positions, likelihood, CurvatureKind.GGN)
@@ -120,7 +120,7 @@ def test_a_last_layer_on_the_diagonal_needs_no_jacobian(device):
 
 @additive
 def test_data_that_the_posterior_was_not_fitted_to_are_noticed(structure):
-    inputs = FeatureLinearization(torch.zeros(2, 2), torch.tensor([[0.1, 0.1], [3.0, 1.0]]), False)
+    inputs = of_head(torch.zeros(2, 2), torch.tensor([[0.1, 0.1], [3.0, 1.0]]), False)
     precision = DiagPrecision(torch.ones(4)) if structure == "diag" else FullPrecision(torch.eye(4))
     remove = removal.from_diagonal if structure == "diag" else removal.from_dense
     terms = Terms.of(inputs, Positions(inputs.f, torch.zeros(2, 2)), resolve("regression"), CurvatureKind.GGN)
@@ -130,7 +130,7 @@ def test_data_that_the_posterior_was_not_fitted_to_are_noticed(structure):
 
 @additive
 def test_outputs_without_derivatives_are_refused(structure):
-    inputs = JacobianLinearization(torch.zeros(2, 3, 2), None, lambda theta: theta, torch.zeros(4))
+    inputs = NetworkLinearization(torch.zeros(2, 3, 2), None, lambda theta: theta, torch.zeros(4))
     precision = DiagPrecision(torch.ones(4)) if structure == "diag" else FullPrecision(torch.eye(4))
     remove = removal.from_diagonal if structure == "diag" else removal.from_dense
     terms = Terms.of(inputs, Positions(torch.zeros(6, 2), torch.zeros(6, 2)), resolve("regression"), CurvatureKind.GGN)
