@@ -1,4 +1,4 @@
-"""Curvature from a recorded forward pass: one backward pass a column of the output Hessian's root.
+"""Curvature from a recorded forward pass: one backward pass per column of the output Hessian's root.
 
 ``H = Σ J Λ Jᵀ = Σ (J r)(J r)ᵀ`` over data and columns r of the root of Λ. Columns are taken a few at a time, so that
 memory is bounded by activations, never by outputs times weights.
@@ -32,47 +32,22 @@ from laplace.structures.dense_jacobian import dense_rows
 from laplace.types import Inputs, Jacobians
 
 MANY_COLUMNS = 1000
-"""Backward passes a batch from which a warning names the sampled Fisher."""
+"""Backward passes per batch from which on a warning names the sampled Fisher."""
 
 
 class AllWeightsEngine:
-    """Curvature and Jacobians of all or of chosen weights from recorded passes.
-
-    Parameters
-    ----------
-    backend
-        Gives the output Hessians.
-    network
-        The model and its random weights.
-    reduce
-        Whether Kronecker factors average positions.
-    """
+    """Curvature and Jacobians of all or chosen weights; with ``reduce`` Kronecker factors average positions."""
 
     def __init__(self, backend: CurvatureInterface, network: WholeNetwork, reduce: bool) -> None:
         self.backend, self.network, self.reduce = backend, network, reduce
         self.memory = Memory()
 
     def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Recording:
-        """Run the model and keep what derivatives are made of.
-
-        Parameters
-        ----------
-        x
-            A batch of inputs.
-        create_graph
-            Keep derivatives differentiable in the inputs.
-        **model_kwargs
-            Passed to the model's ``forward``.
-
-        Raises
-        ------
-        UnsupportedError
-            If a random weight was frozen meanwhile.
-        """
+        """Run the model on a batch and record what its derivatives are made of."""
         with alone(self.network.model):
             self.network.check_still_random()
             return Recording(
-                # Keywords travel with the inputs, so that single rows get their own.
+                # Keywords are part of the inputs, so that single rows get their own.
                 lambda rows: self.backend.outputs(rows[0], **rows[1]),
                 differentiable((x, model_kwargs)),
                 self.network.subset,
@@ -169,7 +144,7 @@ def directions(
     Parameters
     ----------
     root
-        One a row of unmasked positions.
+        One per unmasked position.
     positions
         Which those are.
     f
@@ -206,22 +181,14 @@ def unit_directions(f: Tensor) -> list[Tensor]:
 
 
 def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]]:
-    """As many columns at a time as memory allows."""
+    """Blocks of as many columns at a time as memory allows."""
     step = recording.n_columns_at_once
     for start in range(0, len(columns), step):
         yield columns[start : start + step]
 
 
 def diag(recording: Recording, columns: list[Tensor]) -> Float[Tensor, " params"]:
-    """Diagonal of ``Σ J Jᵀ``, ``[P]``: exact, layer by layer.
-
-    Parameters
-    ----------
-    recording
-        Of a batch.
-    columns
-        Directions in its outputs.
-    """
+    """Diagonal of ``Σ J Jᵀ``, ``[P]``, over directions in the outputs of a batch: exact, layer by layer."""
     total: Tensor | None = None
     for some in chunks(recording, columns):
         part = torch.cat([block.squares() for block in recording.blocks(some)])
@@ -230,13 +197,7 @@ def diag(recording: Recording, columns: list[Tensor]) -> Float[Tensor, " params"
 
 
 def full(recording: Recording, columns: list[Tensor]) -> Float[Tensor, "params params"]:
-    """``Σ J Jᵀ``, ``[P, P]``: exact.
-
-    Parameters
-    ----------
-    recording, columns
-        As in ``diag``.
-    """
+    """``Σ J Jᵀ``, ``[P, P]``, over directions in the outputs of a batch: exact."""
     n_params = len(zeros(recording))
     total = torch.zeros(n_params, n_params, dtype=recording.dtype, device=recording.f.device)
     for some in chunks(recording, columns):
@@ -247,34 +208,14 @@ def full(recording: Recording, columns: list[Tensor]) -> Float[Tensor, "params p
 
 
 def zeros(recording: Recording) -> Float[Tensor, " params"]:
-    """No curvature."""
+    """Zeros for a sum over columns, ``[P]``."""
     return torch.zeros(recording.subset.n_params, dtype=recording.dtype, device=recording.f.device)
 
 
 def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
-    """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block.
-
-    Parameters
-    ----------
-    recording, columns
-        As in ``diag``.
-    network
-        Names the layers in messages.
-    reduce
-        Average positions instead of treating them as data.
-
-    Raises
-    ------
-    UnsupportedError
-        If a weight is not used, used where nothing can see it, or in ways that share no factors; it is named.
-
-    Warns
-    -----
-    PerformanceWarning
-        For layers that get an exact diagonal block, such as recurrent ones; they are named.
-    """
+    """Factors of ``Σ J Jᵀ``: raw sums, with the number of rows in the inputs' side of each block."""
     diagonal = check_kron(recording, network)
-    # A device without float64 sums in what it has.
+    # A device without float64 sums in its widest dtype.
     wide = recording.dtype if recording.f.device.type == "mps" else torch.float64
     total: list[kfac.Factors] = []
     for some in chunks(recording, columns or [torch.zeros_like(recording.f)]):
@@ -311,13 +252,7 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
 
 
 def refuse(network: WholeNetwork, group: int, reason: str) -> NoReturn:
-    """Raise: a weight cannot be represented by a Kronecker structure.
-
-    Raises
-    ------
-    UnsupportedError
-        In any case.
-    """
+    """Raise an error that names a weight which a Kronecker structure cannot represent."""
     msg = (
         f'Kronecker factors ("kron", "ekfac") cannot represent the parameter {network.names[group]!r}: {reason}. Use '
         'hessian_structure="diag" or "full", or freeze it with requires_grad_(False).'

@@ -1,7 +1,7 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
-Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass a batch),
-backward passes to the outputs of layers for all or for chosen weights (``curvature/all_weights.py``).
+Two engines do the work: closed forms for the last layer (``curvature/last_layer_engine.py``, one forward pass per
+batch), backward passes to the outputs of layers for all or chosen weights (``curvature/all_weights.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from laplace.types import Inputs, Jacobians
 
 
 class AutogradInterface(CurvatureInterface):
-    """Our own engines, given the output Hessian of the kind of curvature."""
+    """The engines of the library, given the output Hessian of the kind of curvature."""
 
     finds_last_layer: ClassVar[bool] = True
     subsets: ClassVar[frozenset[SubsetOfWeights]] = frozenset(SubsetOfWeights)
@@ -37,7 +37,7 @@ class AutogradInterface(CurvatureInterface):
 
     @cached_property
     def _engine(self) -> LastLayerEngine | AllWeightsEngine:
-        """Computes curvature in the chosen weights."""
+        """The engine that computes curvature in the random weights."""
         return LastLayerEngine(self) if self.network is None else AllWeightsEngine(self, self.network, self._reduce)
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class AutogradInterface(CurvatureInterface):
     def ekfac(
         self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass a column."""
+        """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass per column."""
         self._refuse(kwargs, HessianStructure.EKFAC)
         return self._engine.ekfac(x, y, basis, shapes)
 
@@ -87,7 +87,7 @@ class AutogradInterface(CurvatureInterface):
     def repeatable(
         self, batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure
     ) -> Iterable[tuple[Inputs, Tensor]]:
-        """Of a last layer the features, made in the first pass; else the batches, if they can be read again."""
+        """Features made in the first pass, for a last layer; otherwise the batches, if they can be read again."""
         if isinstance(self._engine, LastLayerEngine):
             return Replay(batches, self._engine.features)
         return super().repeatable(batches, structure)
@@ -105,7 +105,7 @@ class AutogradInterface(CurvatureInterface):
         return self._engine.gradients(x, y)
 
     def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Recording | WrittenOut:
-        """Outputs and their derivatives in factors; for all weights one backward pass a column, made when asked for."""
+        """Outputs and their derivatives in factors; for all weights one backward pass per column, made on request."""
         if isinstance(self._engine, LastLayerEngine):
             return super().derivatives(x, enable_backprop, **model_kwargs)
         return self._engine.record(x, create_graph=enable_backprop, **model_kwargs)
@@ -117,8 +117,8 @@ class AutogradGGN(AutogradInterface, GGNInterface):
     Parameters
     ----------
     *args, **kwargs
-        As in ``GGNInterface``; for all weights ``stochastic=True`` takes one backward pass a sample, instead of one an
-        output.
+        As in ``GGNInterface``; for all weights ``stochastic=True`` takes one backward pass per sample, instead of one
+        per output.
     kfac_approx
         For all weights and the Kronecker structure: ``"expand"`` treats the positions that share a weight as data,
         ``"reduce"`` averages them.
@@ -132,11 +132,11 @@ class AutogradGGN(AutogradInterface, GGNInterface):
 class AutogradHessian(AutogradInterface):
     """The Hessian of the negative log-likelihood; for the last layer, in which outputs are linear, that is the GGN.
 
-    For all weights it is exact, takes P backward passes a batch, and may be indefinite away from a minimum: whatever
+    For all weights it is exact, takes P backward passes per batch, and may be indefinite away from a minimum: whatever
     needs a positive definite precision then raises ``NotPositiveDefiniteError``. It has no Kronecker factors.
     """
 
-    # Not of users, which say their Fisher matrix: of ours it is the Hessian in the outputs.
+    # Only for our likelihoods, whose Fisher matrix is the Hessian in the outputs.
     likelihoods: ClassVar[frozenset[Likelihood]] = frozenset(set(Likelihood))
 
     def full(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class AutogradHessian(AutogradInterface):
             return self._widen(loss.detach()), torch.stack([self._widen(row[index]) for index, row in enumerate(rows)])
 
     def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Of the last layer; for all weights there are no factors."""
+        """Loss ``[]`` and Kronecker factors of the last layer; for all weights there are none."""
         if self.last_layer:
             return super().kron(x, y, N, **kwargs)
         raise self.cannot(HessianStructure.KRON)
@@ -178,7 +178,7 @@ class AutogradHessian(AutogradInterface):
             return self._widen(loss.detach()), blocks
 
     def lowrank(self, x: Inputs, y: Tensor, directions: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Loss ``[]`` and products of the Hessian with directions ``[P, k]``, a backward pass each.
+        """Loss ``[]`` and products of the Hessian with directions ``[P, k]``, one backward pass for each.
 
         For all weights the Hessian may be indefinite, and its trace says nothing about its positive part: ``None``.
         """
@@ -193,13 +193,13 @@ class AutogradHessian(AutogradInterface):
 
     @classmethod
     def can(cls, structure: HessianStructure, subset: SubsetOfWeights) -> bool:
-        """Kronecker factors are there for the last layer only."""
+        """Whether it provides a structure; Kronecker factors only for the last layer."""
         last_layer = subset is SubsetOfWeights.LAST_LAYER
         return super().can(structure, subset) and (last_layer or structure is not HessianStructure.KRON)
 
     def _loss(self, x: Inputs, y: Tensor) -> Tensor:
-        """The loss with its graph."""
-        # Attention in a form that has second derivatives.
+        """The loss, with its graph."""
+        # Run attention in a form that has second derivatives.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             positions = self.positions(self.outputs(differentiable(x)), y)
             return self.output_likelihood.nll(positions.f, positions.y)

@@ -1,4 +1,4 @@
-"""Curvature from its columns: ``H = Σ J Jᵀ`` over columns and data, with J in factors, one block a parameter group.
+"""Curvature from its columns: ``H = Σ J Jᵀ`` over columns and data, with J in factors, one block per parameter group.
 
 Pure functions of columns, and ``ColumnsInterface``, which makes structures of them for every back end that has columns.
 """
@@ -27,19 +27,8 @@ Columns: TypeAlias = "Iterable[Sequence[JacobianBlock]]"
 
 
 def blockdiag(columns: Columns, sizes: Sequence[int], like: Tensor) -> list[Float[Tensor, "p p"]]:
-    """The diagonal block ``Σ J Jᵀ`` of each parameter group: exact.
+    """The diagonal block ``Σ J Jᵀ`` of each parameter group, exact, in the dtype and on the device of ``like``.
 
-    Parameters
-    ----------
-    columns
-        Of a batch.
-    sizes
-        Of the parameter groups.
-    like
-        Any tensor in the precision of the result, where it is to be.
-
-    Notes
-    -----
     Time O(columns · rows · Σ p²); J is written out for one group and a bounded number of data at a time.
     """
     totals = [like.new_zeros(size, size) for size in sizes]
@@ -53,15 +42,6 @@ def blockdiag(columns: Columns, sizes: Sequence[int], like: Tensor) -> list[Floa
 
 def ekfac(columns: Columns, basis: Basis, shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
     """The diagonal of the curvature in a basis, ``Σ (Uᵀ J V)²`` for each parameter group: exact.
-
-    Parameters
-    ----------
-    columns, like
-        As in ``blockdiag``.
-    basis
-        One or two orthogonal matrices for each group.
-    shapes
-        Their sizes.
 
     References
     ----------
@@ -79,17 +59,6 @@ def lowrank(
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products ``H V = Σ J (Jᵀ V)`` and the trace ``Σ J²``: neither H nor J is formed.
 
-    Parameters
-    ----------
-    columns
-        Of a batch.
-    directions
-        V, ``[P, k]``.
-    sizes
-        Of the parameter groups.
-
-    Notes
-    -----
     Time O(columns · rows · P · k), memory O(P k) beside that of the columns.
     """
     rows = [part.T.contiguous() for part in directions.split(list(sizes))]
@@ -108,15 +77,7 @@ def lowrank(
 
 
 def dense_columns(J: Float[Tensor, "columns rows params"], sizes: Sequence[int]) -> list[JacobianBlock]:
-    """Columns that are written out, as blocks.
-
-    Parameters
-    ----------
-    J
-        ``[columns, rows, P]``.
-    sizes
-        Of the parameter groups.
-    """
+    """Columns that are written out, as one block per parameter group."""
     return [DenseBlock(part) for part in J.split(list(sizes), -1)]
 
 

@@ -82,7 +82,7 @@ class GGNInterface(ColumnsInterface):
         self.generator = generator
 
     def _seed(self) -> int:
-        """A seed from the generator, for packages that take no generator."""
+        """A seed drawn from the generator, for packages that take no generator."""
         device = None if self.generator is None else self.generator.device
         return int(torch.randint(2**31 - 1, (), generator=self.generator, device=device))
 
@@ -106,7 +106,7 @@ class GGNInterface(ColumnsInterface):
         yield loss, iter([dense_columns(columns, self._sizes)])
 
     def output_hessian(self, positions: Positions) -> OutputHessian:
-        """The likelihood's Hessian, or the mean of ``num_samples`` outer products with that expectation."""
+        """The likelihood's Hessian, or the mean of ``num_samples`` outer products whose expectation it is."""
         return self._sampled(positions, self.num_samples) if self.stochastic else super().output_hessian(positions)
 
     def _sampled(self, positions: Positions, num_samples: int) -> OutputHessian:
@@ -157,6 +157,6 @@ class EFInterface(ColumnsInterface):
 
     @contextmanager
     def columns(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Iterator[Sequence[JacobianBlock]]], None, None]:
-        """Loss and one column a datum, its gradient."""
+        """Loss and one column per datum, its gradient."""
         gradients, loss = self.gradients(x, y)
         yield loss, iter([dense_columns(gradients.unsqueeze(0), self._sizes)])

@@ -113,24 +113,9 @@ def full(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool
 
 
 def blockdiag(phi: Float[Tensor, "rows features"], hessian: OutputHessian, bias: bool) -> list[Tensor]:
-    """The blocks of weight and bias of ``full``: Σ Λ ⊗ φφᵀ and Σ Λ.
+    """The exact blocks of weight and bias of ``full``: Σ Λ ⊗ φφᵀ, ``[C·D, C·D]``, and Σ Λ, ``[C, C]``.
 
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-
-    Returns
-    -------
-    ``[C·D, C·D]``, and ``[C, C]`` with a bias.
-
-    Notes
-    -----
-    Exact blocks. Time O(rows · (C D)²), memory O((C D)²).
+    Time O(rows · (C D)²), memory O((C D)²).
     """
     weight = full(phi, hessian, bias=False)
     return [weight, hessian.sum()] if bias else [weight]
@@ -142,26 +127,9 @@ def ekfac(
     bias: bool,
     basis: Sequence[Sequence[Tensor | None]],
 ) -> list[Tensor]:
-    """The diagonal of Σ Λ ⊗ φφᵀ in the basis U ⊗ V, ``Σ (Uᵀ Λ U)_ii (φ V)_j²``, and that of Σ Λ in its own.
+    """The diagonal of Σ Λ ⊗ φφᵀ in the basis U ⊗ V, ``Σ (Uᵀ Λ U)_ii (φ V)_j²``, and of Σ Λ in its basis U.
 
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-    basis
-        U and V for the weight, U for the bias; ``None`` is the identity.
-
-    Returns
-    -------
-    ``[C, D]``, and ``[C]`` with a bias.
-
-    Notes
-    -----
-    Exact. Time O(rows · (C² + D² + C D)), memory O(rows · (C + D) + C D).
+    ``[C, D]``, and ``[C]`` with a bias. Exact. Time O(rows · (C² + D² + C D)), memory O(rows · (C + D) + C D).
 
     References
     ----------
@@ -174,15 +142,7 @@ def ekfac(
 
 
 def diagonal_in(hessian: OutputHessian, basis: Tensor | None) -> Float[Tensor, "rows outputs"]:
-    """Diagonals of Uᵀ Λ U, ``[rows, C]``: two products with ``[C, C]``.
-
-    Parameters
-    ----------
-    hessian
-        Λ for each row.
-    basis
-        U; ``None`` is the identity.
-    """
+    """Diagonals of Uᵀ Λ U, ``[rows, C]``, by two products with U, ``[C, C]``; ``None`` stands for the identity."""
     if basis is None:
         return hessian.diag()
     parts: list[Tensor] = []
@@ -199,23 +159,6 @@ def lowrank(
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products (Σ Λ ⊗ φφᵀ) V and the trace, Σ tr Λ · |φ|²: through the outputs, ``Jᵀ (Λ (J V))``.
 
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    hessian
-        Output Hessians of the same rows.
-    bias
-        Whether the layer has a bias.
-    directions
-        V, ``[P, k]``.
-
-    Returns
-    -------
-    ``[P, k]`` and ``[]``.
-
-    Notes
-    -----
     Exact. Time O(rows · C · D · k), memory O(P k) beside chunks of rows.
     """
     augmented = augment(phi, bias)
@@ -257,7 +200,7 @@ def outer_products(
 def public_order(
     matrix: Float[Tensor, "internal internal"], n_outputs: int, bias: bool
 ) -> Float[Tensor, "params params"]:
-    """From the row-major order of ``[W, b]`` to the weight row by row, then the bias."""
+    """A matrix in the row-major order of ``[W, b]``, put into public order: the weight row by row, then the bias."""
     if not bias:
         return matrix
     width = len(matrix) // n_outputs
@@ -279,23 +222,7 @@ def per_datum_gradients(
     datum: Int[Tensor, " rows"],
     bias: bool,
 ) -> Iterator[Float[Tensor, "chunk params"]]:
-    """Gradients of each datum in the weights, summed over its positions first; in chunks of data, in public order.
-
-    Parameters
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    gradient
-        Gradients in the outputs, ``[rows, C]``.
-    datum
-        Which datum each row belongs to, ascending.
-    bias
-        Whether the layer has a bias.
-
-    Yields
-    ------
-    ``[chunk, P]``, the data in their order.
-    """
+    """Gradients of each datum, summed over its positions, as ``[chunk, P]`` in order of the data; ``datum`` ascends."""
     positions = torch.unique_consecutive(datum, return_counts=True)[1].tolist()
     step = max(1, CHUNK_ELEMENTS // ((phi.shape[1] + int(bias)) * gradient.shape[1]))
     phis, gradients = phi.split(positions), gradient.split(positions)

@@ -1,4 +1,4 @@
-"""The engine of the built-in back ends for the last layer: features and outputs of a batch, into the closed forms."""
+"""The engine of the built-in back ends for the last layer: closed forms of the features and outputs of a batch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,7 @@ from laplace.types import Inputs
 
 
 class LastLayerEngine:
-    """Curvature of the last layer: one forward pass a batch, no backward pass.
-
-    Parameters
-    ----------
-    backend
-        Gives the model and the output Hessians.
-    """
+    """Curvature of the last layer: one forward pass per batch, no backward pass."""
 
     def __init__(self, backend: CurvatureInterface) -> None:
         self.backend = backend
@@ -53,7 +47,7 @@ class LastLayerEngine:
     def kron(self, x: Inputs, y: Tensor) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors, raw sums in float64: O(rows · (C² + D²))."""
         with self._rows(x, y) as (loss, phi, positions):
-            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # which that device does not have
+            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # float64, which that device does not have
             hessian = self.backend.output_hessian(positions.to(wide))
             return loss, self._closed_forms.kron(phi.to(wide), hessian, self._has_bias)
 
@@ -99,13 +93,13 @@ class LastLayerEngine:
         return [parameter.numel() for parameter in self.backend.params]
 
     def _datum_columns(self, phi: Tensor, positions: Positions) -> Iterator[list[JacobianBlock]]:
-        """One column a datum, its gradient, summed over its positions."""
+        """One column per datum: its gradient, summed over its positions."""
         for gradients in self._datum_gradients(phi, positions):
             yield by_columns.dense_columns(gradients.unsqueeze(0), self._sizes)
 
     @property
     def _closed_forms(self) -> ModuleType:
-        """One function a structure: of a linear layer, or of a score head that compares the items of a pair."""
+        """The module of closed forms: of a linear layer, or of a score head that compares the items of a pair."""
         return last_layer if self.backend.output_likelihood.n_items == 1 else pairs
 
     @property
@@ -120,7 +114,7 @@ class LastLayerEngine:
         n_axes: int,
         add: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """By the closed form; by gradients a datum where those of its positions add up before they are squared."""
+        """Loss and curvature by the closed form; by gradients of each datum if those of its positions add up before."""
         with self._rows(x, y) as (loss, phi, positions):
             if n_axes == 2:
                 FullCurvature.check_memory(self.backend.params, phi.dtype)

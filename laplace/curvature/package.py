@@ -1,7 +1,7 @@
-"""``PackageInterface``: what back ends share that let another package compute (``backend=BackPackGGN`` and so on).
+"""``PackageInterface``: what back ends share whose curvature another package computes (``backend=BackPackGGN``, …).
 
-The package works on a private copy of the model, made for one batch and thrown away with whatever was left on it; of a
-last layer it sees that layer alone, with features for inputs. Loss, checks of the data, masks and precision are ours.
+The package works on a private copy of the model, made for one batch and thrown away with whatever was left on it; for
+a last layer it sees that layer alone, with features as inputs. Loss, checks of data, masks and precision are ours.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PackageInterface(CurvatureInterface):
         raise self.cannot(HessianStructure.FULL)
 
     def _diag(self, batch: PrivateBatch) -> Float[Tensor, " params"]:
-        """Its diagonal."""
+        """The diagonal of the curvature."""
         raise self.cannot(HessianStructure.DIAG)
 
     def _kron(self, batch: PrivateBatch) -> list[list[Tensor]]:
@@ -127,23 +127,11 @@ class PackageInterface(CurvatureInterface):
         return self.last_layer and self.output_likelihood.n_items > 1 and self._head.bias is not None
 
     def _with_bias(self, values: Tensor, n_axes: int) -> Tensor:
-        """Zeros for a bias that cancels, along the last axes."""
+        """Values with zeros appended along the last axes for a bias that cancels."""
         return F.pad(values, (0, 1) * n_axes) if self._bias_cancels else values
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
-        """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features.
-
-        Parameters
-        ----------
-        x
-            A batch of inputs.
-        enable_backprop
-            Keep the graph to the inputs. Packages return values without one: the built-in engine gives these.
-
-        Returns
-        -------
-        Jacobians and outputs.
-        """
+        """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]`` by the package; with a graph by the built-in engine."""
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
         if enable_backprop:
@@ -163,7 +151,7 @@ class PackageInterface(CurvatureInterface):
 
     @cached_property
     def _built_in(self) -> AllWeightsEngine:
-        """Gives Jacobians that can be differentiated: they do not depend on who computes the curvature."""
+        """The built-in engine, for Jacobians that can be differentiated; they do not depend on the package."""
         assert self.network is not None, "a last layer has features"
         return AllWeightsEngine(self, self.network, reduce=False)
 
@@ -175,7 +163,7 @@ class PackageInterface(CurvatureInterface):
             return self._with_bias(self._restrict(batch.sum_positions(self._gradients(batch))), 1), loss
 
     def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
-        """Raise for options of a method that the package does not have, or has under our names."""
+        """Raise for options that a method of the package lacks, or that have a name of the library's own."""
         self._refuse(dict(options))
 
     # -- what it can take ---------------------------------------------------------------------------------------------
@@ -186,7 +174,7 @@ class PackageInterface(CurvatureInterface):
         return None
 
     def _takers_of_any_layer(self, structure: HessianStructure | None) -> str:
-        """Back ends that provide a structure for whatever layers there are."""
+        """Names of back ends that provide a structure for layers of any kind."""
 
         def can(cls: type[Capabilities]) -> bool:
             return cls.known_layers(structure) is None and (structure is None or cls.can(structure, self.subset))
@@ -201,7 +189,7 @@ class PackageInterface(CurvatureInterface):
     def _private(
         self, x: Inputs, y: Tensor | None, structure: HessianStructure | None, options: dict[str, Any] | None = None
     ) -> Generator[tuple[Tensor, PrivateBatch], None, None]:
-        """Loss and private batch; in the body autograd is on and autocast off, whatever the caller has set."""
+        """Loss and private batch; in the body autograd is on and autocasting off, whatever the caller has set."""
         if structure is not None and not self.provides(structure):
             raise self.cannot(structure)
         self._check_options(structure, options or {})
@@ -211,7 +199,7 @@ class PackageInterface(CurvatureInterface):
                 positions, batch = prepare(x, y, structure)
                 batch = replace(batch, options=options or {})
                 loss = batch.f.new_zeros(()) if y is None else self.output_likelihood.nll(positions.f, positions.y)
-            # Attention in a form that has all derivatives.
+            # Run attention in a form that has all derivatives.
             with torch.enable_grad(), full_precision(batch.f.device), sdpa_kernel(SDPBackend.MATH), quiet_hooks():
                 if y is not None and not self.last_layer and len(batch.y) and self._check_is_due():
                     self._check_gradients(x, y, structure)
@@ -227,7 +215,7 @@ class PackageInterface(CurvatureInterface):
         return self._n_passes.bit_count() == 1 and self._n_passes.bit_length() % 2 == 1
 
     def _check_gradients(self, x: Inputs, y: Tensor, structure: HessianStructure | None) -> None:
-        """Compare gradients a row by the package with those of the user's own model."""
+        """Compare gradients of each row by the package with those of the user's own model."""
         with torch.no_grad():
             _, batch = self._private_network(x, y, None)
         weights = mixing(batch.f[:, :1])
@@ -235,9 +223,9 @@ class PackageInterface(CurvatureInterface):
         self._compare(x, batch.datum, rows, weights * self.output_likelihood.gradient(batch.f, batch.y))
 
     def _compare(self, x: Inputs, datum: Tensor, rows: Tensor, direction: Tensor) -> None:
-        """Compare a weighted sum of derivatives a row with that of the user's own model, by autograd.
+        """Compare a weighted sum of the rows' derivatives with that of the user's own model, by autograd.
 
-        What hooks cannot see ends up here: functions that hold on to the model, data in another order, scripts.
+        This finds what hooks cannot see: functions that hold on to the model, data in another order, scripts.
 
         Raises
         ------
@@ -265,7 +253,7 @@ class PackageInterface(CurvatureInterface):
     def _private_head(
         self, x: Inputs, y: Tensor | None, structure: HessianStructure | None
     ) -> tuple[Positions, PrivateBatch]:
-        """The last layer and its features, one row an unmasked position."""
+        """The last layer and its features, one row per unmasked position."""
         assert y is not None, "Jacobians of a last layer need no package"
         f, phi = self.model.forward_with_features(x)
         positions = self.positions(f, y)
@@ -326,16 +314,16 @@ class PackageInterface(CurvatureInterface):
 
 
 def mixing(f: Tensor) -> Tensor:
-    """Fixed numbers in the shape of ``f``, all different, by which to add rows up."""
+    """Fixed numbers in the shape of ``f``, all different, as weights of a sum over rows."""
     return (1 + 2.3 * torch.arange(f.numel(), dtype=f.dtype, device=f.device).square()).cos().reshape(f.shape)
 
 
 UNMENTIONED = (
     ("Using a non-full backward hook", FutureWarning),
     ("Full backward hook is firing", UserWarning),
-    ("Extension saving to .* does not have an extension for Module", UserWarning),  # of a container
+    ("Extension saving to .* does not have an extension for Module", UserWarning),  # from a container
 )
-"""Warnings about the hooks of packages, about which users can do nothing; which layers are known is checked before."""
+"""Warnings about the hooks of packages, about which users can do nothing: known layers are checked before."""
 
 
 @contextmanager
@@ -349,7 +337,7 @@ def quiet_hooks() -> Generator[None, None, None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Generator[None, None, None]:
-    """Draw from PyTorch's own generators, which packages use, without a trace on them."""
+    """Seed PyTorch's global generators, which packages draw from, and restore them afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Closed forms for a linear score head on pairs (``likelihood="reward_modeling"``), in the place of ``last_layer``.
+"""Closed forms for a linear score head on pairs (``likelihood="reward_modeling"``), in place of ``last_layer``.
 
 The likelihood sees a pair by the difference of its scores, ``f₀ − f₁ = w · (φ₀ − φ₁)``: every output Hessian, exact or
 a Fisher, is ``r rᵀ`` with ``r = ρ [1, −1]``. So a pair enters as one row with the features ``d = φ₀ − φ₁`` and the
@@ -20,23 +20,8 @@ from laplace.types import Scalar
 
 
 def diag(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Float[Tensor, " params"]:
-    """Diagonal of Σ ρ² d dᵀ, and 0 for the bias.
+    """Diagonal of Σ ρ² d dᵀ, then 0 for the bias: ``[P]``.
 
-    Parameters
-    ----------
-    phi
-        Features of both items, side by side, ``[pairs, 2 D]``.
-    hessian
-        Output Hessians of the same pairs, with a root alone.
-    bias
-        Whether the layer has a bias.
-
-    Returns
-    -------
-    ``[P]``, the weight and then the bias.
-
-    Notes
-    -----
     Exact. Time O(pairs · D).
     """
     return F.pad(last_layer.diag(*differences(phi, hessian), bias=False), (0, int(bias)))
@@ -45,13 +30,6 @@ def diag(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) 
 def kron(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Kron:
     """Factors Σ ρ² (1×1) and Σ d dᵀ, both raw sums; 0 for the bias.
 
-    Parameters
-    ----------
-    phi, hessian, bias
-        As in ``diag``.
-
-    Notes
-    -----
     Approximate as a matrix, exact as sums. Time O(pairs · D²).
     """
     weight = last_layer.kron(*differences(phi, hessian), bias=False).kfacs
@@ -61,13 +39,6 @@ def kron(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) 
 def full(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> Float[Tensor, "params params"]:
     """Σ ρ² d dᵀ, dense, with a row and a column of zeros for the bias.
 
-    Parameters
-    ----------
-    phi, hessian, bias
-        As in ``diag``.
-
-    Notes
-    -----
     Exact. Time O(pairs · D²).
     """
     return F.pad(last_layer.full(*differences(phi, hessian), bias=False), (0, int(bias), 0, int(bias)))
@@ -76,13 +47,6 @@ def full(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) 
 def blockdiag(phi: Float[Tensor, "pairs twice"], hessian: OutputHessian, bias: bool) -> list[Tensor]:
     """Σ ρ² d dᵀ, and 0 for the bias.
 
-    Parameters
-    ----------
-    phi, hessian, bias
-        As in ``diag``.
-
-    Notes
-    -----
     Exact. Time O(pairs · D²).
     """
     weight = last_layer.blockdiag(*differences(phi, hessian), bias=False)
@@ -97,15 +61,6 @@ def ekfac(
 ) -> list[Tensor]:
     """Σ ρ² (d V)², and 0 for the bias.
 
-    Parameters
-    ----------
-    phi, hessian, bias
-        As in ``diag``.
-    basis
-        For each group one or two orthogonal matrices.
-
-    Notes
-    -----
     Exact. Time O(pairs · D²).
     """
     weight = last_layer.ekfac(*differences(phi, hessian), bias=False, basis=basis)
@@ -117,15 +72,6 @@ def lowrank(
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products with Σ ρ² d dᵀ, and 0 for the bias; the trace.
 
-    Parameters
-    ----------
-    phi, hessian, bias
-        As in ``diag``.
-    directions
-        ``[P, k]``.
-
-    Notes
-    -----
     Exact. Time O(pairs · D · k).
     """
     weight = directions[: len(directions) - int(bias)]

@@ -1,4 +1,4 @@
-"""What a package gets to compute with: a private copy of the model, and the rows of a batch that count."""
+"""What a package computes with: a private copy of the model, and the rows of a batch that count."""
 
 from __future__ import annotations
 
@@ -21,37 +21,24 @@ from laplace.types import Inputs
 
 @dataclass(frozen=True)
 class PrivateBatch:
-    """A batch for a package.
-
-    Attributes
-    ----------
-    model
-        A private copy as a module from inputs to outputs ``[rows, C]``.
-    bare
-        The copy itself, inside what brings inputs and outputs in shape.
-    x, y
-        Inputs and targets of the rows that count; labels ``[rows]``, or probabilities or values ``[rows, C]``.
-    labels
-        The same for what does not depend on targets: class labels also where probabilities were given.
-    f
-        Their outputs.
-    datum
-        Which of the ``n_data`` rows of the loader each belongs to.
-    n_data
-        Their number.
-    options
-        Of the package, from the user.
-    """
+    """A batch for a package: inputs ``x`` and targets ``y`` of the rows that count, with a private model."""
 
     model: nn.Module
+    """A private copy of the model, as a module from inputs to outputs ``[rows, C]``."""
     bare: nn.Module
+    """The copy itself, without the module around it that brings inputs and outputs into shape."""
     x: Inputs
     y: Tensor
     labels: Tensor
+    """Targets for computations that do not depend on them: class labels even if probabilities were given."""
     f: Float[Tensor, "rows outputs"]
+    """Outputs of the rows."""
     datum: Int[Tensor, " rows"]
+    """Index of the loader's row that each row belongs to."""
     n_data: int
+    """Number of rows of the loader."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the package, from the user."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -60,7 +47,7 @@ class PrivateBatch:
 
     @property
     def items(self) -> int:
-        """How many rows of layers belong to a row of outputs: 2 where pairs are compared."""
+        """Number of a layer's rows per row of outputs: 2 where pairs are compared."""
         return 2 if isinstance(self.model, PrivatePairs) else 1
 
     @cached_property
@@ -69,7 +56,7 @@ class PrivateBatch:
         return len(self.datum.unique()) == len(self.datum)
 
     def zeros(self, n_axes: int) -> Tensor:
-        """``[P]`` or ``[P, P]``."""
+        """Zeros, ``[P]`` or ``[P, P]``."""
         return self.f.new_zeros([sum(parameter.numel() for parameter in self.parameters)] * n_axes)
 
     def sum_positions(self, rows: Float[Tensor, "rows params"]) -> Float[Tensor, "data params"]:
@@ -83,15 +70,7 @@ def flat(values: Sequence[Tensor], n_leading: int = 0) -> Tensor:
 
 
 class PrivateNetwork(nn.Module):
-    """A structural copy of a whole network, as a module from inputs of any nesting to outputs ``[rows, C]``.
-
-    Parameters
-    ----------
-    network
-        The user's.
-    dtype
-        Of the copy.
-    """
+    """A structural copy of a whole network, as a module from inputs of any nesting to outputs ``[rows, C]``."""
 
     def __init__(self, network: WholeNetwork, dtype: torch.dtype) -> None:
         super().__init__()
@@ -108,13 +87,7 @@ class PrivateNetwork(nn.Module):
 
 
 class PrivatePairs(nn.Module):
-    """A private network as a module from pairs to their two scores, ``[pairs, 2]``; its layers see the items as rows.
-
-    Parameters
-    ----------
-    network
-        From items to scores ``[items, 1]``.
-    """
+    """A private network as a module from pairs to their scores, ``[pairs, 2]``; its layers see the items as rows."""
 
     def __init__(self, network: PrivateNetwork) -> None:
         super().__init__()
@@ -126,15 +99,7 @@ class PrivatePairs(nn.Module):
 
 
 class PairHead(nn.Module):
-    """A head without bias, from differences of features to the scores (Δ, 0): all that the likelihood sees of a pair.
-
-    Parameters
-    ----------
-    layer
-        The user's.
-    dtype
-        Of the copy.
-    """
+    """A head without bias, from differences of features to scores (Δ, 0), which are all that the likelihood needs."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -148,16 +113,8 @@ class PairHead(nn.Module):
 
 
 def private_head(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """A copy of a last layer, all of whose weights are random.
-
-    Parameters
-    ----------
-    layer
-        The user's.
-    dtype
-        Of the copy.
-    """
-    # A plain layer, without the hooks of a user: that outputs are those of the weights is checked with the features.
+    """A copy of a last layer in another dtype, all of whose weights are random."""
+    # A plain layer, without a user's hooks: features are checked to give the outputs by these weights.
     twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     twin.weight = nn.Parameter(layer.weight.detach().to(dtype))
     if layer.bias is not None:
@@ -166,7 +123,7 @@ def private_head(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 
 Objection = Callable[[nn.Module, Tensor], "str | None"]
-"""Says why a package cannot take a layer with some input, or ``None``."""
+"""A function that says why a package cannot take a layer with some input, or ``None``."""
 
 
 def outputs_of_known(
@@ -178,30 +135,7 @@ def outputs_of_known(
     backend: str,
     able: str,
 ) -> Tensor:
-    """Outputs of a private network, after a check that hooks on its layers see all that its random weights do.
-
-    Parameters
-    ----------
-    model
-        The copy.
-    x
-        A batch of inputs.
-    known
-        Layers whose weights the package knows; ``None`` when it differentiates like autograd, without hooks.
-    originals
-        Weights of the user's model: nothing in the copy may use them.
-    objection
-        Of the package, to a layer of these kinds.
-    backend, able
-        For messages: name of the back end, and of those that take any layer.
-
-    Raises
-    ------
-    UnsupportedError
-        If a random weight is not used; and, with ``known``, if it belongs to another layer, is used elsewhere or more
-        than once, or if data are not along the first axis of the layer's input. Packages would drop it or mix up data,
-        without a word.
-    """
+    """Outputs of a private network; unless ``known`` is ``None``, hooks on layers must see all uses of its weights."""
 
     def refuse(name: str, reason: str) -> NoReturn:
         msg = (
@@ -255,7 +189,7 @@ def inputs_of(layers: Mapping[str, nn.Module]) -> Generator[dict[str, list[Tenso
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        # What is given by keyword only is not seen, and the layer then refused.
+        # Inputs given by keyword are not seen, and the layer is then refused.
         return lambda _module, inputs: seen[name].extend(value.detach() for value in inputs[:1])
 
     handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]

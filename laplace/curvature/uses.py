@@ -16,21 +16,11 @@ from laplace.structures.product import ProductBlock
 
 @dataclass(frozen=True)
 class MixedBlock(DenseBlock):
-    """A group used in ways that have no common factors, such as an embedding tied to a linear layer; written out."""
+    """Written-out derivatives of a group whose uses share no factors, such as an embedding tied to a linear layer."""
 
 
 def combined(blocks: Sequence[JacobianBlock], zeros: Float[Tensor, "columns batch 1"], n_params: int) -> JacobianBlock:
-    """The derivatives in a group, in factors where all its uses share their kind.
-
-    Parameters
-    ----------
-    blocks
-        One for each use of the group.
-    zeros
-        No derivative, for a group that is not used.
-    n_params
-        Number of weights in the group.
-    """
+    """The derivatives in a group, in factors if all its uses are of one kind; zeros without any use."""
     if not blocks:
         return DenseBlock(zeros.new_zeros(*zeros.shape[:2], n_params))
     if len(blocks) == 1:

@@ -101,23 +101,7 @@ def _moved(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int 
 
 
 def check_last(shape: Sequence[int], axis: int | None, *, classes: bool) -> None:
-    """Raise unless the last axis of outputs is surely that of the C outputs.
-
-    Parameters
-    ----------
-    shape
-        Of the outputs, ``[batch, *positions, C]``.
-    axis
-        The one where channels were seen; ``None`` if that is not known.
-    classes
-        Whether targets are class indices, whose shape leaves out that axis.
-
-    Raises
-    ------
-    UnsupportedError
-        If channels are elsewhere; or, where they were not seen, if the shape of class indices cannot tell (all axes are
-        equally long), or other targets have several positions.
-    """
+    """Raise unless the C outputs are along the last axis; ``axis`` is where channels were seen, ``None`` if unknown."""
     n_axes = len(shape)
     if n_axes < 3 or axis == n_axes - 1:
         return

@@ -15,18 +15,12 @@ from laplace.network.choice import Choice, Interleaved
 
 @dataclass(frozen=True)
 class ParameterSubset:
-    """The random weights, in the order of ``torch.nn.utils.parameters_to_vector`` or in that of chosen indices.
-
-    Attributes
-    ----------
-    parameters
-        The parameter tensors that hold them; read, never written.
-    choice
-        Which of their weights are random; all when ``None``.
-    """
+    """The random weights, in the order of ``torch.nn.utils.parameters_to_vector`` or in that of chosen indices."""
 
     parameters: tuple[Tensor, ...]
+    """The parameter tensors that hold random weights; read, never written."""
     choice: Choice | None = None
+    """The choice among their weights; all are random when ``None``."""
 
     @classmethod
     def last_layer(cls, layer: nn.Linear) -> ParameterSubset:
@@ -38,22 +32,7 @@ class ParameterSubset:
 
     @classmethod
     def indices(cls, model: nn.Module, index: Any) -> ParameterSubset:
-        """Single weights; of the parameter tensors only those that hold one of them are part of the subset.
-
-        Parameters
-        ----------
-        model
-            Any module.
-        index
-            Positions in ``parameters_to_vector(model.parameters())``, in any order, which is that of the subset.
-
-        Raises
-        ------
-        InputError
-            If these are no such positions: of another type or shape, none, out of range, or one twice.
-        UnsupportedError
-            If a weight among them does not require a gradient.
-        """
+        """Single weights, by positions in ``parameters_to_vector(model.parameters())``, in the order of ``index``."""
         parameters, choice = Choice.of(model, index)
         return cls(parameters, choice)
 
@@ -66,7 +45,7 @@ class ParameterSubset:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the parameter groups; single weights of a tensor have none of their own."""
+        """Shapes of the parameter groups; chosen weights of a tensor are a vector, ``(size,)``."""
         if self.choice is not None:
             return [(size,) for size in self.choice.sizes]
         return [tuple(parameter.shape) for parameter in self.parameters]
@@ -87,13 +66,7 @@ class ParameterSubset:
         return torch.cat(flat) if self.choice is None else self.choice.gather(flat)
 
     def at(self, theta: Float[Tensor, " params"]) -> list[Tensor]:
-        """The parameter tensors with other random weights: new tensors, in the shapes and dtypes of the model's.
-
-        Parameters
-        ----------
-        theta
-            The random weights, ``[P]``.
-        """
+        """The parameter tensors with other random weights: new tensors, in the shapes and dtypes of the model's."""
         if self.choice is None:
             flat = split_sizes(theta, self.sizes)
         else:
@@ -101,20 +74,14 @@ class ParameterSubset:
         return [part.reshape(old.shape).to(old.dtype) for old, part in zip(self.parameters, flat, strict=True)]
 
     def equals(self, theta: Float[Tensor, " params"]) -> bool:
-        """Whether the weights of the model are those of a vector, in the coarser of their precisions.
-
-        Parameters
-        ----------
-        theta
-            ``[P]``, maybe in another dtype or on another device.
-        """
+        """Whether the weights of the model are those of a vector, in the coarser of their precisions."""
         if self.choice is not None:
             return _same(self.vector(), theta)
         parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
         return all(_same(parameter.detach().reshape(-1), part) for parameter, part in parts)
 
     def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
-        """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
+        """Values of the random weights, from those of all weights of ``parameters``, joined along the last axis."""
         return values if self.choice is None else values[..., self.choice.index]
 
     def embed(self, values: Float[Tensor, "*batch params"]) -> Float[Tensor, "*batch all"]:
@@ -134,17 +101,7 @@ def _same(now: Tensor, then: Tensor) -> bool:
 def head_views(
     vector: Float[Tensor, "*batch params"], n_outputs: int, n_features: int, bias: bool
 ) -> tuple[Float[Tensor, "*batch outputs features"], Float[Tensor, "*batch outputs"] | None]:
-    """View vectors over the weights of a linear layer as its weight and its bias.
-
-    Parameters
-    ----------
-    vector
-        ``[..., P]`` in public order: the weight row by row, then the bias.
-    n_outputs, n_features
-        C and D of the layer.
-    bias
-        Whether it has a bias.
-    """
+    """View vectors in public order (the weight row by row, then the bias) as a weight ``[..., C, D]`` and a bias."""
     size = n_outputs * n_features
     weight = vector[..., :size].unflatten(-1, (n_outputs, n_features))
     return weight, vector[..., size:] if bias else None
@@ -171,7 +128,7 @@ def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) ->
 
 
 def expand_groups(values: Float[Tensor, " groups"], sizes: Sequence[int]) -> Float[Tensor, " params"]:
-    """Repeat one value a parameter group to one value a weight."""
+    """Repeat one value per parameter group to one value per weight."""
     if isinstance(sizes, Interleaved):
         return values[sizes.groups]
     return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

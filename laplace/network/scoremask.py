@@ -1,6 +1,6 @@
 """Masks that select the weights with the highest scores: random, magnitudes, or variances.
 
-To write one, derive from ``ScoreBasedSubnetMask`` and return from ``compute_param_scores`` one score a weight, ``[P]``.
+To write one, derive from ``ScoreBasedSubnetMask``; ``compute_param_scores`` returns one score per weight, ``[P]``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ScoreBasedSubnetMask(SubnetMask):
 
     @abstractmethod
     def compute_param_scores(self, train_loader: Iterable[Any] | None) -> Float[Tensor, " params"]:
-        """One score a weight of the model, ``[P]``; those of frozen weights do not count.
+        """One score per weight of the model, ``[P]``; those of frozen weights do not count.
 
         Parameters
         ----------
@@ -79,7 +79,7 @@ class ScoreBasedSubnetMask(SubnetMask):
         Raises
         ------
         ShapeError
-            If there is not one score a weight.
+            If there is not one score per weight.
         InputError
             If a score is NaN, or weights were frozen so that there are too few.
         """
@@ -273,32 +273,18 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
 
 
 def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
-    """The mean over unmasked positions, of class indices or probabilities.
-
-    Parameters
-    ----------
-    f
-        Logits, ``[batch, *positions, C]``.
-    y
-        Targets, ``[batch, *positions]`` or ``[batch, *positions, C]``.
-    """
+    """Mean over unmasked positions, from logits ``[batch, *positions, C]`` and class indices or probabilities."""
     rows = f.reshape(-1, f.shape[-1])
     if y.is_floating_point():
         return F.cross_entropy(rows, y.reshape(rows.shape))
     labels = y.reshape(-1).long()
     n_unmasked = int((labels != IGNORED).sum())
-    # A batch without labels says nothing: its mean would be 0/0.
+    # A batch without labels adds nothing: its mean would be 0/0.
     return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / max(1, n_unmasked)
 
 
 def squared_error(f: Tensor, y: Tensor) -> Tensor:
-    """The mean, whether outputs are ``[batch]`` or ``[batch, 1]``.
-
-    Parameters
-    ----------
-    f, y
-        Outputs and targets.
-    """
+    """Mean squared error, whether outputs are ``[batch]`` or ``[batch, 1]``."""
     return F.mse_loss(f, y.reshape(f.shape).to(f.dtype))
 
 
