@@ -43,7 +43,7 @@ def refuse(where: str, expected: str, value: Any) -> NoReturn:
 
 
 def check_entries(state: Any, table: Table, known: Known, where: str = "") -> None:
-    """Raise unless a mapping has exactly the entries of a table and each passes its check, which adds to ``known``."""
+    """Raise unless a mapping has just the entries of a table and each in turn passes its check; adds to ``known``."""
     inside = f" in {where}" if where else ""
     if not isinstance(state, Mapping):
         refuse(where, "a mapping", state)

@@ -81,7 +81,7 @@ class Product(Role):
     """Whether the weight is stored inputs first."""
 
     def rows(self, g: Tensor) -> Tensor:
-        """By ``outputs``."""
+        """Gradients in the form that ``outputs`` makes."""
         return self.outputs(g)
 
     def scale(self, g: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Product(Role):
 
 @dataclass(frozen=True)
 class Sum(Role):
-    """A bias that is added to the outputs of such a layer, ``Σ_t g_t``."""
+    """A bias that is added at every position, ``Σ_t g_t``."""
 
     outputs: Callable[[Tensor], Tensor]
     """Makes g, ``[columns, *lead, o]``."""
@@ -113,7 +113,7 @@ class Sum(Role):
     """Number of leading axes."""
 
     def rows(self, g: Tensor) -> Tensor:
-        """By ``outputs``."""
+        """Gradients in the form that ``outputs`` makes."""
         return self.outputs(g)
 
     def scale(self, g: Tensor) -> Tensor:

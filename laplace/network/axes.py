@@ -101,7 +101,7 @@ def _moved(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int 
 
 
 def check_last(shape: Sequence[int], axis: int | None, *, classes: bool) -> None:
-    """Raise unless the C outputs are along the last axis; ``axis`` is where channels were seen, ``None`` if unknown."""
+    """Raise unless C is surely last: channels were seen there, or (``axis`` is ``None``) no other axis fits targets."""
     n_axes = len(shape)
     if n_axes < 3 or axis == n_axes - 1:
         return

@@ -304,8 +304,8 @@ class FeatureExtractor(nn.Module):
     def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Linear, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
 
-        On the first pass by that product; later by comparing the outputs with those of the layer, which costs no more
-        than reading them: what follows it may act on some batches only (clamping, padding).
+        On the first pass the layer is applied again; later its outputs are compared with those of the model, which
+        costs no more than reading them: a function after the layer may act on some batches only (clamping, padding).
 
         Raises
         ------

@@ -49,7 +49,7 @@ def may_be_copied(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> bool:
 
     Those of a causal language model are, but they belong to the outputs one position before. Everything that counts has
     to agree, and enough of it (all positions, or ``COPIED`` of them, that hold ``BITS``) that it does not by chance.
-    Where something differs, labels are no copies, and later batches need no look.
+    Where something differs, labels are no copies, and later batches need not be checked.
 
     Raises
     ------
