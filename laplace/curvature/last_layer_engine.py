@@ -47,7 +47,7 @@ class LastLayerEngine:
     def kron(self, x: Inputs, y: Tensor) -> tuple[Tensor, Kron]:
         """Loss ``[]`` and Kronecker factors, raw sums in float64: O(rows · (C² + D²))."""
         with self._rows(x, y) as (loss, phi, positions):
-            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # float64, which that device does not have
+            wide = phi.dtype if phi.device.type == "mps" else torch.float64  # MPS has no float64
             hessian = self.backend.output_hessian(positions.to(wide))
             return loss, self._closed_forms.kron(phi.to(wide), hessian, self._has_bias)
 
@@ -114,7 +114,7 @@ class LastLayerEngine:
         n_axes: int,
         add: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Loss and curvature by the closed form; by gradients of each datum if those of its positions add up before."""
+        """Loss and curvature by the closed form; by gradients of each datum if its positions add up before squaring."""
         with self._rows(x, y) as (loss, phi, positions):
             if n_axes == 2:
                 FullCurvature.check_memory(self.backend.params, phi.dtype)
