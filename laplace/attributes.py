@@ -1,7 +1,7 @@
-"""Attributes that objects of the library take: a name that means nothing to them is refused, and the nearest is said.
+"""Which attributes can be assigned to objects of the library; for an unknown name the error says the nearest.
 
 An object has the attributes that its class declares (annotations, values, properties) and those that its constructors
-assign. Classes from elsewhere may assign others, but for near misses of our options.
+assign. Classes from elsewhere may assign others, except near misses of our options.
 """
 
 from __future__ import annotations
@@ -15,28 +15,13 @@ from typing import Any
 from laplace.errors import UnknownAttributeError
 
 NEAR = 0.85
-"""Share of letters in common from which a new name counts as one of ours, misspelt."""
+"""Share of common letters from which on a new name counts as a misspelt one of ours."""
 SHORTEST = 8
-"""Letters of an option below which a similar name is likely another word."""
+"""Number of letters of an option below which a similar name is likely another word."""
 
 
 def check_attribute(holder: object, name: str, *, takes_others: bool | None = None) -> None:
-    """Raise unless an attribute may be assigned.
-
-    Parameters
-    ----------
-    holder
-        Whose attribute.
-    name
-        Of the attribute.
-    takes_others
-        Whether names of somebody else may be assigned: for classes from elsewhere, unless something is said.
-
-    Raises
-    ------
-    UnknownAttributeError
-        If its class does not know the name, or computes the value; the message says which names there are.
-    """
+    """Raise unless an attribute may be assigned; with ``takes_others`` unknown names may, but near misses not."""
     cls = type(holder)
     if takes(cls, name):
         return
@@ -56,7 +41,7 @@ def check_attribute(holder: object, name: str, *, takes_others: bool | None = No
         raise UnknownAttributeError(msg)
     options = [option for option in settable_names(cls) if len(option) >= SHORTEST]
     near = difflib.get_close_matches(name, options, n=1, cutoff=NEAR)
-    # An option with something before or after it is a name of its own, no slip.
+    # An option with something before or after it is another name, not a misspelt one.
     if near and not name.startswith(near[0]) and not name.endswith(near[0]):
         msg = (
             f"{cls.__name__} has no attribute {name!r}; did you mean {near[0]!r}? An attribute of your own with "
@@ -67,7 +52,7 @@ def check_attribute(holder: object, name: str, *, takes_others: bool | None = No
 
 @functools.lru_cache(maxsize=4096)
 def takes(cls: type, name: str) -> bool:
-    """Whether a class declares an attribute, and does not compute it alone."""
+    """Whether a class declares an attribute other than as a value that it only computes."""
     found = inspect.getattr_static(cls, name, None)
     if isinstance(found, property):
         return found.fset is not None
@@ -81,13 +66,7 @@ def is_own(cls: type) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def known_names(cls: type) -> frozenset[str]:
-    """Names that a class declares, and that its constructors assign.
-
-    Parameters
-    ----------
-    cls
-        Any class.
-    """
+    """Names that a class declares, and that its constructors assign."""
     names: set[str] = set()
     for base in cls.__mro__[:-1]:
         names |= {*vars(base), *inspect.get_annotations(base)}
@@ -100,13 +79,7 @@ def known_names(cls: type) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def settable_names(cls: type) -> tuple[str, ...]:
-    """Public names of our classes to which a value can be assigned with effect, sorted.
-
-    Parameters
-    ----------
-    cls
-        A class of the library, or derived from one.
-    """
+    """Public names of our classes to which a value can be assigned with effect, sorted."""
 
     def takes_value(name: str) -> bool:
         found: Any = inspect.getattr_static(cls, name, None)

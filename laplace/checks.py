@@ -1,6 +1,6 @@
-"""What users pass for options, checked at the border: flags, whole numbers, numbers, keys, keywords.
+"""Checks of what users pass for options: flags, whole numbers, numbers, keys, keywords.
 
-Each function is given the keyword, which opens the message, and returns the value in its plain form.
+Each function is given the keyword, with which its message begins, and returns the value in its plain form.
 """
 
 from __future__ import annotations
@@ -19,17 +19,11 @@ from torch import Tensor
 from laplace.errors import InputError, ShapeError, UnknownOptionError
 
 NEAR = 0.75
-"""From which similarity on a keyword is taken for a misspelt option: ``num_samples`` is ``n_samples`` to 0.9."""
+"""Similarity from which on a keyword counts as a misspelt option: that of ``num_samples`` and ``n_samples`` is 0.9."""
 
 
 def flag(name: str, value: Any) -> bool:
-    """``True`` or ``False``; 0 and 1 and NumPy's flags stand for them, and nothing else: ``"no"`` would count as true.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    """
+    """``True`` or ``False``, also given as 0 or 1 or NumPy's flag, but not as text: ``"no"`` would count as true."""
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
     msg = f"{name} must be True or False; got {shown(value)}."
@@ -37,25 +31,13 @@ def flag(name: str, value: Any) -> bool:
 
 
 def flags(**values: Any) -> None:
-    """Several flags, by name.
-
-    Raises
-    ------
-    InputError
-        If one is neither ``True`` nor ``False``.
-    """
+    """Several flags, by name."""
     for name, value in values.items():
         flag(name, value)
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number that is not below ``least``.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    """
+    """A whole number that is not below ``least``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         kinds = {0: "a whole number that is not negative", 1: "a positive whole number"}
         msg = f"{name} must be {kinds.get(least, f'a whole number, at least {least}')}; got {shown(value)}."
@@ -69,13 +51,7 @@ def as_float(value: Any) -> float:
 
 
 def number(name: str, value: Any, *, positive: bool = False, from_zero: bool = False) -> float:
-    """One finite number, maybe a tensor or an array of one element.
-
-    Raises
-    ------
-    InputError
-        If it is something else, or not positive, or below 0, where it must be.
-    """
+    """One finite number, also given as a tensor or an array of one element."""
     found = math.nan
     single = isinstance(value, Real) or (isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1)
     if single and what_is_no_number(value) is None:
@@ -88,7 +64,7 @@ def number(name: str, value: Any, *, positive: bool = False, from_zero: bool = F
 
 
 def what_is_no_number(value: Any) -> str | None:
-    """What keeps a value, or an entry of it, from being real numbers; ``None`` if nothing is seen."""
+    """What in a value (itself or an entry) is no real number, in words; ``None`` if nothing is found."""
     if isinstance(value, (bool, np.bool_)):
         return repr(value)
     if isinstance(value, (str, bytes, complex, Mapping)) or value is None:
@@ -105,15 +81,7 @@ def what_is_no_number(value: Any) -> str | None:
 
 
 def hyperparameter(name: str, value: Any, dtype: torch.dtype, device: torch.device, *, positive: bool) -> Tensor:
-    """A copy of a hyperparameter as a finite number or vector; see ``numbers``.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    ShapeError
-        If it has more axes.
-    """
+    """A copy of a hyperparameter as a finite number or vector; see ``numbers``."""
     checked = numbers(name, value, dtype, device, positive=positive)
     if checked.dim() > 1:
         msg = f"{name} must be a number or a vector; got the shape {list(checked.shape)}."
@@ -122,22 +90,7 @@ def hyperparameter(name: str, value: Any, dtype: torch.dtype, device: torch.devi
 
 
 def numbers(name: str, value: Any, dtype: torch.dtype, device: torch.device, *, positive: bool = False) -> Tensor:
-    """A copy of an argument as a finite tensor: later changes of the user's tensor would go past these checks.
-
-    Parameters
-    ----------
-    name, value
-        The argument.
-    dtype, device
-        Of the tensor; a gradient is kept.
-    positive
-        Whether it must be.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    """
+    """A copy of an argument as a finite tensor, which no later change of the user's tensor reaches; gradients pass."""
     wrong = what_is_no_number(value)
     try:
         # Straight into the precision of the evidence: a detour through the default dtype would round.
@@ -161,13 +114,7 @@ def numbers(name: str, value: Any, dtype: torch.dtype, device: torch.device, *, 
 
 
 def key(name: str, value: Any) -> str:
-    """The name of an entry of mapping batches.
-
-    Raises
-    ------
-    InputError
-        If it is no text.
-    """
+    """The name of an entry of mapping batches."""
     if not isinstance(value, str):
         msg = f"{name} must be the name of an entry of mapping batches, a text; got {shown(value)}."
         raise InputError(msg)
@@ -175,13 +122,7 @@ def key(name: str, value: Any) -> str:
 
 
 def keywords(name: str, value: Any) -> dict[str, Any]:
-    """Keyword arguments in a mapping; ``None`` stands for none.
-
-    Raises
-    ------
-    InputError
-        If it is no mapping with texts for keys.
-    """
+    """Keyword arguments in a mapping; ``None`` stands for none."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
@@ -191,13 +132,7 @@ def keywords(name: str, value: Any) -> dict[str, Any]:
 
 
 def loader(name: str, value: Any) -> None:
-    """Raise where tensors or arrays come instead of a loader of batches, as in ``fit(x, y)``.
-
-    Raises
-    ------
-    InputError
-        If so.
-    """
+    """Raise if tensors or arrays come instead of a loader of batches, as in ``fit(x, y)``."""
     if isinstance(value, (Tensor, np.ndarray, str, bytes, Mapping)):
         msg = (
             f"{name} must be a loader that yields batches (x, y), such as a DataLoader or the list [(x, y)]; got "
@@ -207,13 +142,7 @@ def loader(name: str, value: Any) -> None:
 
 
 def generator(value: Any, device: torch.device) -> torch.Generator | None:
-    """A source of randomness on the model's device, or ``None``.
-
-    Raises
-    ------
-    InputError
-        If it is something else, such as a seed.
-    """
+    """A ``torch.Generator`` on the model's device, or ``None``; a seed is refused."""
     if not isinstance(value, (torch.Generator, type(None))):
         msg = f"generator must be a torch.Generator or None; got {type(value).__name__}."
         raise InputError(msg)
@@ -224,13 +153,7 @@ def generator(value: Any, device: torch.device) -> torch.Generator | None:
 
 
 def device(name: str, value: Any) -> torch.device:
-    """A device of this machine that holds numbers.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    """
+    """A device of this machine that holds numbers."""
     try:
         found = torch.device(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else value
         if isinstance(found, torch.device) and found.type != "meta":
@@ -244,20 +167,7 @@ def device(name: str, value: Any) -> torch.device:
 
 
 def tensor(name: str, value: Any, what: str) -> Tensor:
-    """A tensor of real numbers that are there to be computed with.
-
-    Parameters
-    ----------
-    name, value
-        The argument.
-    what
-        What it should be, in words.
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    """
+    """A dense tensor of real numbers that has values; ``what`` says in words what it should be."""
     if not isinstance(value, Tensor):
         msg = f"{name} must be {what}; got {shown(value)}."
         raise InputError(msg)
@@ -269,7 +179,7 @@ def tensor(name: str, value: Any, what: str) -> Tensor:
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name that another may have been meant for, if one is near."""
+    """The most similar name, as the one that may have been meant; ``None`` if no name is near."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
@@ -280,22 +190,7 @@ def options_of(function: Callable[..., Any]) -> list[str]:
 
 
 def known_options(what: str, given: Iterable[str], options: Iterable[str]) -> None:
-    """Raise unless all keywords are options.
-
-    Parameters
-    ----------
-    what
-        Has the options.
-    given
-        Keywords.
-    options
-        Names of all options.
-
-    Raises
-    ------
-    UnknownOptionError
-        If one is not; the message names the nearest.
-    """
+    """Raise unless all keywords are options of ``what``; the message names the nearest option."""
     names = list(options)
     for name in given:
         if name not in names:
@@ -306,22 +201,7 @@ def known_options(what: str, given: Iterable[str], options: Iterable[str]) -> No
 
 
 def model_keywords(given: Iterable[str], options: Iterable[str], parameters: Iterable[inspect.Parameter]) -> None:
-    """Raise where keywords for a model are misspelt options of ours, or none that the model takes.
-
-    Parameters
-    ----------
-    given
-        Keywords that are to be passed on.
-    options
-        Ours.
-    parameters
-        Of the model's ``forward``; what it names is its own, however near.
-
-    Raises
-    ------
-    UnknownOptionError
-        If one is; the message names the nearest option.
-    """
+    """Raise if keywords for ``forward``, whose parameters are given, are misspelt options or none that it takes."""
     parameters, options = list(parameters), list(options)
     own = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -344,7 +224,7 @@ def model_keywords(given: Iterable[str], options: Iterable[str], parameters: Ite
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short."""
+    """A short text of a value, for messages."""
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) > 3:
         return f"a {type(value).__name__} of the shape {list(value.shape)}"
     text = repr(value)

@@ -30,13 +30,13 @@ class HessianStructure(str, Enum):
     FULL = "full"
     """A dense matrix."""
     KRON = "kron"
-    """One Kronecker product a layer."""
+    """One Kronecker product per layer."""
     DIAG = "diag"
     """The diagonal alone."""
     BLOCKDIAG = "blockdiag"
-    """One dense block a parameter group."""
+    """One dense block per parameter group."""
     EKFAC = "ekfac"
-    """The eigenbasis of a Kronecker product a layer, with the curvature's own diagonal in it."""
+    """The eigenbasis of one Kronecker product per layer, with the curvature's own diagonal in it."""
     LOWRANK = "lowrank"
     """Leading eigenpairs plus the prior."""
     GP = "gp"
@@ -102,9 +102,9 @@ class PriorStructure(str, Enum):
     SCALAR = "scalar"
     """One for all weights."""
     LAYERWISE = "layerwise"
-    """One a parameter group (weight and bias are two groups)."""
+    """One per parameter group (weight and bias are two groups)."""
     DIAG = "diag"
-    """One a weight."""
+    """One per weight."""
 
 
 class TuningMethod(str, Enum):
@@ -153,26 +153,7 @@ E = TypeVar("E", bound=Enum)
 
 
 def choose(choices: type[E], value: object, keyword: str) -> E:
-    """Turn what the user wrote into an enum member.
-
-    Parameters
-    ----------
-    choices
-        The enum of valid choices.
-    value
-        A member, or the text of one.
-    keyword
-        The keyword the value was given for; it opens the error message.
-
-    Returns
-    -------
-    The member.
-
-    Raises
-    ------
-    UnsupportedError
-        If ``value`` is none of the choices; the message lists them and the nearest.
-    """
+    """The enum member that a user's value (a member, or its text) stands for; ``keyword`` opens the error message."""
     try:
         return choices(value)
     except ValueError:

@@ -81,18 +81,12 @@ class PerformanceWarning(UserWarning):
 
 
 BETWEEN = {"beartype", "contextlib", "functools", "jaxtyping", "laplace", "torch", "tqdm"}
-"""Packages whose frames may lie between a warning of the library and the line of a user's that led to it."""
+"""Packages whose frames may lie between a warning of the library and the user's line that led to it."""
 _FILTERS = threading.RLock()
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, and point at the line of the user's that called the library.
-
-    Parameters
-    ----------
-    message, category
-        As for ``warnings.warn``.
-    """
+    """Warn, and point at the user's line that called the library."""
     level, outer = 1, inspect.currentframe()
     while outer is not None and str(outer.f_globals.get("__name__")).partition(".")[0] in BETWEEN:
         level, outer = level + 1, outer.f_back
@@ -101,13 +95,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 @contextmanager
 def quiet(message: str) -> Generator[None]:
-    """Ignore warnings of other libraries that begin with some words, one thread at a time: filters are global.
-
-    Parameters
-    ----------
-    message
-        The words.
-    """
+    """Ignore warnings of other libraries that begin with ``message``; one thread at a time, as filters are global."""
     with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=message)
         yield
@@ -115,15 +103,7 @@ def quiet(message: str) -> Generator[None]:
 
 @contextmanager
 def numbered(index: int, x: Any = None) -> Generator[None]:
-    """Put the number of a batch, and what was taken for its targets, into the message of an ``InputError`` of the body.
-
-    Parameters
-    ----------
-    index
-        Of the batch, counting from 0.
-    x
-        Its inputs: a tuple where the loader yielded more than two items.
-    """
+    """Put the number of a batch, and what was taken for its targets, into the message of an ``InputError``."""
     try:
         yield
     except InputError as error:

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Leave ``torch.inference_mode`` while a function runs that makes tensors to keep.
+    """Leave ``torch.inference_mode`` while a function runs whose tensors are kept.
 
     An inference tensor can never be differentiated through: one that is kept would break later calls.
     """
@@ -40,22 +40,7 @@ def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 
 def check_finite(values: Tensor, name: str, advice: str) -> None:
-    """Raise unless all values are finite.
-
-    Parameters
-    ----------
-    values
-        One datum or position a row, ``[..., n]``.
-    name
-        What they are, in the plural.
-    advice
-        What to do.
-
-    Raises
-    ------
-    InputError
-        If one is not.
-    """
+    """Raise unless all values, ``[..., n]`` with one datum or position per row, are finite."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         rows = finite.reshape(-1, values.shape[-1]).all(-1)
@@ -68,18 +53,12 @@ CHUNK_ELEMENTS = 2**24
 
 
 def piece_elements(device: torch.device) -> int:
-    """Numbers that are computed, used and dropped at a time: what stays in the cache of a CPU, more elsewhere."""
+    """How many numbers are computed, used and dropped at a time: as many as a CPU's cache holds, more elsewhere."""
     return 2**18 if device.type == "cpu" else CHUNK_ELEMENTS
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Total memory of a device in bytes; ``None`` where it is not known.
-
-    Parameters
-    ----------
-    device
-        The CPU, or a CUDA device.
-    """
+    """Total memory of a device in bytes; ``None`` where it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ())):
@@ -88,38 +67,20 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:
-    """Lower Cholesky factor ``L`` with ``L Lᵀ = matrix``.
+    """Lower Cholesky factor ``L`` of a symmetric matrix, with ``L Lᵀ = matrix``.
 
     Tries the matrix in its own dtype, then in float64, then in float64 with a jitter of ``eps · mean(diagonal)``
-    times 1, 10, … 10⁵ of the original dtype; a jitter is announced with its size.
+    times 1, 10, … 10⁵ of the original dtype; a ``NumericalWarning`` says how large a jitter was.
 
-    Parameters
-    ----------
-    matrix
-        Symmetric, ``[..., n, n]``.
-    name
-        What the matrix is, for messages.
-
-    Returns
-    -------
-    ``[..., n, n]``, lower triangular, in the dtype of the matrix.
+    Differentiable. Time O(n³).
 
     Raises
     ------
     NotPositiveDefiniteError
         If it is not finite, or no jitter helps.
-
-    Warns
-    -----
-    NumericalWarning
-        If a jitter was added, with its size.
-
-    Notes
-    -----
-    Differentiable. Time O(n³).
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    # An infinite entry passes for a success: look at the factor, too.
+    # With an infinite entry no failure is reported: look at the factor, too.
     finite = bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
     if finite and not bool(info.any()):
         return factor
@@ -156,22 +117,12 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
 
 
 UNRELIABLE = 1e-2
-"""Relative rounding of variances from which on they come with a warning."""
+"""Relative rounding error of variances above which there is a warning."""
 
 
 @torch.no_grad()
 def condition(matrix: Float[Tensor, "n n"], factor: Float[Tensor, "n n"], steps: int = 4) -> float:
-    """About the condition number of a positive definite matrix, from below: a few products and solves, O(n²).
-
-    Parameters
-    ----------
-    matrix
-        Symmetric positive definite, ``[n, n]``.
-    factor
-        Its lower Cholesky factor.
-    steps
-        Of the power iterations for the largest and the smallest eigenvalue.
-    """
+    """Lower estimate of a condition number from the Cholesky ``factor``, by a few power iterations: O(n²)."""
     if not len(matrix):
         return 1.0
     start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -188,7 +139,7 @@ _trying: ContextVar[bool] = ContextVar("trying", default=False)
 
 @contextmanager
 def trying() -> Generator[None]:
-    """Posteriors in here are candidates: only the condition of the one that is chosen concerns the user."""
+    """Give no warning of condition in the body: its posteriors are candidates, of which one is chosen."""
     token = _trying.set(True)
     try:
         yield
@@ -197,20 +148,7 @@ def trying() -> Generator[None]:
 
 
 def warn_of_condition(number: float, dtype: torch.dtype) -> None:
-    """Say so where the condition of a precision leaves too few digits of its variances.
-
-    Parameters
-    ----------
-    number
-        Condition of the precision.
-    dtype
-        It is computed in.
-
-    Warns
-    -----
-    NumericalWarning
-        If rounding makes a hundredth of the smallest eigenvalue; not of candidates (``trying``).
-    """
+    """Warn if rounding makes a hundredth of the smallest eigenvalue of a precision, but not within ``trying``."""
     error = number * torch.finfo(dtype).eps
     if UNRELIABLE < error < float("inf") and not _trying.get():
         wider = "" if dtype == torch.float64 else " Pass curvature_dtype=torch.float64, or"
@@ -226,21 +164,11 @@ def eigh(
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors of a positive semi-definite matrix.
 
-    Negative eigenvalues of rounding size are set to zero; larger ones mean that the matrix is not what it claims.
+    Negative eigenvalues of rounding size are set to zero; larger ones mean that the matrix is not semi-definite.
+    ``resolution`` is the relative precision that the matrix was computed in, where it is coarser than that of its
+    dtype: eigenvalues below eight times that, relative to the largest, are set to zero as well.
 
-    Parameters
-    ----------
-    matrix
-        Symmetric positive semi-definite, ``[n, n]``.
-    name
-        What the matrix is, for messages.
-    resolution
-        Relative precision that the matrix was computed in, where it is coarser than its dtype: eigenvalues below eight
-        times that, relative to the largest, cannot be told from zero and are set to zero.
-
-    Returns
-    -------
-    Eigenvalues ``[n]``, ascending and not negative, and eigenvectors ``[n, n]`` in columns.
+    Time O(n³). In float32 a failure to converge is retried in float64.
 
     Raises
     ------
@@ -248,10 +176,6 @@ def eigh(
         If it is not finite, or clearly indefinite.
     LinAlgError
         If the iteration does not converge in float64 either.
-
-    Notes
-    -----
-    Time O(n³). In float32 a failure to converge is retried in float64.
     """
     if not bool(torch.isfinite(matrix).all()):
         msg = f"The {name} holds NaN or infinite entries; check the training inputs and the model's outputs for them."
@@ -272,44 +196,20 @@ def eigh(
 
 
 def wide_dtype(like: Tensor) -> torch.dtype:
-    """Float64, but on a device that does not have it.
-
-    Parameters
-    ----------
-    like
-        A tensor on the device.
-    """
+    """Float64, or the dtype of ``like`` on a device that lacks it."""
     return like.dtype if like.device.type == "mps" else torch.float64
 
 
 def is_diagonal(matrix: Float[Tensor, "n n"]) -> bool:
-    """Whether all entries beside the diagonal are zero.
-
-    Parameters
-    ----------
-    matrix
-        ``[n, n]``.
-    """
+    """Whether all entries off the diagonal are zero."""
     return bool((matrix == torch.diag(matrix.diagonal())).all())
 
 
 def root(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """A square root ``R`` with ``R Rᵀ = matrix`` of a positive semi-definite, possibly singular, batch of matrices.
 
-    The Cholesky factor where there is one; else the symmetric root by eigenvalues, clamped at zero.
-
-    Parameters
-    ----------
-    matrix
-        Symmetric positive semi-definite, ``[..., n, n]``.
-
-    Returns
-    -------
-    ``[..., n, n]``.
-
-    Notes
-    -----
-    Exact up to rounding. O(n³) a matrix.
+    It is the Cholesky factor if there is one, else the symmetric root by eigenvalues, clamped at zero. Exact up to
+    rounding; O(n³) per matrix.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not bool(info.any()):

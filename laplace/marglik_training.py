@@ -1,7 +1,7 @@
 """``marglik_training``: train the weights of a network together with its prior and its observation noise.
 
 Between epochs of ordinary training a Laplace approximation is fitted, and the hyperparameters climb its log marginal
-likelihood. The formulas are those of the rooms below, how weights are trained is in ``tuning/weights.py``.
+likelihood. The formulas are in the rooms below; how weights are trained is in ``tuning/weights.py``.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def marglik_training(
     lr_hyp
         Learning rate of Adam for log δ and log σ.
     prior_structure
-        One precision (``"scalar"``), one a parameter group (``"layerwise"``) or, except with ``"kron"``, one a weight
-        (``"diag"``).
+        One precision (``"scalar"``), one per parameter group (``"layerwise"``) or, except with ``"kron"``, one per
+        weight (``"diag"``).
     n_epochs_burnin, marglik_frequency
         Epochs are counted from 1; those that are multiples of the frequency, and not below the burn-in, end with a fit.
     n_hypersteps
@@ -118,7 +118,7 @@ def marglik_training(
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets.
     prior_mean
-        μ₀: a scalar, or one value a weight.
+        μ₀: a scalar, or one value per weight.
     backend_kwargs, asdl_fisher_kwargs, curvature_dtype
         As in ``BaseLaplace``.
 
@@ -130,9 +130,9 @@ def marglik_training(
         The object that was passed.
     margliks
         The *negative* log marginal likelihood in nats before each step of the hyperparameters, ``n_hypersteps`` numbers
-        a fit. None is below that of ``la``: hyperparameters after the last step of a fit count as seen, too.
+        per fit. None is below that of ``la``: hyperparameters after the last step of a fit count as seen, too.
     losses
-        The objective of the weights, one number an epoch: averaged over rows while the weights moved, in the units of
+        The objective of the weights, one number per epoch: averaged over rows while the weights moved, in the units of
         the usual loss (mean squared error or cross-entropy, the prior's part in the same units).
 
     Raises
@@ -147,7 +147,7 @@ def marglik_training(
 
     Notes
     -----
-    When something is raised, weights and buffers are what they were before; modes and gradients are on every exit.
+    If training fails, weights and buffers are what they were before; modes and gradients are restored on every exit.
     Random numbers are drawn by the loader, the model and back ends that sample, and by nothing else.
 
     A model that is linear in its weights, with a Gaussian likelihood and the full structure, ends at the maximum of its
@@ -164,7 +164,7 @@ def marglik_training(
     checks.flags(fix_sigma_noise=fix_sigma_noise, progress_bar=progress_bar)
     optimizer_kwargs = checks.keywords("optimizer_kwargs", optimizer_kwargs)
     scheduler_kwargs = checks.keywords("scheduler_kwargs", scheduler_kwargs)
-    lr_hyp = checks.number("lr_hyp", lr_hyp, from_zero=True)  # 0 keeps hyperparameters
+    lr_hyp = checks.number("lr_hyp", lr_hyp, from_zero=True)  # with 0 they stay as they are
     prior_structure = choose(PriorStructure, prior_structure, "prior_structure")
     _check_again_readable(train_loader)
     if choose(HessianStructure, hessian_structure, "hessian_structure") is HessianStructure.GP:
@@ -228,19 +228,7 @@ def marglik_training(
 
 
 class _Hyperparameters:
-    """Logarithms of prior precision and noise, and the optimizer that moves them: it remembers from fit to fit.
-
-    Parameters
-    ----------
-    la
-        Has the values to start from.
-    structure
-        Of the prior.
-    lr
-        Learning rate.
-    fixed_noise
-        Whether only the prior precision moves.
-    """
+    """Logarithms of prior precision and noise, and their optimizer, which keeps its state from fit to fit."""
 
     def __init__(self, la: ParametricLaplace, structure: PriorStructure | str, lr: float, fixed_noise: bool) -> None:
         start = la.prior_precision.detach()
@@ -253,33 +241,16 @@ class _Hyperparameters:
         self._optimizer = torch.optim.Adam(moving, lr=lr, maximize=True)
 
     def values(self) -> tuple[Tensor, Tensor]:
-        """σ and δ as they are now."""
+        """The present σ and δ."""
         return self._log_sigma.detach().exp(), self._log_precision.detach().exp()
 
     def named(self) -> dict[str, Tensor]:
-        """The same as keywords of an estimator."""
+        """The present σ and δ as keywords of an estimator."""
         sigma_noise, prior_precision = self.values()
         return {"sigma_noise": sigma_noise, "prior_precision": prior_precision}
 
     def ascend(self, la: ParametricLaplace, n_steps: int) -> tuple[list[float], float]:
-        """Take steps up the evidence; the approximation is left with the best values seen.
-
-        Parameters
-        ----------
-        la
-            Fitted.
-        n_steps
-            How many.
-
-        Returns
-        -------
-        The evidence before each step, and the largest seen, in nats; that after the last step counts as seen.
-
-        Raises
-        ------
-        InputError
-            If the evidence is not finite.
-        """
+        """Climb the evidence and leave ``la`` at the best values: the evidence before each step and the largest one."""
         seen: list[float] = []
         best, best_values = -math.inf, self.values()
         for step in range(n_steps + 1):
@@ -303,7 +274,7 @@ class _Hyperparameters:
 
 @dataclass(frozen=True)
 class _Best:
-    """The largest evidence seen, the approximation it is of, and the weights it was fitted at."""
+    """The largest evidence seen, its approximation, and the weights at which that was fitted."""
 
     evidence: float
     la: ParametricLaplace
@@ -311,13 +282,7 @@ class _Best:
 
 
 def _check_epochs(n_epochs: int, n_epochs_burnin: int, n_hypersteps: int, marglik_frequency: int) -> None:
-    """Raise unless the numbers are valid and some epoch ends with a fit.
-
-    Raises
-    ------
-    InputError
-        If not.
-    """
+    """Raise unless the numbers are valid and some epoch ends with a fit."""
     for name, value, least in (
         ("n_epochs", n_epochs, 1),
         ("n_epochs_burnin", n_epochs_burnin, 0),
@@ -335,13 +300,7 @@ def _check_epochs(n_epochs: int, n_epochs_burnin: int, n_hypersteps: int, margli
 
 
 def _check_again_readable(loader: Any) -> None:
-    """Raise if a loader is an iterator.
-
-    Raises
-    ------
-    InputError
-        If so.
-    """
+    """Raise if a loader is an iterator."""
     if isinstance(loader, Iterator):
         msg = (
             "train_loader is read in every epoch and again for every fit, and an iterator "

@@ -1,4 +1,4 @@
-"""Optimizers of our own for a few numbers: those of PyTorch load its compiler on their first step.
+"""Optimizers for a few numbers, since those of PyTorch load its compiler on their first step.
 
 That takes seconds and tens of megabytes, and an interruption in that moment breaks every later call.
 """
@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Objective = Callable[[Tensor], Tensor]
-"""A point ``[n]`` → a number on its graph."""
+"""A function from a point ``[n]`` to a differentiable number."""
 
 SUFFICIENT, FLAT = 1e-4, 0.9
-"""Of the Wolfe conditions: which share of the first slope a step has to gain, and may leave."""
+"""Wolfe conditions: shares of the first slope that a step must gain at least, and may leave at most."""
 TRIALS = 25
 """The most trials of a line search."""
 
@@ -30,12 +30,12 @@ class _Memory:
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, step: Tensor, change: Tensor) -> None:
-        """A step and what it changed in the gradient, if that is a curvature to rely on."""
+        """Add a step and the change of the gradient, if the curvature they show is reliable."""
         if float(step @ change) > 1e-12 * float(step.norm() * change.norm()):
             self.pairs = [*self.pairs, (step, change)][-self.size :]
 
     def times(self, gradient: Tensor) -> Tensor:
-        """The two loops of Nocedal (1980)."""
+        """The product with a gradient, by the two loops of Nocedal (1980)."""
         q, weights = gradient.clone(), list[Tensor]()
         for step, change in reversed(self.pairs):
             weights.append((step @ q) / (step @ change))
@@ -50,7 +50,7 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A point on the line: how far, the value and the gradient there, and its slope along the line."""
+    """A point on the line: its distance, and the value, the gradient and the slope along the line there."""
 
     length: float
     value: float
@@ -68,32 +68,12 @@ def lbfgs(
     tolerance_change: float = 1e-12,
     history: int = 20,
 ) -> Float[Tensor, " n"]:
-    """Minimize a smooth function of a few numbers.
+    """Minimize a smooth function of a few numbers; the last point, ``[n]`` in float64.
 
-    Parameters
-    ----------
-    objective
-        A point, in float64 where ``start`` is, to a number in any precision.
-    start
-        Where to start; not changed.
-    max_iter
-        The most steps.
-    first_step
-        Length of the first trial of the first line search, at most: in the sum of its entries. Later ones start at the
-        whole quasi-Newton step.
-    tolerance_grad, tolerance_change
-        It ends where no entry of the gradient, or neither step nor value, changes by more than these.
-    history
-        How many steps are remembered.
-
-    Returns
-    -------
-    The last point, ``[n]``, float64.
-
-    Notes
-    -----
     Line searches end at the strong Wolfe conditions, by bracketing and cubic interpolation. A step takes O(history · n)
-    beside the evaluations.
+    beside the evaluations. The first trial is at most ``first_step`` long, in the sum of its entries. The search ends
+    where no entry of the gradient exceeds ``tolerance_grad``, or neither step nor value changes by more than
+    ``tolerance_change``.
 
     References
     ----------
@@ -103,7 +83,7 @@ def lbfgs(
     x, memory = start.detach().to(wide, copy=True), _Memory(history)
 
     def evaluate(point: Tensor) -> tuple[float, Tensor, float]:
-        """Value, gradient, and what rounding is to a value of 1."""
+        """Value and gradient, and the rounding of a value of 1."""
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             found = objective(point)
@@ -138,7 +118,7 @@ def lbfgs(
 
 
 def _line_search(at: Callable[[float], _Trial], origin: _Trial, first: float, resolution: float) -> _Trial:
-    """A point that meets the strong Wolfe conditions, else the lowest found; ``origin`` where rounding rules."""
+    """A point that meets the strong Wolfe conditions, else the lowest found; ``origin`` if rounding hides all gain."""
     previous, length = origin, first
     for _ in range(TRIALS):
         trial = at(length)
@@ -155,11 +135,11 @@ def _line_search(at: Callable[[float], _Trial], origin: _Trial, first: float, re
 
 
 def _zoom(at: Callable[[float], _Trial], origin: _Trial, low: _Trial, high: _Trial, resolution: float) -> _Trial:
-    """Such a point between two that have one between them; ``low`` is the lowest that gained enough."""
+    """A point that meets them between two that enclose one; ``low`` is the lowest so far that gained enough."""
     for _ in range(TRIALS):
         width = high.length - low.length
         if abs(width * low.slope) <= resolution * max(1.0, abs(low.value)):
-            break  # what there is to gain is rounding
+            break  # no more is to be gained than rounding
         share = min(max((_lowest_between(low, high) - low.length) / width, 0.1), 0.9)
         trial = at(low.length + share * width)
         enough = trial.value <= origin.value + SUFFICIENT * trial.length * origin.slope
@@ -175,7 +155,7 @@ def _zoom(at: Callable[[float], _Trial], origin: _Trial, low: _Trial, high: _Tri
 
 
 def _lowest_between(a: _Trial, b: _Trial) -> float:
-    """Where the cubic through two points and their slopes is lowest; their middle where it has no such point."""
+    """Minimum of the cubic through two points with their slopes; their middle if it has none."""
     width = b.length - a.length
     first = a.slope + b.slope - 3 * (b.value - a.value) / width
     square = first**2 - a.slope * b.slope
@@ -187,14 +167,7 @@ def _lowest_between(a: _Trial, b: _Trial) -> float:
 
 
 class Adam:
-    """Steps along gradients, divided by their size so far.
-
-    Parameters
-    ----------
-    parameters
-        Changed in place.
-    lr
-        Size of a step in each number.
+    """Steps along gradients divided by their size so far; parameters are changed in place.
 
     References
     ----------
@@ -206,13 +179,7 @@ class Adam:
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
 
     def step(self, gradients: Sequence[Tensor]) -> None:
-        """Go down.
-
-        Parameters
-        ----------
-        gradients
-            One for each parameter.
-        """
+        """Go down."""
         self._n_steps += 1
         scale = self.lr / (1 - 0.9**self._n_steps), math.sqrt(1 - 0.999**self._n_steps)
         with torch.no_grad():
@@ -223,28 +190,14 @@ class Adam:
 
 
 class SGD:
-    """Gradient descent with momentum and weight decay, as ``torch.optim.SGD``.
-
-    Parameters
-    ----------
-    parameters
-        Changed in place.
-    lr, momentum, weight_decay
-        Its numbers.
-    """
+    """Gradient descent in place with momentum and weight decay, as ``torch.optim.SGD``."""
 
     def __init__(self, parameters: Sequence[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         self._parameters, self._lr, self._momentum, self._decay = list(parameters), lr, momentum, weight_decay
         self._velocities: dict[int, Tensor] = {}
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Go down.
-
-        Parameters
-        ----------
-        gradients
-            One for each parameter; one without is left where it is.
-        """
+        """Go down."""
         with torch.no_grad():
             for number, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
                 if gradient is None:

@@ -16,7 +16,7 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class GaussianPrior:
-    """N(μ, diag(δ)⁻¹), with one precision for all weights, one a parameter group, or one a weight.
+    """N(μ, diag(δ)⁻¹), with one precision for all weights, one per parameter group, or one per weight.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class GaussianPrior:
         return self.precision.numel() not in (1, len(self.sizes))
 
     def diagonal(self) -> Float[Tensor, " params"]:
-        """One precision a weight, ``[P]``."""
+        """One precision per weight, ``[P]``."""
         if self.precision.numel() == 1:
             return self.precision.expand(self.n_params)
         if self.is_per_weight:
@@ -72,13 +72,7 @@ class GaussianPrior:
         return expand_groups(self.precision, self.sizes)
 
     def per_layer(self) -> Float[Tensor, " groups"]:
-        """One precision a parameter group, ``[n_layers]``.
-
-        Raises
-        ------
-        UnsupportedError
-            If every weight has its own.
-        """
+        """One precision per parameter group, ``[n_layers]``; raises if every weight has its own."""
         if self.is_per_weight:
             msg = (
                 "A Kronecker structure takes a scalar prior precision or one value for each parameter group; got one "
@@ -103,13 +97,7 @@ class GaussianPrior:
         return (sizes * self.precision.expand(len(self.sizes)).log()).sum()
 
     def scatter(self, theta: Float[Tensor, " params"]) -> Scalar:
-        """(θ − μ)ᵀ diag(δ) (θ − μ).
-
-        Parameters
-        ----------
-        theta
-            Weights, ``[P]``.
-        """
+        """(θ − μ)ᵀ diag(δ) (θ − μ)."""
         return ((theta - self.mean).square() * self.diagonal()).sum()
 
 
@@ -123,18 +111,18 @@ def parameters_per_layer(model: nn.Module) -> list[int]:
 
     Returns
     -------
-    One number a parameter, in the order of ``model.parameters()``.
+    One number per parameter, in the order of ``model.parameters()``.
     """
     return [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
 
 
 def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Float[Tensor, " params"]:
-    """One prior precision a weight of a model.
+    """One prior precision per weight of a model.
 
     Parameters
     ----------
     prior_prec
-        A scalar, one value a parameter group, or one a weight.
+        A scalar, one value per parameter group, or one per weight.
     model
         Whose parameters that require a gradient are meant.
 

@@ -1,6 +1,6 @@
-"""What the entries of a saved state must be: checks, of which tables are made (``Fit``, structures, estimators).
+"""Checks of the entries of a saved state, for the tables of ``Fit``, structures and estimators.
 
-A check is a function of an entry, its name, and what is known of sizes; it raises ``StateError`` or does nothing.
+A check is a function of an entry, its name, and the sizes known so far; it raises ``StateError`` or does nothing.
 Nothing is copied, and no number is looked at before the shape of its tensor is known to be right.
 """
 
@@ -21,13 +21,13 @@ Check: TypeAlias = Callable[[Any, str, Known], None]
 Table: TypeAlias = Mapping[str, Check]
 
 OVERLAP = 2**20
-"""Bytes up to which a tensor may be larger than its memory, as an expanded one is."""
+"""How many bytes a tensor may be larger than its memory, as an expanded one is."""
 REAL = (torch.float32, torch.float64)
 LIMIT = 2**63 - 1
 
 
 def describe(value: Any) -> str:
-    """What something is, in a few words."""
+    """A few words on what a value is."""
     if isinstance(value, Tensor):
         return f"a tensor of the shape {list(value.shape)} and {value.dtype}"
     if isinstance(value, (bool, int, float, str, type(None))):
@@ -37,30 +37,13 @@ def describe(value: Any) -> str:
 
 
 def refuse(where: str, expected: str, value: Any) -> NoReturn:
-    """Raise ``StateError``: an entry is something else than it must be."""
+    """Raise a ``StateError`` that says what an entry must be and what it is."""
     msg = f"The state is damaged: {where} must be {expected}; it is {describe(value)}."
     raise StateError(msg)
 
 
 def check_entries(state: Any, table: Table, known: Known, where: str = "") -> None:
-    """Raise unless a mapping has the entries of a table, those alone, and each is what it must be.
-
-    Parameters
-    ----------
-    state
-        Anything.
-    table
-        A check for each name, in the order in which sizes become known.
-    known
-        Sizes; those that are found are added.
-    where
-        Name of the mapping within the state.
-
-    Raises
-    ------
-    StateError
-        If it has not; the message names the entry.
-    """
+    """Raise unless a mapping has just the entries of a table and each in turn passes its check; adds to ``known``."""
     inside = f" in {where}" if where else ""
     if not isinstance(state, Mapping):
         refuse(where, "a mapping", state)
@@ -77,20 +60,7 @@ def check_entries(state: Any, table: Table, known: Known, where: str = "") -> No
 
 
 def check_tree(value: Any, where: str = "the state") -> None:
-    """Raise unless all within nested containers are plain values and tensors that lie in memory as they seem.
-
-    Parameters
-    ----------
-    value
-        Anything.
-    where
-        Its name.
-
-    Raises
-    ------
-    StateError
-        If there is something else, or a tensor that is much larger than its memory.
-    """
+    """Raise unless nested containers hold plain values and tensors only, none of them much larger than its memory."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.device.type == "meta" or value.is_quantized or value.is_nested:
             refuse(where, "a dense tensor with values", value)
@@ -123,7 +93,7 @@ def flag(value: Any, where: str, known: Known) -> None:  # noqa: ARG001 - a chec
 
 
 def finite(*, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> Check:
-    """A finite float within bounds: above the one, at least the other."""
+    """A finite float that is greater than ``above``, and from ``low`` to ``high``."""
 
     def check(value: Any, where: str, known: Known) -> None:  # noqa: ARG001 - a check
         if type(value) is not float or not math.isfinite(value) or not (value > above and low <= value <= high):
@@ -133,7 +103,7 @@ def finite(*, above: float = -math.inf, low: float = -math.inf, high: float = ma
 
 
 def whole(low: int, size: str | None = None) -> Check:
-    """A whole number; with a name it is a size, equal to what is known of it."""
+    """A whole number; with a name it is a size, and must equal the one known by that name."""
 
     def check(value: Any, where: str, known: Known) -> None:
         if type(value) is not int or not low <= value <= LIMIT:
@@ -151,7 +121,7 @@ def real(value: Any, where: str, known: Known) -> None:  # noqa: ARG001 - a chec
 
 
 def optional(inner: Check) -> Check:
-    """``None``, or what another check says."""
+    """``None``, or what passes another check."""
 
     def check(value: Any, where: str, known: Known) -> None:
         if value is not None:
@@ -171,7 +141,7 @@ def bounds(above: float, low: float, high: float) -> str:
 
 
 def _fits(shape: tuple[int | str, ...], value: Tensor, known: Known) -> Known | None:
-    """Sizes that become known if a tensor has a shape; ``None`` if it has not."""
+    """The sizes that a tensor of this shape adds to the known ones; ``None`` if the tensor has another shape."""
     if value.dim() != len(shape):
         return None
     found: Known = {}
@@ -185,7 +155,7 @@ def _fits(shape: tuple[int | str, ...], value: Tensor, known: Known) -> Known | 
 
 
 def tensor(*shapes: tuple[int | str, ...], above: float = -math.inf, low: float = -math.inf) -> Check:
-    """A real finite tensor of one of some shapes, whose sizes are numbers or names; values within bounds."""
+    """A real finite tensor of one of some shapes, whose sizes are numbers or names, with values within bounds."""
 
     def check(value: Any, where: str, known: Known) -> None:
         has_shape = shaped(value, where, known, shapes)
@@ -205,20 +175,7 @@ def tensor(*shapes: tuple[int | str, ...], above: float = -math.inf, low: float 
 
 
 def shaped(value: Any, where: str, known: Known, shapes: Sequence[tuple[int | str, ...]]) -> Tensor:
-    """A tensor that has one of some shapes.
-
-    Parameters
-    ----------
-    value, where, known
-        As of a check.
-    shapes
-        Sizes are numbers or names.
-
-    Raises
-    ------
-    StateError
-        If it is none, or has another shape.
-    """
+    """A tensor that has one of some shapes, whose sizes are numbers or names."""
     if isinstance(value, Tensor):
         for shape in shapes:
             found = _fits(shape, value, known)
@@ -231,7 +188,7 @@ def shaped(value: Any, where: str, known: Known, shapes: Sequence[tuple[int | st
 
 
 def signed_vector(size: str) -> Check:
-    """A finite vector; whether a number in it is negative becomes known as ``"negative"``."""
+    """A finite vector; ``known["negative"]`` says whether a number in it is negative."""
     vector = tensor((size,))
 
     def check(value: Any, where: str, known: Known) -> None:
@@ -242,7 +199,7 @@ def signed_vector(size: str) -> Check:
 
 
 def factor(value: Any, where: str, known: Known) -> int:
-    """The size of one side of a product of sums of squares: a symmetric matrix, or a diagonal; neither is negative."""
+    """The size of a Kronecker factor, which must be a symmetric matrix or a diagonal without negative numbers."""
     if not isinstance(value, Tensor) or value.dim() not in (1, 2):
         refuse(where, "a square matrix or a diagonal", value)
     length = len(value)
@@ -257,7 +214,7 @@ def factor(value: Any, where: str, known: Known) -> int:
 
 
 def symmetric(size: str) -> Check:
-    """A finite symmetric matrix, up to rounding; whether its diagonal is negative becomes known as ``"negative"``."""
+    """A finite matrix, symmetric up to rounding; ``known["negative"]`` says whether a diagonal entry is negative."""
     matrix = tensor((size, size))
 
     def check(value: Any, where: str, known: Known) -> None:
@@ -270,7 +227,7 @@ def symmetric(size: str) -> Check:
 
 
 def indices(size: str) -> Check:
-    """Whole numbers that are not negative, ``[size]``."""
+    """A tensor of whole numbers that are not negative, ``[size]``."""
 
     def check(value: Any, where: str, known: Known) -> None:
         vector = shaped(value, where, known, [(size,)])
@@ -319,7 +276,7 @@ def nested(table: Table) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """What one of some checks says; the error is that of the last."""
+    """What passes one of some checks; the error is that of the last."""
 
     def check(value: Any, where: str, known: Known) -> None:
         for inner in checks[:-1]:
@@ -333,4 +290,4 @@ def either(*checks: Check) -> Check:
 
 
 def anything(value: Any, where: str, known: Known) -> None:
-    """Whatever ``check_tree`` lets pass."""
+    """Anything that passes ``check_tree``."""

@@ -7,7 +7,7 @@ Symbols
 
 Axes, always in this order
     ``samples`` S, ``batch`` B (rows of the loader), ``positions`` T, ``outputs`` C, ``features`` D, ``params`` P.
-    ``rows`` N are unmasked positions of a batch, flattened: equal to B when the model has one output vector a datum.
+    ``rows`` N are unmasked positions of a batch, flattened: equal to B when the model has one output vector per datum.
 
 Order of the weights
     Public vectors and matrices follow ``torch.nn.utils.parameters_to_vector``: for the last layer ``vec(W)`` row by
@@ -28,13 +28,13 @@ from torch import Tensor
 Scalar: TypeAlias = Float[Tensor, ""]
 """A single number, differentiable where its inputs are."""
 Outputs: TypeAlias = Float[Tensor, "rows outputs"]
-"""Network outputs, one row an unmasked position."""
+"""Network outputs, one row per unmasked position."""
 Features: TypeAlias = Float[Tensor, "rows features"]
-"""Inputs of the last layer, one row an unmasked position."""
+"""Inputs of the last layer, one row per unmasked position."""
 Targets: TypeAlias = Float[Tensor, "rows outputs"] | Int[Tensor, " rows"]
 """Regression targets or soft labels ``[rows, outputs]``; class indices ``[rows]``."""
 Jacobians: TypeAlias = Float[Tensor, "batch outputs params"]
-"""Derivatives of the outputs in the random weights, output units a weight."""
+"""Derivatives of the outputs in the random weights, in output units per weight."""
 Inputs: TypeAlias = Any
 """A tensor, or any nesting of tuples, lists and mappings of tensors: whatever the model takes."""
 

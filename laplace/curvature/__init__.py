@@ -22,7 +22,7 @@ BACKENDS: tuple[type[CurvatureInterface], ...] = (
     CurvlinopsEF,
     CurvlinopsHessian,
 )
-"""All of the library's; messages and documentation read off them what each can do."""
+"""All back ends of the library; messages and documentation read off them what each can do."""
 
 __all__ = [
     "BACKENDS",

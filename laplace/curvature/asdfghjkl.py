@@ -1,4 +1,4 @@
-"""Names of laplace-torch's older back ends, by the package that ASDL was once: the ASDL ones are meant."""
+"""Names of laplace-torch's older back ends, after ASDL's former package; they stand for the ASDL back ends."""
 
 from laplace.curvature.asdl import AsdlEF as AsdfghjklEF
 from laplace.curvature.asdl import AsdlGGN as AsdfghjklGGN

@@ -95,13 +95,7 @@ class AsdlInterface(PackageInterface):
         return gradients.unflatten(0, (-1, batch.items)).sum(1)
 
     def _check_options(self, structure: HessianStructure | None, options: Mapping[str, Any]) -> None:
-        """Raise for options that say which matrix, or that ASDL does not have.
-
-        Raises
-        ------
-        UnsupportedError
-            If there is one.
-        """
+        """Raise for options that choose the matrix, or that ASDL does not have."""
         if not self.accepts_fisher_kwargs:
             return super()._check_options(structure, options)
         known = list(inspect.signature(require("asdl", "asdl").FisherConfig).parameters)
@@ -119,12 +113,12 @@ class AsdlInterface(PackageInterface):
 
     @property
     def _fisher_options(self) -> dict[str, Any]:
-        """Which Fisher matrix, in the words of ASDL."""
+        """The Fisher matrix, in the words of ASDL."""
         return {}
 
     @property
     def _scale(self) -> float:
-        """What brings it to the negative log-likelihood."""
+        """The factor that turns it into that of the negative log-likelihood."""
         return 1.0
 
     def _full(self, batch: PrivateBatch) -> Tensor:

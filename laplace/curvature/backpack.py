@@ -29,7 +29,7 @@ from laplace.optional import require
 from laplace.types import Inputs, Jacobians
 
 CANNOT = (AssertionError, AttributeError, NameError, TypeError, ValueError, RuntimeError, TraceError)
-"""What BackPACK and its converter raise at operations that they do not know, and at some that they do."""
+"""Errors of BackPACK and its converter at operations that they do not know, and at some that they do know."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -77,7 +77,7 @@ class BackPackInterface(PackageInterface):
         return flat(self._first_order(batch, "BatchGrad", "grad_batch"), 1)
 
     def _first_order(self, batch: PrivateBatch, extension: str, attribute: str) -> list[Any]:
-        """A quantity of each weight during a backward pass of the negative log-likelihood."""
+        """A quantity of each weight from a backward pass of the negative log-likelihood."""
         model = require("backpack", "backpack").extend(batch.model)
         with self._translated():
             loss = self.output_likelihood.nll(model(batch.x), batch.y)
@@ -94,15 +94,7 @@ class BackPackInterface(PackageInterface):
 
     @contextmanager
     def _translated(self) -> Generator[None, None, None]:
-        """Say of an error of BackPACK about a model what to use instead.
-
-        Raises
-        ------
-        UnsupportedError
-            If BackPACK cannot take an operation of the model.
-        OutOfMemoryError
-            If memory runs out.
-        """
+        """Turn errors of BackPACK about a model into one that says what to use instead; out of memory passes."""
         try:
             yield
         except (UnsupportedError, torch.OutOfMemoryError):
@@ -154,13 +146,7 @@ class BackPackGGN(BackPackInterface, GGNInterface):
         return [getattr(parameter, attribute) for parameter in batch.parameters]
 
     def _extended(self, batch: PrivateBatch) -> nn.Module:
-        """The model as a graph of modules that BackPACK knows, sums and products between layers included.
-
-        Raises
-        ------
-        UnsupportedError
-            If it cannot be written as one.
-        """
+        """The model as a graph of modules that BackPACK knows, sums and products between layers included."""
         extend = require("backpack", "backpack").extend
         if self.last_layer:
             return extend(batch.bare)
@@ -171,20 +157,14 @@ class BackPackGGN(BackPackInterface, GGNInterface):
             warnings.simplefilter("always")
             model = extend(batch.bare, use_converter=True)
         for warning in said:
-            if "may break second-order extensions" in str(warning.message):  # it would be wrong, or fail later
+            if "may break second-order extensions" in str(warning.message):  # wrong, or fails later
                 msg = f"{warning.message} Use one of {self._takers_of_any_layer(None)}."
                 raise UnsupportedError(msg)
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return model
 
     def _check_gradients(self, x: Inputs, y: Tensor, structure: HessianStructure | None) -> None:
-        """Compare the second-order pass, too, on two rows: it goes through modules and functions without weights.
-
-        Raises
-        ------
-        UnsupportedError
-            If it gives another diagonal than the Jacobians.
-        """
+        """Compare gradients, and the diagonal of two rows: second-order passes also go through what has no weights."""
         super()._check_gradients(x, y, structure)
         if structure is None:
             return

@@ -1,4 +1,4 @@
-"""Derivatives by ``torch.func`` and by autograd, without formulas: Jacobians a datum, and the true Hessian."""
+"""Derivatives by ``torch.func`` and by autograd, without formulas: Jacobians of each datum, and the true Hessian."""
 
 from __future__ import annotations
 
@@ -37,17 +37,7 @@ class _Caller(nn.Module):
 def by_functorch(
     function: Callable[[Inputs], Tensor], model: nn.Module, parameters: Sequence[Tensor], x: Inputs
 ) -> tuple[Jacobians, Tensor]:
-    """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``.
-
-    Parameters
-    ----------
-    function
-        From inputs to outputs ``[batch, *positions, C]``; it runs ``model``.
-    model, parameters
-        Whose parameters are meant.
-    x
-        A batch of inputs, all of its tensors with the batch as first axis.
-    """
+    """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``; in ``x`` the batch is the first axis of all."""
     caller = _Caller(model, function)
     chosen = {id(parameter) for parameter in parameters}
 
@@ -67,20 +57,7 @@ def by_functorch(
 def select_outputs(
     J: Jacobians, f: Tensor, outputs: Int[Tensor, "batch ..."]
 ) -> tuple[Float[Tensor, "batch chosen params"], Tensor]:
-    """Keep the Jacobians of chosen outputs, ``[batch, k, P]``.
-
-    Parameters
-    ----------
-    J, f
-        Of all outputs.
-    outputs
-        Which ones, ``[batch]`` or ``[batch, k]``.
-
-    Raises
-    ------
-    ShapeError
-        If ``outputs`` does not fit.
-    """
+    """The Jacobians of the outputs with these indices, ``[batch]`` or ``[batch, k]``: ``[batch, k, P]``."""
     chosen = outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
     if chosen.dim() != 2 or len(chosen) != len(J):
         msg = f"outputs must have the shape [{len(J)}] or [{len(J)}, k]; got {list(outputs.shape)}."
@@ -89,19 +66,7 @@ def select_outputs(
 
 
 def hessian_products(loss: Tensor, subset: ParameterSubset) -> Callable[[Tensor], Tensor]:
-    """Products with the second derivative of a loss, a backward pass each: many at once where PyTorch can.
-
-    Parameters
-    ----------
-    loss
-        A number with its graph.
-    subset
-        The weights in which to differentiate.
-
-    Returns
-    -------
-    A function from directions ``[k, P]`` to products ``[k, P]``.
-    """
+    """A function from directions ``[k, P]`` to their products with the second derivative, one backward pass each."""
     assert not torch.is_inference_mode_enabled(), "nothing would be recorded"
     parameters = subset.parameters
     with torch.enable_grad():
@@ -128,19 +93,7 @@ def hessian_products(loss: Tensor, subset: ParameterSubset) -> Callable[[Tensor]
 
 
 def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor, " params"]]:
-    """Rows of the second derivative of a loss, a backward pass each: many at once where PyTorch can.
-
-    Parameters
-    ----------
-    loss
-        A number with its graph.
-    subset
-        The weights in which to differentiate.
-
-    Yields
-    ------
-    ``[P]``, P of them.
-    """
+    """The P rows ``[P]`` of the second derivative of a loss, one backward pass each, many at once where PyTorch can."""
     products, first = hessian_products(loss, subset), subset.parameters[0]
     for some in torch.arange(subset.n_params, device=first.device).split(ROWS_AT_ONCE):
         directions = first.new_zeros(len(some), subset.n_params)
@@ -149,19 +102,11 @@ def hessian_rows(loss: Tensor, subset: ParameterSubset) -> Iterator[Float[Tensor
 
 
 def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:
-    """Whether several backward passes at once give what one by one gives: not for every operation of PyTorch.
-
-    Parameters
-    ----------
-    rows
-        Products of the Hessian with directions.
-    flat
-        The gradient.
-    """
+    """Whether several backward passes at once give what they give one by one: not for every operation of PyTorch."""
     probes = torch.stack([torch.linspace(-1, 1, len(flat)).cos(), torch.linspace(0, 9, len(flat)).sin()]).to(flat)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # such as: an operation that is not vectorized and would only be slower
+            warnings.simplefilter("error")  # such as: an operation is not vectorized and would only be slower
             batched = rows(probes, together=True)
     except (RuntimeError, Warning):
         return False
@@ -172,32 +117,25 @@ def can_batch(rows: Callable[..., Tensor], flat: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """Derivatives from a back end that gives Jacobians.
-
-    Attributes
-    ----------
-    f
-        Outputs, ``[batch, *positions, C]``.
-    J
-        ``[batch, positions·C, P]``.
-    sizes
-        Of the parameter groups.
-    """
+    """Derivatives that are written out, from a back end that gives Jacobians."""
 
     f: Tensor
+    """Outputs, ``[batch, *positions, C]``."""
     J: Float[Tensor, "batch columns params"]
+    """Jacobians, ``[batch, positions·C, P]``."""
     sizes: tuple[int, ...]
+    """Sizes of the parameter groups."""
 
     @property
     def n_columns_at_once(self) -> int:
-        """All of them are there already."""
+        """All columns, since they are there already."""
         return self.J.shape[1]
 
     def columns(self, mix: Float[Tensor, "columns all"]) -> list[JacobianBlock]:
-        """Mixtures of the columns, group by group."""
+        """Mixtures of the columns, group by group, ``mix`` being ``[columns, positions·C]``."""
         return [DenseBlock(part) for part in torch.einsum("mq,bqp->mbp", mix, self.J).split(self.sizes, -1)]
 
     def blocks(self, directions: Sequence[Tensor]) -> list[JacobianBlock]:
-        """Of directions in the outputs of each datum, ``[batch, *positions, C]`` each, group by group."""
+        """Derivatives along directions in the outputs, ``[batch, *positions, C]`` each, group by group."""
         mix = torch.stack([direction.flatten(1) for direction in directions]).to(self.J.dtype)
         return [DenseBlock(part) for part in torch.einsum("mbq,bqp->mbp", mix, self.J).split(self.sizes, -1)]

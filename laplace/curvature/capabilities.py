@@ -18,9 +18,9 @@ class Capabilities:
     """Declarations of a back end; a user's own overrides what differs."""
 
     kind: ClassVar[CurvatureKind] = CurvatureKind.GGN
-    """Decides how the curvature scales with the observation noise."""
+    """Kind of matrix, which decides how the curvature scales with the observation noise."""
     matrix: ClassVar[str] = "Hessian"
-    """Which matrix it computes: back ends of the same one can take each other's place."""
+    """Name of the matrix; back ends with the same name can take each other's place."""
     structures: ClassVar[frozenset[HessianStructure]] = frozenset(
         {
             HessianStructure.FULL,
@@ -37,14 +37,14 @@ class Capabilities:
     likelihoods: ClassVar[frozenset[Likelihood]] = ANY
     """Likelihoods it knows."""
     finds_last_layer: ClassVar[bool] = False
-    """Whether its first forward pass may find the last layer; else that is found, by one pass, before."""
+    """Whether its first forward pass may find the last layer; if not, one pass before finds it."""
     accepts_fisher_kwargs: ClassVar[bool] = False
     """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
     takes_positions: ClassVar[bool] = True
     """Whether outputs may have axes between batch and classes."""
 
     weighs_outputs: ClassVar[bool] = True
-    """Whether outputs can have different weights in the loss, as a noise for each of them gives."""
+    """Whether outputs can have different weights in the loss, as a noise for each output gives them."""
     adds_over_positions: ClassVar[bool] = False
     """Whether gradients of the positions of a datum add up before they are squared."""
     is_sampled = False
@@ -55,7 +55,7 @@ class Capabilities:
 
     @classmethod
     def takes(cls, likelihood: str) -> bool:
-        """Whether it computes curvatures of a likelihood; of one's own those that ask for the likelihood alone."""
+        """Whether it computes curvatures of a likelihood; of a user's own only if it declares ``ANY``."""
         return likelihood in cls.likelihoods or cls.likelihoods is ANY
 
     def _check_capabilities(self) -> None:
@@ -66,7 +66,7 @@ class Capabilities:
         ):
             if not can(type(self)):
                 choices = ", ".join(sorted(repr(member.value) for member in known))
-                wanted = getattr(asked, "value", asked)  # a likelihood of a user has a name alone
+                wanted = getattr(asked, "value", asked)  # a user's likelihood is no member
                 msg = (
                     f"{type(self).__name__} does not provide {name}={wanted!r}; it provides {choices}. "
                     f"{others(self, can)}"
@@ -119,7 +119,7 @@ class Capabilities:
 
 
 def others(backend: Capabilities, can: Callable[[type[Capabilities]], bool]) -> str:
-    """A sentence about the back ends that can what one cannot; parameters as in ``alternatives``."""
+    """A sentence about the back ends that can do what one cannot."""
     names = alternatives(backend, can)
     return (
         f"Back ends of the {backend.matrix} that do: {names}."
@@ -129,15 +129,7 @@ def others(backend: Capabilities, can: Callable[[type[Capabilities]], bool]) -> 
 
 
 def alternatives(backend: Capabilities, can: Callable[[type[Capabilities]], bool]) -> str:
-    """Names of the library's back ends that compute the same matrix and satisfy a condition, for messages.
-
-    Parameters
-    ----------
-    backend
-        The one that does not.
-    can
-        The condition.
-    """
-    from laplace.curvature import BACKENDS  # the table stands above its entries
+    """Names of the library's back ends that compute the same matrix and satisfy a condition."""
+    from laplace.curvature import BACKENDS  # the table imports this module
 
     return ", ".join(cls.__name__ for cls in BACKENDS if cls.matrix == backend.matrix and can(cls))

@@ -10,9 +10,9 @@ from torch import Tensor
 from laplace.structures.jacobian import JacobianBlock
 
 LOW_PRECISION = 1e-3
-"""Precision from which on several projections are compared: one agrees by chance where much has to be allowed."""
+"""Precision from which on several projections are compared, since with a wide tolerance one may agree by chance."""
 PROJECTIONS = 8
-"""How many."""
+"""Number of projections then."""
 
 
 def agrees(
@@ -23,26 +23,14 @@ def agrees(
     eps: float,
     noise: torch.Generator,
 ) -> bool:
-    """Whether derivatives add up to autograd's gradient, projected on random weights.
+    """Whether the derivatives of all data and uses add up to autograd's gradient, projected on random weights.
 
-    Parameters
-    ----------
-    truth
-        The gradient in one group of weights, of any shape.
-    blocks
-        The derivatives of each datum in the same direction, for each use of the group.
-    scale
-        Norm of all the terms that the gradient is a sum of, which its rounding is relative to; asked for in doubt.
-    largest
-        Norm of the largest gradient of any group.
-    eps
-        Precision that the model computes in.
-    noise
-        Of the projections.
+    ``scale`` gives the norm of all the terms of the gradient, which its rounding is relative to, and is called in doubt
+    only; ``largest`` is the norm of the largest gradient of any group, ``eps`` the precision of the model.
     """
     like = blocks[0].sample
     tolerance = max(3 * min(eps, torch.finfo(torch.float32).eps) ** 0.5, 16 * eps)
-    # Sums of terms that cancel everywhere, such as the gradient of the bias of attention's keys, are rounding alone.
+    # Sums whose terms cancel everywhere, such as the gradient of the bias of attention's keys, are only rounding.
     floor = min(100 * eps, 1e-4) * largest * truth.numel() ** 0.5
     flat = truth.reshape(-1).to(like.dtype)
     differences, sizes = [], []
@@ -52,7 +40,7 @@ def agrees(
         differences.append(terms.sum() - flat @ v[0])
         sizes.append(torch.linalg.vector_norm(terms))
     difference, size = (float(torch.stack(values).square().mean().sqrt()) for values in (differences, sizes))
-    # A difference that is no number agrees with nothing.
+    # A NaN difference agrees with nothing.
     if difference <= tolerance * (size + float(flat.norm())) + floor:
         return True
     return difference <= tolerance * scale() + floor

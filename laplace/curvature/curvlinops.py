@@ -31,7 +31,7 @@ from laplace.optional import require
 from laplace.types import Inputs, Jacobians
 
 COLUMNS_AT_ONCE = 64
-"""Columns that an operator is applied to together: they are vectorized, and each takes the memory of a pass."""
+"""Columns to which an operator is applied together: they are vectorized, and each takes the memory of a pass."""
 
 SYMMETRY = 1e-3
 """Asymmetry of a Hessian, relative to its size along two directions, that is not rounding."""
@@ -46,7 +46,7 @@ class CurvlinopsInterface(PackageInterface):
 
     @classmethod
     def known_layers(cls, structure: HessianStructure | None) -> frozenset[type[nn.Module]] | None:
-        """Any; but Kronecker factors are those of linear layers and two-dimensional convolutions."""
+        """Any layer; for Kronecker factors linear layers and two-dimensional convolutions."""
         return frozenset({nn.Linear, nn.Conv2d}) if structure is HessianStructure.KRON else None
 
     @classmethod
@@ -78,14 +78,14 @@ class CurvlinopsInterface(PackageInterface):
             yield (operator @ blocks).T.reshape(-1, n_columns, len(batch.zeros(1)))
 
     def _operator(self, name: str, batch: PrivateBatch, x: Inputs, y: Tensor, **options: Any) -> Any:
-        """A linear operator of curvlinops over some rows, which are one batch to it."""
+        """A linear operator of curvlinops over some rows, which it takes for one batch."""
         loss = () if "Jacobian" in name else (self.lossfunc,)
         return getattr(require("curvlinops", "curvlinops"), name)(
             batch.model,
             *loss,
             batch.parameters,
             [(x, y)],
-            check_deterministic=False,  # it would compare passes; models are in evaluation mode
+            check_deterministic=False,  # no comparison of passes: models are in evaluation mode
             num_data=len(y),
             batch_size_fn=count_rows,
             **options,
@@ -101,7 +101,7 @@ class CurvlinopsInterface(PackageInterface):
             yield some, operator @ chosen
 
     def _matrix(self, operator: Any, batch: PrivateBatch) -> Tensor:
-        """All columns."""
+        """The whole matrix of an operator."""
         return torch.cat([columns for _, columns in self._columns(operator, batch)], 1)
 
     kfac_approx: KfacApprox = KfacApprox.EXPAND
@@ -116,10 +116,10 @@ class CurvlinopsInterface(PackageInterface):
             choose(KfacApprox, options["kfac_approx"], "kfac_approx")
 
     def _factors(self, batch: PrivateBatch, y: Tensor, fisher_type: str, scale: float, **options: Any) -> list[Any]:
-        """Kronecker factors in the order of the weights, the inputs' one a sum over data."""
+        """Kronecker factors in the order of the weights; the inputs' factor is a sum over data."""
         approx = choose(KfacApprox, batch.options.get("kfac_approx", self.kfac_approx), "kfac_approx")
         curvlinops = require("curvlinops", "curvlinops")
-        whole = replace(batch, model=nn.Sequential(batch.model))  # a layer needs a name
+        whole = replace(batch, model=nn.Sequential(batch.model))  # since curvlinops needs a layer to have a name
         kind = getattr(curvlinops.FisherType, fisher_type)
         operator = self._operator(
             "KFACLinearOperator",
@@ -264,24 +264,16 @@ class CurvlinopsHessian(CurvlinopsInterface):
         return self.factor * torch.cat([part[some].diagonal() for some, part in columns])
 
     def _hessian(self, batch: PrivateBatch) -> Any:
-        """The operator, after a check.
-
-        Raises
-        ------
-        UnsupportedError
-            If PyTorch has no forward-mode derivative of an operation, or one that makes the Hessian asymmetric.
-        ModelError
-            If the model fails otherwise.
-        """
+        """The operator, after a check that PyTorch differentiates the model twice and the Hessian is symmetric."""
         operator = self._operator("HessianLinearOperator", batch, batch.x, batch.y)
-        # A third one gives the size: a last layer has no curvature along directions that are the same for all classes.
+        # A third direction gives the size: a last layer has no curvature along directions equal for all classes.
         probes = mixing(batch.f.new_zeros(len(batch.zeros(1)), 3))
         probes[:, :2] = 1
         probes[::2, 1] = -1
         try:
             form = probes.T @ (operator @ probes)
         except (NotImplementedError, ModelError) as error:
-            # The forward pass is differentiated: what PyTorch lacks is raised by the model.
+            # The forward pass is differentiated, so the model raises what PyTorch cannot do.
             reason = error.__cause__ if isinstance(error, ModelError) else error
             if not isinstance(reason, NotImplementedError):
                 raise

@@ -38,33 +38,25 @@ from laplace.structures.jacobian import JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
 
 DENSE_LIMIT = 1024
-"""Weights up to which a group without factors gets a dense block."""
+"""Number of weights up to which a group without factors gets a dense block."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of one group.
-
-    Attributes
-    ----------
-    outputs
-        G, or the exact block: a matrix, or a vector for a diagonal.
-    inputs
-        A, a raw sum; ``None`` when there is one factor.
-    count
-        Number of rows in A.
-    inputs_first
-        Which side the first axis of the weight belongs to.
-    """
+    """The Kronecker factors, or the exact block, of one parameter group."""
 
     outputs: Tensor
+    """G, or the exact block: a matrix, or a vector for a diagonal."""
     inputs: Tensor | None = None
+    """A, a raw sum; ``None`` when there is one factor."""
     count: int = 0
+    """Number of rows in A."""
     inputs_first: bool = False
+    """Whether the first axis of the weight belongs to the inputs."""
 
     @property
     def sides(self) -> list[Tensor]:
-        """In the order of the axes of the weight."""
+        """Its factors, in the order of the axes of the weight."""
         if self.inputs is None:
             return [self.outputs]
         return [self.inputs, self.outputs] if self.inputs_first else [self.outputs, self.inputs]
@@ -105,7 +97,7 @@ def kron(
 
 
 def more_columns(first: list[Factors], second: list[Factors]) -> list[Factors]:
-    """Add further columns of the same data, whose inputs are counted once; outputs that groups share stay shared."""
+    """Add further columns of the same data: inputs are counted once, and outputs that groups share stay shared."""
     sums: dict[tuple[int, int], Tensor] = {}
     added: list[Factors] = []
     for ours, theirs in zip(first, second, strict=True):
@@ -117,13 +109,7 @@ def more_columns(first: list[Factors], second: list[Factors]) -> list[Factors]:
 
 
 class Moments:
-    """Sums of outer products in a precision, each made once: a weight and its bias share their gradients.
-
-    Parameters
-    ----------
-    dtype
-        What sums are returned in. Products within a batch are made in the precision of the block.
-    """
+    """Sums of outer products, returned in ``dtype`` and each made once: a weight and its bias share their gradients."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -131,7 +117,7 @@ class Moments:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Σ r rᵀ over all axes but the last."""
-        # The same numbers in the same order: axes of one entry do not matter, a transposition does.
+        # Equal keys mean the same numbers in the same order: axes of length 1 do not matter, a transposition does.
         axes = tuple(axis for axis in zip(rows.shape, rows.stride(), strict=True) if axis[0] > 1)
         key = (rows.data_ptr(), rows.shape[-1], axes)
         if key not in self._known:
@@ -171,7 +157,7 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
             left = left.sum(3, keepdim=True)
             right = right.sum(2, keepdim=True) / block.counts.clamp(min=1).reshape(-1, 1, 1, 1)
             count = int((block.counts > 0).sum()) * right.shape[1]
-        # The groups of a grouped convolution belong to the first axis of its weight; of the other side they are data.
+        # The groups of a grouped convolution belong to the first axis of its weight; on the other side they are data.
         if block.transposed:
             right = right.transpose(1, 2).flatten(2)  # [batch, positions, groups · I]
         else:

@@ -1,7 +1,7 @@
-"""What each function of PyTorch does with a parameter: the roles of its arguments, one reader a function.
+"""What each function of PyTorch does with a parameter: the roles of its arguments, by one reader per function.
 
 ``READERS`` is the table. Functions are watched, not modules, so that attention, functional code and wrapped layers are
-seen like any other. What is not in the table is left to exact, slower ways.
+seen like any other. Functions that are not in the table are left to exact, slower ways.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def transposed_convolution(out: Tensor, call: Mapping[str, Any]) -> Roles:
         return x.flatten(2).transpose(1, 2).unflatten(2, (groups, -1))
 
     def outputs(g: Tensor) -> Tensor:
-        # What output_padding adds beyond the last kernel is cut off again.
+        # The part that output_padding adds beyond the last kernel is cut off again.
         beyond = [(low, high - more) for (low, high), more in zip(padding, extra, strict=True)]
         cut = patches(g.flatten(0, 1), kernel, stride, beyond, dilation)[:, :n_positions]
         return cut.unflatten(0, g.shape[:2]).unflatten(3, (groups, -1))
@@ -101,7 +101,7 @@ def transposed_convolution(out: Tensor, call: Mapping[str, Any]) -> Roles:
 
 
 def embedding(out: Tensor, call: Mapping[str, Any]) -> Roles:  # noqa: ARG001
-    """Rows of the weight."""
+    """``out`` is rows of the weight, by token."""
     if call.get("scale_grad_by_freq"):
         msg = (
             "An embedding with scale_grad_by_freq=True has gradients that are no derivatives; its curvature is not "
@@ -114,7 +114,7 @@ def embedding(out: Tensor, call: Mapping[str, Any]) -> Roles:  # noqa: ARG001
 
 
 def normalization(normalize: Callable[[Mapping[str, Any]], Tensor], *, channels: bool) -> Reader:
-    """``out = x̂ w + b`` with x̂ the normalized input, which is made again when it is needed."""
+    """``out = x̂ w + b``, where the normalized input x̂ is made again when it is needed."""
 
     def read(out: Tensor, call: Mapping[str, Any]) -> Roles:
         roles: Roles = []
@@ -152,26 +152,26 @@ def normalized_by_batch(call: Mapping[str, Any]) -> Tensor:
 
 
 def batch_normalization(out: Tensor, call: Mapping[str, Any]) -> Roles:
-    """As other normalizations; with the statistics of the batch the data are mixed, which nothing here describes."""
+    """As other normalizations; with the statistics of the batch it mixes data, and has no roles."""
     if call.get("training", False):
         return []
     return normalization(normalized_by_batch, channels=True)(out, call)
 
 
 def addition(out: Tensor, call: Mapping[str, Any]) -> Roles:
-    """Either side of a sum."""
+    """A parameter on either side of a sum."""
     alpha = call.get("alpha", 1)
     sides = ((call["input"], 1.0), (call["other"], float(alpha)))
     return [(t, Elementwise(broadcast(t, out), sign=sign)) for t, sign in sides if isinstance(t, Tensor)]
 
 
 def subtraction(out: Tensor, call: Mapping[str, Any]) -> Roles:
-    """Either side of a difference."""
+    """A parameter on either side of a difference."""
     return addition(out, {**call, "alpha": -call.get("alpha", 1)})
 
 
 def multiplication(out: Tensor, call: Mapping[str, Any]) -> Roles:
-    """Either side of a product."""
+    """A parameter on either side of a product."""
     first, second = call["input"], call["other"]
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         return []
@@ -180,7 +180,7 @@ def multiplication(out: Tensor, call: Mapping[str, Any]) -> Roles:
 
 
 def expansion(out: Tensor, call: Mapping[str, Any]) -> Roles:
-    """Repetition along new axes."""
+    """A parameter that is repeated along new axes."""
     return [(call["input"], Elementwise(broadcast(call["input"], out)))]
 
 
@@ -194,7 +194,7 @@ def leaky(out: Tensor, call: Mapping[str, Any]) -> Roles:
 
 
 def each(value: int | Sequence[int], n: int) -> tuple[int, ...]:
-    """One number an axis."""
+    """One number per axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * n if len(values) == 1 else values
 
@@ -265,7 +265,7 @@ READERS: dict[Any, tuple[Reader, Sequence[str]]] = {
 """For each function its reader and the names of its positional arguments."""
 READERS.update(dict.fromkeys((torch.add, Tensor.add, Tensor.add_), (addition, SIDES)))
 READERS.update(dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_), (subtraction, SIDES)))
-READERS.update(dict.fromkeys((torch.mul, Tensor.mul), (multiplication, SIDES)))  # mul_ writes over what it multiplies
+READERS.update(dict.fromkeys((torch.mul, Tensor.mul), (multiplication, SIDES)))  # mul_ overwrites what it multiplies
 READERS.update(dict.fromkeys((Tensor.matmul, Tensor.__matmul__), (matmul, SIDES)))
 READER_NAMES = {getattr(function, "__name__", "") for function in READERS}
-"""What these functions are called."""
+"""Names of these functions."""

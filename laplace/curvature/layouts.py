@@ -2,7 +2,7 @@
 
 Layers see their rows in any order: batch first, batch second (attention), flattened with positions (windows, frames).
 Instead of guessing from shapes, the layout is read off a few backward passes, all but the first with every datum
-weighed by a number of its own: the ratios of gradients at a row name the datum. Weights are powers of two, positive or
+weighted by a number of its own: the ratios of gradients at a row name the datum. Weights are powers of two, positive or
 negative: scaling by them commutes with rounding, so that ratios are exact in whatever precision the model computes
 (TF32 on a GPU, bfloat16, float16). Rows that mix data have other ratios and are recognized as such.
 """
@@ -19,31 +19,20 @@ from torch import Tensor
 WIDE = tuple(range(-32, 32))
 """Exponents of the weights."""
 NARROW = tuple(range(-3, 1))
-"""The same for float16 and for gradients that are next to nothing: they would overflow or vanish."""
+"""Exponents for float16 and for tiny gradients, which would overflow or vanish with the others."""
 FAINT = 1e-18
-"""Gradients below it, in float32 and its exponents, are next to nothing."""
+"""Gradients below this are tiny in float32 and in dtypes with its range of exponents."""
 TOLERANCE, SMALL = 2e-3, 1e-4
-"""Of ratios, and of rows beside the largest, where layers may round to fewer digits than float32 has.
+"""Tolerance of ratios, and size of negligible rows relative to the largest, if layers may round below float32.
 
-Ratios are a power of two, but sums in a random order (on a GPU) deviate, and rounding them makes more of it.
+Ratios are powers of two, but sums in a random order (on a GPU) deviate from them, and rounding adds to it.
 """
 SURE = 1e-5
-"""Of both in float32 on a CPU, which has no such layers: what deviates more mixes data."""
+"""The same for both in float32 on a CPU, which has no such layers: a larger deviation means that data are mixed."""
 
 
 def datum_weights(n_rows: int, narrow: bool, device: torch.device) -> Float[Tensor, "passes batch"]:
-    """Weights of each datum, one for each of as many passes as it takes to tell all data apart, in a random order.
-
-    Parameters
-    ----------
-    n_rows
-        B, the number of data.
-    narrow
-        Whether part of the model computes in float16, or has gradients next to nothing: fewer numbers a pass, so that
-        gradients do not vanish.
-    device
-        Of the result.
-    """
+    """Weights ``[passes, batch]`` that tell all data apart, in random order; ``narrow`` uses small powers of two."""
     powers = sorted(NARROW if narrow else WIDE, key=abs)
     numbers = torch.tensor([sign * 2.0**power for power in powers for sign in (1, -1)], dtype=torch.float32)
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(n_rows))
@@ -55,34 +44,17 @@ def datum_weights(n_rows: int, narrow: bool, device: torch.device) -> Float[Tens
 
 @dataclass(frozen=True)
 class Layout:
-    """How leading axes become ``[batch, positions]``.
-
-    Attributes
-    ----------
-    lead
-        The leading axes, some of them split so that one is the batch.
-    axis
-        Which of them that is; ``None`` when rows are in no order.
-    index
-        The rows of each datum, ``[batch, positions]``, in no order; −1 fills up.
-    """
+    """How the leading axes of a tensor become ``[batch, positions]``."""
 
     lead: tuple[int, ...]
+    """The leading axes, some of them split so that one is the batch."""
     axis: int | None = 0
+    """The axis that is the batch; ``None`` when rows are in no order."""
     index: Int[Tensor, "batch positions"] | None = None
+    """Indices of the rows of each datum, ``[batch, positions]``, if they are in no order; −1 pads."""
 
     def apply(self, values: Tensor, n_lead: int, n_before: int = 0) -> Tensor:
-        """``[*before, *lead, *after]`` → ``[*before, batch, positions, *after]``.
-
-        Parameters
-        ----------
-        values
-            Numbers a row.
-        n_lead
-            How many leading axes there are.
-        n_before
-            How many axes come before them.
-        """
+        """``[*before, *lead, *after]`` → ``[*before, batch, positions, *after]``."""
         before, after = values.shape[:n_before], values.shape[n_before + n_lead :]
         if self.axis == 0 and values.shape[n_before : n_before + n_lead] == self.lead:
             if n_lead == 2:
@@ -110,35 +82,19 @@ def find(
     *,
     narrow: bool = False,
 ) -> tuple[Layout | None, bool]:
-    """The layout of rows, from their gradients.
+    """The layout of rows from gradients ``[*lead, *after]``, ``None`` if a row mixes data; and whether it is certain.
 
-    Parameters
-    ----------
-    plain
-        Gradients in a random direction of the outputs, ``[*lead, *after]``.
-    weighed
-        The same with the outputs of each datum multiplied by its weight, one of each pass.
-    weights
-        By ``datum_weights``.
-    n_lead
-        How many leading axes there are.
-    eps
-        Precision that the model computes in.
-    narrow
-        That of the weights.
-
-    Returns
-    -------
-    The layout, ``None`` when a row mixes data; and whether it is the only one that these gradients allow.
+    ``plain`` are gradients in a random direction of the outputs, ``weighed`` the same with each datum multiplied by its
+    weight. A layout is certain if it is the only one that these gradients allow.
     """
     lead, n_rows = tuple(plain.shape[:n_lead]), weights.shape[1]
     if n_rows == 1:
         return Layout((1, *lead)), True
     dtype = torch.promote_types(plain.dtype, torch.float32)
     rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, *weighed)]
-    # A few random projections of a row say as much as the row: what holds for them holds for it.
+    # A few random projections of a row stand for the row: what holds for them holds for it.
     noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    # In units of the largest gradient, whose square may be more, or less, than there are numbers for.
+    # In units of the largest gradient, whose square may overflow or underflow.
     unit = rows[0].abs().amax().to(dtype).clamp(min=torch.finfo(dtype).tiny)
     flat, *targets = (row.to(dtype) @ noise.to(row.device, dtype) / unit for row in rows)
     target = torch.stack(targets)
@@ -162,7 +118,7 @@ def find(
 
 
 def least_exact(dtype: torch.dtype, narrow: bool) -> float:
-    """Gradients below which scaling by weights may not be exact, with a margin for what they are sums of."""
+    """Size of gradients below which scaling by weights may be inexact, with a margin for the terms they are sums of."""
     finfo = torch.finfo(dtype)
     smallest = 2.0 ** min(NARROW if narrow else WIDE)
     # Float16 keeps numbers below its smallest normal one; others may be flushed to zero.
@@ -170,7 +126,7 @@ def least_exact(dtype: torch.dtype, narrow: bool) -> float:
 
 
 def deviation(flat: Tensor, target: Tensor, weights: Tensor) -> Float[Tensor, "passes rows projections"]:
-    """By how much weighed gradients differ from what the weights of their data say, in units of plain gradients."""
+    """Difference of weighted gradients from plain ones times the weights of their data, in units of plain gradients."""
     return (target / weights.to(target).unsqueeze(-1) - flat).abs()
 
 
@@ -192,9 +148,9 @@ def candidates(lead: tuple[int, ...], n_rows: int) -> Iterator[Layout]:
 
 
 def scattered(flat: Tensor, target: Tensor, weights: Tensor, allowed: Tensor) -> Layout | None:
-    """Rows in no order: each names its datum by the ratios of its gradients.
+    """The layout of rows in no order: the ratios of a row's gradients name its datum.
 
-    Rows without gradient name none; they are given to any, which changes no derivative, and count as inputs.
+    Rows without gradient name none: they are given to any datum, which changes no derivative, and count as inputs.
     """
     ratio = (flat * target).sum(-1) / flat.square().sum(-1).clamp(min=torch.finfo(flat.dtype).tiny)
     names, order = names_of(weights).sort()
@@ -206,7 +162,7 @@ def scattered(flat: Tensor, target: Tensor, weights: Tensor, allowed: Tensor) ->
 
 
 def names_of(ratios: Float[Tensor, "passes rows"]) -> Int[Tensor, " rows"]:
-    """One number for the powers of two, and signs, that are nearest to the ratios of a row."""
+    """One number per row that encodes the powers of two, and signs, nearest to its ratios."""
     powers = ratios.abs().clamp(2.0**-64, 2.0**63).log2().round().nan_to_num().long() + 64
     places = 256 ** torch.arange(len(ratios), device=ratios.device).unsqueeze(1)
     return ((2 * powers + (ratios < 0)) * places).sum(0)

@@ -1,8 +1,8 @@
-"""One forward pass with everything that derivatives in the random weights are made of.
+"""One forward pass, recorded with everything that derivatives in the random weights are made of.
 
-``Recording.blocks`` turns directions in the outputs into derivatives: one backward pass a direction, in which gradients
-go to the outputs of layers and never to weights; each group of weights gets its factors. What no formula describes is
-differentiated row by row, exactly and slowly, and whether the formulas hold is checked against autograd.
+``Recording.blocks`` turns directions in the outputs into derivatives: one backward pass per direction, in which
+gradients go to the outputs of layers and never to weights; each group of weights gets its factors. Uses that no formula
+describes are differentiated row by row, exactly and slowly, and the formulas are checked against autograd.
 """
 
 from __future__ import annotations
@@ -40,35 +40,11 @@ NO_DEPENDENCE = (
 
 
 class Recording:
-    """Outputs at some inputs, and their derivatives in the random weights.
+    """Outputs ``[batch, *positions, C]`` at some inputs, and their derivatives in the random weights.
 
-    Parameters
-    ----------
-    run
-        The model: inputs to outputs ``[batch, *positions, C]``.
-    x
-        A batch of inputs.
-    subset
-        The random weights.
-    constants
-        Other tensors of the model.
-    n_rows
-        Number of data in the batch.
-    memory
-        Shared between passes of the same model.
-    names
-        Of the random weights, for messages.
-    create_graph
-        Keep derivatives differentiable in the inputs.
-    mask
-        Positions of the outputs that count, ``[batch, positions]``; all when ``None``.
-    dtype
-        To compute factors in; that of the outputs, at least float32, when ``None``.
-
-    Raises
-    ------
-    UnsupportedError
-        If outputs do not depend on any random weight, or an input of a layer is overwritten later.
+    ``constants`` are the other tensors of the model, and ``names`` those of the random weights, for messages. ``mask``
+    says which positions of the outputs count, all when ``None``; factors are computed in ``dtype``, or when ``None`` in
+    that of the outputs, at least float32.
     """
 
     def __init__(
@@ -109,7 +85,7 @@ class Recording:
 
     @property
     def f(self) -> Tensor:
-        """Outputs, ``[batch, *positions, C]``; on the graph when derivatives are."""
+        """Outputs, ``[batch, *positions, C]``; with their graph if ``create_graph``."""
         return self.outputs if self.create_graph else self.outputs.detach()
 
     # -- gradients ----------------------------------------------------------------------------------------------------
@@ -133,7 +109,7 @@ class Recording:
 
     @cached_property
     def _dtypes(self) -> set[torch.dtype]:
-        """What layers compute in, also where autocasting chooses it."""
+        """Dtypes that layers compute in, including those that autocasting chooses."""
         return {self.outputs.dtype, *(call.dtype for call in self.calls)}
 
     @cached_property
@@ -143,11 +119,11 @@ class Recording:
 
     @cached_property
     def layouts(self) -> Found:
-        """For each role of each call, which datum its rows belong to, and which of them count.
+        """For each role of each call, the datum that each row belongs to, and which rows count.
 
-        Regular layouts are read off some of the passes with equal shapes, ever fewer of them, and relied on between: if
-        they were the only ones that the gradients allow, and data are not indexed by data, which could reorder them.
-        Masked data are looked at in every pass.
+        Regular layouts are read off some of the passes with equal shapes, ever fewer of them, and relied on in between,
+        provided that the gradients allow no other and data are not indexed by data, which could reorder them. With
+        masked data they are read in every pass.
         """
         key = (self.n_rows, self.outputs.shape, tuple((call.name, call.shape) for call in self.calls))
         lasting = self.mask is None and not self._reorders
@@ -164,7 +140,7 @@ class Recording:
         return found
 
     def _find_layouts(self) -> tuple[Found, bool]:
-        """A plain backward pass, some with weighed data, and one where some are masked."""
+        """Layouts, by plain and weighted backward passes and one with the mask; and whether all of them are certain."""
         shape = (-1, *[1] * (self.outputs.dim() - 1))
         found: Found = []
         all_certain = True
@@ -189,7 +165,7 @@ class Recording:
         return found, all_certain
 
     def _is_faint(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether those of some call are next to nothing, so that scaling them far would lose them."""
+        """Whether the gradients of some call are so small that scaling them far would lose them."""
         sizes = [g.abs().amax().double() for g in gradients if g is not None and g.numel() and g.dtype != torch.float64]
         if not sizes:
             return False
@@ -202,7 +178,7 @@ class Recording:
         return mask.unsqueeze(-1).expand(*mask.shape, each).reshape(self.outputs.shape)
 
     def _counted(self, g: Tensor, layout: Layout, n_lead: int) -> Tensor | None:
-        """Rows that count: none that fill up, of masked data, or at masked positions that no counted output sees."""
+        """Rows that count: no padding, no masked data, no masked positions on which no counted output depends."""
         real = None if layout.index is None else layout.index >= 0
         if self.mask is None:
             return real
@@ -217,7 +193,7 @@ class Recording:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """Groups that need the slow way: found by a check against autograd, and those whose use mixes data here."""
+        """Groups that need the slow way, by a check against autograd or because their use mixes data in this pass."""
         calls = tuple((call.name, len(call.shape), len(call.roles)) for call in self.calls)
         key = (calls, *sorted(self._opaque.items()))
         known, attempts = self._memory.verdicts.get(key, (None, ATTEMPTS))
@@ -230,17 +206,7 @@ class Recording:
         return replace(known, slow={**known.slow, **mixing})
 
     def _judge(self, known: Verdict | None) -> tuple[Verdict, bool]:
-        """Compare the derivatives in a random direction with autograd's, projected on random weights.
-
-        Returns
-        -------
-        What was found, added to what is known, and whether every weight had a gradient to judge by.
-
-        Raises
-        ------
-        UnsupportedError
-            If outputs depend on no random weight.
-        """
+        """Compare derivatives with autograd's; also whether every weight had a gradient large enough to judge by."""
         exact = torch.autograd.grad(
             along(self.outputs, self._direction), self.parameters, retain_graph=True, allow_unused=True
         )
@@ -248,7 +214,7 @@ class Recording:
         norms = [0.0 if truth is None else float(truth.to(self.dtype).norm()) for truth in exact]
         if all(truth is None for truth in exact):
             raise UnsupportedError(NO_DEPENDENCE)
-        # A gradient that is zero but for rounding (attention does not see the bias of its keys) agrees with any other.
+        # A gradient that is zero up to rounding (as of the bias of attention's keys) agrees with any other.
         largest = max(norms)
         verdict = Verdict(dict(known.slow) if known else {}, set(known.unseen) if known else set())
         noise, proven = torch.Generator().manual_seed(1), True
@@ -268,7 +234,7 @@ class Recording:
                     if not agrees(truth, blocks, scale, largest, self._eps, noise):
                         verdict.slow[group] = "part of its use cannot be watched"
                 proven &= truth is None or proves(norms[group], largest, self._eps)
-        # What was made here has no graph.
+        # Tensors made here have no graph.
         self._kept = Kept(2 * CHUNK_ELEMENTS)
         return verdict, proven and largest > 0
 
@@ -289,7 +255,7 @@ class Recording:
 
     @property
     def n_columns_at_once(self) -> int:
-        """How many directions fit the memory that chunks may take."""
+        """Number of directions that fit into the memory that chunks may take."""
         each = sum(torch.Size(call.shape).numel() for call in self.calls)
         if self.verdict.slow:
             each += self.n_rows * sum(self.parameters[group].numel() for group in self.verdict.slow)
@@ -297,17 +263,7 @@ class Recording:
         return max(1, 8 * piece_elements(self.outputs.device) // max(1, each))
 
     def blocks(self, directions: Sequence[Tensor]) -> list[JacobianBlock]:
-        """Derivatives of ``direction · f`` in each group of weights.
-
-        Parameters
-        ----------
-        directions
-            In the outputs of each datum, ``[batch, *positions, C]`` each: the columns.
-
-        Returns
-        -------
-        One block a group; of chosen weights one or more, in their order.
-        """
+        """Derivatives of ``direction · f``, each ``[batch, *positions, C]``: one block per group, in their order."""
         slow = self.verdict.slow
         with torch.set_grad_enabled(self.create_graph):
             parts = self._parts(directions, set(slow))
@@ -328,20 +284,14 @@ class Recording:
             return chosen(whole, self.subset)
 
     def columns(self, mix: Tensor) -> list[JacobianBlock]:
-        """Derivatives of mixtures of the outputs of each datum, the same mixtures for all.
-
-        Parameters
-        ----------
-        mix
-            ``[columns, positions·C]``.
-        """
+        """Derivatives of mixtures ``[columns, positions·C]`` of the outputs of each datum, the same for all data."""
         shape = (1, *self.outputs.shape[1:])
         return self.blocks([row.to(self.outputs.dtype).reshape(shape).expand_as(self.outputs) for row in mix])
 
     def _parts(
         self, directions: Sequence[Tensor], leave_out: set[int], *, masked: bool = True
     ) -> list[list[JacobianBlock]]:
-        """For each group the blocks of its uses; `masked`: directions are zero where outputs are."""
+        """For each group the blocks of its uses; ``masked`` if directions are zero at masked outputs."""
         parts: list[list[JacobianBlock]] = [[] for _ in self.parameters]
         columns = [self._gradients(direction, create_graph=self.create_graph) for direction in directions]
         for number, call in enumerate(self.calls):
@@ -352,10 +302,10 @@ class Recording:
             whole = [torch.zeros_like(some) if g is None else g for g in grads]
             stacked = some.unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
             for column in columns:
-                column[number] = None  # freed as we go: as many activations as there are columns
+                column[number] = None  # freed one by one: they take as much memory as all activations times columns
             for (tensor, role), found in zip(call.roles, self.layouts[number], strict=True):
                 groups = self._tracked[id(tensor)][1] - leave_out
-                # Where a use mixes data its weights are in `leave_out`, but for the check, which asks first.
+                # Weights whose use mixes data are in `leave_out`, except during the check, which comes first.
                 if groups and found is not None and found[0] is not None:
                     counted = found[1] if masked else None
                     block = role.block(stacked, found[0], self._kept, self.dtype, counted)
@@ -365,7 +315,7 @@ class Recording:
     def _place(
         self, tensor: Tensor, block: JacobianBlock, groups: frozenset[int], parts: list[list[JacobianBlock]]
     ) -> None:
-        """Give a block to the parameter that plays the role, or to those it is derived from."""
+        """Add a block to the parts of the parameter that plays the role, or of those that it is derived from."""
         for group in groups:
             parameter = self.parameters[group]
             if tensor is parameter:
@@ -375,7 +325,7 @@ class Recording:
             parts[group].append(self._pulled_back(block, tensor, parameter) if moved is None else moved)
 
     def _moved(self, block: JacobianBlock, view: Tensor, parameter: Tensor) -> JacobianBlock | None:
-        """The block of a parameter of which rows are used, by a view or by looking them up, or its transpose."""
+        """The block of a parameter whose rows are used, by a view or by looking them up, or whose transpose is."""
         if id(view) in self._lookups and isinstance(block, DenseBlock):
             return looked_up(block, self._lookups[id(view)], len(parameter))
         if isinstance(block, ProductBlock) and block.left.shape[2] == 1:
@@ -393,7 +343,7 @@ class Recording:
         return None
 
     def _pulled_back(self, block: JacobianBlock, tensor: Tensor, parameter: Tensor) -> DenseBlock:
-        """From derivatives in a derived tensor to those in a parameter it is made of."""
+        """Derivatives in a parameter, from those in a tensor that is derived from it."""
         J = block.dense().to(tensor.dtype)
         rows = J.reshape(-1, *tensor.shape)
         # Where a function has no batched derivative, torch loops and warns; the tensors here are small.

@@ -1,4 +1,4 @@
-"""Data that are read more than once: again from the loader, or as the features that a last layer made of them."""
+"""Data that are read more than once: again from the loader, or as features that were kept."""
 
 from __future__ import annotations
 
@@ -12,33 +12,25 @@ from laplace.errors import InputError
 from laplace.types import Inputs
 
 KEPT_ELEMENTS = 2**29
-"""Numbers of features and outputs that are kept between passes: 2 GB in float32."""
+"""How many numbers of features and outputs are kept between passes: 2 GB in float32."""
 
 
 class Features(NamedTuple):
-    """What a last layer needs of some inputs, in their place."""
+    """Outputs and features of a last layer, in place of the inputs."""
 
     f: Tensor
     phi: Tensor
 
 
 class Replay:
-    """Batches of features, made in the first pass and kept; made again in every pass if they do not fit.
-
-    Parameters
-    ----------
-    batches
-        Inputs and targets.
-    features
-        Runs the model.
-    """
+    """Batches of features, made in the first pass and kept, or made again in every pass if they do not fit."""
 
     def __init__(self, batches: Iterable[tuple[Inputs, Tensor]], features: Callable[[Inputs], Features]) -> None:
         self._batches, self._features = batches, features
         self._kept: list[tuple[Features, Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Features, Tensor]]:
-        """All of them."""
+        """Iterate over the batches."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -57,20 +49,7 @@ class Replay:
 
 
 def check_repeatable(batches: Iterable[tuple[Inputs, Tensor]], structure: HessianStructure) -> None:
-    """Raise unless batches can be read more than once.
-
-    Parameters
-    ----------
-    batches
-        Inputs and targets.
-    structure
-        Which needs that, for the message.
-
-    Raises
-    ------
-    InputError
-        If they are an iterator, or come from one.
-    """
+    """Raise unless batches can be read more than once."""
     if getattr(batches, "one_shot", isinstance(batches, Iterator)):
         msg = (
             f"hessian_structure={structure.value!r} reads the training data several times, and this loader can be read "

@@ -17,17 +17,11 @@ from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
 from laplace.structures.product import ProductBlock
 
 Places: TypeAlias = "tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, int]"
-"""Which positions count, the pair of datum and token each belongs to, its token; datum and token of a pair; B."""
+"""Mask of the positions that count; pair of datum and token, and token, of each; datum and token of each pair; B."""
 
 
 class Kept:
-    """What columns of one pass share: inputs of layers as blocks use them, and products of inputs with matrices.
-
-    Parameters
-    ----------
-    limit
-        How many numbers may be kept.
-    """
+    """Inputs of layers and their products with matrices, which columns of one pass share; ``limit`` counts numbers."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
@@ -36,7 +30,7 @@ class Kept:
         self.rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def get(self, role: Role, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-        """The inputs of a role and whether they are kept."""
+        """The inputs of a role, and whether they are kept."""
         if id(role) in self.inputs:
             return self.inputs[id(role)], True
         inputs = make()
@@ -48,20 +42,15 @@ class Kept:
 
 
 def wide(values: Tensor) -> torch.dtype:
-    """At least float32."""
+    """The dtype of values, but at least float32."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
 class Role(ABC):
-    """How one argument of one call acts on its output.
-
-    Attributes
-    ----------
-    n_lead
-        Number of leading axes of ``rows(g)``, those over data and positions.
-    """
+    """How one argument of a call acts on its output."""
 
     n_lead: int
+    """Number of leading axes of ``rows(g)``, those over data and positions."""
 
     @abstractmethod
     def rows(self, g: Tensor) -> Tensor:
@@ -69,52 +58,30 @@ class Role(ABC):
 
     @abstractmethod
     def scale(self, g: Tensor) -> Tensor:
-        """Norm ``[]`` of the terms that the derivative is a sum of: what its rounding is relative to."""
+        """Norm ``[]`` of the terms that the derivative is a sum of, which its rounding is relative to."""
 
     @abstractmethod
     def block(
         self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Bool[Tensor, "batch positions"] | None
     ) -> JacobianBlock:
-        """Derivatives in the argument.
-
-        Parameters
-        ----------
-        g
-            Gradients at the output, ``[columns, *output]``.
-        layout
-            Which datum each row belongs to.
-        kept
-            What was made for other columns of the same pass.
-        dtype
-            To compute in.
-        counted
-            Rows that are not masked; the gradients of others are zero. All when ``None``.
-        """
+        """Derivatives in the argument, from gradients ``[columns, *output]`` that are zero at rows not ``counted``."""
 
 
 @dataclass(frozen=True)
 class Product(Role):
-    """A weight that multiplies inputs, ``Σ_t g_t ⊗ a_t``.
-
-    Attributes
-    ----------
-    inputs
-        Makes a, ``[*lead, groups, i]``; not called before it is needed.
-    outputs
-        Makes g, ``[columns, *lead, groups, o]``.
-    n_lead
-        Number of leading axes.
-    transposed
-        The weight is stored inputs first.
-    """
+    """A weight that multiplies inputs, ``Σ_t g_t ⊗ a_t``."""
 
     inputs: Callable[[], Tensor]
+    """Makes a, ``[*lead, groups, i]``; not called before it is needed."""
     outputs: Callable[[Tensor], Tensor]
+    """Makes g, ``[columns, *lead, groups, o]``."""
     n_lead: int
+    """Number of leading axes."""
     transposed: bool = False
+    """Whether the weight is stored inputs first."""
 
     def rows(self, g: Tensor) -> Tensor:
-        """By ``outputs``."""
+        """Gradients in the form that ``outputs`` makes."""
         return self.outputs(g)
 
     def scale(self, g: Tensor) -> Tensor:
@@ -138,62 +105,49 @@ class Product(Role):
 
 @dataclass(frozen=True)
 class Sum(Role):
-    """The bias of such a layer, ``Σ_t g_t``.
-
-    Attributes
-    ----------
-    outputs
-        Makes g, ``[columns, *lead, o]``.
-    n_lead
-        Number of leading axes.
-    """
+    """A bias that is added at every position, ``Σ_t g_t``."""
 
     outputs: Callable[[Tensor], Tensor]
+    """Makes g, ``[columns, *lead, o]``."""
     n_lead: int
+    """Number of leading axes."""
 
     def rows(self, g: Tensor) -> Tensor:
-        """By ``outputs``."""
+        """Gradients in the form that ``outputs`` makes."""
         return self.outputs(g)
 
     def scale(self, g: Tensor) -> Tensor:
-        """That of the gradients."""
+        """Norm of the gradients."""
         return torch.linalg.vector_norm(g, dtype=wide(g))
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> SumBlock:
-        """Gradients, and their sum."""
+        """Gradients, to be summed over positions."""
         left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
         return SumBlock(left.sum(2), left)
 
 
 @dataclass(frozen=True)
 class Gather(Role):
-    """Rows of a table, looked up by token.
-
-    Attributes
-    ----------
-    tokens
-        ``[*lead]``.
-    n_tokens
-        Number of rows of the table.
-    ignored
-        A token whose row is not trained.
-    """
+    """A table whose rows are looked up by token."""
 
     tokens: Tensor
+    """The tokens, ``[*lead]``."""
     n_tokens: int
+    """Number of rows of the table."""
     ignored: int | None
+    """A token whose row is not trained."""
 
     @property
     def n_lead(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All axes but the features."""
+        """Number of all axes but the features."""
         return self.tokens.dim()
 
     def rows(self, g: Tensor) -> Tensor:
-        """As they are."""
+        """Gradients as they are."""
         return g
 
     def scale(self, g: Tensor) -> Tensor:
-        """That of the gradients."""
+        """Norm of the gradients."""
         return torch.linalg.vector_norm(g, dtype=wide(g))
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> GatherBlock:
@@ -207,8 +161,8 @@ class Gather(Role):
         return GatherBlock(values, datum, token, batch_size, self.n_tokens, gradients, row_token)
 
     def _places(self, layout: Layout, counted: Tensor | None) -> Places:
-        """Where the gradient of each position goes."""
-        # Rows that fill up have no gradient; −1 marks them, what is masked and what is not trained.
+        """The place that the gradient of each position goes to."""
+        # −1 marks rows that have no gradient (padding), are masked, or belong to a token that is not trained.
         marks = layout.apply(self.tokens + 1, self.n_lead) - 1
         if counted is not None:
             marks = marks.masked_fill(~counted, -1)
@@ -224,25 +178,18 @@ class Gather(Role):
 
 @dataclass(frozen=True)
 class Elementwise(Role):
-    """Numbers that multiply (by ``factor``) or are added, broadcast to the output.
-
-    Attributes
-    ----------
-    target
-        Shape of the argument, as many axes as the output.
-    factor
-        What the argument multiplies, broadcast to the output; ``None`` when it is added.
-    sign
-        Of the derivative.
-    """
+    """Numbers that multiply ``factor`` or are added, broadcast to the output."""
 
     target: tuple[int, ...]
+    """Shape of the argument, with as many axes as the output."""
     factor: Callable[[], Tensor] | None = None
+    """What the argument multiplies, broadcast to the output; ``None`` when it is added."""
     sign: float = 1.0
+    """Sign of the derivative."""
 
     @property
     def n_lead(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Axes over which the argument is shared."""
+        """Number of axes over which the argument is shared."""
         return sum(size == 1 for size in self.target)
 
     def _factor(self) -> Tensor:
@@ -250,18 +197,18 @@ class Elementwise(Role):
         return self.factor() if torch.is_grad_enabled() else self.factor().detach()
 
     def rows(self, g: Tensor) -> Tensor:
-        """Axes over which the argument is shared come first."""
+        """Gradients with the axes first over which the argument is shared."""
         shared = [axis + 1 for axis, size in enumerate(self.target) if size == 1]
         own = [axis + 1 for axis, size in enumerate(self.target) if size != 1]
         return g.permute(0, *shared, *own)
 
     def scale(self, g: Tensor) -> Tensor:
-        """That of the gradients times what the argument multiplies."""
+        """Norm of the gradients times what the argument multiplies."""
         values = g.to(wide(g))
         return torch.linalg.vector_norm(values if self.factor is None else values * self._factor())
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> DenseBlock:
-        """Written out: as many numbers as the argument has, for each column and datum."""
+        """Derivatives that are written out: as many numbers as the argument has, for each column and datum."""
         values = g.to(dtype)
         if self.factor is not None:
             values = values * kept.get(self, lambda: self._factor().to(dtype))[0]

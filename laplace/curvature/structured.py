@@ -1,4 +1,4 @@
-"""What a back end is asked for, structure by structure: each method only raises until a back end provides it."""
+"""What a back end computes, structure by structure: each method only raises until a back end overrides it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,7 @@ Basis: TypeAlias = "Sequence[Sequence[Tensor | None]]"
 
 
 def without_count(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without ``N``, the number of training data, which has no effect on what is a plain sum over a batch.
-
-    Parameters
-    ----------
-    options
-        Of ``full`` or ``diag``; callers that go through all structures pass ``N`` to each of them.
-
-    Raises
-    ------
-    InputError
-        If ``N`` is no positive whole number.
-    """
+    """Options without the number of training data ``N``, which is checked and has no effect on a sum over a batch."""
     if "N" in options:
         check_count(options["N"])
     return {name: value for name, value in options.items() if name != "N"}
@@ -56,7 +45,7 @@ class StructuredInterface(Capabilities):
         structure, subset
             Which ones.
         """
-        # A method that is still the one below only raises.
+        # A method that is not overridden only raises.
         missing = getattr(cls, structure.value, None) is vars(StructuredInterface).get(structure.value)
         if structure is HessianStructure.EKFAC:
             missing |= not cls.can(HessianStructure.KRON, subset)
@@ -98,12 +87,12 @@ class StructuredInterface(Capabilities):
         batches
             Inputs and targets.
         structure
-            Which asks, for messages.
+            The structure that needs it, for messages.
 
         Raises
         ------
         InputError
-            If they can be read once.
+            If they can be read only once.
         """
         check_repeatable(batches, structure)
         return batches

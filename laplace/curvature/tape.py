@@ -1,6 +1,6 @@
-"""Watch a forward pass: which functions meet the random weights, with which inputs, and where their outputs are.
+"""Watch a forward pass: which functions use the random weights, with which inputs, and where their outputs are.
 
-Functions are watched while the model runs, for the length of that run; no hook is set and nothing is stored on it.
+Functions are watched only while the model runs; no hook is set on it and nothing is stored.
 Tensors made of weights and constants alone (a slice of positions, an embedding of ``arange``) are *derived*: they play
 the role in place of the weight, and their derivatives are pulled back to it.
 """
@@ -26,49 +26,29 @@ REORDERING = {
     "index_select", "masked_select", "nonzero", "scatter", "scatter_", "scatter_add", "scatter_add_", "sort",
     "take_along_dim", "topk",
 }  # fmt: skip
-"""Functions that may put the rows of a batch into an order that depends on the data; so may indexing by tensors."""
+"""Functions that may put the rows of a batch into an order that depends on data, as indexing by tensors may."""
 MUTATING = {"__setitem__", "set_", "copy_"}
-"""Functions that write into their first argument, beside those whose name ends with an underscore."""
+"""Functions that write into their first argument, besides those whose name ends with an underscore."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function in which random weights meet data.
-
-    Attributes
-    ----------
-    name
-        Of the function.
-    shape, dtype
-        Of its output.
-    edge
-        Where gradients at its output are to be had.
-    roles
-        For each tensor that is, or is derived from, random weights: the tensor and what it does.
-    inputs
-        The other tensors, with the version they had: they must not be written to afterwards.
-    """
+    """One call of a function in which random weights meet data."""
 
     name: str
+    """Name of the function."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     edge: GradientEdge
+    """Node of the graph at which gradients of its output are taken."""
     roles: list[tuple[Tensor, Role]]
+    """Each tensor that is, or is derived from, random weights, with its role."""
     inputs: list[tuple[Tensor, int]]
+    """The other tensors with their versions at the call: they must not be written to afterwards."""
 
 
 class Tape(TorchFunctionMode):
-    """The calls of one forward pass.
-
-    Parameters
-    ----------
-    parameters
-        The random weights.
-    constants
-        Other tensors that do not depend on data: buffers and frozen weights.
-    n_rows
-        Number of data in the batch; what is expanded to it meets data.
-    """
+    """The calls of one forward pass; ``constants`` are buffers and frozen weights, which depend on no data."""
 
     def __init__(self, parameters: Sequence[Tensor], constants: Iterable[Tensor], n_rows: int) -> None:
         super().__init__()
@@ -79,17 +59,17 @@ class Tape(TorchFunctionMode):
         # Tensors are kept, so that their ids are not used again.
         self.constants: dict[int, Tensor] = {id(tensor): tensor for tensor in constants}
         self.lookups: dict[int, Tensor] = {}
-        """For each derived tensor that is rows of a weight: which rows."""
+        """For each derived tensor that consists of rows of a weight, the indices of these."""
         self.reorders = False
         """Whether data were indexed by tensors."""
         self.calls: list[Call] = []
         self.opaque: dict[int, str] = {}
-        """Groups of weights that met data in a function without a reader, and its name."""
+        """Groups of weights that met data in a function without a reader, with its name."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a function and note what it does to weights."""
+        """Run a function and record what it does with weights."""
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside(func, args, kwargs)
@@ -118,20 +98,20 @@ class Tape(TorchFunctionMode):
         return out
 
     def _look_up(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-        """Note rows of a weight that are the same for all data, such as an embedding of positions."""
+        """Record a look-up of rows that are the same for all data, such as an embedding of positions."""
         if func is F.embedding:
             call = bind(READERS[func][1], args, kwargs)
             if call["weight"].is_leaf and call.get("padding_idx") is None:
                 self.lookups[id(out)] = call["input"]
 
     def _spreads(self, func: Any, weights: list[Tensor], made: list[Tensor]) -> bool:
-        """Whether a weight is given to each datum, before it meets any."""
+        """Whether a weight is repeated for each datum, before it meets any."""
         if func not in {Tensor.expand, F.embedding} or self.n_rows == 1:
             return False
         (weight,), (out,) = weights, made
         if out.shape[0] != self.n_rows:
             return False
-        if func is F.embedding:  # of constants for each datum, such as the types of tokens
+        if func is F.embedding:  # a look-up by constants for each datum, such as the types of tokens
             return out.dim() > 2
         return out.dim() > weight.dim() or weight.shape[0] == 1
 
@@ -145,7 +125,7 @@ class Tape(TorchFunctionMode):
         data: list[Tensor],
         made: list[Tensor],
     ) -> None:
-        """Note a call in which weights meet data."""
+        """Record a call in which weights meet data."""
         differentiable = [tensor for tensor in made if tensor.requires_grad]
         if not differentiable and name not in MUTATING:
             return
@@ -187,9 +167,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def seen_whole(out: Tensor) -> Tensor:
-    """The tensor that ``out`` is a view of, if it sees all of it in order: else ``out`` itself.
+    """The tensor that ``out`` is a view of, if the view shows all of it in order; else ``out`` itself.
 
-    What is written into a view later rebuilds the graph of the view, but keeps that of the tensor it looks at.
+    Later writes into a view rebuild the graph of the view, but keep that of the tensor it shows.
     """
     base = out._base
     if base is None or base.grad_fn is None or base.numel() != out.numel():
@@ -198,7 +178,7 @@ def seen_whole(out: Tensor) -> Tensor:
 
 
 def row_view(view: Tensor, parameter: Tensor) -> int | None:
-    """The first row, if ``view`` shows consecutive rows of a parameter; else ``None``."""
+    """Index of the first row, if ``view`` shows consecutive rows of a parameter; else ``None``."""
     if view._base is not parameter or view.dim() != parameter.dim() or view.shape[1:] != parameter.shape[1:]:
         return None
     if view.stride() != parameter.stride() or not parameter.is_contiguous():
@@ -209,7 +189,7 @@ def row_view(view: Tensor, parameter: Tensor) -> int | None:
 
 
 def transposed_view(view: Tensor, parameter: Tensor) -> bool:
-    """Whether ``view`` is a matrix transposed."""
+    """Whether ``view`` is the transpose of the matrix ``parameter``."""
     if view._base is not parameter or view.dim() != 2 or parameter.dim() != 2:
         return False
     same = view.storage_offset() == parameter.storage_offset()

@@ -1,4 +1,4 @@
-"""Did it help: metrics of predicted probabilities, their pictures, and tables that compare methods.
+"""Did the approximation help: metrics of predicted probabilities, their pictures, and tables that compare methods.
 
 Works on the probabilities of any predictor, so that a Laplace approximation, a plain network and a network with a
 fitted temperature are judged by the same code. Needs the extra ``evaluation`` (torchmetrics, matplotlib), which is

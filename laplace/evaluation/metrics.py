@@ -67,26 +67,7 @@ class RiskCoverage:
 def flatten(
     probs: Float[Tensor, "..."], y: Shaped[Tensor, "..."]
 ) -> tuple[Float[Tensor, "rows outputs"], Int[Tensor, " rows"]]:
-    """Flatten leading positions, drop those with target -100, and check what is left.
-
-    Parameters
-    ----------
-    probs
-        Class probabilities, ``[..., C]``.
-    y
-        Class indices, ``[...]``.
-
-    Returns
-    -------
-    Probabilities ``[rows, C]`` in float64 and class indices ``[rows]``, both on the device of ``probs``.
-
-    Raises
-    ------
-    ShapeError
-        If the leading axes differ.
-    InputError
-        If nothing is left, an entry is no probability, a row does not sum to one, or a target is no class index.
-    """
+    """Unmasked probabilities, ``[rows, C]`` in float64, and class indices, ``[rows]``; checked."""
     if probs.ndim < 1 or probs.shape[:-1] != y.shape:
         msg = (
             f"Expected probabilities [..., C] and class indices [...] with the same leading axes; got "
@@ -113,19 +94,8 @@ def flatten(
 
 
 def check_probabilities(probs: Float[Tensor, "*positions outputs"]) -> None:
-    """Check that the last axis holds probabilities.
-
-    Parameters
-    ----------
-    probs
-        What should be class probabilities, ``[..., C]``.
-
-    Raises
-    ------
-    InputError
-        If an entry is negative or not finite, or a row does not sum to one within the rounding of its dtype.
-    """
-    # Not left to torchmetrics: it takes whatever lies outside [0, 1] for logits, without a word.
+    """Raise unless the last axis holds probabilities that sum to one within the rounding of their dtype."""
+    # Not left to torchmetrics: it takes whatever lies outside [0, 1] for logits, without a warning.
     sums = probs.double().sum(-1)
     tolerance = max(1e-6, 4 * probs.shape[-1] * torch.finfo(probs.dtype).eps)
     if bool((probs >= 0).all()) and bool(((sums - 1).abs() <= tolerance).all()):
@@ -177,7 +147,7 @@ def mean_nll(probs: Float[Tensor, "*positions outputs"], y: Shaped[Tensor, "..."
 
     Returns
     -------
-    Nats a row, at least 0.
+    Nats per row, at least 0.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Did it help: the plain network, the network with a fitted temperature, and Laplace estimators in one table.
+"""The plain network, the network with a fitted temperature, and Laplace estimators in one table.
 
 ``side_by_side`` evaluates them on the same batches; the ``Report`` it returns prints as a Markdown table and averages
 over repetitions. Each number is one of ``metrics.py``.
@@ -99,7 +99,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Report:
-    """A table: one row a method, one column a metric.
+    """A table: one row per method, one column per metric.
 
     Attributes
     ----------
@@ -125,7 +125,7 @@ class Report:
         name
             Its heading.
         values
-            One number a method; methods may be left out.
+            One number per method; methods may be left out.
 
         Raises
         ------
@@ -256,7 +256,7 @@ def side_by_side(
 
     Returns
     -------
-    Rows as described; columns ``accuracy``, ``NLL`` (nats a row), ``ECE``, ``Brier``, those above, and ``predict ms``
+    Rows as described; columns ``accuracy``, ``NLL`` (nats per row), ``ECE``, ``Brier``, those above, and ``predict ms``
     (milliseconds in the predictor for all test data, the median of three passes after a first one).
 
     Raises

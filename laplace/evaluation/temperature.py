@@ -134,7 +134,7 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
     Raises
     ------
     ShapeError
-        If there is not one target a row.
+        If there is not one target per row.
     InputError
         If there is no row, a logit is not finite, or the minimum is at no positive temperature: T = 0 when every row
         is classified correctly, T = ∞ when the logits know nothing about the targets.
@@ -152,7 +152,7 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
         msg = f"Expected at least one row, and finite logits; got {len(y)} rows."
         raise InputError(msg)
     _check_minimum_exists(logits, y)
-    unit = logits.std(-1).mean()  # T* is proportional to the logits; with this unit it is near 1
+    unit = logits.std(-1).mean()  # T* is proportional to the logits; in this unit it is near 1
 
     def loss(log_t: Tensor) -> Tensor:
         return F.cross_entropy(logits / unit * (-log_t).exp(), y)

@@ -38,7 +38,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """The same nested structure with tensors of its own, on no graph: what becomes of the others does not matter."""
+    """The same nested structure with detached copies of its tensors, safe from later changes of the originals."""
     return _map(value, lambda item: item.detach().clone() if isinstance(item, Tensor) else item)
 
 
@@ -48,18 +48,7 @@ def in_precision(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
 
 
 def plain(x: Inputs) -> Any:
-    """Inputs as dictionaries, lists, tensors and plain values, which ``torch.load(weights_only=True)`` reads.
-
-    Parameters
-    ----------
-    x
-        A batch of inputs.
-
-    Raises
-    ------
-    UnsupportedError
-        If they hold something else than tensors and plain values.
-    """
+    """Inputs as dictionaries, lists, tensors and plain values, which ``torch.load(weights_only=True)`` reads."""
     if isinstance(x, Tensor):
         return x.detach()
     if isinstance(x, Mapping):
@@ -93,15 +82,7 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
-    """Split what a loader yielded into inputs and targets.
-
-    Raises
-    ------
-    MissingKeyError
-        If it is a mapping without ``dict_key_y``.
-    InputError
-        If it is neither a mapping nor a sequence of at least two entries, or its targets are no batch of tensors.
-    """
+    """Split what a loader yielded, a mapping or a sequence of at least two entries, into inputs and targets."""
     if isinstance(batch, Mapping):
         if dict_key_y not in batch:
             keys = ", ".join(repr(key) for key in batch)
@@ -140,22 +121,10 @@ def iterate(
     progress_bar: bool = False,
     description: str = "",
 ) -> Iterator[Batch]:
-    """Iterate over a loader: a ``DataLoader``, a list of batches, anything that can be looped over.
+    """Yield the batches of a loader: a ``DataLoader``, a list of batches, anything that can be looped over.
 
-    Batches without rows are left out: there is nothing to learn from them.
-
-    Parameters
-    ----------
-    loader
-        Yields batches; needs neither a length nor a ``dataset``.
-    dict_key_y, dict_key_x
-        Where mappings hold their targets, and their main input.
-    device
-        Where the tensors are sent.
-    progress_bar
-        Show a progress bar.
-    description
-        Text of the progress bar.
+    The loader needs neither a length nor a ``dataset``. Batches without rows are left out: there is nothing to learn
+    from them.
 
     Raises
     ------
@@ -180,20 +149,7 @@ def iterate(
 
 
 class Passes:
-    """The batches of a loader, for as many passes as it allows: each yields the same data.
-
-    Parameters
-    ----------
-    loader
-        What the user passed.
-    read
-        Makes one pass over it.
-
-    Raises
-    ------
-    InputError
-        While iterating: if a later pass yields another number of rows than the first.
-    """
+    """The batches of a loader, for as many passes as it allows; ``read`` makes one, and all must be equally long."""
 
     def __init__(self, loader: Any, read: Callable[[], Iterator[Batch]]) -> None:
         self.one_shot = isinstance(loader, Iterator)
@@ -201,7 +157,7 @@ class Passes:
         self._n_rows: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass."""
+        """Make one pass."""
         n_rows = 0
         for batch in self._read():
             n_rows += len(batch.y)
@@ -231,7 +187,7 @@ def arguments(
 
     A mapping is unpacked into keyword arguments when ``forward`` has a parameter named ``dict_key_x`` (the targets
     under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes several inputs.
-    Everything else is passed whole.
+    Everything else is passed as one argument.
 
     Raises
     ------
@@ -254,15 +210,7 @@ def arguments(
 
 
 def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
-    """Call ``model`` on inputs of any nesting, see ``arguments``.
-
-    Raises
-    ------
-    InputError
-        If ``forward`` does not take arguments in the form in which they were passed.
-    ModelError
-        If the model raises an exception of its own; see ``explained``.
-    """
+    """Call ``model`` on inputs of any nesting, see ``arguments``."""
     args, kwargs = arguments(model, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
     kwargs = {**kwargs, **model_kwargs}
     with explained(model, x, args, kwargs), together(model):
@@ -270,17 +218,7 @@ def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **mod
 
 
 def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
-    """Some rows of nested inputs, as a batch; tensors that are not as long as the batch are kept whole.
-
-    Parameters
-    ----------
-    x
-        A batch of inputs.
-    rows
-        Which: a slice, or their indices.
-    n_rows
-        Number of rows of the batch.
-    """
+    """Some rows (a slice, or indices) of nested inputs, as a batch; tensors not as long as the batch are kept whole."""
 
     def take(value: Any) -> Any:
         return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (n_rows,) else value
@@ -289,15 +227,7 @@ def rows_of(x: Inputs, rows: slice | Tensor, n_rows: int) -> Inputs:
 
 
 def signature(x: Inputs, n_rows: int) -> tuple[Any, ...]:
-    """What inputs must share to be joined: the kind of every entry, and its shape but for the rows.
-
-    Parameters
-    ----------
-    x
-        A batch of inputs.
-    n_rows
-        Number of rows of the batch.
-    """
+    """What inputs must share to be joined: the kind of every entry, and its shape but for the rows."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, Tensor) and value.shape[:1] == (n_rows,):
@@ -308,15 +238,7 @@ def signature(x: Inputs, n_rows: int) -> tuple[Any, ...]:
 
 
 def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
-    """One batch of the rows of several with the same ``signature``.
-
-    Parameters
-    ----------
-    parts
-        Batches of inputs.
-    sizes
-        Their numbers of rows.
-    """
+    """One batch of the rows of several with the same ``signature``; ``sizes`` are their numbers of rows."""
     entries = iter(zip(*map(leaves, parts), strict=True))
 
     def join(value: Any) -> Any:
@@ -327,7 +249,7 @@ def join_rows(parts: Sequence[Inputs], sizes: Sequence[int]) -> Inputs:
 
 
 def items_of(x: Inputs) -> Inputs:
-    """The items of pairs in a row: ``[pairs, 2, *features]`` become ``[2 · pairs, *features]``, others are kept."""
+    """The items of pairs as rows: ``[pairs, 2, *features]`` becomes ``[2 · pairs, *features]``; others are kept."""
 
     def flatten(value: Any) -> Any:
         pairs = isinstance(value, Tensor) and value.dim() > 2 and value.shape[1] == 2  # [batch, 2] are two features
@@ -352,18 +274,7 @@ def _sizes(x: Inputs) -> Iterator[int]:
 
 
 def require_rows(x: Inputs) -> None:
-    """Raise where inputs that are to be predicted at are an empty batch.
-
-    Parameters
-    ----------
-    x
-        A batch of inputs.
-
-    Raises
-    ------
-    InputError
-        If so.
-    """
+    """Raise if the inputs of a prediction are an empty batch."""
     if not count_rows(x):
         msg = "The inputs are an empty batch: there is nothing to predict. Leave such batches out."
         raise InputError(msg)
@@ -375,18 +286,7 @@ def differentiable(x: Inputs) -> Inputs:
 
 
 def output_tensor(outputs: Any) -> Tensor:
-    """The tensor of outputs of whatever a model returned: itself, or the entry ``logits`` of a mapping.
-
-    Parameters
-    ----------
-    outputs
-        What the model returned.
-
-    Raises
-    ------
-    UnsupportedError
-        If there is none, or it holds no real numbers.
-    """
+    """The real-valued tensor in what a model returned: that itself, or the entry ``logits`` of a mapping."""
     if isinstance(outputs, Mapping):
         if "logits" not in outputs:
             keys = ", ".join(repr(key) for key in outputs)

@@ -30,52 +30,28 @@ class Interleaved(tuple[int, ...]):
         return made
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        """What copies and pickles are made of."""
+        """Arguments from which copies and pickles are made."""
         return tuple(self), self.groups
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen weights of some parameter tensors.
-
-    Attributes
-    ----------
-    index
-        Where they are among the weights of these tensors, one tensor after another, ``[P]``.
-    within
-        For each tensor which of its weights they are; ``None`` where it is all of them, in order.
-    places
-        For each tensor where its chosen weights are in the subnetwork.
-    order
-        The subnetwork as positions among the chosen weights tensor by tensor; ``None`` when that is its order.
-    sizes
-        Number of chosen weights a tensor; with ``order``, tensors in the order in which the subnetwork names them.
-    """
+    """Chosen weights of some parameter tensors."""
 
     index: Int[Tensor, " params"]
+    """Their positions among the weights of these tensors, one tensor after another, ``[P]``."""
     within: tuple[Tensor | None, ...]
+    """For each tensor the positions of its chosen weights; ``None`` where it is all of them, in order."""
     places: tuple[Tensor, ...]
+    """For each tensor the positions of its chosen weights in the subnetwork."""
     order: Int[Tensor, " params"] | None
+    """The subnetwork as positions among the chosen weights listed tensor by tensor; ``None`` if it has that order."""
     sizes: tuple[int, ...]
+    """Number of chosen weights per tensor; with ``order``, tensors in the order in which the subnetwork names them."""
 
     @classmethod
     def of(cls, model: nn.Module, index: Any) -> tuple[tuple[Tensor, ...], Choice]:
-        """The parameter tensors that hold chosen weights of a model, and which of theirs these are.
-
-        Parameters
-        ----------
-        model
-            Any module.
-        index
-            Positions in ``parameters_to_vector(model.parameters())``.
-
-        Raises
-        ------
-        InputError
-            If these are no such positions.
-        UnsupportedError
-            If a weight among them does not require a gradient.
-        """
+        """The parameter tensors that hold the weights at positions in ``parameters_to_vector``, and the choice."""
         named = list(model.named_parameters())
         sizes = torch.tensor([parameter.numel() for _, parameter in named])
         index = checked(index, int(sizes.sum())).cpu()
@@ -102,31 +78,17 @@ class Choice:
         )
 
     def gather(self, flat: Sequence[Tensor]) -> Float[Tensor, "*batch params"]:
-        """The subnetwork's values.
-
-        Parameters
-        ----------
-        flat
-            For each tensor the values of all of its weights, along the last axis.
-        """
+        """The subnetwork's values, from the values of all weights of each tensor, flat along the last axis."""
         parts = [values if w is None else values[..., w] for values, w in zip(flat, self.within, strict=True)]
         return self.join(parts)
 
     def join(self, parts: Sequence[Tensor]) -> Float[Tensor, "*batch params"]:
-        """The same from the values of the chosen weights, tensor by tensor."""
+        """The subnetwork's values, from the values of the chosen weights of each tensor."""
         joined = torch.cat(list(parts), -1)
         return joined if self.order is None else joined[..., self.order]
 
     def scatter(self, flat: Sequence[Tensor], theta: Float[Tensor, " params"]) -> list[Tensor]:
-        """Values of all weights with those of the subnetwork put into place; new tensors.
-
-        Parameters
-        ----------
-        flat
-            For each tensor the values of all of its weights.
-        theta
-            Of the subnetwork.
-        """
+        """New tensors: the values of all weights of each tensor, those of the subnetwork replaced by ``theta``."""
         rows = zip(flat, self.within, self.places, strict=True)
         return [
             theta[place] if w is None else old.index_copy(0, w, theta[place].to(old.dtype)) for old, w, place in rows
@@ -134,7 +96,7 @@ class Choice:
 
 
 def by_appearance(part: Int[Tensor, " params"], device: torch.device) -> Interleaved:
-    """Sizes of groups in the order in which they first occur in a list."""
+    """Sizes of groups, in the order in which the groups first occur in a list."""
     numbers = part.tolist()
     rank = {number: position for position, number in enumerate(dict.fromkeys(numbers))}
     groups = torch.tensor([rank[number] for number in numbers])
@@ -142,20 +104,7 @@ def by_appearance(part: Int[Tensor, " params"], device: torch.device) -> Interle
 
 
 def checked(index: Any, n_weights: int) -> Int[Tensor, " params"]:
-    """Indices of weights that can be used.
-
-    Parameters
-    ----------
-    index
-        What the user gave.
-    n_weights
-        Number of weights of the model.
-
-    Raises
-    ------
-    InputError
-        If they are no one-dimensional ``LongTensor``, none, out of range, or not all different.
-    """
+    """Indices of weights as a ``LongTensor``, checked: one-dimensional, not empty, in range and all different."""
     where = "positions in torch.nn.utils.parameters_to_vector(model.parameters())"
     if not isinstance(index, Tensor):
         msg = (
@@ -190,13 +139,7 @@ def checked(index: Any, n_weights: int) -> Int[Tensor, " params"]:
 
 
 def check_random(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise unless parameters require a gradient.
-
-    Raises
-    ------
-    UnsupportedError
-        If one does not; it is named.
-    """
+    """Raise unless parameters require a gradient."""
     frozen = [repr(name) for name, parameter in named if not parameter.requires_grad]
     if frozen:
         msg = (

@@ -14,30 +14,12 @@ from laplace.errors import InputError, ModelError, UnsupportedError
 from laplace.network.signatures import misfit
 
 RAISED_BY_MODELS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What is explained. Other exceptions, such as an interruption or one of the user's own, mean something else."""
+"""Exceptions that are explained; others, such as an interruption or one of the user's own, mean something else."""
 
 
 @contextmanager
 def explained(model: nn.Module, x: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[None]:
-    """Say what the model was given where it raises an exception in the body.
-
-    Parameters
-    ----------
-    model
-        The user's model.
-    x
-        Its inputs, of any nesting.
-    args, kwargs
-        How they are passed: the inputs, or their entries one by one.
-
-    Raises
-    ------
-    InputError
-        If ``forward`` does not take arguments in this form.
-    ModelError
-        From the model's exception. Errors of this library pass, and so does running out of memory, which callers may
-        answer with a smaller batch.
-    """
+    """Explain what the model raises in the body; errors of this library pass, as does running out of memory."""
     try:
         yield
     except RAISED_BY_MODELS as error:
@@ -55,18 +37,7 @@ def explained(model: nn.Module, x: Any, args: Sequence[Any], kwargs: Mapping[str
 
 
 def check_weights(named: Mapping[str, Tensor]) -> None:
-    """Raise unless weights hold numbers.
-
-    Parameters
-    ----------
-    named
-        The weights that are random, by name.
-
-    Raises
-    ------
-    UnsupportedError
-        If some are on the meta device.
-    """
+    """Raise if some weights are on the meta device, where they have no values."""
     absent = [name for name, weight in named.items() if weight.is_meta]
     if absent:
         msg = (
@@ -78,18 +49,7 @@ def check_weights(named: Mapping[str, Tensor]) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise unless it is a model with weights of real numbers.
-
-    Parameters
-    ----------
-    model
-        Of the user.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is no module, its weights are not made yet (lazy layers), or some are complex.
-    """
+    """Raise unless it is a module whose weights are made already (no lazy layers) and real."""
     if not isinstance(model, nn.Module):
         msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
         raise UnsupportedError(msg)
@@ -136,7 +96,7 @@ def _hints(model: nn.Module, x: Any, whole: bool) -> Iterator[str]:
     absent = sum(weight.is_meta for weight in weights)
     if absent:
         yield f"{absent} of its weights are on the meta device and have no values: load them first."
-    # What looks up embeddings takes integers: those are another type of numbers only where nothing else is there.
+    # Integers may be for embeddings, so they count as another type of numbers only if no other inputs are there.
     given = {leaf.dtype for leaf in found if isinstance(leaf, Tensor)}
     numbers = {dtype for dtype in given if dtype.is_floating_point or dtype.is_complex}
     taken = {weight.dtype for weight in weights}

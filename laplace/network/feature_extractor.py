@@ -43,7 +43,7 @@ class FeatureExtractor(nn.Module):
     enable_backprop
         Keep the graph from the features to the inputs.
     feature_reduction
-        How the model reduces features ``[batch, positions, features]`` to one row a datum: ``"pick_first"``,
+        How the model reduces features ``[batch, positions, features]`` to one row per datum: ``"pick_first"``,
         ``"pick_last"`` or ``"average"``; ``None`` when it does not.
     dict_key_x, dict_key_y
         Entries of a mapping input that hold the main input and the targets; the mapping is unpacked when ``forward``
@@ -206,7 +206,7 @@ class FeatureExtractor(nn.Module):
             return self._watched_pass(x, model_kwargs)
 
     def _watched_pass(self, x: Inputs, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The same, while nobody has other weights in place."""
+        """The forward pass of ``forward_with_features``, while no thread has other weights in place."""
         known, here = self.last_layer, threading.get_ident()
         watched = {self.last_layer_name: known} if known is not None else self._linear_layers()
         calls: Counter[str | None] = Counter()
@@ -304,8 +304,8 @@ class FeatureExtractor(nn.Module):
     def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Linear, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
 
-        On the first pass by that product; later by comparing the outputs with those of the layer, which costs no more
-        than reading them: what follows it may act on some batches only (clamping, padding).
+        On the first pass the layer is applied again; later its outputs are compared with those of the model, which
+        costs no more than reading them: a function after the layer may act on some batches only (clamping, padding).
 
         Raises
         ------
@@ -339,7 +339,7 @@ class FeatureExtractor(nn.Module):
         return f"Linear layers of the model: {', '.join(layers)}."
 
     def _explain_unseen(self) -> None:
-        """Raise: no linear layer ran."""
+        """Raise an error that says why no linear layer was seen."""
         if self.last_layer_name is not None:
             msg = f"The last layer {self.last_layer_name!r} does not run in the forward pass. {self._candidates()}"
         else:

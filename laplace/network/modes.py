@@ -14,18 +14,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[None, None, None]:
-    """Run the body with ``model`` in evaluation mode and, by default, without building a graph.
+    """Run the body with ``model`` in evaluation mode and, unless ``enable_backprop``, without building a graph.
 
-    Parameters
-    ----------
-    model
-        Any module. The ``training`` flag of each of its submodules is restored on every exit.
-    enable_backprop
-        Build a graph, so that results can be differentiated with respect to the inputs; not under ``torch.no_grad``.
-
-    Notes
-    -----
-    Leaves ``torch.inference_mode`` for the duration, so that what is computed can take part in autograd later.
+    Modes are restored on every exit. ``torch.inference_mode`` is left for the duration, so that what is computed can
+    take part in autograd later; ``torch.no_grad`` is not.
     """
     build_graph = enable_backprop and torch.is_grad_enabled()
 
@@ -41,16 +33,8 @@ def evaluating(model: nn.Module, *, enable_backprop: bool = False) -> Generator[
 def training(model: nn.Module) -> Generator[None, None, None]:
     """Run the body with ``model`` in training mode and with gradients.
 
-    Parameters
-    ----------
-    model
-        Any module. The ``training`` flag of each of its submodules is restored on every exit. A model that is in
-        training mode already is taken as it is: submodules that are kept in evaluation mode (frozen statistics, say)
-        stay so.
-
-    Notes
-    -----
-    Leaves ``torch.no_grad`` and ``torch.inference_mode`` for the duration.
+    Modes are restored on every exit; ``torch.no_grad`` and ``torch.inference_mode`` are left for the duration. A model
+    that is in training mode already stays as it is, with the submodules that are kept in evaluation mode.
     """
 
     def train() -> None:
@@ -66,30 +50,23 @@ Holder = tuple[int, object]
 
 @dataclass
 class _Held:
-    """A module whose mode is not its own at present.
-
-    Attributes
-    ----------
-    module
-        It is kept, so that its id is not used again.
-    flag
-        Its own mode.
-    holders
-        Threads and their calls, which leave it as they found it; the first of them found its own mode.
-    """
+    """A module that runs in another mode than its own at present."""
 
     module: nn.Module
+    """Referenced so that its id is not used again."""
     flag: bool
+    """Its own ``training`` flag."""
     holders: list[Holder] = field(default_factory=list)
+    """The calls that run it, with their threads; the first of them found its own mode."""
 
 
 _HELD: dict[int, _Held] = {}
-"""By the id of a module. Several threads may evaluate one model: the last one out brings it back."""
+"""Modules by their ids. Several threads may evaluate one model: the last one to leave restores its mode."""
 _LOCK = threading.RLock()
 
 
 def _after_fork() -> None:
-    """In a new process: only the thread that forked goes on, and nobody else will ever leave a module or the lock."""
+    """Forget the threads of the parent process: in a forked one they never run again, nor leave modules or the lock."""
     globals()["_LOCK"] = threading.RLock()  # another thread may have held it
     me = threading.get_ident()
     for key, held in list(_HELD.items()):
@@ -104,7 +81,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def _modes_restored(model: nn.Module, mode: Callable[[], object]) -> Generator[None, None, None]:
-    """Set a mode; bring each module of a model back into its own when nobody needs another."""
+    """Set a mode for the body, then restore that of each module which no other call holds."""
     this: Holder = threading.get_ident(), object()
     found: list[tuple[nn.Module, bool]] = []
     try:
@@ -121,7 +98,7 @@ def _modes_restored(model: nn.Module, mode: Callable[[], object]) -> Generator[N
 
 
 def _released(module: nn.Module, flag: bool, holder: Holder) -> bool | None:
-    """The mode that a module gets when a call no longer holds it; ``None`` if that is for others to say."""
+    """The mode to restore when a call no longer holds a module; ``None`` if another call still decides."""
     held = _HELD.get(id(module))
     if held is None or holder not in held.holders:
         return None  # interrupted before it was held
@@ -130,12 +107,12 @@ def _released(module: nn.Module, flag: bool, holder: Holder) -> bool | None:
     if not held.holders:
         del _HELD[id(module)]
         return held.flag
-    # A call within another brings back what it found; the first one may leave while others go on.
+    # A call within another restores what it found; the first one may leave while others go on.
     return None if first else flag
 
 
 def _restore(modes: Sequence[tuple[nn.Module, bool]], me: int) -> None:
-    """Bring modules back into modes."""
+    """Put modules back into their modes."""
     # A module may do more in train() than set its flag (merge adapters, say): undo it the same way, unless it reaches
     # children that other threads run. The flags below are then set one by one, since it reaches the children, too.
     for module, flag in modes:
@@ -154,15 +131,8 @@ def _is_busy(module: nn.Module, me: int) -> bool:
 
 @contextmanager
 def attributes_restored(model: nn.Module) -> Generator[None, None, None]:
-    """Run a functional call: what the modules assign to themselves in it is undone on every exit.
+    """Run a functional call in the body, and undo on every exit what the modules assigned to themselves.
 
-    Parameters
-    ----------
-    model
-        Any module.
-
-    Notes
-    -----
     A functional call puts back parameters and buffers. Other tensors that a module or a hook assigns were made of the
     weights of the call, as by ``torch.nn.utils.weight_norm``, which makes ``weight`` before each forward pass.
     """
@@ -179,11 +149,5 @@ def attributes_restored(model: nn.Module) -> Generator[None, None, None]:
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Switch autocasting off for the body: it is for the model's own forward pass, not for curvature and variances.
-
-    Parameters
-    ----------
-    device
-        Of the computation.
-    """
+    """Switch autocasting off for the body: it is for the model's forward pass, not for curvature and variances."""
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""What the signature of a model says about how inputs enter it, seen through wrappers that pass all arguments on."""
+"""How inputs enter a model, read off its signature through wrappers that pass all arguments on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PASSES_ON = {
     "peft.mixed_model": "base_model",
     "peft.tuners": "model",
 }
-"""Where wrappers are defined that pass all arguments on, and under which name they hold what they wrap."""
+"""Classes (module and name) of wrappers that pass all arguments on, and the attribute that holds what they wrap."""
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -44,7 +44,7 @@ def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], said: str) -> str | None:
-    """In words why a call raised a ``TypeError`` that ``said`` something; ``None`` if its arguments do fit."""
+    """Why a call raised a ``TypeError`` with the text ``said``, in words; ``None`` if its arguments do fit."""
     inside = innermost(model)
     for module in (inside, *(inside.children() if passes_on(inside) else ())):
         signature = inspect.signature(module.forward)

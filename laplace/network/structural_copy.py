@@ -20,35 +20,16 @@ from laplace.network.threads import together
 
 
 def structural_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy the modules and buffers of a model; its parameters become views of the same storage.
-
-    Parameters
-    ----------
-    model
-        Any module.
-    dtype
-        Of the copy's floating-point parameters and buffers; where it differs from theirs, parameters are converted and
-        no longer shared.
-
-    Returns
-    -------
-    A model of its own: hooks, attributes, gradients, buffers and flags set on it are not seen by the original. Layers
-    that work in place do not in the copy, since packages need their inputs.
-
-    Raises
-    ------
-    UnsupportedError
-        If an attribute of the model cannot be copied.
-    """
+    """Copy modules and buffers; parameters share storage unless converted, and no layer of the copy works in place."""
     with together(model):
         return _copied(model, dtype)
 
 
 def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The copy, made while nobody has other weights in place."""
+    """The copy, made while no thread has other weights in place."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        # Such as caches, and weights that a hook computes again before each pass.
+        # For example caches, and weights that a hook computes again before each pass.
         memo.update({id(value): value.detach() for value in vars(module).values() if isinstance(value, Tensor)})
     for buffer in model.buffers():
         memo[id(buffer)] = (buffer.detach().to(dtype) if buffer.is_floating_point() else buffer.detach()).clone()
@@ -71,13 +52,7 @@ def _copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Uses(TorchFunctionMode):
-    """Counts, while it is active, how often operations take each of some tensors.
-
-    Parameters
-    ----------
-    tensors
-        Which.
-    """
+    """Counts, while it is active, how often operations take each of some tensors."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -89,6 +64,6 @@ class Uses(TorchFunctionMode):
     ) -> Any:
         """Count the operands, then run the operation."""
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(item, Tensor) for item in tree_leaves(result)):  # else a question about shape or dtype
+        if any(isinstance(item, Tensor) for item in tree_leaves(result)):  # else a shape or a dtype
             self.counts.update(id(item) for item in tree_leaves((args, kwargs)) if id(item) in self._watched)
         return result

@@ -59,7 +59,7 @@ class SubnetMask(ABC):
         return self._spread({id(parameter) for parameter in self._named.values() if parameter.requires_grad})
 
     def _spread(self, chosen: set[int]) -> Bool[Tensor, " params"]:
-        """Whole parameter tensors, given by their ids, as a mask."""
+        """A mask of whole parameter tensors, which are given by their ids."""
         parts = [torch.full((p.numel(),), id(p) in chosen, device=p.device) for p in self._named.values()]
         return torch.cat(parts)
 
@@ -289,24 +289,7 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
 
 
 def known_names(names: Any, what: str, known: Mapping[str, Any]) -> list[str]:
-    """Names of parts of a model, checked.
-
-    Parameters
-    ----------
-    names
-        What the user gave.
-    what
-        What they name, for messages.
-    known
-        By name, what there is.
-
-    Raises
-    ------
-    InputError
-        If these are no names, or none.
-    UnsupportedError
-        If one is unknown; the message lists the nearest.
-    """
+    """A list of names of parts of a model, checked; ``what`` says for messages what they name."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         msg = f"{what}_names must be a list of names; got {names!r}."
         raise InputError(msg)

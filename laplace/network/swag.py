@@ -129,13 +129,7 @@ def fit_diagonal_swag_var(
 
 
 class Path:
-    """Mean and variance of weights over snapshots.
-
-    Parameters
-    ----------
-    weights
-        They change between snapshots.
-    """
+    """Mean and variance over snapshots of weights, which change in between."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._weights = weights
@@ -161,13 +155,7 @@ class Path:
 
 
 def check(n_snapshots_total: int, snapshot_freq: int, lr: float, min_var: float) -> None:
-    """Raise unless the path is one.
-
-    Raises
-    ------
-    InputError
-        If a number is out of range.
-    """
+    """Raise unless the numbers are in range."""
     checks.whole("n_snapshots_total", n_snapshots_total, 2)  # one snapshot has no variance
     checks.whole("snapshot_freq", snapshot_freq)
     checks.number("lr", lr, positive=True)

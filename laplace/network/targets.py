@@ -1,4 +1,4 @@
-"""Targets as loaders yield them: what can be said of them before outputs are there."""
+"""Checks of targets that need no outputs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,14 @@ from laplace.types import Inputs
 IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 COPIED = 8
-"""Positions at which labels and inputs have to agree before labels count as copied, where some are masked."""
+"""Number of positions at which labels and inputs must agree before labels count as copied, if some are masked."""
 BITS = 8
-"""Information in labels that agree before they count as copied: few positions, or few tokens, agree by chance."""
+"""Information (bits) in labels that agree before they count as copied: a few tokens may agree by chance."""
 TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_targets(y: Any, batch: Any) -> None:
-    """Raise unless targets are a tensor of numbers with an axis for the batch.
-
-    Raises
-    ------
-    InputError
-        If they are not.
-    """
+    """Raise unless targets are a tensor of numbers with an axis for the batch."""
     if not isinstance(y, Tensor):
         msg = (
             f"Targets must be a tensor; the loader yields {type(y).__name__} for them, in a batch that is "
@@ -55,14 +49,7 @@ def may_be_copied(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> bool:
 
     Those of a causal language model are, but they belong to the outputs one position before. Everything that counts has
     to agree, and enough of it (all positions, or ``COPIED`` of them, that hold ``BITS``) that it does not by chance.
-    Where something differs, labels are no copies, and later batches need no look.
-
-    Parameters
-    ----------
-    x, y
-        Inputs and targets.
-    dict_key_x
-        Where mappings hold their main input.
+    Where something differs, labels are no copies, and later batches need not be checked.
 
     Raises
     ------

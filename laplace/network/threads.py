@@ -1,4 +1,4 @@
-"""Who may run a model: many threads together where its weights stay, one alone where a pass puts others in their place.
+"""Which threads may run a model: many together if its weights stay, one alone if a pass puts others in their place.
 
 A functional call swaps the weights of the modules for its length, and some layers make a weight again in each pass:
 other threads would see those.
@@ -22,51 +22,39 @@ class _State(Enum):
 
 
 _PASSES: dict[int, dict[object, tuple[int, _State]]] = {}
-"""By the id of a module the passes of its users: which thread, and what it does."""
+"""For each module, by its id, the passes that run it: their threads, and what they do."""
 _CHANGED = threading.Condition(threading.RLock())
 
 
 @contextmanager
 def together(model: nn.Module) -> Generator[None, None, None]:
-    """Run a model as it is, while others may do the same.
-
-    Parameters
-    ----------
-    model
-        Any module; what holds for it holds for each of its submodules.
-    """
+    """Run a model and its submodules as they are in the body, while other threads may do the same."""
     with _running(model, _State.TOGETHER):
         yield
 
 
 @contextmanager
 def alone(model: nn.Module) -> Generator[None, None, None]:
-    """Run a model in a pass that changes what others would see.
-
-    Parameters
-    ----------
-    model
-        Any module; what holds for it holds for each of its submodules.
-    """
+    """Run a model in a pass that changes what other threads would see of it and of its submodules."""
     with _running(model, _State.ALONE):
         yield
 
 
 @contextmanager
 def _running(model: nn.Module, state: _State) -> Generator[None, None, None]:
-    """Wait until nobody is in the way; a thread that is in a pass already goes on, or it would wait for itself."""
+    """Wait until no other thread is in the way; one that is in a pass already goes on, or it would wait for itself."""
     me = threading.get_ident()
     if state is _State.TOGETHER and _inside((id(model),), me):
-        yield  # within a pass of this thread, which said so for all modules
+        yield  # within a pass of this thread, which has marked all modules
         return
     keys, this = [id(module) for module in model.modules()], object()
     in_the_way = {_State.ALONE, _State.TOGETHER if state is _State.ALONE else _State.WAITS}
     try:
         with _CHANGED:
-            # Nearly always there is nobody: then there is nothing to look at.
+            # Nearly always there is no other thread: then there is nothing to wait for.
             if _PASSES and _blocked(keys, me, in_the_way) and not _inside(keys, me):
                 if state is _State.ALONE:
-                    _mark(keys, this, me, _State.WAITS)  # nobody else begins meanwhile
+                    _mark(keys, this, me, _State.WAITS)  # no other thread begins meanwhile
                 _CHANGED.wait_for(lambda: not _blocked(keys, me, in_the_way))
             _mark(keys, this, me, state)
         yield
@@ -91,13 +79,13 @@ def _inside(keys: Sequence[int], me: int) -> bool:
 
 
 def _mark(keys: Sequence[int], this: object, me: int, state: _State) -> None:
-    """Say what a pass of a thread does with some modules."""
+    """Note what a pass of a thread does with some modules."""
     for key in keys:
         _PASSES.setdefault(key, {})[this] = me, state
 
 
 def _after_fork() -> None:
-    """In a new process: only the thread that forked goes on, and nobody else will ever leave a pass or a lock."""
+    """Forget the threads of the parent process: in a forked one they never run again, nor leave passes or locks."""
     globals()["_CHANGED"] = threading.Condition(threading.RLock())  # another thread may have held it
     me = threading.get_ident()
     for key, passes in list(_PASSES.items()):

@@ -23,24 +23,7 @@ from laplace.types import Inputs
 
 
 class WholeNetwork:
-    """A model and its random weights: those that require a gradient, or chosen ones among them.
-
-    Parameters
-    ----------
-    model
-        The trained network; read, never written. It returns a tensor, or a mapping with the entry ``logits``.
-    dict_key_x, dict_key_y
-        Entries of a mapping input that hold the main input and the targets.
-    indices
-        Which weights are random, see ``ParameterSubset.indices``; all that require a gradient when ``None``.
-
-    Raises
-    ------
-    UnsupportedError
-        If no weight requires a gradient, a chosen one does not, or one has no values (on the meta device).
-    InputError
-        If ``indices`` are not valid.
-    """
+    """A model, read and never written, and its random weights: those at ``indices``, or all that require a gradient."""
 
     def __init__(
         self,
@@ -78,16 +61,10 @@ class WholeNetwork:
             return [*others, *self.model.buffers()]
 
     def check_still_random(self) -> None:
-        """Raise if other weights require a gradient than when this object was made.
-
-        Raises
-        ------
-        UnsupportedError
-            If so.
-        """
+        """Raise if other weights require a gradient than when this object was made."""
         with together(self.model):
             now = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        if self.subset.choice is not None:  # other weights than the chosen ones do not matter
+        if self.subset.choice is not None:  # chosen weights alone matter
             now &= set(self.names)
         changed = sorted(now ^ set(self.names))
         if changed:
@@ -103,20 +80,7 @@ class WholeNetwork:
         return name, dict(self.model.named_modules(remove_duplicate=False))[name]  # scripted ones have no get_submodule
 
     def __call__(self, x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
-        """Outputs, ``[batch, *positions, C]``; a model that returns ``[batch]`` gets an output axis.
-
-        Parameters
-        ----------
-        x
-            A batch of inputs.
-        **model_kwargs
-            Passed to ``forward``.
-
-        Raises
-        ------
-        UnsupportedError
-            If the inputs are sparse.
-        """
+        """Outputs, ``[batch, *positions, C]``; a model that returns ``[batch]`` gets an output axis."""
         if isinstance(x, Tensor) and x.layout is not torch.strided:
             msg = f"The inputs are a tensor of layout {x.layout}; derivatives of all weights need x.to_dense()."
             raise UnsupportedError(msg)
@@ -135,17 +99,7 @@ class WholeNetwork:
         return axis if n_axes == f.dim() else None
 
     def at(self, theta: Float[Tensor, " params"], x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
-        """Outputs with other weights, by a functional call: the model is not touched.
-
-        Parameters
-        ----------
-        theta
-            The random weights, ``[P]``.
-        x
-            A batch of inputs.
-        **model_kwargs
-            Passed to ``forward``.
-        """
+        """Outputs with the random weights ``theta``, by a functional call: the model is not touched."""
         weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
         kwargs = {**kwargs, **model_kwargs}
@@ -166,13 +120,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def with_axes(f: Tensor, x: Inputs) -> Tensor:
-    """Outputs with at least two axes: those that a model squeezes away, of one output or of a batch of one row.
-
-    Raises
-    ------
-    ShapeError
-        If there is one number for several rows.
-    """
+    """Outputs with the axes put back that a model squeezes away: of a single output, or of a batch of one row."""
     if f.dim() >= 2:
         return f
     single = one_row(x)
