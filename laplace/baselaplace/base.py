@@ -283,20 +283,21 @@ class BaseLaplace(ABC):
     def _hyperparameters_changed(self) -> None:
         """Forget what depends on hyperparameters."""
 
-    def _likelihood_at(self, sigma_noise: Tensor, temperature: float | Tensor) -> AbstractLikelihood:
-        """The likelihood with a noise and temperature, in the precision of the evidence."""
-        temperature = torch.as_tensor(temperature, dtype=self._dtype, device=self._device)
+    def _likelihood(self, *, graph: bool) -> AbstractLikelihood:
+        """The likelihood with its present noise and temperatures, in the precision of the evidence."""
+        numbers = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device), self._sigma_noise
+        temperature, sigma_noise = numbers if graph else (number.detach() for number in numbers)
         return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)
 
     @property
     def _output_likelihood(self) -> AbstractLikelihood:
-        """The likelihood with its present noise and temperatures, on the graph of those that have one."""
-        return self._likelihood_at(self._sigma_noise, self._temperature)
+        """On the graph of those that have one."""
+        return self._likelihood(graph=True)
 
     @property
     def _frozen_likelihood(self) -> AbstractLikelihood:
-        """The same, cut off that graph."""
-        return self._likelihood_at(self._sigma_noise.detach(), torch.as_tensor(self._temperature).detach())
+        """Cut off that graph."""
+        return self._likelihood(graph=False)
 
     # -- the random weights -------------------------------------------------------------------------------------------
 

@@ -261,8 +261,10 @@ class FullPrecision(AbstractPrecision):
         if head is None:
             return super().block_covariance(blocks)
         phi = head.augmented
-        rows = [torch.einsum("nke,ne->nk", left, phi) for left in self._left_products(head)]
-        covariance = torch.stack(rows, 1)
+        if phi.shape[1] == 1:
+            covariance = phi.square().unsqueeze(2) * self.covariance
+        else:
+            covariance = torch.stack([torch.einsum("nke,ne->nk", left, phi) for left in self._left_products(head)], 1)
         return covariance if head.outer is None else head.outer @ covariance @ head.outer.T
 
     def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
@@ -271,6 +273,9 @@ class FullPrecision(AbstractPrecision):
         if head is None or head.outer is not None:
             return super().block_kernel(blocks)
         phi = head.augmented
+        if phi.shape[1] == 1:
+            joint = torch.einsum("nm,ck->ncmk", phi @ phi.T, self.covariance)
+            return joint.reshape(len(phi) * head.n_outputs, -1)
         parts = [torch.einsum("nke,me->nmk", left, phi) for left in self._left_products(head)]
         return torch.stack(parts, 1).reshape(len(phi) * head.n_outputs, -1)
 

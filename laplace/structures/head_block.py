@@ -157,9 +157,9 @@ class HeadBlock(JacobianBlock):
 
     def _strength(self, w: Float[Tensor, " params"]) -> Float[Tensor, "rows outputs"]:
         """Σ_d w_cd φ_d²: one product of ``[rows, D]`` with ``[D, C]`` for each group."""
-        parts = zip(self.phis, self.matrices(w), strict=True)
-        # The feature of a bias is one number for each row, as a rule 1.
-        return sum_parts([phi.square() @ v.T if v.shape[1] > 1 else phi.square() * v.T for phi, v in parts])
+        parts = [(_distinct(phi).square(), v.T) for phi, v in zip(self.phis, self.matrices(w), strict=True)]
+        total = sum_parts([squares @ v if len(v) > 1 else squares * v for squares, v in parts])
+        return total.expand(self.n_rows, -1)
 
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
         """``outer² · (φ² Wᵀ)``."""
@@ -174,15 +174,15 @@ class HeadBlock(JacobianBlock):
 
     def kernel(self, w: Float[Tensor, " params"]) -> Float[Tensor, "joint joint"]:
         """One ``[rows, rows]`` matrix for each output, mixed by the directions."""
-        parts = zip(self.phis, self.matrices(w), strict=True)
+        parts = [(_distinct(phi), v) for phi, v in zip(self.phis, self.matrices(w), strict=True)]
         kernels = sum_parts([torch.einsum("nd,cd,md->cnm", phi, v, phi) for phi, v in parts])
-        outer = self._directions()
+        kernels, outer = kernels.expand(-1, self.n_rows, self.n_rows), self._directions()
         return torch.einsum("ci,inm,ki->ncmk", outer, kernels, outer).reshape(self.n_rows * len(outer), -1)
 
     def apply(self, v: Float[Tensor, "samples params"]) -> Float[Tensor, "samples columns batch"]:
         """``outer (W φ)``."""
         parts = zip(self.phis, self.matrices(v), strict=True)
-        moved = sum_parts([torch.einsum("nd,scd->scn", phi, matrix) for phi, matrix in parts])
+        moved = sum_parts([torch.einsum("nd,scd->snc", phi, matrix) for phi, matrix in parts]).mT
         return moved if self.outer is None else self.outer @ moved
 
     def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
@@ -199,9 +199,15 @@ class HeadBlock(JacobianBlock):
         return torch.einsum("qk,nm->qnkm", between, products)
 
 
+def _distinct(phi: Float[Tensor, "rows features"]) -> Float[Tensor, "distinct features"]:
+    """One of rows that are all the same by construction, as those of a bias."""
+    return phi if phi.stride(0) else phi[:1]
+
+
 def head_blocks(phi: Float[Tensor, "rows features"], shapes: Sequence[tuple[int, ...]]) -> list[HeadBlock]:
     """The blocks of a head, one for each parameter group: weight ``(C, D)`` and, if there is one, bias ``(C,)``."""
-    return [HeadBlock((phi if len(shape) > 1 else phi.new_ones(len(phi), 1),), (shape,)) for shape in shapes]
+    ones = phi.new_ones(1, 1).expand(len(phi), 1)
+    return [HeadBlock((phi if len(shape) > 1 else ones,), (shape,)) for shape in shapes]
 
 
 def follow(parts: Sequence[Sequence[HeadBlock]]) -> list[HeadBlock]:
