@@ -26,20 +26,14 @@ from laplace.errors import NotFittedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen, name_of
 from laplace.network import ParameterSubset
-from laplace.network.failures import check_model
+from laplace.network.failures import checked_model
 from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.tuning import Noise, methods
 from laplace.types import Inputs, Scalar
 
-
-def _checked_model(model: Any) -> nn.Module:
-    check_model(model)
-    return model
-
-
 CHECKED: dict[str, Callable[[Any], Any]] = {
-    "model": _checked_model,
+    "model": checked_model,
     "likelihood": name_of,
     "enable_backprop": partial(checks.flag, "enable_backprop"),
     "dict_key_x": partial(checks.key, "dict_key_x"),
@@ -167,13 +161,19 @@ class BaseLaplace(ABC):
     # -- where and in which precision ---------------------------------------------------------------------------------
 
     @property
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in which precision curvature, factorizations and hyperparameters are."""
+        first = self._weights.first
+        return first.device, self._curvature_dtype or torch.promote_types(first.dtype, torch.float32)
+
+    @property
     def _device(self) -> torch.device:
-        return self._weights.first.device
+        return self._place[0]
 
     @property
     def _dtype(self) -> torch.dtype:
         """What curvature, factorizations and hyperparameters are computed in."""
-        return self._curvature_dtype or torch.promote_types(self._weights.first.dtype, torch.float32)
+        return self._place[1]
 
     # -- hyperparameters ----------------------------------------------------------------------------------------------
 
@@ -285,8 +285,10 @@ class BaseLaplace(ABC):
 
     def _likelihood(self, *, graph: bool) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
-        numbers = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device), self._sigma_noise
-        temperature, sigma_noise = numbers if graph else (number.detach() for number in numbers)
+        device, dtype = self._place
+        temperature, sigma_noise = torch.as_tensor(self._temperature, dtype=dtype, device=device), self._sigma_noise
+        if not graph:
+            temperature, sigma_noise = temperature.detach(), sigma_noise.detach()
         return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)
 
     @property
@@ -339,7 +341,7 @@ class BaseLaplace(ABC):
     @property
     def _prior(self) -> GaussianPrior:
         sizes = self._known("The prior").sizes
-        mean, precision = (p.to(self._device, self._dtype) for p in (self._prior_mean, self._prior_precision))
+        mean, precision = (number.to(*self._place) for number in (self._prior_mean, self._prior_precision))
         return GaussianPrior(mean, precision, sizes)
 
     @property

@@ -72,7 +72,7 @@ class FittedLaplace(BaseLaplace):
         fit, weights = self.__dict__.get("_fit"), self._weights
         if fit is not None:
             weights.warn_if_moved(fit.mean)
-        graph = self.enable_backprop and torch.is_grad_enabled()
+        graph = torch.is_grad_enabled() and self.enable_backprop
         center = None if fit is None else fit.mean
         return weights.linearize(x, center, lambda: self.backend, pred_type, differentiable=graph, **model_kwargs)
 
@@ -100,7 +100,7 @@ class FittedLaplace(BaseLaplace):
         if fit is None:
             what = "This attribute or call"
             raise self._not_fitted(what)
-        if fit.mean.dtype != self._dtype or fit.mean.device != self._device:  # the model was moved
+        if (fit.mean.device, fit.mean.dtype) != self._place:  # the model was moved
             self._follow_model()
         return self._fit
 

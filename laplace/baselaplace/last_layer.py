@@ -10,7 +10,7 @@ from laplace import checks
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import UnsupportedError
 from laplace.network import FeatureExtractor
-from laplace.network.failures import check_model
+from laplace.network.failures import checked_model
 
 
 def as_extractor(
@@ -42,9 +42,13 @@ def as_extractor(
         dict_key_x = model.dict_key_x if dict_key_x == "input_ids" else dict_key_x
         dict_key_y = model.dict_key_y if dict_key_y == "labels" else dict_key_y
         model = model.model
-    check_model(model)
     return FeatureExtractor(
-        model, last_layer_name, enable_backprop, feature_reduction, dict_key_x=dict_key_x, dict_key_y=dict_key_y
+        checked_model(model),
+        last_layer_name,
+        enable_backprop,
+        feature_reduction,
+        dict_key_x=dict_key_x,
+        dict_key_y=dict_key_y,
     )
 
 

@@ -248,8 +248,9 @@ class LastLayer(AllWeights):
     @property
     def layer(self) -> nn.Linear:
         """The layer, once the model has run."""
-        assert self.model.last_layer is not None, "a forward pass finds it"
-        return self.model.last_layer
+        layer = self.model.last_layer
+        assert layer is not None, "a forward pass finds it"
+        return layer
 
     @property
     def head(self) -> list[tuple[int, ...]]:

@@ -48,8 +48,8 @@ def check_weights(named: Mapping[str, Tensor]) -> None:
         raise UnsupportedError(msg)
 
 
-def check_model(model: Any) -> None:
-    """Raise unless it is a module whose weights are made already (no lazy layers) and real."""
+def checked_model(model: Any) -> nn.Module:
+    """The model, if it is a module whose weights are made already (no lazy layers) and real; else raises."""
     if not isinstance(model, nn.Module):
         msg = f"model must be a trained torch.nn.Module; got {type(model).__name__}."
         raise UnsupportedError(msg)
@@ -60,6 +60,7 @@ def check_model(model: Any) -> None:
         if weight.is_complex():
             msg = f"The weight {name!r} is complex; a Laplace approximation is one over real weights."
             raise UnsupportedError(msg)
+    return model
 
 
 def described(value: Any) -> str:

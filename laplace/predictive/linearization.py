@@ -79,7 +79,7 @@ class NetworkLinearization(Linearization):
     @classmethod
     def of_head(cls, f: Tensor, phi: Tensor, shapes: Sequence[tuple[int, ...]]) -> NetworkLinearization:
         """Outputs and features ``[batch, *positions, D]`` of a head with parameter groups of these shapes."""
-        return cls(f, StoredDerivatives(head_blocks(phi.reshape(-1, phi.shape[-1]), shapes)))
+        return cls(f, StoredDerivatives(head_blocks(phi if phi.dim() == 2 else phi.flatten(0, -2), shapes)))
 
     @property
     def is_linear(self) -> bool:
@@ -173,7 +173,8 @@ class NetworkLinearization(Linearization):
                 blocks = self.blocks(dtype, start, start + step)
                 parts = split_sizes(theta, [block.n_params for block in blocks])
                 rows.append(sum_parts([b.apply(v) for b, v in zip(blocks, parts, strict=True)]))
-            yield mean + torch.cat(rows, 1).transpose(1, 2).reshape(size, *mean.shape)
+            moved = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+            yield mean + moved.transpose(1, 2).reshape(size, *mean.shape)
 
     def network_functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype

@@ -170,8 +170,9 @@ class DiagPrecision(AbstractPrecision):
 
     def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
         """Each block with the variances of its weights."""
-        blocks = joined(blocks)
-        yield from zip(blocks, (1 / self.vector).split([block.n_params for block in blocks]), strict=True)
+        blocks, variances = joined(blocks), self.vector.reciprocal()
+        parts = (variances,) if len(blocks) == 1 else variances.split([block.n_params for block in blocks])
+        yield from zip(blocks, parts, strict=True)
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
         """Σ_p J_p² / a_p, block by block."""

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace.network.parameters import split_sizes
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
 
 
@@ -52,7 +51,7 @@ class HeadBlock(JacobianBlock):
     @property
     def n_rows(self) -> int:
         """Positions."""
-        return len(self.phis[0])
+        return self.phis[0].shape[0]
 
     @property
     def sizes(self) -> list[int]:
@@ -95,7 +94,8 @@ class HeadBlock(JacobianBlock):
 
     def matrices(self, v: Float[Tensor, "*batch params"]) -> list[Float[Tensor, "*batch outputs _"]]:
         """Vectors over the weights as matrices ``[..., C, D]``, one for each group."""
-        return [part.unflatten(-1, (self.n_outputs, -1)) for part in split_sizes(v, self.sizes)]
+        parts = torch.split_with_sizes(v, self.sizes, -1) if len(self.phis) > 1 else (v,)
+        return [part.reshape(*v.shape[:-1], self.n_outputs, -1) for part in parts]
 
     def _mixed(self, values: Float[Tensor, "rows outputs"], power: int = 1) -> Float[Tensor, "columns rows"]:
         """From outputs to columns, by a power of the directions."""
@@ -122,12 +122,11 @@ class HeadBlock(JacobianBlock):
         """``outer L`` and ``φ R``; one matrix for all weights of a group with features is written out."""
         if len(sides) == 1 and self.shape != (self.n_outputs,):
             return DenseBlock(self.dense()).rotate(sides, shape)
-        (left, *right), phi = sides, self.phi
-        outer = left if self.outer is None else self.outer
-        if left is not None and self.outer is not None:
-            outer = self.outer @ left
-        turned = phi if not right or right[0] is None else phi @ right[0]
-        return replace(self, phis=(turned,), outer=outer)
+        left, right = sides[0], sides[1] if len(sides) == 2 else None
+        phis = self.phis if right is None else (self.phi @ right,)
+        if left is None:
+            return HeadBlock(phis, self.groups, self.outer)
+        return HeadBlock(phis, self.groups, left if self.outer is None else self.outer @ left)
 
     def mix(self, weights: Float[Tensor, "mixtures columns"]) -> HeadBlock:
         """Other directions in the outputs."""
@@ -157,9 +156,13 @@ class HeadBlock(JacobianBlock):
 
     def _strength(self, w: Float[Tensor, " params"]) -> Float[Tensor, "rows outputs"]:
         """Σ_d w_cd φ_d²: one product of ``[rows, D]`` with ``[D, C]`` for each group."""
-        parts = [(_distinct(phi).square(), v.T) for phi, v in zip(self.phis, self.matrices(w), strict=True)]
-        total = sum_parts([squares @ v if len(v) > 1 else squares * v for squares, v in parts])
-        return total.expand(self.n_rows, -1)
+        total: Tensor | None = None
+        for phi, v in zip(self.phis, self.matrices(w), strict=True):
+            squares = _distinct(phi).square()
+            part = squares @ v.T if squares.shape[1] > 1 else squares * v.T
+            total = part if total is None else total + part
+        assert total is not None, "there are groups"
+        return total if total.shape[0] == self.n_rows else total.expand(self.n_rows, -1)
 
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
         """``outer² · (φ² Wᵀ)``."""

@@ -215,7 +215,8 @@ class Kron:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute that a ``Kron`` has; others raise ``UnknownAttributeError``."""
-        check_attribute(self, name)
+        if name not in ("kfacs", "counts", "resolution"):
+            check_attribute(self, name)
         super().__setattr__(name, value)
 
     @classmethod

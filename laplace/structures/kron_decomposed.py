@@ -48,7 +48,8 @@ class KronDecomposed(RotatedPrecision):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute that a ``KronDecomposed`` has; others raise ``UnknownAttributeError``."""
-        check_attribute(self, name)
+        if name not in self.__dataclass_fields__:
+            check_attribute(self, name)
         super().__setattr__(name, value)
 
     def __len__(self) -> int:

@@ -152,7 +152,7 @@ class RotatedPrecision(AbstractPrecision):
         spectrum = self.spectrum
         groups = zip(blocks, self.eigenvectors, spectrum, strict=True)
         turned = [block.rotate(vectors, values.shape) for block, vectors, values in groups]
-        inverse, together = [1 / values.flatten() for values in spectrum], joined(turned)
+        inverse, together = [values.reciprocal().view(-1) for values in spectrum], joined(turned)
         yield from zip(together, inverse if len(together) == len(inverse) else [torch.cat(inverse)], strict=True)
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
