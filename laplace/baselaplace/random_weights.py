@@ -19,6 +19,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
 from laplace.errors import StateError, UnsupportedError, warn
 from laplace.network import FeatureExtractor, ParameterSubset, WholeNetwork, evaluating
+from laplace.network.heads import KINDS, head_of, n_outputs
 from laplace.network.threads import together
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.schema import Known, Table, check_entries, indices, optional, text
@@ -246,7 +247,7 @@ class LastLayer(AllWeights):
         return super().first if layer is None else layer.weight
 
     @property
-    def layer(self) -> nn.Linear:
+    def layer(self) -> nn.Module:
         """The layer, once the model has run."""
         layer = self.model.last_layer
         assert layer is not None, "a forward pass finds it"
@@ -256,8 +257,7 @@ class LastLayer(AllWeights):
     def head(self) -> list[tuple[int, ...]]:
         """Shapes of weight and bias."""
         layer = self.layer
-        weight = (layer.out_features, layer.in_features)
-        return [weight] if layer.bias is None else [weight, (layer.out_features,)]
+        return head_of(layer).groups(layer)
 
     def backend_options(self) -> dict[str, Any]:
         """That it is a last layer."""
@@ -273,7 +273,7 @@ class LastLayer(AllWeights):
 
     def n_outputs(self, backend: CurvatureInterface) -> int:  # noqa: ARG002
         """C, of the layer."""
-        return self.layer.out_features
+        return n_outputs(self.layer)
 
     def outputs(self, x: Inputs, **model_kwargs: Any) -> Tensor:
         """Outputs of the model, ``[batch, *positions, C]``."""
@@ -341,7 +341,8 @@ class LastLayer(AllWeights):
     def known(self, state: Mapping[str, Any]) -> Known:
         """How many outputs it has, and whether a bias."""
         layer = self._layer_in(state)
-        return {"C": layer.out_features, "bias": layer.bias is not None}
+        groups = head_of(layer).groups(layer)
+        return {"C": groups[0][0], "bias": len(groups) > 1}
 
     def find(self, state: Mapping[str, Any], device: torch.device) -> None:
         """By its name, or by running the model on the batch in the state."""
@@ -359,7 +360,7 @@ class LastLayer(AllWeights):
             with evaluating(self.model), torch.no_grad():
                 self.model.find_last_layer(move(data[0] if isinstance(data, (list, tuple)) else data, device))
 
-    def _layer_in(self, state: Mapping[str, Any]) -> nn.Linear:
+    def _layer_in(self, state: Mapping[str, Any]) -> nn.Module:
         """The layer that a state was saved for."""
         check_entries({key: state[key] for key in state if key in _NAME}, _NAME, {})
         name, known = state["last_layer_name"], self.model.last_layer_name
@@ -367,7 +368,7 @@ class LastLayer(AllWeights):
             msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
             raise StateError(msg)
         layer = dict(self.network.named_modules()).get(name)
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, KINDS):
             msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
             raise StateError(msg)
         return layer

@@ -22,6 +22,7 @@ from laplace.curvature.structured import StructuredInterface
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnknownAttributeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions, name_of, resolve
+from laplace.network import heads
 from laplace.network.feature_extractor import FeatureExtractor
 from laplace.network.whole_network import WholeNetwork
 from laplace.structures.head_block import head_blocks
@@ -149,7 +150,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         if self.network is not None:
             return list(self.network.subset.parameters)
         layer = self._head
-        return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        return list(heads.head_of(layer).parameters(layer))
 
     @property
     def params_dict(self) -> dict[str, Tensor]:
@@ -169,7 +170,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         return self._widen(parameters[0].new_zeros(n_params))
 
     @property
-    def _head(self) -> nn.Linear:
+    def _head(self) -> Any:
         layer = self.model.last_layer
         if layer is None:
             msg = "The last layer is not known yet: run one forward pass (model.find_last_layer(x)) or name it."
@@ -189,7 +190,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         UnsupportedError
             If the model has not run yet, so that its number of outputs is not known.
         """
-        n_outputs = self._head.out_features if self.last_layer else self.n_outputs
+        n_outputs = heads.n_outputs(self._head) if self.last_layer else self.n_outputs
         if n_outputs is None:
             msg = "The number of outputs is not known yet: call outputs(x) once, or let full, diag or kron do it."
             raise UnsupportedError(msg)
@@ -389,7 +390,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         """
         f = self._widen(f)
         if self.last_layer:
-            self.output_likelihood.check_head(self._head.out_features)
+            self.output_likelihood.check_head(heads.n_outputs(self._head))
         return self.output_likelihood.flatten(f, y)
 
     loss_by_output: bool = False

@@ -13,7 +13,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +21,7 @@ from laplace.enums import FeatureReduction, choose
 from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, warn
 from laplace.network.batches import call, one_row, output_tensor
 from laplace.network.failures import check_weights
+from laplace.network.heads import HEADS, KINDS, head_of, n_outputs
 from laplace.network.modes import full_precision
 from laplace.network.threads import together
 from laplace.types import Inputs
@@ -105,7 +105,7 @@ class FeatureExtractor(nn.Module):
         super().__setattr__(name, value)
 
     @property
-    def last_layer(self) -> nn.Linear | None:
+    def last_layer(self) -> Any:
         """The last linear layer, or ``None`` before it is known; assign a layer of the model, or ``None`` to forget it.
 
         An assigned value must be a linear layer of the model (``UnsupportedError``).
@@ -114,11 +114,11 @@ class FeatureExtractor(nn.Module):
             return None
         # What get_submodule finds; every prediction asks several times.
         layer = attrgetter(self.last_layer_name)(self.model) if self.last_layer_name else self.model
-        assert isinstance(layer, nn.Linear), "set_last_layer checks this"
+        assert isinstance(layer, KINDS), "set_last_layer checks this"
         return layer
 
     @last_layer.setter
-    def last_layer(self, layer: nn.Linear | None) -> None:
+    def last_layer(self, layer: nn.Module | None) -> None:
         if layer is None:
             self.last_layer_name, self._verified = None, False
             return
@@ -150,8 +150,9 @@ class FeatureExtractor(nn.Module):
             msg = f"The model has no module {last_layer_name!r}.{hint} {self._candidates()}"
             raise MissingModuleError(msg)
         layer = modules[last_layer_name]
-        if not isinstance(layer, nn.Linear):
-            msg = f"The last layer must be a torch.nn.Linear; {last_layer_name!r} is a {type(layer).__name__}. "
+        if not isinstance(layer, KINDS):
+            kinds = " or ".join(head.called for head in HEADS.values())
+            msg = f"The last layer must be a {kinds}; {last_layer_name!r} is a {type(layer).__name__}. "
             raise UnsupportedError(msg + self._candidates())
         self.last_layer_name = last_layer_name
         self._verified = False
@@ -260,28 +261,29 @@ class FeatureExtractor(nn.Module):
 
     # -- what the outputs are -----------------------------------------------------------------------------------------
 
-    def _align(self, f: Tensor, phi: Tensor, layer: nn.Linear, name: str | None) -> tuple[Tensor, Tensor]:
+    def _align(self, f: Tensor, phi: Tensor, layer: nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
         """Give outputs and features the same leading axes."""
-        if f.shape == (*phi.shape[:-1], layer.out_features):
+        n_outputs, width = head_of(layer).groups(layer)[0]
+        if f.shape == (*phi.shape[:-1], n_outputs):
             if self.feature_reduction is not None and not self._verified:
                 self._explain_useless_reduction(phi)
             return f, phi
         if self.feature_reduction is not None and phi.dim() >= 3:
             phi = reduce(phi, self.feature_reduction)
-            if f.shape == (*phi.shape[:-1], layer.out_features):
+            if f.shape == (*phi.shape[:-1], n_outputs):
                 return f, phi
-        rows = phi.numel() // layer.in_features
-        if f.numel() == rows * layer.out_features:
+        rows = phi.numel() // width
+        if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
-            if layer.out_features == 1 and (f.dim() < phi.dim() or f.shape[-1] != 1):
+            if n_outputs == 1 and (f.dim() < phi.dim() or f.shape[-1] != 1):
                 f = f.reshape(*(f.shape or (1,)), 1)
-            if f.shape[-1] == layer.out_features:
-                return f, phi.reshape(*f.shape[:-1], layer.in_features)
+            if f.shape[-1] == n_outputs:
+                return f, phi.reshape(*f.shape[:-1], width)
         msg = (
-            f"The last linear layer {name!r} maps features {list(phi.shape)} to {layer.out_features} outputs, but the "
+            f"The last linear layer {name!r} maps features {list(phi.shape)} to {n_outputs} outputs, but the "
             f"model returns {list(f.shape)}. "
         )
-        if phi.dim() >= 3 and f.shape == (phi.shape[0], layer.out_features):
+        if phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs):
             fits = [repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r), layer)]
             found = f"; {' and '.join(fits)} reproduces its outputs on this batch" if fits else ""
             msg += f"It reduces positions: pass feature_reduction='pick_first', 'pick_last' or 'average'{found}. "
@@ -301,7 +303,7 @@ class FeatureExtractor(nn.Module):
         )
         warn(msg, UserWarning)
 
-    def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Linear, name: str | None) -> None:
+    def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Module, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
 
         On the first pass the layer is applied again; later its outputs are compared with those of the model, which
@@ -329,11 +331,12 @@ class FeatureExtractor(nn.Module):
 
     # -- which layers there are ---------------------------------------------------------------------------------------
 
-    def _linear_layers(self) -> dict[str | None, nn.Linear]:
-        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, nn.Linear)}
+    def _linear_layers(self) -> dict[str | None, nn.Module]:
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, KINDS)}
 
     def _candidates(self) -> str:
-        layers = [f"{name!r} ({d.in_features} → {d.out_features})" for name, d in self._linear_layers().items()]
+        sizes = {name: head_of(layer).groups(layer)[0] for name, layer in self._linear_layers().items()}
+        layers = [f"{name!r} ({width} → {n})" for name, (n, width) in sizes.items()]
         if not layers:
             return "The model has no linear layer; a last-layer approximation needs one."
         return f"Linear layers of the model: {', '.join(layers)}."
@@ -346,14 +349,15 @@ class FeatureExtractor(nn.Module):
             msg = f"No linear layer runs as a module in the forward pass. {self._candidates()}"
         raise UnsupportedError(msg)
 
-    def _check_head(self, layer: nn.Linear) -> None:
+    def _check_head(self, layer: nn.Module) -> None:
         """Raise if the head has no values; warn when its weight is used elsewhere, too."""
-        check_weights({f"{self.last_layer_name}.weight": layer.weight})
+        weight = head_of(layer).parameters(layer)[0]
+        check_weights({f"{self.last_layer_name}.weight": weight})
         owners = [
             f"{name}.{key}"
             for name, module in self.model.named_modules()
             for key, parameter in module.named_parameters(recurse=False)
-            if parameter is layer.weight and module is not layer
+            if parameter is weight and module is not layer
         ]
         if owners:
             msg = (
@@ -363,10 +367,10 @@ class FeatureExtractor(nn.Module):
             warn(msg, UserWarning)
 
 
-def unsqueezed(f: Tensor, phi: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+def unsqueezed(f: Tensor, phi: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Outputs and features of one row with the axis of the batch, where the model squeezes all axes of one entry."""
     phi = phi.unsqueeze(0) if phi.dim() == 1 else phi
-    squeezed = tuple(size for size in (*phi.shape[:-1], layer.out_features) if size != 1)
+    squeezed = tuple(size for size in (*phi.shape[:-1], n_outputs(layer)) if size != 1)
     return (f.unsqueeze(0) if tuple(f.shape) == squeezed and len(phi) == 1 else f), phi
 
 
@@ -380,11 +384,14 @@ def reduce(phi: Tensor, reduction: FeatureReduction) -> Tensor:
     return flat.mean(1)
 
 
-def matches(f: Tensor, phi: Tensor, layer: nn.Linear) -> bool:
+def matches(f: Tensor, phi: Tensor, layer: nn.Module) -> bool:
     """Whether ``f`` equals ``layer`` applied to ``phi``, to the square root of the coarsest dtype's precision."""
     with torch.no_grad(), full_precision(f.device):
-        expected = F.linear(phi.to(layer.weight.dtype), layer.weight, layer.bias)
-        return close(f, expected, max(f.dtype, layer.weight.dtype, phi.dtype, key=lambda d: torch.finfo(d).eps))
+        head = head_of(layer)
+        dtype = head.parameters(layer)[0].dtype
+        return close(
+            f, head.outputs(layer, phi.to(dtype)), max(f.dtype, dtype, phi.dtype, key=lambda d: torch.finfo(d).eps)
+        )
 
 
 def close(f: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from laplace.network.choice import Choice, Interleaved
+from laplace.network.heads import head_of
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class ParameterSubset:
     choice: Choice | None = None
 
     @classmethod
-    def last_layer(cls, layer: nn.Linear) -> ParameterSubset:
+    def last_layer(cls, layer: nn.Module) -> ParameterSubset:
         """The weight and, where there is one, the bias of the last linear layer.
 
         Read as attributes, so that a parametrized weight (weight norm, say) is the one that multiplies the features.
         """
-        return cls((layer.weight,) if layer.bias is None else (layer.weight, layer.bias))
+        return cls(head_of(layer).parameters(layer))
 
     @classmethod
     def indices(cls, model: nn.Module, index: Any) -> ParameterSubset:
