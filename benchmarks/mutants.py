@@ -198,7 +198,9 @@ def main() -> int:
         def run(mutant: Mutant) -> bool:
             tree = trees.get()
             try:
-                return noticed(mutant, tree)
+                seen = noticed(mutant, tree)
+                print("noticed " if seen else "survived", f"{mutant.path}:{mutant.line}", mutant.kind, flush=True)
+                return seen
             finally:
                 trees.put(tree)
 
