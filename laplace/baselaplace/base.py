@@ -536,7 +536,7 @@ class BaseLaplace(ABC):
         asked = replace(asked, start=start, grid=grid, bounds=bounds, lr=lr, n_folds=n_folds)
         self._tuned(how, asked, verbose=verbose)
 
-    def _checked_method(self, method: TuningMethod | str) -> TuningMethod:
+    def _checked_method(self, method: Any) -> TuningMethod:
         """A method of tuning that has a meaning for the posterior."""
         return methods.chosen_method(method)
 

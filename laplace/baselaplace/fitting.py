@@ -42,7 +42,7 @@ class Training:
     sigma_noise
         ``[]``, or ``[C]``.
     dtype
-        Of the curvature.
+        Says that of the curvature: of a last layer it is known when the layer is.
     """
 
     weights: AllWeights
@@ -52,7 +52,7 @@ class Training:
     ready: Callable[[], None]
     check_prior: Callable[[], None]
     sigma_noise: Tensor
-    dtype: torch.dtype
+    dtype: Callable[[], torch.dtype]
 
     def fit(self, loader: Iterable[Any]) -> Fit:
         """Learn from a loader.
@@ -88,7 +88,7 @@ class Training:
         if self.sigma_noise.numel() not in (1, n_outputs):
             msg = f"sigma_noise has {self.sigma_noise.numel()} values, one for each output; the model has {n_outputs}."
             raise ShapeError(msg)
-        mean, by_output = subset.vector().to(self.dtype), nll if nll.dim() else None
+        mean, by_output = subset.vector().to(self.dtype()), nll if nll.dim() else None
         numbers = counts["data"], counts["positions"], n_outputs
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape)
 

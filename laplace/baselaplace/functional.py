@@ -372,7 +372,7 @@ class BaseFunctionalLaplace(FittedLaplace):
             **further,
         )
 
-    def _checked_method(self, method: TuningMethod | str) -> TuningMethod:
+    def _checked_method(self, method: Any) -> TuningMethod:
         how = super()._checked_method(method)
         if how not in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH):
             msg = (

@@ -96,7 +96,7 @@ class ParametricLaplace(FittedLaplace):
             self._check_memory,
             lambda: self._check_prior(self._prior_precision, self._prior_mean),
             self._sigma_noise,
-            self._dtype,
+            lambda: self._dtype,
         )
 
     def _check_memory(self) -> None:

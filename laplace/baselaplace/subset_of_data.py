@@ -175,7 +175,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             lambda: None,  # what the subset takes is checked when the outputs are known
             lambda: self._check_prior(self._prior_precision, self._prior_mean),
             self._sigma_noise,
-            self._dtype,
+            lambda: self._dtype,
         )
         self._fit = training.fit(train_loader)
         self._hyperparameters_changed()

@@ -201,7 +201,7 @@ def by_validation(
     problem: Problem,
     asked: Settings,
     collect: Collect,
-    output_temperature: bool | None,
+    output_temperature: Any,
     limits: Mapping[str, tuple[float, float]],
 ) -> Tuning:
     """Prior precision and noise, or output temperature, together, by a proper score of validation data (``tune``)."""
@@ -233,7 +233,7 @@ def by_validation(
         return tune(joint, n_precisions, limits, n_steps=asked.n_steps, progress_bar=asked.progress_bar)
 
 
-def beside_prior(problem: Problem, noise: Any, output_temperature: bool | None) -> tuple[str | None, int]:
+def beside_prior(problem: Problem, noise: Any, output_temperature: Any) -> tuple[str | None, int]:
     """The hyperparameter that goes with the prior precision, and whether it has one value or several."""
     if not (noise is None or (isinstance(noise, str) and noise in ("keep", "scalar", "per_output"))):
         msg = f"noise must be 'keep', 'scalar' or 'per_output'; got {noise!r}."
@@ -284,7 +284,7 @@ def checked_grid(low: Any, high: Any, size: Any, base: Any) -> Tensor:
     )
 
 
-def chosen_method(method: TuningMethod | str) -> TuningMethod:
+def chosen_method(method: Any) -> TuningMethod:
     """A method by its name, as in ``optimize_prior_precision``.
 
     Raises
