@@ -119,6 +119,9 @@ def by_evidence(problem: Problem, asked: Settings, collect: Collect) -> Tuning: 
 def by_grid(method: TuningMethod, problem: Problem, asked: Settings, collect: Collect) -> Tuning:
     """The point of a grid with the lowest loss, by one of ``SCORES``."""
     assert asked.grid is not None, "the caller says what to try"
+    if asked.noise != "keep":
+        msg = f"noise={asked.noise!r} goes with method='marglik'; by validation tune(val_loader) chooses it, too."
+        raise UnsupportedError(msg)
     score = choose_score(asked.loss, problem.likelihood(), asked.options.pred_type)
     grid = asked.grid.to(problem.fit.mean)
     shaped = partial(spread, asked.structure, problem=problem)
