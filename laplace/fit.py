@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,6 +91,14 @@ class Fit:
         if torch.equal(mean, self.mean):
             return self
         return replace(self, mean=mean, nll=torch.full_like(self.nll, torch.nan), output_nll=None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also where it said of a head only whether it has a bias."""
+        vars(self).update(state)
+        bias = vars(self).pop("head_bias", None)
+        if bias is not None:
+            width = len(self.mean) // self.n_outputs - int(bias)
+            vars(self)["head"] = [(self.n_outputs, width), (self.n_outputs,)][: 1 + int(bias)]
 
     @property
     def is_unknown(self) -> bool:

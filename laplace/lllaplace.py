@@ -77,7 +77,7 @@ class LLLaplace(ParametricLaplace):
     arXiv:2002.10118; Daxberger et al. (2021), "Laplace redux". arXiv:2106.14806
     """
 
-    weights_type = LastLayer
+    _weights_type = LastLayer
     model: FeatureExtractor
     last_layer_name = last_layer.last_layer_name
     feature_reduction = last_layer.feature_reduction
@@ -277,7 +277,7 @@ class FunctionalLLLaplace(FunctionalLaplace):
     one matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
     """
 
-    weights_type = LastLayer
+    _weights_type = LastLayer
     model: FeatureExtractor
     last_layer_name = last_layer.last_layer_name
     feature_reduction = last_layer.feature_reduction

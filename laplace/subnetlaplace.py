@@ -126,7 +126,7 @@ class SubnetLaplace(ParametricLaplace):
         self._indices = self._indices.to(self._device)
 
     @cached_property
-    def _weights(self) -> Subnetwork:
+    def _random_weights(self) -> Subnetwork:
         return Subnetwork(self.model, self.dict_key_x, self.dict_key_y, self._indices)
 
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
@@ -263,7 +263,7 @@ class SubnetLaplace(ParametricLaplace):
         This object.
         """
         device = checks.device("device", device)
-        vars(self).pop("_weights", None)  # it knows where on the device the chosen weights are
+        vars(self).pop("_random_weights", None)  # it knows where on the device the chosen weights are
         super().to(device)
         self._indices = self._indices.to(self._device)
         return self

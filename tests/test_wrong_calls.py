@@ -86,7 +86,11 @@ def outcome(call: Call, la: Any) -> tuple[str, BaseException | None]:
 
 def state(la: Any) -> dict[str, Any]:
     """What an estimator holds, but for what it makes again on demand."""
-    kept = {name: value for name, value in vars(la).items() if name not in ("_posterior_cache", "_backend", "_weights")}
+    kept = {
+        name: value
+        for name, value in vars(la).items()
+        if name not in ("_posterior_cache", "_backend", "_random_weights")
+    }
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in kept.items()}
 
 

@@ -87,7 +87,7 @@ class BaseLaplace(ABC):
     _sigma_noise: Tensor
     _temperature: float | Tensor
     _output_temperature: float = 1.0
-    weights_type: ClassVar[type[AllWeights]] = AllWeights
+    _weights_type: ClassVar[type[AllWeights]] = AllWeights
     """Which weights are random."""
 
     def __init__(
@@ -147,23 +147,23 @@ class BaseLaplace(ABC):
         """What an option becomes when it is assigned again: what was made with the former value is forgotten."""
         if name == "enable_backprop" or value == vars(self)[name]:
             return value
-        value = options.replaced(self._weights, name, vars(self)[name], value)
+        value = options.replaced(self._random_weights, name, vars(self)[name], value)
         self._backend = None
-        vars(self).pop("_weights", None)
+        vars(self).pop("_random_weights", None)
         self._hyperparameters_changed()
         return value
 
     @cached_property
-    def _weights(self) -> AllWeights:
+    def _random_weights(self) -> AllWeights:
         """The random weights; made again where the model is replaced."""
-        return self.weights_type(self.model, self.dict_key_x, self.dict_key_y)
+        return self._weights_type(self.model, self.dict_key_x, self.dict_key_y)
 
     # -- where and in which precision ---------------------------------------------------------------------------------
 
     @property
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where and in which precision curvature, factorizations and hyperparameters are."""
-        first = self._weights.first
+        first = self._random_weights.first
         return first.device, self._curvature_dtype or torch.promote_types(first.dtype, torch.float32)
 
     @property
@@ -306,11 +306,11 @@ class BaseLaplace(ABC):
     @property
     def _network(self) -> nn.Module:
         """The user's model."""
-        return self._weights.network
+        return self._random_weights.network
 
     def _known(self, what: str) -> ParameterSubset:
         """The random weights, for something that needs them."""
-        subset = self._weights.subset
+        subset = self._random_weights.subset
         if subset is None:
             msg = (
                 f"{what} needs the last layer, which is found by the first batch: name it (last_layer_name=), or call "

@@ -239,7 +239,7 @@ class ELLA(FeatureLaplace):
         def now() -> Fit:
             mean = self._known("fit").vector().to(self._dtype)
             learned = NystromCurvature(directions, gram.to(self._dtype))
-            return Fit(mean, learned, nll.to(self._dtype), *counts, self._weights.n_outputs(self.backend))
+            return Fit(mean, learned, nll.to(self._dtype), *counts, self._random_weights.n_outputs(self.backend))
 
         def rises(data: tuning.CachedData) -> bool:
             """Look at the validation data; what is there now is kept unless the score got worse."""
@@ -407,7 +407,7 @@ class ELLA(FeatureLaplace):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     state_entries: ClassVar[Table] = {"subsample_size": whole(1), "n_eigenvalues": whole(1), "seed": whole(0)}
-    saved: ClassVar[tuple[str, ...]] = (*FeatureLaplace.saved, "subsample_size", "n_eigenvalues", "seed")
+    _saved: ClassVar[tuple[str, ...]] = (*FeatureLaplace._saved, "subsample_size", "n_eigenvalues", "seed")
     _history_entries: ClassVar[Table] = {
         "processed_examples": listed(whole(0)),
         "val_examples": listed(whole(0)),
@@ -429,7 +429,7 @@ class LLELLA(ELLA):
         As in ``ELLA``.
     """
 
-    weights_type = LastLayer
+    _weights_type = LastLayer
     model: FeatureExtractor
     last_layer_name = last_layer.last_layer_name
     feature_reduction = last_layer.feature_reduction

@@ -105,7 +105,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
         parts
             Inputs, and which of the ``positions · C`` outputs of each.
         """
-        if self._weights.of_head:
+        if self._random_weights.of_head:
             linearized = [(self._linearize(x), column) for x, column in parts]
             found = [feature_points(i, c, self._dtype) for i, c in linearized if isinstance(i, NetworkLinearization)]
             phis = tuple(torch.cat(group) for group in zip(*(head.phis for head, _ in found), strict=True))
@@ -184,7 +184,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    curvature_entry: ClassVar[str] = "learned"
+    _curvature_entry: ClassVar[str] = "learned"
     state_entries: ClassVar[Table] = {
         "mean": FIT_ENTRIES["mean"],
         "loss": tensor((), low=0),
@@ -196,7 +196,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
     """What the entries of ``fit_history_`` must be in a state."""
 
     @property
-    def _head(self) -> None:
+    def _head_shapes(self) -> None:
         """What was learned sums over outputs, of a head, too."""
 
     def _entries(self) -> Table:

@@ -46,7 +46,7 @@ class FittedLaplace(BaseLaplace):
     _posterior_cache: dict[str, AbstractPrecision]
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
-        subset = self._weights.subset
+        subset = self._random_weights.subset
         if subset is not None:
             self._fits_structure(GaussianPrior(mean, precision, subset.sizes))
 
@@ -54,10 +54,10 @@ class FittedLaplace(BaseLaplace):
         """Raise if the structure cannot take a prior; structure classes use it."""
 
     def _make_backend(self) -> CurvatureInterface:
-        self._weights.check_unchanged()
+        self._random_weights.check_unchanged()
         keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
         dtype = {} if self._curvature_dtype is None else {"curvature_dtype": self._curvature_dtype}
-        options: dict[str, Any] = {**dtype, **self._backend_kwargs, **keys, **self._weights.backend_options()}
+        options: dict[str, Any] = {**dtype, **self._backend_kwargs, **keys, **self._random_weights.backend_options()}
         backend = self._backend_cls(self.model, self.likelihood, **options)
         self._check_backend(backend)
         return backend
@@ -69,7 +69,7 @@ class FittedLaplace(BaseLaplace):
 
     def _linearize(self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any) -> Linearization:
         """Outputs at ``x`` and how they depend on the random weights, around those of the fit if there is one."""
-        fit, weights = self.__dict__.get("_fit"), self._weights
+        fit, weights = self.__dict__.get("_fit"), self._random_weights
         if fit is not None:
             weights.warn_if_moved(fit.mean)
         graph = torch.is_grad_enabled() and self.enable_backprop
@@ -166,7 +166,7 @@ class FittedLaplace(BaseLaplace):
 
     @property
     def posterior_precision(self) -> Any:
-        """Posterior precision in the form of the structure. A copy."""
+        """Posterior precision in the form of the structure; of ELLA and VaLLA over the weights of features. A copy."""
         return independent(self._posterior.public)
 
     # -- evidence -----------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class FittedLaplace(BaseLaplace):
         prior precisions factorizes each time). When something is raised, hyperparameters are what they were.
         """
         verbose, n_steps, _ = methods.checked_steps(verbose, progress_bar, n_steps)
-        structure = choose(PriorStructure, prior_structure, "prior_structure")
+        structure = methods.not_diagonal(choose(PriorStructure, prior_structure, "prior_structure"))
         self._fitted  # noqa: B018 - raises before anything else is looked at
         options = self._tuning_options(pred_type, link_approx, n_samples, generator)
         asked = tuning.Settings(options, structure, n_steps, score, noise, val_loader, progress_bar)
@@ -384,15 +384,15 @@ class FittedLaplace(BaseLaplace):
 
     state_entries: ClassVar[Table] = states.HEADER
     """What the entries of a state must be; a class adds those that it has beside them."""
-    saved: ClassVar[tuple[str, ...]] = ("temperature", "output_temperature", "enable_backprop")
+    _saved: ClassVar[tuple[str, ...]] = ("temperature", "output_temperature", "enable_backprop")
     """Attributes that a state carries and restores."""
-    curvature_entry: ClassVar[str] = "H"
+    _curvature_entry: ClassVar[str] = "H"
     """Under which name a state holds the curvature."""
 
     def _entries(self) -> Table:
         """A check for every entry of a state."""
         own = states.tables_of(type(self))
-        return {**self._weights.entries, **own, self.curvature_entry: nested(self._curvature_entries)}
+        return {**self._random_weights.entries, **own, self._curvature_entry: nested(self._curvature_entries)}
 
     @property
     def _curvature_entries(self) -> Table:
@@ -406,19 +406,19 @@ class FittedLaplace(BaseLaplace):
             "likelihood": self._unit_likelihood.described,
             "curvature_kind": self._backend_cls.kind.value,
             "fingerprint": fingerprint(self._network),
-            **self._weights.identity(),
+            **self._random_weights.identity(),
         }
 
     def _choices(self) -> dict[str, Any]:
         """Plain settings that a state carries."""
-        own = {name: getattr(self, name) for name in self.saved}
-        return {**own, "temperature": float(self.temperature), **self._weights.choices()}
+        own = {name: getattr(self, name) for name in self._saved}
+        return {**own, "temperature": float(self.temperature), **self._random_weights.choices()}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Assign the settings of ``_choices``."""
-        for name in self.saved:
+        for name in self._saved:
             setattr(self, name, state[name])
-        self._weights.restore(state)
+        self._random_weights.restore(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``fit`` learned and the hyperparameters: tensors and plain values, no data.
@@ -441,7 +441,7 @@ class FittedLaplace(BaseLaplace):
             "prior_precision": self.prior_precision.detach(),
             "prior_mean": self.prior_mean.detach(),
             "sigma_noise": self.sigma_noise.detach(),
-            **states.of_fit(fit, self.curvature_entry),
+            **states.of_fit(fit, self._curvature_entry),
         }
         return signed({name: found[name] for name in self._entries()})
 
@@ -466,12 +466,12 @@ class FittedLaplace(BaseLaplace):
         UserWarning
             If the state has no digest, as those of earlier releases.
         """
-        with states.blamed(), states.all_or_nothing(self, *self._weights.holders):
+        with states.blamed(), states.all_or_nothing(self, *self._random_weights.holders):
             own, structure = {**self._identity(), **self._choices()}, self.curvature_type.name.value
-            state = states.readable(state_dict, own, self._weights, structure, self._prior_mean)
-            sizes = self._weights.sizes_in(state)
+            state = states.readable(state_dict, own, self._random_weights, structure, self._prior_mean)
+            sizes = self._random_weights.sizes_in(state)
             known: Known = {"dtype": self._dtype, "sizes": tuple(sizes), "P": sum(sizes), "L": len(sizes)}
-            known.update(self._weights.known(state))
+            known.update(self._random_weights.known(state))
             check_entries(state, self._entries(), known)
             if "fingerprint" in state_dict:
                 warn_without_digest(state_dict)
@@ -481,14 +481,14 @@ class FittedLaplace(BaseLaplace):
     def _take(self, state: Mapping[str, Any], sizes: Sequence[int]) -> None:
         """Assign everything in a state, on the right device."""
         self._restore(state)
-        curvature = self._curvature_from(state[self.curvature_entry])
+        curvature = self._curvature_from(state[self._curvature_entry])
         self.sigma_noise = state["sigma_noise"]
         mean = self._checked("prior_mean", state["prior_mean"])
         precision = self._checked("prior_precision", state["prior_precision"], positive=True)
         prior = GaussianPrior(mean, precision, tuple(sizes))
         self._fits_structure(prior)
         self._prior_mean, self._prior_precision = prior.mean, prior.precision
-        self._fit = states.fit_from(state, curvature, self._head, self._dtype)
+        self._fit = states.fit_from(state, curvature, self._head_shapes, self._dtype)
         self._hyperparameters_changed()
 
     def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
@@ -500,9 +500,9 @@ class FittedLaplace(BaseLaplace):
         return self._curvature_from(move(curvature.state(), self._device))
 
     @property
-    def _head(self) -> list[tuple[int, ...]] | None:
+    def _head_shapes(self) -> list[tuple[int, ...]] | None:
         """Shapes of the parameter groups of a head whose outputs can be scaled one by one."""
-        return self._weights.head
+        return self._random_weights.head
 
     def _check_taken(self, known: Known) -> None:
         """Raise if what was assigned cannot be used."""

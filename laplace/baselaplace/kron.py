@@ -99,7 +99,7 @@ class KronLaplace(ParametricLaplace):
         return {"damping": self._damping}
 
     state_entries: ClassVar[Table] = {"damping": flag}
-    saved: ClassVar[tuple[str, ...]] = (*ParametricLaplace.saved, "damping")
+    _saved: ClassVar[tuple[str, ...]] = (*ParametricLaplace._saved, "damping")
 
     def _fits_structure(self, prior: GaussianPrior) -> None:
         prior.per_layer()

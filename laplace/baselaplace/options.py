@@ -289,6 +289,8 @@ def check_backend_keywords(backend: type[CurvatureInterface], given: Mapping[str
     ------
     UnknownOptionError
         If one is unknown; a class from elsewhere may take any but near misses.
+    UnsupportedError
+        If one is what the estimator passes itself.
     """
     options: dict[str, inspect.Parameter] = {}
     any_keyword = False
@@ -306,5 +308,9 @@ def check_backend_keywords(backend: type[CurvatureInterface], given: Mapping[str
     if not any_keyword:
         checks.known_options(f"backend_kwargs: {backend.__name__}", given, names)
     elif given:
+        clash = sorted(PASSED_BY_ESTIMATORS & given.keys())
+        if clash:
+            msg = f"backend_kwargs cannot hold {', '.join(map(repr, clash))}: the estimator passes its own."
+            raise UnsupportedError(msg)
         unknown = [name for name in given if name not in names]
         checks.model_keywords(unknown, names, list(inspect.signature(backend).parameters.values()))

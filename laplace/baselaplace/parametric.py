@@ -89,7 +89,7 @@ class ParametricLaplace(FittedLaplace):
         """What a fit needs to know of this object."""
         backend, options = self.backend, self._fit_options()
         return Training(
-            self._weights,
+            self._random_weights,
             backend,
             lambda batches: self.curvature_type.accumulate(backend, batches, **options),
             partial(self._iterate, progress_bar=progress_bar),
@@ -101,7 +101,7 @@ class ParametricLaplace(FittedLaplace):
 
     def _check_memory(self) -> None:
         """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
-        subset = self._weights.subset
+        subset = self._random_weights.subset
         if subset is not None:
             tensors = subset.parameters if subset.choice is None else [subset.vector()]
             self.curvature_type.check_memory(tensors, self._dtype)
@@ -170,7 +170,7 @@ class ParametricLaplace(FittedLaplace):
         curvature = assigned_curvature(self.curvature_type, value, subset.shapes, check, now)
         if known is None:
             mean = subset.vector().to(self._dtype) if self._mean_by_hand is None else self._mean_by_hand
-            head = self._head
+            head = self._head_shapes
             self._fit = Fit.by_hand(mean, curvature, self._sigma_noise, head)
             self._mean_by_hand = None
         else:

@@ -168,7 +168,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         backend = self.backend
         accumulate = partial(self._accumulate, expected_rows(train_loader, self.dict_key_y))
         training = Training(
-            self._weights,
+            self._random_weights,
             backend,
             accumulate,
             partial(self._iterate, progress_bar=checks.flag("progress_bar", progress_bar)),
@@ -356,8 +356,8 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         "loss": tensor((), low=0),  # nothing can be assigned by hand
         "n_data": whole(1),
     }
-    saved: ClassVar[tuple[str, ...]] = (
-        *BaseFunctionalLaplace.saved,
+    _saved: ClassVar[tuple[str, ...]] = (
+        *BaseFunctionalLaplace._saved,
         "n_subset",
         "seed",
         "independent_outputs",
@@ -366,7 +366,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
 
     @property
     def _curvature_entries(self) -> Table:
-        if self._weights.of_head:
+        if self._random_weights.of_head:
             return super()._curvature_entries
         return {**super()._curvature_entries, "kernel": nested(NetworkKernel.entries)}
 
@@ -389,13 +389,13 @@ class FunctionalLaplace(BaseFunctionalLaplace):
                 raise StateError(msg)
             with evaluating(self.model), torch.no_grad():
                 for x, (data, rows) in zip(curvature.kernel.batches, curvature.kernel.sizes, strict=True):
-                    f = self._weights.outputs(x)
+                    f = self._random_weights.outputs(x)
                     if f.numel() != data * rows * curvature.kernel.width or not bool(torch.isfinite(f).all()):
                         msg = "The state is damaged: at its inputs the model has other outputs than in the fit."
                         raise StateError(msg)
 
     def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
-        if self._weights.of_head:
+        if self._random_weights.of_head:
             return super()._curvature_from(state)
         kernel = NetworkKernel.from_state(state["kernel"], self._dtype, self._derive)
         return SubsetCurvature(kernel, state["root"].to(self._dtype), float(state["ratio"]))

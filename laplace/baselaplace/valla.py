@@ -264,7 +264,7 @@ class VaLLA(FeatureLaplace):
                 progress_bar=progress_bar,
             )
         learned = InducingCurvature(z, classes, features.kernel_root, found.root, len(mean))
-        counts = sums.n_data, sums.n_positions, self._weights.n_outputs(self.backend)
+        counts = sums.n_data, sums.n_positions, self._random_weights.n_outputs(self.backend)
         history: dict[str, list[Any]] = {"objective": values, "val_nll": scores}
         if previous is not None:
             history = {name: [*self.fit_history_[name], *new] for name, new in history.items()}
@@ -398,7 +398,7 @@ class VaLLA(FeatureLaplace):
         "seed": whole(0),
         "mc_softmax_samples": whole(0),
     }
-    saved: ClassVar[tuple[str, ...]] = (*FeatureLaplace.saved, "num_inducing", "alpha", "seed", "mc_softmax_samples")
+    _saved: ClassVar[tuple[str, ...]] = (*FeatureLaplace._saved, "num_inducing", "alpha", "seed", "mc_softmax_samples")
     _history_entries: ClassVar[Table] = {"objective": listed(real), "val_nll": listed(real)}
 
     def _check_taken(self, known: Known) -> None:
@@ -443,7 +443,7 @@ class LLVaLLA(VaLLA):
         As in ``VaLLA``.
     """
 
-    weights_type = LastLayer
+    _weights_type = LastLayer
     model: FeatureExtractor
     last_layer_name = last_layer.last_layer_name
     feature_reduction = last_layer.feature_reduction

@@ -240,7 +240,7 @@ class CurvatureInterface(StructuredInterface, ABC):
             f, phi = self.model.forward_with_features(x)
             f, phi = self._widen(f), self._widen(phi)
             blocks = head_blocks(phi.reshape(-1, phi.shape[-1]), [tuple(p.shape) for p in self.params])
-            J = torch.cat([block.dense() for block in blocks], -1).transpose(0, 1)
+            J = torch.cat([block.dense() for block in blocks], -1).transpose(0, 1).contiguous()
             return J, f.reshape(-1, f.shape[-1])
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:

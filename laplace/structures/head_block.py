@@ -99,7 +99,7 @@ class HeadBlock(JacobianBlock):
 
     def _mixed(self, values: Float[Tensor, "rows outputs"], power: int = 1) -> Float[Tensor, "columns rows"]:
         """From outputs to columns, by a power of the directions."""
-        return values.T if self.outer is None else self.outer**power @ values.T
+        return values.T if self.outer is None else (values @ (self.outer**power).T).T
 
     def _directions(self) -> Float[Tensor, "columns outputs"]:
         """The directions, written out."""

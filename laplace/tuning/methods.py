@@ -208,12 +208,6 @@ def by_validation(
     limits: Mapping[str, tuple[float, float]],
 ) -> Tuning:
     """Prior precision and noise, or output temperature, together, by a proper score of validation data (``tune``)."""
-    if asked.structure is PriorStructure.DIAG:
-        msg = (
-            "A precision for each weight has as many values as validation data can never tell apart: choose it by "
-            'evidence, optimize_prior_precision(method="marglik", prior_structure="diag").'
-        )
-        raise UnsupportedError(msg)
     second, n_values = beside_prior(problem, asked.noise, output_temperature)
     measure = choose_score(asked.loss, problem.likelihood(), asked.options.pred_type, keyword="score")
     if measure.name == "ece":
@@ -316,6 +310,23 @@ def checked_limits(name: str, edges: Any) -> tuple[float, float]:
         msg = f"{name} must be (low, high) with 0 < low < high, both finite; got ({low}, {high})."
         raise InputError(msg)
     return low, high
+
+
+def not_diagonal(structure: PriorStructure) -> PriorStructure:
+    """A prior structure that validation data can choose.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is a precision for each weight.
+    """
+    if structure is PriorStructure.DIAG:
+        msg = (
+            "A precision for each weight has as many values as validation data can never tell apart: choose it by "
+            'evidence, optimize_prior_precision(method="marglik", prior_structure="diag").'
+        )
+        raise UnsupportedError(msg)
+    return structure
 
 
 def checked_limits_by_name(limits: Any) -> dict[str, tuple[float, float]]:
