@@ -19,41 +19,28 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class Fit:
-    """Everything that ``fit`` learned. Replaced as a whole, so that a failing fit changes nothing.
-
-    Attributes
-    ----------
-    mean
-        The weights at which the curvature was taken, ``[P]``.
-    curvature
-        Of the data term at unit noise and temperature.
-    nll
-        Negative log-likelihood at unit noise and temperature, summed, in nats; NaN where it is not known, since weights
-        were assigned by hand.
-    n_data
-        Rows that the loaders yielded; 0 where all was assigned by hand.
-    n_positions
-        Unmasked positions in them.
-    n_outputs
-        C; 0 where it is not known.
-    output_nll
-        The same negative log-likelihood for each output of a regression; ``None`` where it is not known.
-    head
-        Shapes of the parameter groups of a linear head, ``(C, D)`` and, with a bias, ``(C,)``; ``None`` of other
-        weights.
-    noise_shape
-        Noise of each output relative to the first, where it is part of curvature and loss already.
-    """
+    """Everything that ``fit`` learned. Replaced as a whole, so that a failing fit changes nothing."""
 
     mean: Float[Tensor, " params"]
+    """The weights at which the curvature was taken, ``[P]``."""
     curvature: AbstractCurvature
+    """Of the data term at unit noise and temperature."""
     nll: Scalar
+    """Negative log-likelihood at unit noise and temperature, summed, in nats; NaN where it is not known, since
+    weights were assigned by hand."""
     n_data: int
+    """Rows that the loaders yielded; 0 where all was assigned by hand."""
     n_positions: int
+    """Unmasked positions in them."""
     n_outputs: int
+    """C; 0 where it is not known."""
     output_nll: Float[Tensor, " outputs"] | None = None
+    """The same negative log-likelihood for each output of a regression; ``None`` where it is not known."""
     head: Sequence[tuple[int, ...]] | None = None
+    """Shapes of the parameter groups of a linear head, ``(C, D)`` and, with a bias, ``(C,)``; ``None`` of other
+    weights."""
     noise_shape: Float[Tensor, " outputs"] | None = None
+    """Noise of each output relative to the first, where it is part of curvature and loss already."""
 
     @classmethod
     def by_hand(
@@ -81,13 +68,7 @@ class Fit:
         return cls(mean, curvature, unknown, 0, 0, n_outputs, head=head, noise_shape=shape)
 
     def at(self, mean: Float[Tensor, " params"]) -> Fit:
-        """The same curvature around other weights, whose loss nobody computed.
-
-        Parameters
-        ----------
-        mean
-            ``[P]``.
-        """
+        """The same curvature around other weights, whose loss nobody computed."""
         if torch.equal(mean, self.mean):
             return self
         return replace(self, mean=mean, nll=torch.full_like(self.nll, torch.nan), output_nll=None)
@@ -107,13 +88,7 @@ class Fit:
 
     @property
     def known_nll(self) -> Scalar:
-        """The negative log-likelihood.
-
-        Raises
-        ------
-        NotFittedError
-            If nobody computed it at these weights.
-        """
+        """The negative log-likelihood."""
         if self.is_unknown:
             msg = (
                 "Weights or curvature were assigned by hand (la.mean, la.H), so that the loss of the training data at "
@@ -125,13 +100,7 @@ class Fit:
         return self.nll
 
     def check_merge(self) -> None:
-        """Raise where a later fit cannot be added.
-
-        Raises
-        ------
-        UnsupportedError
-            If the structure does not add, or there are no data to add to.
-        """
+        """Raise where a later fit cannot be added."""
         self.curvature.check_merge()
         if not self.n_data:
             msg = (
@@ -142,13 +111,7 @@ class Fit:
 
     @property
     def nll_of_outputs(self) -> Float[Tensor, " outputs"]:
-        """The negative log-likelihood of each output, ``[C]``.
-
-        Raises
-        ------
-        UnsupportedError
-            If the back end gave their sum alone.
-        """
+        """The negative log-likelihood of each output, ``[C]``."""
         if self.output_nll is None:
             msg = (
                 "A noise for each output needs the loss of each output; the back end gave one number for all. Use a "
@@ -158,19 +121,7 @@ class Fit:
         return self.output_nll
 
     def scaled(self, scale: Tensor) -> AbstractCurvature:
-        """The curvature at some noise and temperature.
-
-        Parameters
-        ----------
-        scale
-            Factor of the curvature: ``[]``, or ``[C]`` for a noise of each output. The weights of a linear head belong
-            to outputs, so that the second is exact for a last layer: ``H_ck √(s_c s_k)`` between outputs c and k.
-
-        Raises
-        ------
-        UnsupportedError
-            If outputs have different noise and share weights.
-        """
+        """The curvature at some noise and temperature."""
         if self.head is None:
             return self.curvature * self.common(scale)
         if scale.dim() == 0:
@@ -179,18 +130,7 @@ class Fit:
         return self.curvature.scale_weights(torch.cat(each))
 
     def common(self, scale: Tensor) -> Tensor:
-        """The one factor that scales of outputs, ``[C]``, have beyond the noise that ``fit`` had.
-
-        Parameters
-        ----------
-        scale
-            Of negative log-likelihood or curvature, ``[]`` or ``[C]``.
-
-        Raises
-        ------
-        UnsupportedError
-            If outputs have another noise relative to each other than in ``fit``, or a gradient is asked for.
-        """
+        """The one factor that scales of outputs, ``[C]``, have beyond the noise that ``fit`` had."""
         if scale.dim() == 0 and self.noise_shape is None:
             return scale
         if not self.n_outputs:
@@ -210,22 +150,7 @@ class Fit:
         return scale[0]
 
     def merge(self, other: Fit) -> Fit:
-        """The fit to the union of two data sets (``override=False``).
-
-        Parameters
-        ----------
-        other
-            The later fit.
-
-        Returns
-        -------
-        A new fit, at the weights of the later one.
-
-        Raises
-        ------
-        InputError
-            If the two were made at different numbers of weights or outputs.
-        """
+        """The fit to the union of two data sets (``override=False``)."""
         if (len(self.mean), self.n_outputs) != (len(other.mean), other.n_outputs):
             msg = (
                 f"override=False adds to a fit of {len(self.mean)} weights and {self.n_outputs} outputs; the new one "

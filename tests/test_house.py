@@ -382,3 +382,34 @@ def test_table_keys_are_options(module: str, table: str, keys: tuple[type, ...])
 def test_every_link_has_an_implementation() -> None:
     links = importlib.import_module("laplace.likelihoods.softmax").LINKS
     assert set(links) == set(enums.LinkApprox)
+
+
+MOST_ANCESTORS = 5
+"""Of an estimator, without `object` and `ABC`."""
+
+
+def estimators() -> list[type]:
+    """All classes of estimators, public or not."""
+    found, todo = [], [laplace.BaseLaplace]
+    while todo:
+        found.append(todo[0])
+        todo = [*todo[1:], *(cls for cls in todo[0].__subclasses__() if cls.__module__.startswith("laplace."))]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("cls", estimators(), ids=lambda cls: cls.__name__)
+def test_an_estimator_has_few_ancestors(cls: type) -> None:
+    assert len([base for base in cls.__mro__[1:] if base.__module__.startswith("laplace.")]) <= MOST_ANCESTORS
+
+
+def test_no_class_of_estimators_is_there_for_one_other() -> None:
+    """A class without a public name has several children, or none."""
+    public = {getattr(laplace, name) for name in laplace.__all__}
+    for cls in estimators():
+        children = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("laplace.")]
+        assert cls in public or len(children) != 1, f"{cls.__name__} is there for {children[0].__name__} alone"
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
+def test_whether_a_head_has_a_bias_is_said_by_its_groups(path: Path) -> None:
+    assert "bias: bool" not in path.read_text(encoding="utf-8"), "a head is a list of parameter groups (HeadBlock)"

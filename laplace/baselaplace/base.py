@@ -521,7 +521,7 @@ class BaseLaplace(ABC):
 
         Notes
         -----
-        When something is raised, hyperparameters are what they were; what was found is kept in ``tuning_``. Evidence:
+        If tuning fails, hyperparameters are what they were; what was found is kept in ``tuning_``. Evidence:
         O(P) per step once eigenvalues are known; one precision per weight of a diagonal curvature is closed-form. Grid
         search runs the model over the validation data once; each point then costs matrix products.
         """

@@ -98,13 +98,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
         return block_points(inputs, column, self._dtype)
 
     def _points(self, parts: Sequence[tuple[Inputs, Tensor]]) -> Points:
-        """One output each of some data, kept in factors while memory allows; else derived again when asked for.
-
-        Parameters
-        ----------
-        parts
-            Inputs, and which of the ``positions · C`` outputs of each.
-        """
+        """One output each of some data, kept in factors while memory allows; else derived again when asked for."""
         if self._random_weights.of_head:
             linearized = [(self._linearize(x), column) for x, column in parts]
             found = [feature_points(i, c, self._dtype) for i, c in linearized if isinstance(i, NetworkLinearization)]

@@ -320,7 +320,7 @@ class FittedLaplace(BaseLaplace):
         Notes
         -----
         One pass over the validation data; every evaluation then costs matrix products (a full structure with several
-        prior precisions factorizes each time). When something is raised, hyperparameters are what they were.
+        prior precisions factorizes each time). If tuning fails, hyperparameters are what they were.
         """
         verbose, n_steps, _ = methods.checked_steps(verbose, progress_bar, n_steps)
         structure = methods.not_diagonal(choose(PriorStructure, prior_structure, "prior_structure"))

@@ -23,47 +23,27 @@ Learned = tuple[Tensor, AbstractCurvature]
 
 @dataclass(frozen=True)
 class Training:
-    """What a fit needs to know of an estimator.
-
-    Attributes
-    ----------
-    weights
-        Which are random.
-    backend
-        Computes the curvature.
-    accumulate
-        From batches to what was learned; ``None`` when there are none.
-    read
-        Batches of a loader.
-    ready
-        Called when the first batch has come and the weights are known: raises if the curvature has no room.
-    check_prior
-        Called when the model has run: raises if the prior does not fit.
-    sigma_noise
-        ``[]``, or ``[C]``.
-    dtype
-        Says that of the curvature: of a last layer it is known when the layer is.
-    """
+    """What a fit needs to know of an estimator."""
 
     weights: AllWeights
+    """Which are random."""
     backend: CurvatureInterface
+    """Computes the curvature."""
     accumulate: Callable[[Iterable[Batch]], Learned | None]
+    """From batches to what was learned; ``None`` when there are none."""
     read: Callable[[Iterable[Any]], Iterator[Batch]]
+    """Batches of a loader."""
     ready: Callable[[], None]
+    """Called when the first batch has come and the weights are known: raises if the curvature has no room."""
     check_prior: Callable[[], None]
+    """Called when the model has run: raises if the prior does not fit."""
     sigma_noise: Tensor
+    """``[]``, or ``[C]``."""
     dtype: Callable[[], torch.dtype]
+    """Says that of the curvature: of a last layer it is known when the layer is."""
 
     def fit(self, loader: Iterable[Any]) -> Fit:
-        """Learn from a loader.
-
-        Raises
-        ------
-        InputError
-            If the loader is empty, or all of its rows are masked.
-        ShapeError
-            If there is a noise for another number of outputs.
-        """
+        """Learn from a loader."""
         counts: dict[str, int] = {}
 
         def read() -> Iterator[Batch]:

@@ -25,22 +25,7 @@ CANDIDATES = 100
 
 
 def count_inducing(locations: Inputs, number: Any) -> int:
-    """M, the number of inducing points.
-
-    Parameters
-    ----------
-    locations, number
-        ``inducing_locations`` and ``num_inducing`` of ``VaLLA``.
-
-    Raises
-    ------
-    InputError
-        If the number is no positive whole number, is missing, or there are no locations.
-    ShapeError
-        If it is not that of the locations.
-    UnsupportedError
-        If the way to choose locations is unknown.
-    """
+    """M, the number of inducing points."""
     if number is not None:
         checks.whole("num_inducing", number)
     if isinstance(locations, str):
@@ -76,22 +61,7 @@ def _tensors_in(x: Any) -> bool:
 
 
 def checked_classes(classes: Tensor | Sequence[int] | None, number: int) -> Tensor | None:
-    """Outputs of the inducing points, ``[M]``.
-
-    Parameters
-    ----------
-    classes
-        What was passed.
-    number
-        M.
-
-    Raises
-    ------
-    ShapeError
-        If there is not one for each inducing point.
-    InputError
-        If they are no whole numbers from 0 on.
-    """
+    """Outputs of the inducing points, ``[M]``."""
     if classes is None:
         return None
     try:
@@ -111,25 +81,7 @@ def checked_classes(classes: Tensor | Sequence[int] | None, number: int) -> Tens
 
 
 def choose_inducing(strategy: str, number: int, batches: Iterator[Batch], seed: int) -> Inputs:
-    """Locations of inducing points, chosen from the training data.
-
-    Parameters
-    ----------
-    strategy
-        ``"random"`` or ``"kmeans"``.
-    number
-        M.
-    batches
-        The training data.
-    seed
-        Of the choice.
-
-    Raises
-    ------
-    InputError
-        If there are fewer data, or cluster centers of other inputs than one floating-point tensor are asked for, or
-        random inputs have different shapes.
-    """
+    """Locations of inducing points, chosen from the training data."""
     clusters = strategy == "kmeans"
     reservoir = Reservoir(CANDIDATES * number if clusters else number, seed)
     for batch in batches:
@@ -156,13 +108,7 @@ def choose_inducing(strategy: str, number: int, batches: Iterator[Batch], seed: 
 def drawn(
     strategy: str, number: int, loader: Iterable[Any], read: Callable[[Iterable[Any]], Iterator[Batch]], seed: int
 ) -> Inputs:
-    """Locations chosen from a user's loader, which training goes over again.
-
-    Raises
-    ------
-    InputError
-        If it can be used once only.
-    """
+    """Locations chosen from a user's loader, which training goes over again."""
     if isinstance(loader, Iterator):
         msg = (
             f"inducing_locations={strategy!r} goes over the training data once more than training, and this loader "
@@ -173,13 +119,7 @@ def drawn(
 
 
 def outputs_at(run: Callable[[], Tensor], number: int) -> Tensor:
-    """Outputs at the inducing inputs, one row for each.
-
-    Raises
-    ------
-    InputError
-        If the model cannot run on them, or gives another number of rows.
-    """
+    """Outputs at the inducing inputs, one row for each."""
     try:
         f = run()
     except RuntimeError as error:
@@ -196,13 +136,7 @@ def outputs_at(run: Callable[[], Tensor], number: int) -> Tensor:
 
 
 def classes_of(classes: Tensor | None, f: Tensor) -> Tensor:
-    """Which of the flattened outputs each inducing point is, ``[M]``; dealt in turn where nobody said it.
-
-    Raises
-    ------
-    InputError
-        If there is no such output.
-    """
+    """Which of the flattened outputs each inducing point is, ``[M]``; dealt in turn where nobody said it."""
     n_columns = f[0].numel()
     if classes is None:
         return torch.arange(len(f), device=f.device) % n_columns
@@ -216,13 +150,7 @@ def classes_of(classes: Tensor | None, f: Tensor) -> Tensor:
 
 
 def checked_alpha(alpha: float) -> float:
-    """Which divergence is minimized, in [0, 1].
-
-    Raises
-    ------
-    InputError
-        If it is something else.
-    """
+    """Which divergence is minimized, in [0, 1]."""
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         msg = f"alpha must lie in [0, 1]: 0 is variational inference, 1 fits the predictive density; got {alpha!r}."
         raise InputError(msg)

@@ -21,13 +21,7 @@ def as_extractor(
     dict_key_x: str,
     dict_key_y: str,
 ) -> FeatureExtractor:
-    """A feature extractor around a model; what one was told before holds, unless the call says otherwise.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is no module.
-    """
+    """A feature extractor around a model; what one was told before holds, unless the call says otherwise."""
     enable_backprop = checks.flag("enable_backprop", enable_backprop)
     dict_key_x, dict_key_y = checks.key("dict_key_x", dict_key_x), checks.key("dict_key_y", dict_key_y)
     if not isinstance(last_layer_name, (str, type(None))):

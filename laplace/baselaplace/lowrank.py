@@ -154,18 +154,7 @@ class LowRankLaplace(ParametricLaplace):
 
 
 def checked_truncation(rank: Any, captured_trace: Any) -> Truncation:
-    """How many eigenpairs are kept, from what a user passed.
-
-    Parameters
-    ----------
-    rank, captured_trace
-        As in ``LowRankLaplace``.
-
-    Raises
-    ------
-    InputError
-        If a value makes no sense, or both are given.
-    """
+    """How many eigenpairs are kept, from what a user passed."""
     if rank is not None:
         rank = checks.whole("rank", rank)
     is_share = (

@@ -22,21 +22,7 @@ from laplace.predictive import Options
 def chosen_backend(
     backend: Any, backend_kwargs: Mapping[str, Any] | None, likelihood: str
 ) -> tuple[type[CurvatureInterface], dict[str, Any]]:
-    """The class of a back end and its options; of an object those that it was made with, never its model.
-
-    Parameters
-    ----------
-    backend, backend_kwargs, likelihood
-        As in ``BaseLaplace``.
-
-    Raises
-    ------
-    UnsupportedError
-        If ``backend`` is no back end, or an object that contradicts the options or the likelihood beside it; or an
-        option is unknown to the class (``UnknownOptionError``).
-    InputError
-        If ``backend_kwargs`` are no mapping.
-    """
+    """The class of a back end and its options; of an object those that it was made with, never its model."""
     given = checks.keywords("backend_kwargs", backend_kwargs)
     if "subnetwork_indices" in given:
         msg = (
@@ -69,13 +55,7 @@ def chosen_backend(
 
 
 def one_number(name: str, value: Tensor) -> Tensor:
-    """A hyperparameter that has one value.
-
-    Raises
-    ------
-    InputError
-        If it has several.
-    """
+    """A hyperparameter that has one value."""
     if value.numel() != 1:
         msg = f"{name} must be one number; got the shape {list(value.shape)}."
         raise InputError(msg)
@@ -83,13 +63,7 @@ def one_number(name: str, value: Tensor) -> Tensor:
 
 
 def by_output(sigma: Tensor, n_outputs: int | None) -> Tensor:
-    """Observation noise, ``[]`` or one for each output, ``[C]``.
-
-    Raises
-    ------
-    InputError
-        If it has another shape.
-    """
+    """Observation noise, ``[]`` or one for each output, ``[C]``."""
     if sigma.numel() == 1:
         return sigma.reshape(())
     if sigma.dim() != 1 or n_outputs not in (None, len(sigma)):
@@ -100,13 +74,7 @@ def by_output(sigma: Tensor, n_outputs: int | None) -> Tensor:
 
 
 def replaced(weights: AllWeights, name: str, before: Any, value: Any) -> Any:
-    """What an option of a network becomes when it is assigned again, if it can be.
-
-    Raises
-    ------
-    UnsupportedError
-        If the object would have to be another one.
-    """
+    """What an option of a network becomes when it is assigned again, if it can be."""
     if name == "likelihood":
         msg = (
             f"likelihood is {str(before)!r} and cannot be replaced by {str(value)!r}: curvature and noise are those of "
@@ -128,13 +96,7 @@ def replaced(weights: AllWeights, name: str, before: Any, value: Any) -> Any:
 
 
 def said_once(likelihood: AbstractLikelihood, name: str, value: Any) -> Any:
-    """A hyperparameter that is given with the likelihood or beside it, and not twice.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is given twice.
-    """
+    """A hyperparameter that is given with the likelihood or beside it, and not twice."""
     within = getattr(likelihood, name, 1.0)
     if bool((torch.as_tensor(within) == 1).all()):
         return value
@@ -145,13 +107,7 @@ def said_once(likelihood: AbstractLikelihood, name: str, value: Any) -> Any:
 
 
 def checked_curvature_dtype(dtype: Any) -> torch.dtype | None:
-    """A precision in which curvature can be computed; ``None`` for that of the model.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is another one.
-    """
+    """A precision in which curvature can be computed; ``None`` for that of the model."""
     if not (dtype is None or dtype is torch.float32 or dtype is torch.float64):
         msg = f"curvature_dtype must be torch.float32 or torch.float64; got {dtype!r}."
         raise UnsupportedError(msg)
@@ -159,13 +115,7 @@ def checked_curvature_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def checked_fisher_kwargs(given: Any, backend: type[CurvatureInterface]) -> dict[str, Any]:
-    """Keywords for the methods of an ASDL back end.
-
-    Raises
-    ------
-    UnsupportedError
-        If there are some and the back end reads none.
-    """
+    """Keywords for the methods of an ASDL back end."""
     keywords = checks.keywords("asdl_fisher_kwargs", given)
     if keywords and not backend.accepts_fisher_kwargs:
         msg = (
@@ -189,27 +139,7 @@ def prediction_options(
     *,
     for_targets: bool = False,
 ) -> Options:
-    """Check how to predict: names, combinations, the generator.
-
-    Parameters
-    ----------
-    likelihood
-        Of the estimator.
-    device
-        Of its model.
-    pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting
-        As in ``ParametricLaplace.__call__``.
-    for_targets
-        Of the predictions that targets are scored by: of pairs, where they are preferences.
-
-    Raises
-    ------
-    UnsupportedError
-        If a name is unknown, or options do not go together.
-    InputError
-        If a flag is neither ``True`` nor ``False``, ``n_samples`` is no positive whole number, or the generator none
-        on the model's device.
-    """
+    """Check how to predict: names, combinations, the generator."""
     kind = choose(PredType, pred_type, "pred_type")
     link = choose(LinkApprox, link_approx, "link_approx")
     joint = checks.flag("joint", joint)
@@ -226,13 +156,7 @@ def prediction_options(
 
 
 def checked_weights(value: Any, mean: Tensor) -> Tensor:
-    """Weights of a user, ``[..., P]``, where the mean is and in its precision.
-
-    Raises
-    ------
-    ShapeError
-        If P differs.
-    """
+    """Weights of a user, ``[..., P]``, where the mean is and in its precision."""
     value = checks.tensor("value", value, "weights, a tensor [..., P]").to(mean)
     if value.shape[-1:] != mean.shape:
         msg = f"Expected weights of shape [..., {len(mean)}]; got {list(value.shape)}."
@@ -241,22 +165,7 @@ def checked_weights(value: Any, mean: Tensor) -> Tensor:
 
 
 def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: Iterable[str]) -> None:
-    """Raise where keywords for the user's model are misspelt options, or none that it takes.
-
-    Parameters
-    ----------
-    model
-        Of the user.
-    predict
-        The method that passes the keywords on; its signature is the table of options.
-    given
-        The keywords.
-
-    Raises
-    ------
-    UnknownOptionError
-        If one is; the message names the nearest option.
-    """
+    """Raise where keywords for the user's model are misspelt options, or none that it takes."""
     names = list(given)
     if names:
         options = [name for name in checks.options_of(predict) if name != "x"]
@@ -276,22 +185,7 @@ PASSED_BY_ESTIMATORS = {"model", "likelihood", "last_layer", "dict_key_x", "dict
 
 
 def check_backend_keywords(backend: type[CurvatureInterface], given: Mapping[str, Any]) -> None:
-    """Raise where ``backend_kwargs`` hold what the back end does not take.
-
-    Parameters
-    ----------
-    backend
-        Its class; what the constructors of its bases take is found through ``*args, **kwargs``.
-    given
-        The keywords.
-
-    Raises
-    ------
-    UnknownOptionError
-        If one is unknown; a class from elsewhere may take any but near misses.
-    UnsupportedError
-        If one is what the estimator passes itself.
-    """
+    """Raise where ``backend_kwargs`` hold what the back end does not take."""
     options: dict[str, inspect.Parameter] = {}
     any_keyword = False
     for base in backend.__mro__:

@@ -44,37 +44,14 @@ LAST_LAYER: Table = {"data": anything, "_last_layer_name": optional(text)}
 
 
 def is_peer(state: Any) -> bool:
-    """Whether something looks like a state of laplace-torch, complete or not.
-
-    Parameters
-    ----------
-    state
-        Anything.
-    """
+    """Whether something looks like a state of laplace-torch, complete or not."""
     if not isinstance(state, Mapping) or {"schema_version", "fingerprint", "digest"} & state.keys():
         return False
     return len(ENTRIES.keys() & state.keys()) > len(ENTRIES) // 2
 
 
 def check_peer(state: Mapping[str, Any], expected: Mapping[str, Any], known: Known, *, last_layer: bool) -> None:
-    """Raise unless a state of laplace-torch can be read for an object.
-
-    Parameters
-    ----------
-    state
-        That state.
-    expected
-        ``cls_name`` and ``likelihood`` of the object.
-    known
-        The precision of the object.
-    last_layer
-        Whether its weights are those of a last layer.
-
-    Raises
-    ------
-    StateError
-        If an entry is missing or not what it must be, or class or likelihood are others.
-    """
+    """Raise unless a state of laplace-torch can be read for an object."""
     check_tree({key: value for key, value in state.items() if key != "data"})  # a batch may be of any kind
     check_entries(state, {**ENTRIES, **(LAST_LAYER if last_layer else {})}, known)
     for key in ("cls_name", "likelihood"):
@@ -87,22 +64,7 @@ def check_peer(state: Mapping[str, Any], expected: Mapping[str, Any], known: Kno
 
 
 def curvature_state(matrix: Any, structure: str, n_data: int) -> dict[str, Any]:
-    """The curvature of such a state, as the structures here save it.
-
-    Parameters
-    ----------
-    matrix
-        ``"H"`` of the state: a matrix, a vector, or Kronecker factors with the inputs' side divided by ``n_data``.
-    structure
-        ``"full"``, ``"diag"`` or ``"kron"``.
-    n_data
-        Number of data.
-
-    Raises
-    ------
-    StateError
-        If the state has no such curvature.
-    """
+    """The curvature of such a state, as the structures here save it."""
     if structure != "kron":
         return {"matrix": matrix} if structure == "full" else {"vector": matrix}
     blocks = [matrix] if not isinstance(matrix, list) else matrix
@@ -116,19 +78,7 @@ def curvature_state(matrix: Any, structure: str, n_data: int) -> dict[str, Any]:
 
 
 def translated(state: Mapping[str, Any], own: Mapping[str, Any], mean: Tensor, structure: str) -> dict[str, Any]:
-    """The state as one of this library, without a digest.
-
-    Parameters
-    ----------
-    state
-        Of laplace-torch, checked.
-    own
-        What such a state does not say, of the object that reads it: identity and settings.
-    mean
-        The random weights.
-    structure
-        Of the curvature.
-    """
+    """The state as one of this library, without a digest."""
     loss, temperature = state["loss"], float(state["temperature"])
     return {
         **own,

@@ -91,13 +91,7 @@ class AllWeights:
             warn(msg, UserWarning)
 
     def before_first(self, backend: CurvatureInterface, x: Inputs) -> None:
-        """Prepare for the first batch: a back end that computes outputs in its own way may not tell how many there are.
-
-        Parameters
-        ----------
-        backend, x
-            Of the fit.
-        """
+        """Prepare for the first batch: a back end with outputs of its own may not tell how many there are."""
         if not backend.finds_last_layer:
             backend.outputs(x)
 

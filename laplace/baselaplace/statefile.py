@@ -39,15 +39,6 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names, shapes, dtypes and values of everything in ``model.state_dict()``, in hexadecimal.
 
     A model that was trained further has another one. Buffers that are not persistent, such as caches, do not count.
-
-    Parameters
-    ----------
-    model
-        Any module; read.
-
-    Returns
-    -------
-    64 hexadecimal digits.
     """
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -59,17 +50,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 of all entries of a state but ``"digest"``, whatever their order, with the version of this recipe.
-
-    Parameters
-    ----------
-    state
-        Tensors, on any device, and plain values in mappings and lists.
-
-    Returns
-    -------
-    The version, a colon, and 64 hexadecimal digits.
-    """
+    """SHA-256 of all entries of a state but ``"digest"``, whatever their order, with the version of this recipe."""
     found = hashlib.sha256()
     for part in _parts({name: value for name, value in state.items() if name != "digest"}):
         found.update(part)
@@ -77,13 +58,7 @@ def digest(state: Mapping[str, Any]) -> str:
 
 
 def signed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the entries of a state, and their digest.
-
-    Parameters
-    ----------
-    state
-        Tensors and plain values.
-    """
+    """Copies of the entries of a state, and their digest."""
     copies = move(state)
     return {**copies, "digest": digest(copies)}
 
@@ -108,20 +83,7 @@ def _parts(value: Any) -> Iterable[bytes | memoryview]:
 
 
 def check_origin(state: Any, expected: Mapping[str, Any]) -> None:
-    """Raise unless a state is one of a release that can be read, undamaged, and made by the same kind of object.
-
-    Parameters
-    ----------
-    state
-        What is to be loaded.
-    expected
-        Entries that must be equal: class, likelihood, curvature, fingerprint.
-
-    Raises
-    ------
-    StateError
-        If it is not; the message says what differs and what to do.
-    """
+    """Raise unless a state is one of a release that can be read, undamaged, and made by the same kind of object."""
     if not isinstance(state, Mapping) or "schema_version" not in state:
         msg = "This is no state of a Laplace approximation: it has no 'schema_version'. Save one with la.save(path)."
         raise StateError(msg)
@@ -148,18 +110,7 @@ def check_origin(state: Any, expected: Mapping[str, Any]) -> None:
 
 
 def warn_without_digest(state: Mapping[str, Any]) -> None:
-    """Warn if a state has no digest.
-
-    Parameters
-    ----------
-    state
-        Else checked.
-
-    Warns
-    -----
-    UserWarning
-        If it has none.
-    """
+    """Warn if a state has no digest."""
     if "digest" not in state:
         msg = (
             "The state has no digest, like those of earlier releases, so that damage to a number in it would not be "
@@ -187,22 +138,7 @@ def _check_digest(state: Mapping[str, Any]) -> None:
 
 
 def save(state: Mapping[str, Any], path: Path_ | IO[bytes]) -> None:
-    """Write a state atomically: the file is complete or not there, whatever happens meanwhile.
-
-    Parameters
-    ----------
-    state
-        Made by ``state_dict``.
-    path
-        Of the file; it is replaced. A file that is open is written to as it is.
-
-    Raises
-    ------
-    StateError
-        If the path is a folder.
-    StateNotFoundError
-        If its folder does not exist.
-    """
+    """Write a state atomically: the file is complete or not there, whatever happens meanwhile."""
     if not isinstance(path, (str, os.PathLike)):
         torch.save(dict(state), path)
         return
@@ -226,22 +162,7 @@ def save(state: Mapping[str, Any], path: Path_ | IO[bytes]) -> None:
 
 
 def read(path: Any, location: Any) -> Any:
-    """What a file holds, without executing anything in it.
-
-    Parameters
-    ----------
-    path
-        Of the file, or a file that is open.
-    location
-        As ``map_location`` of ``torch.load``.
-
-    Raises
-    ------
-    StateError
-        If it cannot be read, whatever the reason.
-    StateNotFoundError
-        If there is none.
-    """
+    """What a file holds, without executing anything in it."""
     name = repr(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else f"of the {type(path).__name__}"
     try:
         # A file that looks like one of older formats makes torch warn before it fails.

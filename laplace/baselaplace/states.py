@@ -77,13 +77,7 @@ def all_or_nothing(*holders: object) -> Generator[None]:
 
 @contextmanager
 def blamed() -> Generator[None]:
-    """Say of what the content of a state makes fail that the state is at fault.
-
-    Raises
-    ------
-    StateError
-        In its place.
-    """
+    """Say of what the content of a state makes fail that the state is at fault."""
     try:
         yield
     except StateError:
@@ -100,13 +94,7 @@ def readable(
     structure: str,
     like: Tensor,
 ) -> dict[str, Any]:
-    """The entries of a state of this library or, of a structure over weights, of laplace-torch; their origin is right.
-
-    Raises
-    ------
-    StateError
-        If they are of another object, or of another release.
-    """
+    """Entries of a state of this library or, of a structure over weights, of laplace-torch; of the right origin."""
     if not is_peer(state):
         check_origin(state, {name: own[name] for name in own if name in IDENTITY})
         return {key: value for key, value in state.items() if key != "digest"}
@@ -130,13 +118,7 @@ def readable(
 
 
 def check_usable(finite: bool, posterior: Callable[[], AbstractPrecision] | None) -> None:
-    """Raise unless what was taken over makes a posterior; that of a Hessian, which may be negative, is factorized.
-
-    Raises
-    ------
-    StateError
-        If it does not.
-    """
+    """Raise unless what was taken over makes a posterior; that of a Hessian, which may be negative, is factorized."""
     try:  # the Hessian of a network may be negative somewhere, as long as the prior makes up for it
         usable = finite and (posterior is None or bool(torch.isfinite(posterior().logdet())))
     except NotPositiveDefiniteError:

@@ -26,49 +26,30 @@ KEPT_ELEMENTS = 2**29
 
 @dataclass(frozen=True)
 class Sums:
-    """What one pass over the data gives.
-
-    Attributes
-    ----------
-    kept
-        Statistics of all batches; empty where they are too large to keep.
-    gram
-        ``Σ φᵀ Λ φ`` at unit noise and temperature, ``[M, M]``.
-    nll
-        Negative log-likelihood, in nats.
-    n_data, n_positions
-        Rows, and unmasked positions in them.
-    """
+    """What one pass over the data gives."""
 
     kept: list[Statistics]
+    """Statistics of all batches; empty where they are too large to keep."""
     gram: Tensor
+    """``Σ φᵀ Λ φ`` at unit noise and temperature, ``[M, M]``."""
     nll: Scalar
+    """Negative log-likelihood, in nats."""
     n_data: int
     n_positions: int
 
 
 @dataclass(frozen=True)
 class Source:
-    """Training data, as the objective sees them.
-
-    Attributes
-    ----------
-    read
-        Batches of the loader, from the start.
-    tangents
-        From inputs and targets to tangents and unmasked positions.
-    features
-        Of the inducing points.
-    likelihood
-        Of the data.
-    alpha, n_samples
-        Of the objective.
-    """
+    """Training data, as the objective sees them."""
 
     read: Callable[[], Iterator[Batch]]
+    """Batches of the loader, from the start."""
     tangents: Callable[[Inputs, Tensor], tuple[Tangents, Positions]]
+    """From inputs and targets to tangents and unmasked positions."""
     features: InducingMap
+    """Of the inducing points."""
     likelihood: AbstractLikelihood
+    """Of the data."""
     alpha: float
     n_samples: int
 
@@ -84,13 +65,7 @@ class Source:
         return Statistics(positions.f, positions.y.clone(), phi, left)
 
     def sums(self, batches: Iterable[Batch]) -> Sums:
-        """One pass.
-
-        Raises
-        ------
-        InputError
-            If there is nothing to learn from.
-        """
+        """One pass."""
         kept: list[Statistics] | None = []
         left, n = KEPT_ELEMENTS, len(self.features.kernel_root)
         gram = self.features.kernel_root.new_zeros(n, n, dtype=torch.float64)
@@ -112,13 +87,7 @@ class Source:
         return Sums(kept or [], gram.to(self.features.kernel_root), nll.to(gram.dtype), n_data, n_positions)
 
     def again_and_again(self) -> Iterator[Statistics]:
-        """Batches without end, made again each time.
-
-        Raises
-        ------
-        InputError
-            If there are none.
-        """
+        """Batches without end, made again each time."""
         while True:
             empty = True
             for batch in self.read():

@@ -38,39 +38,14 @@ MANY_COLUMNS = 1000
 
 
 class AllWeightsEngine:
-    """Curvature and Jacobians of all or of chosen weights from recorded passes.
-
-    Parameters
-    ----------
-    backend
-        Gives the output Hessians.
-    network
-        The model and its random weights.
-    reduce
-        Whether Kronecker factors average positions.
-    """
+    """Curvature and Jacobians of all or of chosen weights from recorded passes."""
 
     def __init__(self, backend: CurvatureInterface, network: WholeNetwork, reduce: bool) -> None:
         self.backend, self.network, self.reduce = backend, network, reduce
         self.memory = Memory()
 
     def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Recording:
-        """Run the model and keep what derivatives are made of.
-
-        Parameters
-        ----------
-        x
-            A batch of inputs.
-        create_graph
-            Keep derivatives differentiable in the inputs.
-        **model_kwargs
-            Passed to the model's ``forward``.
-
-        Raises
-        ------
-        UnsupportedError
-            If a random weight was frozen meanwhile.
-        """
+        """Run the model and keep what derivatives are made of."""
         with alone(self.network.model):
             self.network.check_still_random()
             return Recording(
@@ -191,29 +166,7 @@ def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]
 
 
 def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
-    """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block.
-
-    Parameters
-    ----------
-    recording
-        Of a batch.
-    columns
-        Directions in its outputs.
-    network
-        Names the layers in messages.
-    reduce
-        Average positions instead of treating them as data.
-
-    Raises
-    ------
-    UnsupportedError
-        If a weight is not used, used where nothing can see it, or in ways that share no factors; it is named.
-
-    Warns
-    -----
-    PerformanceWarning
-        For layers that get an exact diagonal block, such as recurrent ones; they are named.
-    """
+    """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block."""
     diagonal = check_kron(recording, network)
 
     def blocks() -> Iterator[list[JacobianBlock]]:
@@ -250,13 +203,7 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
 
 
 def refuse(network: WholeNetwork, group: int, reason: str) -> NoReturn:
-    """Raise: a weight cannot be represented by a Kronecker structure.
-
-    Raises
-    ------
-    UnsupportedError
-        In any case.
-    """
+    """Raise: a weight cannot be represented by a Kronecker structure."""
     msg = (
         f'Kronecker factors ("kron", "ekfac") cannot represent the parameter {network.names[group]!r}: {reason}. Use '
         'hessian_structure="diag" or "full", or freeze it with requires_grad_(False).'

@@ -32,21 +32,14 @@ from laplace.types import Inputs, Jacobians
 
 @dataclass(frozen=True)
 class HessianSums:
-    """The Hessian of the loss of a batch in all or in chosen weights, a backward pass for each of its rows.
-
-    Attributes
-    ----------
-    backend
-        Whose it is.
-    loss
-        With its graph.
-    subset
-        The weights.
-    """
+    """The Hessian of the loss of a batch in all or in chosen weights, a backward pass for each of its rows."""
 
     backend: CurvatureInterface
+    """Whose it is."""
     loss: Tensor
+    """With its graph."""
     subset: ParameterSubset
+    """The weights."""
 
     def full(self) -> Tensor:
         """The Hessian ``[P, P]``."""

@@ -49,8 +49,6 @@ def diag(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, 
 def blockdiag(columns: Columns, sizes: Sequence[int], like: Tensor) -> list[Float[Tensor, "p p"]]:
     """The diagonal block ``Σ J Jᵀ`` of each parameter group: exact.
 
-    Notes
-    -----
     Time O(columns · rows · Σ p²); J is written out for one group and a bounded number of data at a time.
     """
     totals = [like.new_zeros(size, size) for size in sizes]
@@ -81,8 +79,6 @@ def lowrank(
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products ``H V = Σ J (Jᵀ V)`` and the trace ``Σ J²``: neither H nor J is formed.
 
-    Notes
-    -----
     Time O(columns · rows · P · k), memory O(P k) beside that of the columns.
     """
     rows = [part.T.contiguous() for part in directions.split(list(sizes))]
@@ -136,24 +132,16 @@ class Sums(Protocol):
 
 @dataclass(frozen=True)
 class ColumnSums:
-    """The same from columns, which may be made as we go.
-
-    Attributes
-    ----------
-    columns
-        Of the batch.
-    sizes
-        Of the parameter groups.
-    like
-        Any tensor in the precision of the result, where it is to be.
-    kron
-        Kronecker factors, raw sums, which columns alone do not give.
-    """
+    """The same from columns, which may be made as we go."""
 
     columns: Columns
+    """Of the batch."""
     sizes: Sequence[int]
+    """Of the parameter groups."""
     like: Tensor
+    """Any tensor in the precision of the result, where it is to be."""
     kron: Callable[[], Kron]
+    """Kronecker factors, raw sums, which columns alone do not give."""
 
     def full(self) -> Tensor:
         """Dense curvature ``[P, P]``."""

@@ -70,21 +70,7 @@ def kron(
     *,
     reduce: bool,
 ) -> Kron:
-    """Factors of the same data, some columns at a time: raw sums, with the number of rows in the inputs' sides.
-
-    Parameters
-    ----------
-    columns
-        One block for each group.
-    diagonal
-        Groups of which only the diagonal of an exact block is kept.
-    dtype
-        What sums are returned in.
-    resolution
-        Of the blocks.
-    reduce
-        Average positions instead of treating them as data.
-    """
+    """Factors of the same data, some columns at a time: raw sums, with the number of rows in the inputs' sides."""
     total: list[Factors] = []
     for blocks in columns:
         moment, inputs = Moments(dtype), not total

@@ -94,8 +94,6 @@ def full(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
 def blockdiag(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> list[Tensor]:
     """The blocks of weight ``[C·D, C·D]`` and bias ``[C, C]`` of ``full``.
 
-    Notes
-    -----
     Exact blocks. Time O(rows · (C D)²), memory O((C D)²).
     """
     return [full([block], hessian) if len(block.shape) > 1 else bias_block(hessian.sum(), constant) for block in blocks]
@@ -106,8 +104,6 @@ def ekfac(
 ) -> list[Tensor]:
     """The diagonal in the basis U ⊗ V of the weight, ``Σ (Uᵀ Λ U)_ii (φ V)_j²`` ``[C, D]``, and in that U of the bias.
 
-    Notes
-    -----
     Exact; ``None`` is the identity. Time O(rows · (C² + D² + C D)), memory O(rows · (C + D) + C D).
 
     References
@@ -141,8 +137,6 @@ def lowrank(
 ) -> tuple[Float[Tensor, "params k"], Scalar]:
     """Products (Σ Λ ⊗ φφᵀ) V and the trace, Σ tr Λ · |φ|²: through the outputs, ``Jᵀ (Λ (J V))``.
 
-    Notes
-    -----
     Exact. Time O(rows · C · D · k), memory O(P k) beside chunks of rows.
     """
     phi, widths = joined(blocks)
@@ -209,17 +203,7 @@ def public_order(
 def datum_columns(
     blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], datum: Int[Tensor, " rows"]
 ) -> Iterator[list[JacobianBlock]]:
-    """Gradients of each datum in the weights, summed over its positions first: one column, some data at a time.
-
-    Parameters
-    ----------
-    blocks
-        Of the head.
-    gradient
-        Gradients in the outputs, ``[rows, C]``.
-    datum
-        Which datum each row belongs to, ascending.
-    """
+    """Gradients of each datum in the weights, summed over its positions first: one column, some data at a time."""
     positions = torch.unique_consecutive(datum, return_counts=True)[1].tolist()
     step = max(1, CHUNK_ELEMENTS // sum(block.n_params for block in blocks))
     gradients, features = gradient.split(positions), [block.phi.split(positions) for block in blocks]
@@ -234,24 +218,16 @@ def datum_columns(
 
 @dataclass(frozen=True)
 class HeadSums:
-    """The curvature of the last layer in a batch, by the closed forms.
-
-    Attributes
-    ----------
-    backend
-        Gives the output Hessians.
-    positions
-        Outputs and targets.
-    blocks
-        Derivatives of the head at the same rows, one block for each parameter group.
-    constant
-        What the bias multiplies.
-    """
+    """The curvature of the last layer in a batch, by the closed forms."""
 
     backend: CurvatureInterface
+    """Gives the output Hessians."""
     positions: Positions
+    """Outputs and targets."""
     blocks: Sequence[HeadBlock]
+    """Derivatives of the head at the same rows, one block for each parameter group."""
     constant: float
+    """What the bias multiplies."""
 
     def full(self) -> Tensor:
         """Dense curvature ``[P, P]``: O(rows · (C D)²)."""
@@ -291,13 +267,7 @@ class HeadSums:
 
 
 class LastLayerEngine:
-    """Curvature and Jacobians of the last layer: one forward pass a batch, no backward pass.
-
-    Parameters
-    ----------
-    backend
-        Gives the model and the output Hessians.
-    """
+    """Curvature and Jacobians of the last layer: one forward pass a batch, no backward pass."""
 
     def __init__(self, backend: CurvatureInterface) -> None:
         self.backend = backend

@@ -128,19 +128,7 @@ class PackageInterface(CurvatureInterface):
         return F.pad(values, (0, left_out) * n_axes) if left_out else values
 
     def jacobians(self, x: Inputs, enable_backprop: bool = False) -> tuple[Jacobians, Tensor]:
-        """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features.
-
-        Parameters
-        ----------
-        x
-            A batch of inputs.
-        enable_backprop
-            Keep the graph to the inputs. Packages return values without one: the built-in engine gives these.
-
-        Returns
-        -------
-        Jacobians and outputs.
-        """
+        """Jacobians ``[rows, C, P]`` and outputs ``[rows, C]``, by the package; of a last layer, from its features."""
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
         if enable_backprop:

@@ -21,40 +21,26 @@ from laplace.types import Inputs
 
 @dataclass(frozen=True)
 class PrivateBatch:
-    """A batch for a package.
-
-    Attributes
-    ----------
-    model
-        A private copy as a module from inputs to outputs ``[rows, C]``.
-    bare
-        The copy itself, inside what brings inputs and outputs in shape.
-    x, y
-        Inputs and targets of the rows that count; labels ``[rows]``, or probabilities or values ``[rows, C]``.
-    labels
-        The same for what does not depend on targets: class labels also where probabilities were given.
-    f
-        Their outputs.
-    datum
-        Which of the ``n_data`` rows of the loader each belongs to.
-    n_data
-        Their number.
-    items
-        How many rows of layers belong to a row of outputs: 2 where pairs are compared.
-    options
-        Of the package, from the user.
-    """
+    """A batch for a package."""
 
     model: nn.Module
+    """A private copy as a module from inputs to outputs ``[rows, C]``."""
     bare: nn.Module
+    """The copy itself, inside what brings inputs and outputs in shape."""
     x: Inputs
     y: Tensor
     labels: Tensor
+    """The same for what does not depend on targets: class labels also where probabilities were given."""
     f: Float[Tensor, "rows outputs"]
+    """Their outputs."""
     datum: Int[Tensor, " rows"]
+    """Which of the ``n_data`` rows of the loader each belongs to."""
     n_data: int
+    """Their number."""
     items: int = 1
+    """How many rows of layers belong to a row of outputs: 2 where pairs are compared."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the package, from the user."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -81,15 +67,7 @@ def flat(values: Sequence[Tensor], n_leading: int = 0) -> Tensor:
 
 
 class PrivateNetwork(nn.Module):
-    """A structural copy of a whole network, as a module from inputs of any nesting to outputs ``[rows, C]``.
-
-    Parameters
-    ----------
-    network
-        The user's.
-    dtype
-        Of the copy.
-    """
+    """A structural copy of a whole network, as a module from inputs of any nesting to outputs ``[rows, C]``."""
 
     def __init__(self, network: WholeNetwork, dtype: torch.dtype) -> None:
         super().__init__()
@@ -106,13 +84,7 @@ class PrivateNetwork(nn.Module):
 
 
 class PrivatePairs(nn.Module):
-    """A private network as a module from pairs to their two scores, ``[pairs, 2]``; its layers see the items as rows.
-
-    Parameters
-    ----------
-    network
-        From items to scores ``[items, 1]``.
-    """
+    """A private network as a module from pairs to their two scores, ``[pairs, 2]``; layers see items as rows."""
 
     def __init__(self, network: PrivateNetwork) -> None:
         super().__init__()
@@ -132,15 +104,7 @@ def scored_items(model: nn.Module, pairs: tuple[Inputs, None]) -> tuple[Inputs, 
 
 
 class PrivateHead(nn.Module):
-    """A private last layer as a module from features of rows to outputs ``[rows, C]`` that the likelihood takes.
-
-    Parameters
-    ----------
-    layer
-        The copy.
-    of_head
-        From its outputs to those.
-    """
+    """A private last layer as a module from features of rows to outputs ``[rows, C]`` that the likelihood takes."""
 
     def __init__(self, layer: nn.Module, of_head: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -152,15 +116,7 @@ class PrivateHead(nn.Module):
 
 
 def private_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """A copy of a last layer, all of whose weights are random.
-
-    Parameters
-    ----------
-    weight, bias
-        The user's.
-    dtype
-        Of the copy.
-    """
+    """A copy of a last layer, all of whose weights are random."""
     # A plain layer, without the hooks of a user: that outputs are those of the weights is checked with the features.
     twin = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     twin.weight = nn.Parameter(weight.detach().to(dtype))
@@ -182,30 +138,7 @@ def outputs_of_known(
     backend: str,
     able: str,
 ) -> Tensor:
-    """Outputs of a private network, after a check that hooks on its layers see all that its random weights do.
-
-    Parameters
-    ----------
-    model
-        The copy.
-    x
-        A batch of inputs.
-    known
-        Layers whose weights the package knows; ``None`` when it differentiates like autograd, without hooks.
-    originals
-        Weights of the user's model: nothing in the copy may use them.
-    objection
-        Of the package, to a layer of these kinds.
-    backend, able
-        For messages: name of the back end, and of those that take any layer.
-
-    Raises
-    ------
-    UnsupportedError
-        If a random weight is not used; and, with ``known``, if it belongs to another layer, is used elsewhere or more
-        than once, or if data are not along the first axis of the layer's input. Packages would drop it or mix up data,
-        without a word.
-    """
+    """Outputs of a private network, after a check that hooks on its layers see all that its random weights do."""
 
     def refuse(name: str, reason: str) -> NoReturn:
         msg = (

@@ -30,36 +30,7 @@ def row_by_row(
     *,
     create_graph: bool,
 ) -> dict[int, DenseBlock]:
-    """Derivatives of directions in the outputs of each datum, by autograd.
-
-    Parameters
-    ----------
-    run
-        The model: inputs to outputs ``[batch, *positions, C]``.
-    x
-        A batch of inputs.
-    outputs
-        Of the batch.
-    parameters
-        In which to differentiate, by group.
-    directions
-        ``[batch, *positions, C]`` each.
-    dtype
-        Of the result.
-    eps
-        Precision that the model computes in.
-    create_graph
-        Keep derivatives differentiable in the inputs.
-
-    Returns
-    -------
-    One block a group.
-
-    Raises
-    ------
-    InputError
-        If a datum alone gets other outputs than in its batch, or none.
-    """
+    """Derivatives of directions in the outputs of each datum, by autograd."""
     rows: dict[int, list[Tensor]] = {group: [] for group in parameters}
     for b in range(len(outputs)):
         try:
@@ -87,22 +58,7 @@ def row_by_row(
 
 
 def warn_of_slow(reasons: Mapping[int, str], names: Sequence[str], warned: set[int]) -> None:
-    """Name weights that went this way although their function is known, or could not be watched; once each.
-
-    Parameters
-    ----------
-    reasons
-        Why, by group.
-    names
-        Of the groups.
-    warned
-        Groups that were named before; those that are named now are added.
-
-    Warns
-    -----
-    PerformanceWarning
-        If there are any.
-    """
+    """Name weights that went this way although their function is known, or could not be watched; once each."""
     new = {group: reason for group, reason in sorted(reasons.items()) if group not in warned}
     if not new:
         return
@@ -116,13 +72,7 @@ def warn_of_slow(reasons: Mapping[int, str], names: Sequence[str], warned: set[i
 
 
 def check_row(f: Tensor, there: Tensor, eps: float) -> None:
-    """Raise if a datum alone gets other outputs than in its batch.
-
-    Raises
-    ------
-    InputError
-        If so.
-    """
+    """Raise if a datum alone gets other outputs than in its batch."""
     relative = max(10 * min(eps, torch.finfo(torch.float32).eps) ** 0.5, 16 * eps)
     limit = relative * max(1.0, float(there.detach().abs().max()))
     if f.shape != there.shape or bool(((f - there).detach().abs() > limit).any()):

@@ -20,17 +20,7 @@ class MixedBlock(DenseBlock):
 
 
 def combined(blocks: Sequence[JacobianBlock], zeros: Float[Tensor, "columns batch 1"], n_params: int) -> JacobianBlock:
-    """The derivatives in a group, in factors where all its uses share their kind.
-
-    Parameters
-    ----------
-    blocks
-        One for each use of the group: none or several.
-    zeros
-        No derivative, for a group that is not used.
-    n_params
-        Number of weights in the group.
-    """
+    """The derivatives in a group, in factors where all its uses share their kind."""
     if not blocks:
         return DenseBlock(zeros.new_zeros(*zeros.shape[:2], n_params))
     if all(isinstance(b, SumBlock) for b in blocks):

@@ -61,21 +61,14 @@ class FeatureCurvature(AbstractCurvature):
 
 @dataclass(frozen=True)
 class NystromCurvature(FeatureCurvature):
-    """The curvature along orthonormal directions of the weights: ``V A Vᵀ``, and nothing outside them.
-
-    Attributes
-    ----------
-    directions
-        Vᵀ, ``[K, P]``.
-    gram
-        ``Σ φᵀ Λ φ`` at unit noise and temperature, ``[K, K]``.
-    scale
-        Factor of it.
-    """
+    """The curvature along orthonormal directions of the weights: ``V A Vᵀ``, and nothing outside them."""
 
     directions: Float[Tensor, "k params"]
+    """Vᵀ, ``[K, P]``."""
     gram: Float[Tensor, "k k"]
+    """``Σ φᵀ Λ φ`` at unit noise and temperature, ``[K, K]``."""
     scale: Scalar | float = 1.0
+    """Factor of it."""
 
     entries: ClassVar[Table] = {"directions": tensor(("features", "P")), "gram": symmetric("features")}
 
@@ -125,26 +118,18 @@ class InducingCurvature(FeatureCurvature):
     """What was trained at inducing points, ``U A Uᵀ`` with ``U = J_Zᵀ R⁻ᵀ`` and ``A = L Lᵀ``; U is made of the network.
 
     It belongs to the noise and temperature at which it was trained, and does not scale.
-
-    Attributes
-    ----------
-    inducing_locations
-        Z, inputs.
-    inducing_classes
-        Output of each, ``[M]``.
-    kernel_root
-        R, lower triangular, ``[M, M]``: the kernel of the inducing points is ``R Rᵀ``.
-    root
-        L, lower triangular, ``[M, M]``.
-    size
-        P.
     """
 
     inducing_locations: Inputs
+    """Z, inputs."""
     inducing_classes: Tensor
+    """Output of each, ``[M]``."""
     kernel_root: Float[Tensor, "points points"]
+    """R, lower triangular, ``[M, M]``: the kernel of the inducing points is ``R Rᵀ``."""
     root: Float[Tensor, "points points"]
+    """L, lower triangular, ``[M, M]``."""
     size: int
+    """P."""
 
     entries: ClassVar[Table] = {
         "inducing_locations": anything,

@@ -63,75 +63,29 @@ class SubsetKernel(ABC):
 
     @abstractmethod
     def gram(self, root: Tensor) -> Float[Tensor, "parts columns columns"]:
-        """``Rᵀ K R``, with K the kernel of the subset and R the roots.
-
-        Parameters
-        ----------
-        root
-            Of the Hessians of the rows: ``[rows, C, k]``, or of their diagonals, ``[rows, C]`` or ``[rows, 1]``.
-        """
+        """``Rᵀ K R``, with K the kernel of the subset and R the roots."""
 
     @abstractmethod
     def cross(self, inputs: Linearization, dtype: torch.dtype) -> Tensor:
-        """Kernel between other inputs and the subset, in the form that ``project`` takes.
-
-        Parameters
-        ----------
-        inputs
-            Linearized at the same weights.
-        dtype
-            To compute in.
-        """
+        """Kernel between other inputs and the subset, in the form that ``project`` takes."""
 
     @abstractmethod
     def project(
         self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
     ) -> Float[Tensor, "parts points kept"]:
-        """``k(x, ·) R``, times a basis if there is one.
-
-        Parameters
-        ----------
-        cross
-            From ``cross``.
-        root
-            As in ``gram``.
-        basis
-            Of the columns.
-
-        Returns
-        -------
-        A point is an output of a row where outputs meet, ``[1, rows·C, columns]``, else a row.
-        """
+        """``k(x, ·) R``, times a basis if there is one."""
 
     @abstractmethod
     def apply(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "vectors rows outputs"]:
-        """J v at the rows of the subset.
-
-        Parameters
-        ----------
-        vectors
-            Of weights.
-        """
+        """J v at the rows of the subset."""
 
     @abstractmethod
     def combine(self, weights: Float[Tensor, "vectors rows outputs"]) -> Float[Tensor, "vectors params"]:
-        """Jᵀ u, from the outputs of the rows of the subset to weights.
-
-        Parameters
-        ----------
-        weights
-            u.
-        """
+        """Jᵀ u, from the outputs of the rows of the subset to weights."""
 
     @abstractmethod
     def union(self, other: Any) -> SubsetKernel:
-        """The rows of both.
-
-        Parameters
-        ----------
-        other
-            A kernel of the same network.
-        """
+        """The rows of both."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -139,15 +93,7 @@ class SubsetKernel(ABC):
 
 
 def whitened_gram(kernel: Tensor, root: Tensor) -> Float[Tensor, "parts columns columns"]:
-    """``Rᵀ K R`` from K written out.
-
-    Parameters
-    ----------
-    kernel
-        ``[rows·C, rows·C]`` with whole roots; ``[parts, rows, rows]`` with diagonal ones.
-    root
-        As in ``SubsetKernel.gram``.
-    """
+    """``Rᵀ K R`` from K written out."""
     if root.dim() == 2:
         half = root.T.unsqueeze(2)
         return half * kernel * half.mT
@@ -158,15 +104,10 @@ def whitened_gram(kernel: Tensor, root: Tensor) -> Float[Tensor, "parts columns 
 
 @dataclass(frozen=True)
 class FeatureKernel(SubsetKernel):
-    """A linear last layer: ``k(x, x') = φ̃ᵀφ̃' · I``, one product of features that all outputs share.
-
-    Attributes
-    ----------
-    head
-        Derivatives at the rows, as one block.
-    """
+    """A linear last layer: ``k(x, x') = φ̃ᵀφ̃' · I``, one product of features that all outputs share."""
 
     head: HeadBlock
+    """Derivatives at the rows, as one block."""
 
     separates = True
 
@@ -237,23 +178,11 @@ class FeatureKernel(SubsetKernel):
         return self.phi.T @ columns if self._features_are_fewer else columns
 
     def through(self, cross: Float[Tensor, "points augmented"]) -> Float[Tensor, "points smaller"]:
-        """Features of other inputs, or their kernels with the rows of the subset where those are fewer.
-
-        Parameters
-        ----------
-        cross
-            From ``cross``.
-        """
+        """Features of other inputs, or their kernels with the rows of the subset where those are fewer."""
         return cross if self._features_are_fewer else cross @ self.phi.T
 
     def sides(self, root: Tensor) -> Iterator[Float[Tensor, "columns smaller"]]:
-        """For each part, or output where outputs meet: what turns ``through`` into ``project``.
-
-        Parameters
-        ----------
-        root
-            As in ``gram``.
-        """
+        """For each part, or output where outputs meet: what turns ``through`` into ``project``."""
         rows = self.phi if self._features_are_fewer else torch.eye(self.n_rows).to(self.phi)
         for output in root.unbind(1):
             if root.dim() == 2:
@@ -282,15 +211,7 @@ class FeatureKernel(SubsetKernel):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> FeatureKernel:
-        """From features.
-
-        Parameters
-        ----------
-        state
-            Made by ``state``.
-        dtype
-            To compute in.
-        """
+        """From features."""
         phi, n_outputs = state["phi"].to(dtype), int(state["n_outputs"])
         phis = (phi[:, :-1], phi[:, -1:]) if state["bias"] else (phi,)
         groups = ((n_outputs, phis[0].shape[1]), (n_outputs,))

@@ -15,18 +15,12 @@ from laplace.structures.head_block import HeadBlock
 
 @dataclass(frozen=True)
 class FeaturePoints(Points):
-    """Points of a last layer: ``J_m = e_c ⊗ φ̃``.
-
-    Attributes
-    ----------
-    head
-        Derivatives at the points, as one block.
-    output
-        Output of each, ``[M]``.
-    """
+    """Points of a last layer: ``J_m = e_c ⊗ φ̃``."""
 
     head: HeadBlock
+    """Derivatives at the points, as one block."""
     output: Int[Tensor, " points"]
+    """Output of each, ``[M]``."""
 
     @cached_property
     def phi(self) -> Float[Tensor, "points augmented"]:

@@ -31,15 +31,10 @@ class Directional(Protocol):
 
 @dataclass(frozen=True)
 class DifferenceTangents(Tangents):
-    """Pairs of reward modeling: the logits are (f₀ − f₁, 0).
-
-    Attributes
-    ----------
-    scores
-        Tangents of the scores, those of a pair one after the other.
-    """
+    """Pairs of reward modeling: the logits are (f₀ − f₁, 0)."""
 
     scores: Tangents
+    """Tangents of the scores, those of a pair one after the other."""
 
     def _difference(self, values: Tensor) -> Tensor:
         """From ``[rows, C, k]`` of scores to ``[pairs, 2, k]`` of logits."""
@@ -72,20 +67,7 @@ class DifferenceTangents(Tangents):
 
 
 def tangents(inputs: Linearization, dtype: torch.dtype) -> Tangents:
-    """The derivatives at some inputs.
-
-    Parameters
-    ----------
-    inputs
-        Linearized: features of a last layer, or derivatives of a whole network.
-    dtype
-        To compute in.
-
-    Raises
-    ------
-    UnsupportedError
-        If they hold no derivatives.
-    """
+    """The derivatives at some inputs."""
     if isinstance(inputs, Pairs):
         return DifferenceTangents(tangents(inputs.scores, dtype))
     if isinstance(inputs, NetworkLinearization) and inputs.derivatives is not None:
@@ -111,17 +93,6 @@ def block_points(
 ) -> list[JacobianBlock]:
     """One output of each datum of a whole network, ``[1, batch, p]`` for each parameter group.
 
-    Parameters
-    ----------
-    inputs
-        A batch.
-    column
-        Which of its ``positions · C`` outputs, ``[batch]``.
-    dtype
-        To compute in.
-
-    Notes
-    -----
     One backward pass; where a back end cannot differentiate another output of each datum at once, one for each output
     that is chosen, and rows are written out.
     """

@@ -30,30 +30,17 @@ Linearize = Callable[[Inputs], Linearization]
 
 @dataclass(frozen=True)
 class Piece:
-    """Derivatives of some outputs of some data.
-
-    Attributes
-    ----------
-    index
-        Where these outputs are among those of their part, datum by datum.
-    part
-        Which output they are, where kernels are between equal ones; else 0.
-    blocks
-        One for each parameter group.
-    """
+    """Derivatives of some outputs of some data."""
 
     index: Int[Tensor, " outputs"]
+    """Where these outputs are among those of their part, datum by datum."""
     part: int
+    """Which output they are, where kernels are between equal ones; else 0."""
     blocks: list[JacobianBlock]
+    """One for each parameter group."""
 
     def against(self, other: Piece) -> Float[Tensor, "outputs others"]:
-        """``J J'ᵀ``.
-
-        Parameters
-        ----------
-        other
-            At other inputs.
-        """
+        """``J J'ᵀ``."""
         product = sum_parts([a.cross(b) for a, b in zip(self.blocks, other.blocks, strict=True)])
         return product.permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
 
@@ -61,21 +48,7 @@ class Piece:
 def pieces(
     inputs: NetworkLinearization, width: int, dtype: torch.dtype, *, separate: bool, start: int = 0
 ) -> Iterator[Piece]:
-    """Derivatives of a batch, a bounded number of its outputs at a time.
-
-    Parameters
-    ----------
-    inputs
-        Linearized.
-    width
-        How many outputs a row has.
-    dtype
-        To compute in.
-    separate
-        Take equal outputs together: those of all positions of a datum.
-    start
-        Where the rows of the batch begin.
-    """
+    """Derivatives of a batch, a bounded number of its outputs at a time."""
     assert inputs.derivatives is not None, "linearized with derivatives"
     batch, n_columns, device = len(inputs.f), inputs.f[0].numel(), inputs.f.device
     eye = torch.eye(n_columns, dtype=dtype, device=device)
@@ -111,33 +84,22 @@ def _inputs(value: Any, where: str, known: Known) -> None:
 
 @dataclass(frozen=True)
 class NetworkKernel(SubsetKernel):
-    """All weights: the subset is kept as inputs, and linearized.
-
-    Attributes
-    ----------
-    batches
-        Inputs of the subset.
-    sizes
-        Data in each batch, and rows of each of these data.
-    width
-        C.
-    weights
-        P.
-    separates
-        Leave out what outputs have in common.
-    dtype
-        To compute in.
-    linearize
-        From inputs to outputs and their derivatives.
-    """
+    """All weights: the subset is kept as inputs, and linearized."""
 
     batches: tuple[Inputs, ...]
+    """Inputs of the subset."""
     sizes: tuple[tuple[int, int], ...]
+    """Data in each batch, and rows of each of these data."""
     width: int
+    """C."""
     weights: int
+    """P."""
     separates: bool
+    """Leave out what outputs have in common."""
     dtype: torch.dtype
+    """To compute in."""
     linearize: Linearize = field(repr=False, compare=False)
+    """From inputs to outputs and their derivatives."""
     _kept: dict[int, tuple[NetworkLinearization, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -244,13 +206,7 @@ class NetworkKernel(SubsetKernel):
         return replace(self, batches=batches, sizes=sizes, _kept={})
 
     def joined(self, n_data: int) -> NetworkKernel:
-        """The same with fewer batches: those that fit together and follow each other are one.
-
-        Parameters
-        ----------
-        n_data
-            How large a batch may be.
-        """
+        """The same with fewer batches: those that fit together and follow each other are one."""
         groups: list[list[int]] = []
         key: Any = None
         for number, (x, size) in enumerate(zip(self.batches, self.sizes, strict=True)):
@@ -276,13 +232,7 @@ class NetworkKernel(SubsetKernel):
     }
 
     def state(self) -> dict[str, Any]:
-        """The inputs of the subset.
-
-        Raises
-        ------
-        UnsupportedError
-            If they hold something else than tensors and plain values.
-        """
+        """The inputs of the subset."""
         return {
             "inputs": [plain(x) for x in self.batches],
             "sizes": [list(size) for size in self.sizes],
@@ -293,17 +243,7 @@ class NetworkKernel(SubsetKernel):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype, linearize: Linearize) -> NetworkKernel:
-        """From inputs.
-
-        Parameters
-        ----------
-        state
-            Made by ``state``.
-        dtype
-            To compute in.
-        linearize
-            The model, linearized.
-        """
+        """From inputs."""
         sizes = tuple((int(data), int(rows)) for data, rows in state["sizes"])
         width, weights = int(state["n_outputs"]), int(state["n_params"])
         return cls(tuple(state["inputs"]), sizes, width, weights, bool(state["separates"]), dtype, linearize)

@@ -28,30 +28,12 @@ from laplace.types import Outputs, Scalar
 def leading_directions(points: Points, n_eigenvalues: int) -> Float[Tensor, "k params"]:
     """The directions ``v_k`` of the leading eigenvalues, orthonormal, the largest first (equations 8 to 10).
 
-    Parameters
-    ----------
-    points
-        One output each of M data.
-    n_eigenvalues
-        K, at most M.
-
-    Returns
-    -------
-    ``[K, P]``; fewer rows where the kernel has a lower rank.
+    O(M²) products of rows of J, O(M³) for the eigenvalues, memory O(K P).
 
     Raises
     ------
     NotPositiveDefiniteError
         If the kernel is zero or not finite.
-
-    Warns
-    -----
-    NumericalWarning
-        If the kernel has fewer than K eigenvalues that can be told from zero.
-
-    Notes
-    -----
-    O(M²) products of rows of J, O(M³) for the eigenvalues, memory O(K P).
     """
     kernel = points.gram()
     values, vectors = linalg.eigh(kernel, "kernel of the subsample")
@@ -80,17 +62,6 @@ def feature_gram(
 ) -> Float[Tensor, "k k"]:
     """``Σ φᵀ Λ φ`` at unit noise and temperature, ``[K, K]`` (equation 12): what some data say about the features.
 
-    Parameters
-    ----------
-    phi
-        Features of the outputs, ``[rows, C, K]``.
-    f
-        Outputs, ``[rows, C]``.
-    likelihood
-        Gives Λ, the Hessian of −log p(y|f) in the outputs.
-
-    Notes
-    -----
     Additive over data. O(rows · C · K²), without a matrix ``[C, C]``.
     """
     hessian, parts = likelihood.hessian(f), []
@@ -106,15 +77,10 @@ def feature_gram(
 
 @dataclass(frozen=True)
 class NystromMap(FeatureMap):
-    """``φ(x) = J(x) V``, ``[rows, C, K]`` (equation 11); nothing outside the span of V belongs to the posterior.
-
-    Attributes
-    ----------
-    directions
-        Vᵀ, ``[K, P]``.
-    """
+    """``φ(x) = J(x) V``, ``[rows, C, K]`` (equation 11); nothing outside the span of V belongs to the posterior."""
 
     directions: Float[Tensor, "k params"]
+    """Vᵀ, ``[K, P]``."""
 
     @property
     def has_rest(self) -> bool:
@@ -122,22 +88,10 @@ class NystromMap(FeatureMap):
         return False
 
     def features(self, at: Tangents) -> Float[Tensor, "rows outputs k"]:
-        """``J V``.
-
-        Parameters
-        ----------
-        at
-            Tangents at the inputs.
-        """
+        """``J V``."""
         return at.times(self.directions)
 
 
 def log_det_ratio(precision: FeaturePrecision) -> Scalar:
-    """``log |A + δ I| − K log δ``: at most, and where the directions span the weights equal to, that of all weights.
-
-    Parameters
-    ----------
-    precision
-        A + δ I.
-    """
+    """``log |A + δ I| − K log δ``: at most, and where the directions span the weights equal to, that of all weights."""
     return precision.logdet() - precision.n_params * precision.delta.log()

@@ -36,38 +36,19 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def features(self, at: Tangents) -> Float[Tensor, "rows outputs k"]:
-        """φ of each output.
-
-        Parameters
-        ----------
-        at
-            Tangents at the inputs.
-        """
+        """φ of each output."""
 
 
 @dataclass(frozen=True)
 class FeaturePrecision(FullPrecision):
-    """``A + δ I``, ``[K, K]``.
-
-    Attributes
-    ----------
-    delta
-        δ, the precision of the isotropic prior over the weights of the network, ``[]``, in 1/weight².
-    """
+    """``A + δ I``, ``[K, K]``."""
 
     delta: Tensor = field(kw_only=True)
+    """δ, the precision of the isotropic prior over the weights of the network, ``[]``, in 1/weight²."""
 
     @classmethod
     def of(cls, learned: Float[Tensor, "k k"], delta: Tensor) -> FeaturePrecision:
-        """Add the prior.
-
-        Parameters
-        ----------
-        learned
-            A, at the present noise and temperature.
-        delta
-            δ.
-        """
+        """Add the prior."""
         eye = torch.eye(len(learned), dtype=learned.dtype, device=learned.device)
         return cls(learned + delta * eye, delta=delta)
 
@@ -79,18 +60,12 @@ class FeaturePrecision(FullPrecision):
 
 @dataclass(frozen=True)
 class Rest:
-    """``J Jᵀ − φ φᵀ``: what features leave of the prior. Rounding that would leave less than nothing is set to zero.
-
-    Attributes
-    ----------
-    at
-        Tangents at the inputs.
-    phi
-        Features, ``[rows, C, K]``.
-    """
+    """``J Jᵀ − φ φᵀ``: what features leave of the prior. Rounding that would leave less than nothing is set to zero."""
 
     at: Tangents
+    """Tangents at the inputs."""
     phi: Float[Tensor, "rows outputs k"]
+    """Features, ``[rows, C, K]``."""
 
     @cached_property
     def variance(self) -> Float[Tensor, "rows outputs"]:
@@ -116,35 +91,18 @@ class Rest:
 
 @dataclass(frozen=True)
 class FunctionLinearization(Linearization):
-    """Outputs, their features, and what features leave of the prior.
-
-    Attributes
-    ----------
-    f
-        Outputs, ``[batch, *positions, C]``.
-    phi
-        Features, ``[rows, C, K]``.
-    rest
-        What they leave of the prior; ``None`` where it does not belong to the posterior.
-    """
+    """Outputs, their features, and what features leave of the prior."""
 
     f: Tensor
+    """Outputs, ``[batch, *positions, C]``."""
     phi: Float[Tensor, "rows outputs k"]
+    """Features, ``[rows, C, K]``."""
     rest: Rest | None
+    """What they leave of the prior; ``None`` where it does not belong to the posterior."""
 
     @classmethod
     def of(cls, inputs: Linearization, features: FeatureMap, dtype: torch.dtype) -> FunctionLinearization:
-        """From outputs with derivatives.
-
-        Parameters
-        ----------
-        inputs
-            Linearized in the weights of the network.
-        features
-            Makes features.
-        dtype
-            To compute in.
-        """
+        """From outputs with derivatives."""
         at = tangents(inputs, dtype)
         phi = features.features(at)
         return cls(inputs.f, phi, Rest(at, phi) if features.has_rest else None)

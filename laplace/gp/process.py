@@ -66,15 +66,7 @@ class Process(Linearization):
         return parts[0].unflatten(0, (-1, self.n_outputs))
 
     def products(self, parts: Float[Tensor, "parts points columns"], *, met: bool) -> Tensor:
-        """``z zᵀ`` between the outputs of each row, ``[rows, C, C]``.
-
-        Parameters
-        ----------
-        parts
-            z.
-        met
-            Whether outputs meet.
-        """
+        """``z zᵀ`` between the outputs of each row, ``[rows, C, C]``."""
         if met:
             z = self.spread(parts)
             return z @ z.mT
@@ -88,7 +80,7 @@ class Process(Linearization):
     def joint_products(
         self, parts: Float[Tensor, "parts points columns"], *, met: bool
     ) -> Float[Tensor, "joint joint"]:
-        """``z zᵀ`` across rows; parameters as in ``products``."""
+        """``z zᵀ`` across rows."""
         if met:
             return parts[0] @ parts[0].T
         C, blocks = self.n_outputs, parts @ parts.mT
@@ -108,24 +100,16 @@ class Process(Linearization):
 
 @dataclass(frozen=True)
 class ProcessLinearization(Process):
-    """Inputs and their kernels with the subset, for posteriors that are factorized.
-
-    Attributes
-    ----------
-    inputs
-        Linearized in the weights.
-    kernel
-        Of the subset.
-    dtype
-        To compute in.
-    known
-        Kernels with the subset, where they have been computed.
-    """
+    """Inputs and their kernels with the subset, for posteriors that are factorized."""
 
     inputs: Linearization
+    """Linearized in the weights."""
     kernel: SubsetKernel
+    """Of the subset."""
     dtype: torch.dtype
+    """To compute in."""
     known: Tensor | None = None
+    """Kernels with the subset, where they have been computed."""
 
     @cached_property
     def cross(self) -> Tensor:
@@ -202,26 +186,17 @@ class ProcessLinearization(Process):
 
 @dataclass(frozen=True)
 class RotatedProcess(Process):
-    """Inputs in the coordinates of a ``KernelBasis``, where posteriors under all priors are diagonal.
-
-    Attributes
-    ----------
-    inputs, kernel, dtype
-        As in ``ProcessLinearization``.
-    basis
-        The coordinates.
-    cross
-        Kernels with the subset.
-    unit_variance
-        Prior variances at unit precision.
-    """
+    """Inputs in the coordinates of a ``KernelBasis``, where posteriors under all priors are diagonal."""
 
     inputs: Linearization
     kernel: SubsetKernel
     dtype: torch.dtype
     basis: KernelBasis
+    """The coordinates."""
     cross: Tensor
+    """Kernels with the subset."""
     unit_variance: Float[Tensor, "rows outputs"]
+    """Prior variances at unit precision."""
     _squares: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @property

@@ -19,19 +19,12 @@ from laplace.types import Inputs
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the chosen data.
-
-    Attributes
-    ----------
-    x, y
-        Inputs and targets.
-    noise
-        Uniform random numbers that belong to each datum, ``[n, 2]``: they choose its output.
-    """
+    """Some of the chosen data."""
 
     x: Inputs
     y: Tensor
     noise: np.ndarray[Any, np.dtype[np.float64]]
+    """Uniform random numbers that belong to each datum, ``[n, 2]``: they choose its output."""
 
     @property
     def n_rows(self) -> int:
@@ -42,22 +35,6 @@ class Piece:
 class Reservoir:
     """A random subset of the data that pass by, without replacement and of a given size.
 
-    Parameters
-    ----------
-    size
-        How many data to keep.
-    seed
-        Of ``numpy.random.default_rng``.
-    balanced
-        As equal numbers of each class as there are data for; rows whose target is masked are left out.
-
-    Raises
-    ------
-    InputError
-        If ``size`` is not positive.
-
-    Notes
-    -----
     Each datum gets a random key; the lowest are kept. A balanced subset takes the lowest of each class in turn. Memory
     is that of the subset and of one batch.
     """
@@ -71,18 +48,7 @@ class Reservoir:
         self._largest_batch = 1
 
     def add(self, x: Inputs, y: Tensor) -> None:
-        """Consider a batch.
-
-        Parameters
-        ----------
-        x, y
-            Inputs and targets.
-
-        Raises
-        ------
-        InputError
-            If a balanced subset is asked for and targets are no class indices, one a datum.
-        """
+        """Consider a batch."""
         if self.balanced and (y.dim() != 1 or y.is_floating_point()):
             msg = (
                 "balanced=True draws equal numbers of each class, so targets must be one class index a datum; got "
@@ -127,20 +93,7 @@ class Reservoir:
         self._pieces, self._keys = [p for p, _ in pieces], [k for _, k in pieces]
 
     def pieces(self, *, at_most: bool = False, at_once: int | None = None) -> list[Piece]:
-        """What was kept, in batches.
-
-        Parameters
-        ----------
-        at_most
-            Fewer data than were asked for are enough.
-        at_once
-            Largest batch; that of those that came when ``None``.
-
-        Raises
-        ------
-        InputError
-            If there were fewer data than are to be kept.
-        """
+        """What was kept, in batches."""
         if self.n_seen < self.size and not at_most:
             data = "unmasked training data" if self.balanced else "training data"
             msg = (
@@ -176,23 +129,7 @@ def choose_columns(
     n_outputs: int,
     turns: Sequence[int] | None = None,
 ) -> Int[Tensor, " batch"]:
-    """One output of each datum, at one of its unmasked positions.
-
-    Parameters
-    ----------
-    noise
-        Uniform numbers, ``[batch, 2]``.
-    kept
-        The unmasked positions of each datum; all of those without one count as unmasked.
-    n_outputs
-        C.
-    turns
-        Deal the outputs in turn instead, starting here for each datum.
-
-    Returns
-    -------
-    Which of the ``positions · C`` outputs of each datum, ``[batch]``.
-    """
+    """One output of each datum, at one of its unmasked positions."""
     columns = []
     for row, (u, v) in enumerate(noise.tolist()):
         position = kept[row][int(u * len(kept[row]))]
@@ -205,21 +142,6 @@ def k_means(
     x: Float[Tensor, "data features"], n_centers: int, seed: int, n_steps: int = 25
 ) -> Float[Tensor, "centers features"]:
     """Cluster centers: Lloyd's algorithm from a k-means++ start.
-
-    Parameters
-    ----------
-    x
-        Data, ``[n, d]``.
-    n_centers
-        How many.
-    seed
-        Of the start.
-    n_steps
-        At most so many steps; it ends when assignments stay.
-
-    Returns
-    -------
-    ``[n_centers, d]``. A center that loses all its data stays where it is.
 
     References
     ----------

@@ -28,15 +28,7 @@ KEPT_ELEMENTS = 2**29
 
 
 def expected_rows(loader: Any, dict_key_y: str) -> int | None:
-    """How many rows a loader will yield, as far as it says so; ``None`` where only going over it tells.
-
-    Parameters
-    ----------
-    loader
-        A ``DataLoader``, a list of batches, or anything else.
-    dict_key_y
-        Where mappings hold their targets.
-    """
+    """How many rows a loader will yield, as far as it says so; ``None`` where only going over it tells."""
     if isinstance(loader, (list, tuple)) and loader:
         targets = [
             batch[dict_key_y] if isinstance(batch, Mapping) and dict_key_y in batch else batch for batch in loader
@@ -53,28 +45,7 @@ def expected_rows(loader: Any, dict_key_y: str) -> int | None:
 
 
 class Subset:
-    """M of N data, without replacement: ``numpy.random.default_rng(seed).choice(N, M)`` in the order of the loader.
-
-    Parameters
-    ----------
-    size
-        M.
-    seed
-        Of the choice.
-    expected
-        N, if the loader tells; otherwise all data are kept until they have passed by.
-    diagonal
-        Use the diagonals of the output Hessians.
-    independent
-        Leave out what outputs have in common, in the kernel and in the Hessians.
-    linearize
-        From inputs to outputs and their derivatives; for all weights.
-
-    Raises
-    ------
-    InputError
-        If M is larger than N.
-    """
+    """M of N data, without replacement: ``numpy.random.default_rng(seed).choice(N, M)`` in the order of the loader."""
 
     def __init__(
         self,
@@ -102,22 +73,7 @@ class Subset:
         return torch.tensor(SoDSampler(n_data, self.size, self.seed).indices).sort().values
 
     def take(self, backend: Any, x: Inputs, y: Tensor) -> tuple[Tensor, SubsetKernel, Tensor]:
-        """Loss of a batch, and kernel and roots of its data that are in the subset.
-
-        Parameters
-        ----------
-        backend
-            Runs the model.
-        x, y
-            The batch.
-
-        Raises
-        ------
-        UnsupportedError
-            If matrices of the subset cannot fit the device.
-        InputError
-            If the loader yields too many data without having told how many.
-        """
+        """Loss of a batch, and kernel and roots of its data that are in the subset."""
         with torch.no_grad():
             f, phi = backend.model.forward_with_features(x) if backend.last_layer else (backend.outputs(x), None)
             with full_precision(f.device):
@@ -208,18 +164,7 @@ class Subset:
             raise UnsupportedError(msg)
 
     def finish(self, kernel: SubsetKernel, root: Tensor) -> tuple[SubsetKernel, Tensor, float]:
-        """Kernel and roots of the subset, once all data have passed by, and N/M.
-
-        Parameters
-        ----------
-        kernel, root
-            Of what was kept of them.
-
-        Raises
-        ------
-        InputError
-            If M is larger than N, the loader yielded other data than it said, or all rows of the subset are masked.
-        """
+        """Kernel and roots of the subset, once all data have passed by, and N/M."""
         if self._chosen is None:
             chosen = self._draw(self.n_seen)
             kernel, root = self._restrict(kernel, root, chosen)

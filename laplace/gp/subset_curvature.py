@@ -27,24 +27,16 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class SubsetCurvature(AbstractCurvature):
-    """The curvature of a subset of the data, as a kernel and roots of output Hessians: additive over data.
-
-    Attributes
-    ----------
-    kernel
-        Of the rows of the subset.
-    root
-        Of their Hessians: ``[rows, C, k]``, or of diagonals, ``[rows, C]`` or ``[rows, 1]``.
-    ratio
-        N/M, how many data there are for each of the subset.
-    scale
-        Factor of the curvature, at unit noise and temperature.
-    """
+    """The curvature of a subset of the data, as a kernel and roots of output Hessians: additive over data."""
 
     kernel: SubsetKernel
+    """Of the rows of the subset."""
     root: Tensor
+    """Of their Hessians: ``[rows, C, k]``, or of diagonals, ``[rows, C]`` or ``[rows, 1]``."""
     ratio: float = 1.0
+    """N/M, how many data there are for each of the subset."""
     scale: Scalar | float = 1.0
+    """Factor of the curvature, at unit noise and temperature."""
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     name: ClassVar[HessianStructure] = HessianStructure.GP
@@ -185,13 +177,6 @@ class KernelBasis(Basis):
     """Coordinates of the functions that the subset spans: all posteriors with isotropic priors are diagonal in them.
 
     The first coordinate stands for what they leave of the prior: its precision is that of the prior.
-
-    Attributes
-    ----------
-    kernel, root
-        Of the subset.
-    eigenvalues, eigenvectors
-        Of its Gram matrices, unscaled.
     """
 
     kernel: SubsetKernel
@@ -200,17 +185,7 @@ class KernelBasis(Basis):
     eigenvectors: Float[Tensor, "parts columns columns"]
 
     def posterior(self, curvature: SubsetCurvature, prior: GaussianPrior, **options: Any) -> DiagPrecision:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """``δ'`` and ``δ' + s λ``, part by part.
-
-        Parameters
-        ----------
-        curvature
-            Scaled.
-        prior
-            Isotropic.
-        **options
-            None.
-        """
+        """``δ'`` and ``δ' + s λ``, part by part."""
         assert not options, "there are no options"
         delta = prior.precision * curvature.ratio
         spanned = delta + curvature.scale * self.eigenvalues

@@ -32,24 +32,16 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class SubsetPrecision(AbstractPrecision):
-    """``A = I / v + Jᵀ R Rᵀ J``, through the factor of ``I + v G``; R holds noise and temperature.
-
-    Attributes
-    ----------
-    kernel
-        Of the subset.
-    root
-        R.
-    gram
-        G.
-    variance
-        v, the prior variance of each weight, ``[]``.
-    """
+    """``A = I / v + Jᵀ R Rᵀ J``, through the factor of ``I + v G``; R holds noise and temperature."""
 
     kernel: SubsetKernel
+    """Of the subset."""
     root: Tensor
+    """R."""
     gram: Float[Tensor, "parts columns columns"]
+    """G."""
     variance: Tensor
+    """v, the prior variance of each weight, ``[]``."""
 
     @property
     def n_params(self) -> int:
@@ -74,13 +66,7 @@ class SubsetPrecision(AbstractPrecision):
         return self.factor.expand(self.kernel.n_outputs, -1, -1) if self.root.dim() == 2 else self.factor
 
     def whitened(self, projected: Float[Tensor, "parts points columns"]) -> Float[Tensor, "parts points columns"]:
-        """v L⁻¹ Rᵀ k(·, x): what the data take from the prior is the product of these with themselves.
-
-        Parameters
-        ----------
-        projected
-            From the kernel's ``project``.
-        """
+        """v L⁻¹ Rᵀ k(·, x): what the data take from the prior is the product of these with themselves."""
         factor = self.factor if len(projected) == len(self.factor) else self._factors
         return self.variance * torch.linalg.solve_triangular(factor, projected.mT, upper=False).mT
 
@@ -192,15 +178,7 @@ class SubsetPrecision(AbstractPrecision):
 
 
 def weight_rows(kernel: SubsetKernel, root: Tensor) -> Iterator[Float[Tensor, "chunk params"]]:
-    """``Rᵀ J``, a bounded number of rows at a time.
-
-    Parameters
-    ----------
-    kernel
-        Of the subset.
-    root
-        Of its Hessians.
-    """
+    """``Rᵀ J``, a bounded number of rows at a time."""
     whole = root
     if root.dim() == 2:
         whole = torch.diag_embed(root.expand(-1, kernel.n_outputs))

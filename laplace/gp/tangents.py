@@ -29,23 +29,11 @@ class Points(ABC):
 
     @abstractmethod
     def combine(self, weights: Float[Tensor, "vectors points"]) -> Float[Tensor, "vectors params"]:
-        """Linear combinations of the rows, ``W J_M``.
-
-        Parameters
-        ----------
-        weights
-            W, ``[vectors, M]``.
-        """
+        """Linear combinations of the rows, ``W J_M``."""
 
     @abstractmethod
     def against(self, rows: Float[Tensor, "rows params"]) -> Float[Tensor, "rows points"]:
-        """Products with rows that are written out, ``rows · J_Mᵀ``.
-
-        Parameters
-        ----------
-        rows
-            ``[rows, P]``.
-        """
+        """Products with rows that are written out, ``rows · J_Mᵀ``."""
 
 
 class Tangents(ABC):
@@ -53,23 +41,11 @@ class Tangents(ABC):
 
     @abstractmethod
     def times(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "rows outputs vectors"]:
-        """J v for several vectors of weights.
-
-        Parameters
-        ----------
-        vectors
-            ``[vectors, P]``.
-        """
+        """J v for several vectors of weights."""
 
     @abstractmethod
     def cross(self, points: Points) -> Float[Tensor, "rows outputs points"]:
-        """``J J_Mᵀ``.
-
-        Parameters
-        ----------
-        points
-            Of the same network and weights.
-        """
+        """``J J_Mᵀ``."""
 
     @abstractmethod
     def variance(self) -> Float[Tensor, "rows outputs"]:
@@ -92,15 +68,10 @@ class Tangents(ABC):
 
 @dataclass(frozen=True)
 class WrittenTangents(Tangents):
-    """Jacobians that a user has written out.
-
-    Attributes
-    ----------
-    J
-        ``[rows, C, P]``.
-    """
+    """Jacobians that a user has written out."""
 
     J: Float[Tensor, "rows outputs params"]
+    """``[rows, C, P]``."""
 
     def times(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "rows outputs vectors"]:
         """One product."""
@@ -124,12 +95,6 @@ class WrittenTangents(Tangents):
 
 
 def clamped_diagonal(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
-    """The matrix with negative diagonal entries, which rounding leaves, set to zero.
-
-    Parameters
-    ----------
-    matrix
-        A difference of covariances.
-    """
+    """The matrix with negative diagonal entries, which rounding leaves, set to zero."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     return matrix + torch.diag_embed(diagonal.clamp(min=0) - diagonal)

@@ -19,30 +19,17 @@ from laplace.optimizers import Adam
 
 @dataclass(frozen=True)
 class Parameters:
-    """All that is trained.
-
-    Attributes
-    ----------
-    root
-        L, lower triangular, ``[M, M]``: what the data say at the inducing points is ``L Lᵀ``.
-    log_delta
-        Log of the prior precision, ``[]``.
-    log_sigma
-        Log of the observation noise, ``[]``; ``None`` where there is none.
-    """
+    """All that is trained."""
 
     root: Float[Tensor, "points points"]
+    """L, lower triangular, ``[M, M]``: what the data say at the inducing points is ``L Lᵀ``."""
     log_delta: Tensor
+    """Log of the prior precision, ``[]``."""
     log_sigma: Tensor | None
+    """Log of the observation noise, ``[]``; ``None`` where there is none."""
 
     def free(self, *, hyperparameters: bool) -> list[Tensor]:
-        """The tensors to train.
-
-        Parameters
-        ----------
-        hyperparameters
-            Prior precision and noise, too.
-        """
+        """The tensors to train."""
         others = [self.log_delta, self.log_sigma] if hyperparameters else []
         return [self.root, *(tensor for tensor in others if tensor is not None)]
 
@@ -58,35 +45,19 @@ def value_of(
     parameters: Parameters,
     likelihood: Callable[[Tensor | None], AbstractLikelihood],
 ) -> Tensor:
-    """The objective at some parameters, in nats.
-
-    Parameters
-    ----------
-    objective, batch
-        What to compute, and from which data.
-    parameters
-        Where.
-    likelihood
-        Of a noise.
-    """
+    """The objective at some parameters, in nats."""
     sigma = None if parameters.log_sigma is None else parameters.log_sigma.exp()
     return objective(batch, parameters.root.tril(), parameters.log_delta.exp(), likelihood(sigma))
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How training is watched.
-
-    Attributes
-    ----------
-    score
-        Mean negative log predictive density of validation data, in nats.
-    every
-        Iterations between two looks.
-    """
+    """How training is watched."""
 
     score: Callable[[Parameters], float]
+    """Mean negative log predictive density of validation data, in nats."""
     every: int
+    """Iterations between two looks."""
 
 
 def train(
@@ -102,38 +73,7 @@ def train(
     validation: Validation | None = None,
     progress_bar: bool = False,
 ) -> tuple[Parameters, list[float], list[float]]:
-    """Minimize the objective.
-
-    Parameters
-    ----------
-    objective
-        What to minimize.
-    batches
-        The batch of each iteration, without end.
-    start
-        Where to start; not changed.
-    likelihood
-        Of a noise.
-    iterations, lr
-        Number of steps, and their size in the parameters.
-    hyperparameters
-        Train prior precision and noise, too.
-    monotone
-        There is one deterministic batch: a step that would raise the objective is taken back and the step size halved.
-    validation
-        Watches training; the parameters with the best score are returned.
-    progress_bar
-        Show a progress bar.
-
-    Returns
-    -------
-    Parameters, the objective before each step, and the validation scores.
-
-    Raises
-    ------
-    InputError
-        If the objective is not finite at the start.
-    """
+    """Minimize the objective."""
     now = start.copy()
     free = now.free(hyperparameters=hyperparameters)
     for tensor in free:

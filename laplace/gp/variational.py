@@ -33,27 +33,7 @@ from laplace.types import Outputs, Scalar, Targets
 
 
 def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
-    """R, lower triangular, with ``R Rᵀ = J_Z J_Zᵀ``.
-
-    Parameters
-    ----------
-    points
-        The inducing points.
-
-    Returns
-    -------
-    ``[M, M]``.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If the kernel is not finite, or no small jitter makes it positive definite.
-
-    Warns
-    -----
-    NumericalWarning
-        If a jitter was added, with its size: points that repeat others, or more of them than the kernel has rank.
-    """
+    """R, lower triangular, with ``R Rᵀ = J_Z J_Zᵀ``."""
     kernel = points.gram()
     causes = "Likely causes: inducing points that repeat others, or more of them than random weights. Use fewer."
     if not bool(kernel.isfinite().all()):
@@ -93,18 +73,12 @@ def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
 
 @dataclass(frozen=True)
 class InducingMap(FeatureMap):
-    """``φ(x) = J(x) J_Zᵀ R⁻ᵀ``, ``[rows, C, M]``.
-
-    Attributes
-    ----------
-    points
-        The inducing points.
-    kernel_root
-        R, ``[M, M]``.
-    """
+    """``φ(x) = J(x) J_Zᵀ R⁻ᵀ``, ``[rows, C, M]``."""
 
     points: Points
+    """The inducing points."""
     kernel_root: Float[Tensor, "points points"]
+    """R, ``[M, M]``."""
 
     @property
     def has_rest(self) -> bool:
@@ -112,26 +86,14 @@ class InducingMap(FeatureMap):
         return True
 
     def features(self, at: Tangents) -> Float[Tensor, "rows outputs points"]:
-        """By the kernel with the inducing points.
-
-        Parameters
-        ----------
-        at
-            Tangents at the inputs.
-        """
+        """By the kernel with the inducing points."""
         cross = at.cross(self.points)
         flat = torch.linalg.solve_triangular(self.kernel_root, cross.flatten(0, 1).T, upper=False).T
         return flat.reshape(cross.shape)
 
 
 def triangular_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """L, lower triangular, with ``L Lᵀ`` a positive semi-definite, possibly singular, matrix.
-
-    Parameters
-    ----------
-    matrix
-        ``[n, n]``.
-    """
+    """L, lower triangular, with ``L Lᵀ`` a positive semi-definite, possibly singular, matrix."""
     values, vectors = linalg.eigh(matrix, "data term of the inducing points")
     return torch.linalg.qr((vectors * values.sqrt()).T).R.T
 
@@ -142,15 +104,6 @@ def kl_divergence(root: Float[Tensor, "points points"], delta: Tensor, shift: Sc
     ``½ [log |A + δ I| − M log δ − tr(A (A + δ I)⁻¹)] + ½ δ ‖θ* − μ₀‖²``. The last term is what it costs that the mean
     is the network and not the prior mean: with it, at α = 0, the objective bounds the evidence also as a function of δ;
     without, the largest δ would always be best.
-
-    Parameters
-    ----------
-    root
-        L.
-    delta
-        δ, ``[]``.
-    shift
-        ``‖θ* − μ₀‖²``, ``[]``.
     """
     factor = FeaturePrecision.of(root @ root.T, delta).factor
     inverse_trace = torch.cholesky_inverse(factor).diagonal().sum()
@@ -162,24 +115,16 @@ def kl_divergence(root: Float[Tensor, "points points"], delta: Tensor, shift: Sc
 
 @dataclass(frozen=True)
 class Statistics:
-    """All that training needs of a batch: nothing in it changes with the parameters.
-
-    Attributes
-    ----------
-    f
-        Outputs of the unmasked rows, ``[rows, C]``; for pairs the logits (Δ, 0).
-    y
-        Their targets.
-    phi
-        Features, ``[rows, C, M]``.
-    left
-        What they leave of ``J Jᵀ``, ``[rows, C, C]``; where variances are enough its diagonal ``[rows, C]``.
-    """
+    """All that training needs of a batch: nothing in it changes with the parameters."""
 
     f: Outputs
+    """Outputs of the unmasked rows, ``[rows, C]``; for pairs the logits (Δ, 0)."""
     y: Targets
+    """Their targets."""
     phi: Float[Tensor, "rows outputs points"]
+    """Features, ``[rows, C, M]``."""
     left: Tensor
+    """What they leave of ``J Jᵀ``, ``[rows, C, C]``; where variances are enough its diagonal ``[rows, C]``."""
 
     @property
     def size(self) -> int:
@@ -192,13 +137,7 @@ class Statistics:
         return linalg.root(self.left)
 
     def covariance(self, precision: FeaturePrecision) -> Tensor:
-        """Of the outputs: covariances ``[rows, C, C]``, or variances ``[rows, C]`` where those of the rest are kept.
-
-        Parameters
-        ----------
-        precision
-            A + δ I.
-        """
+        """Of the outputs: covariances ``[rows, C, C]``, or variances ``[rows, C]`` where those of the rest are kept."""
         half = precision.whitened(self.phi)
         known = half.square().sum(-1) if self.left.dim() == half.dim() - 1 else half @ half.mT
         return self.left / precision.delta + known
@@ -206,17 +145,7 @@ class Statistics:
     def samples(
         self, precision: FeaturePrecision, n_samples: int, generator: torch.Generator
     ) -> Float[Tensor, "samples rows outputs"]:
-        """Draws of the outputs, differentiable in the precision.
-
-        Parameters
-        ----------
-        precision
-            A + δ I.
-        n_samples
-            How many.
-        generator
-            Source of randomness.
-        """
+        """Draws of the outputs, differentiable in the precision."""
         dtype, device = self.f.dtype, self.f.device
         noise = torch.randn(n_samples, *self.f.shape, generator=generator, dtype=dtype, device=device)
         left = torch.einsum("nck,snk->snc", self.left_root, noise) / precision.delta.sqrt()
@@ -224,58 +153,29 @@ class Statistics:
 
 
 def needs_covariance(likelihood: AbstractLikelihood, alpha: float, n_samples: int) -> bool:
-    """Whether the objective needs covariances between outputs: variances are enough for the probit of a softmax.
-
-    Parameters
-    ----------
-    likelihood
-        With its temperature.
-    alpha, n_samples
-        Of the objective.
-    """
+    """Whether the objective needs covariances between outputs: variances are enough for the probit of a softmax."""
     return bool(n_samples) or likelihood.for_targets().energy_asks(alpha) is Ask.COVARIANCE
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The α-energy of the posterior, to be minimized: at α = 0 the negative evidence lower bound.
-
-    Attributes
-    ----------
-    alpha
-        α in [0, 1].
-    n_rows
-        Number of unmasked rows in all training data.
-    shift
-        ``‖θ* − μ₀‖²``.
-    n_samples
-        Of the logits; 0 for the closed form.
-    generator
-        Source of their randomness.
-    """
+    """The α-energy of the posterior, to be minimized: at α = 0 the negative evidence lower bound."""
 
     alpha: float
+    """α in [0, 1]."""
     n_rows: int
+    """Number of unmasked rows in all training data."""
     shift: Scalar
+    """``‖θ* − μ₀‖²``."""
     n_samples: int
+    """Of the logits; 0 for the closed form."""
     generator: torch.Generator
+    """Source of their randomness."""
 
     def data_term(
         self, batch: Statistics, root: Tensor, delta: Tensor, likelihood: AbstractLikelihood
     ) -> Float[Tensor, " rows"]:
-        """The energy of each row, in nats, without the normalizer of the likelihood.
-
-        Parameters
-        ----------
-        batch
-            Some training data.
-        root
-            L, ``[M, M]``.
-        delta
-            δ, ``[]``.
-        likelihood
-            With the noise and temperature of the moment.
-        """
+        """The energy of each row, in nats, without the normalizer of the likelihood."""
         precision = FeaturePrecision.of(root @ root.T, delta)
         likelihood = likelihood.for_targets()
         if self.n_samples:
@@ -284,13 +184,7 @@ class Objective:
         return likelihood.energy(batch.f, batch.covariance(precision), batch.y, self.alpha)
 
     def __call__(self, batch: Statistics, root: Tensor, delta: Tensor, likelihood: AbstractLikelihood) -> Scalar:
-        """The objective, estimated from a batch, in nats.
-
-        Parameters
-        ----------
-        batch, root, delta, likelihood
-            As in ``data_term``.
-        """
+        """The objective, estimated from a batch, in nats."""
         rows = self.data_term(batch, root, delta, likelihood)
         data = self.n_rows / len(rows) * rows.sum()
         normalizer = likelihood.log_normalizer(self.n_rows, batch.f.shape[-1])

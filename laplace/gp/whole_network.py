@@ -17,18 +17,12 @@ from laplace.structures.jacobian import JacobianBlock, sum_parts
 
 @dataclass(frozen=True)
 class BlockPoints(Points):
-    """Points of a whole network: blocks of one column, for several batches.
-
-    Attributes
-    ----------
-    pieces
-        How to get the blocks of each batch, one for each parameter group.
-    sizes
-        Number of points in each batch.
-    """
+    """Points of a whole network: blocks of one column, for several batches."""
 
     pieces: Sequence[Callable[[], list[JacobianBlock]]]
+    """How to get the blocks of each batch, one for each parameter group."""
     sizes: Sequence[int]
+    """Number of points in each batch."""
 
     @property
     def n_points(self) -> int:
@@ -76,18 +70,12 @@ class BlockPoints(Points):
 
 @dataclass(frozen=True)
 class BlockTangents(Tangents):
-    """Derivatives of a whole network, a few outputs at a time.
-
-    Attributes
-    ----------
-    inputs
-        Linearized.
-    dtype
-        To compute in.
-    """
+    """Derivatives of a whole network, a few outputs at a time."""
 
     inputs: NetworkLinearization
+    """Linearized."""
     dtype: torch.dtype
+    """To compute in."""
 
     @property
     def _step(self) -> int:
@@ -150,11 +138,5 @@ class BlockTangents(Tangents):
 
 
 def product(first: Sequence[JacobianBlock], second: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch points"]:
-    """``J₁ J₂ᵀ``, where the second has one column: ``[columns, batch₁, batch₂]``.
-
-    Parameters
-    ----------
-    first, second
-        One block for each parameter group.
-    """
+    """``J₁ J₂ᵀ``, where the second has one column: ``[columns, batch₁, batch₂]``."""
     return sum_parts([a.cross(b)[:, :, 0] for a, b in zip(first, second, strict=True)])

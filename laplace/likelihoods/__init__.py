@@ -53,15 +53,7 @@ def register(cls: Any) -> None:
 
 
 def with_loss(*losses: type[nn.Module], compared: bool = False) -> frozenset[Likelihood]:
-    """The likelihoods of this library that packages can compute that know a few losses of PyTorch.
-
-    Parameters
-    ----------
-    *losses
-        Which.
-    compared
-        Whether they can have several rows of inputs for a target.
-    """
+    """The likelihoods of this library that packages can compute that know a few losses of PyTorch."""
     found = {name: (cls().torch_loss(), cls.compares) for name, cls in LIKELIHOODS.items()}
     return frozenset(
         name for name, (loss, compares) in found.items() if loss and type(loss[0]) in losses and compared >= compares
@@ -69,36 +61,14 @@ def with_loss(*losses: type[nn.Module], compared: bool = False) -> frozenset[Lik
 
 
 def name_of(likelihood: Any) -> str:
-    """The name of a likelihood, checked; a member of ``Likelihood`` where it is one of ours.
-
-    Parameters
-    ----------
-    likelihood
-        What the user wrote.
-
-    Raises
-    ------
-    UnsupportedError
-        If there is none of this name.
-    """
+    """The name of a likelihood, checked; a member of ``Likelihood`` where it is one of ours."""
     if isinstance(likelihood, str) and likelihood in OF_USERS:
         return likelihood
     return choose(Likelihood, likelihood, "likelihood")
 
 
 def chosen(likelihood: Any) -> AbstractLikelihood:
-    """A likelihood by its name, or as it is.
-
-    Parameters
-    ----------
-    likelihood
-        A name, or an object.
-
-    Raises
-    ------
-    UnsupportedError
-        If there is none of this name, or another class has it.
-    """
+    """A likelihood by its name, or as it is."""
     if isinstance(likelihood, AbstractLikelihood):
         register(type(likelihood))
         return likelihood
@@ -112,24 +82,7 @@ def resolve(
     temperature: float | torch.Tensor = 1.0,
     output_temperature: float | torch.Tensor = 1.0,
 ) -> AbstractLikelihood:
-    """A likelihood by its name, at given hyperparameters, of which it takes those that it has.
-
-    Parameters
-    ----------
-    likelihood
-        As in ``chosen``.
-    sigma_noise
-        Standard deviation of the observation noise, in target units; only regression has one.
-    temperature
-        T of the tempered likelihood ``p(y|f)^(1/T)``.
-    output_temperature
-        What logits are divided by before the link, when predicting; only likelihoods with a link have one.
-
-    Raises
-    ------
-    UnsupportedError
-        If the name is unknown.
-    """
+    """A likelihood by its name, at given hyperparameters, of which it takes those that it has."""
     return chosen(likelihood).at(torch.as_tensor(sigma_noise), temperature, output_temperature)
 
 

@@ -41,27 +41,18 @@ class Ask(Enum):
 
 @dataclass(frozen=True)
 class Positions:
-    """The unmasked positions of a batch, flattened to rows.
-
-    Attributes
-    ----------
-    f
-        Outputs, ``[rows, C]``.
-    y
-        Targets of the same rows.
-    kept
-        Indices of the rows among all ``batch × positions``, or ``None`` when all are kept.
-    datum
-        Which row of the loader each belongs to, ``[rows]``; ``None`` when every datum has one position.
-    n_items
-        How many scored items share a row, one after the other: 2 for pairs.
-    """
+    """The unmasked positions of a batch, flattened to rows."""
 
     f: Outputs
+    """Outputs, ``[rows, C]``."""
     y: Targets
+    """Targets of the same rows."""
     kept: Int[Tensor, " rows"] | None = None
+    """Indices of the rows among all ``batch × positions``, or ``None`` when all are kept."""
     datum: Int[Tensor, " rows"] | None = None
+    """Which row of the loader each belongs to, ``[rows]``; ``None`` when every datum has one position."""
     n_items: int = 1
+    """How many scored items share a row, one after the other: 2 for pairs."""
 
     def to(self, dtype: torch.dtype) -> Positions:
         """The same in another precision."""
@@ -594,22 +585,7 @@ def check_outputs(f: Tensor) -> None:
 
 
 def check_same_shape(f: Tensor, y: Tensor, what: str) -> None:
-    """Raise unless targets have the shape of the outputs.
-
-    Parameters
-    ----------
-    f
-        Outputs.
-    y
-        Targets.
-    what
-        What the targets are, for the message.
-
-    Raises
-    ------
-    ShapeError
-        If the shapes differ.
-    """
+    """Raise unless targets have the shape of the outputs."""
     if f.shape != y.shape:
         msg = (
             f"{what} must have the shape of the model's outputs, {list(f.shape)}; got {list(y.shape)}. Reshape the "

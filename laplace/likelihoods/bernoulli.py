@@ -113,13 +113,7 @@ class BernoulliLikelihood(PredictsProbabilities):
         return Ask.VARIANCE
 
     def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
-        """By quadrature: to rounding for standard deviations of f up to 1, to 1e-6 nats at 3.
-
-        Parameters
-        ----------
-        mean, cov, y, alpha
-            As in ``AbstractLikelihood.energy``.
-        """
+        """By quadrature: to rounding for standard deviations of f up to 1, to 1e-6 nats at 3."""
         variance, sign = cov.reshape(mean.shape), 2 * y - 1
         if alpha == 0:
             return self.scale * quadrature.mean(lambda f: F.softplus(-sign * f), mean, variance).squeeze(-1)
@@ -136,24 +130,7 @@ class BernoulliLikelihood(PredictsProbabilities):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten positions.
-
-        Parameters
-        ----------
-        f
-            Logits, ``[batch, *positions, 1]``.
-        y
-            0 or 1 in any type, ``[batch, *positions]`` or ``[batch, *positions, 1]``.
-
-        Raises
-        ------
-        UnsupportedError
-            If the model has several outputs.
-        InputError
-            If targets are other numbers, or outputs are not finite.
-        ShapeError
-            If shapes do not fit.
-        """
+        """Check targets and flatten positions."""
         check_one_output(f.shape[-1])
         if y.shape not in (f.shape, f.shape[:-1]):
             msg = f"Binary targets must have the shape {list(f.shape[:-1])} or {list(f.shape)}; got {list(y.shape)}."
@@ -166,13 +143,7 @@ class BernoulliLikelihood(PredictsProbabilities):
         return Positions(flat, y.reshape(-1, 1).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
 
     def check_head(self, n_outputs: int) -> None:
-        """Raise unless there is one output.
-
-        Parameters
-        ----------
-        n_outputs
-            C.
-        """
+        """Raise unless there is one output."""
         check_one_output(n_outputs)
 
     def count(self, y: Tensor, n_outputs: int) -> int:  # noqa: ARG002
@@ -181,18 +152,7 @@ class BernoulliLikelihood(PredictsProbabilities):
 
 
 def check_one_output(n_outputs: int) -> None:
-    """Raise unless the model has one output.
-
-    Parameters
-    ----------
-    n_outputs
-        C.
-
-    Raises
-    ------
-    UnsupportedError
-        If it has several.
-    """
+    """Raise unless the model has one output."""
     if n_outputs != 1:
         msg = (
             f'likelihood="binary" is one logit for each target, and the model has {n_outputs} outputs. For classes of '

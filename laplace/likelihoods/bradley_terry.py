@@ -82,13 +82,7 @@ class BradleyTerryLikelihood(PredictsMoments):
         return compare(inputs)
 
     def check_rows(self) -> None:
-        """Raise: a target belongs to two rows of features.
-
-        Raises
-        ------
-        UnsupportedError
-            Always.
-        """
+        """Raise: a target belongs to two rows of features."""
         msg = (
             "The last layer is trained again on one row a target; targets of reward modeling compare two inputs. Use "
             'method="marglik", or validation data (method="gridsearch").'
@@ -97,13 +91,7 @@ class BradleyTerryLikelihood(PredictsMoments):
 
     @classmethod
     def check_diagonal_hessian(cls) -> None:
-        """Raise.
-
-        Raises
-        ------
-        UnsupportedError
-            Always.
-        """
+        """Raise."""
         msg = (
             f"The Hessian of {cls.name} acts on the difference of two scores, and its diagonal means nothing: leave "
             "out diagonal_hessian=True."
@@ -115,13 +103,7 @@ class BradleyTerryLikelihood(PredictsMoments):
         return False
 
     def check_head(self, n_outputs: int) -> None:
-        """Raise unless there is one score for each item.
-
-        Raises
-        ------
-        UnsupportedError
-            If the head gives several.
-        """
+        """Raise unless there is one score for each item."""
         if n_outputs != 1:
             msg = (
                 f'likelihood="{self.name}" compares items by one score each; the last layer of the model has '
@@ -183,22 +165,7 @@ class BradleyTerryLikelihood(PredictsMoments):
         return {}
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and put the two scores of a pair into one row.
-
-        Parameters
-        ----------
-        f
-            Scores, ``[batch, 2, 1]`` or ``[batch, 2]``; item by item ``[2 · batch, 1]``.
-        y
-            Index of the preferred item, 0 or 1, ``[batch]``.
-
-        Raises
-        ------
-        InputError
-            If targets are other numbers, or scores are not finite.
-        ShapeError
-            If there are not two scores for each target.
-        """
+        """Check targets and put the two scores of a pair into one row."""
         if y.is_floating_point() or y.is_complex() or y.dtype is torch.bool:
             msg = f"Preferences must be integers, 0 or 1; got {y.dtype}. Convert them with y.long()."
             raise InputError(msg)

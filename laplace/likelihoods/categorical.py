@@ -101,24 +101,7 @@ class CategoricalLikelihood(PredictsProbabilities):
         return (f / self.output_temperature).softmax(-1)
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets, flatten positions, drop the masked ones.
-
-        Parameters
-        ----------
-        f
-            Logits, ``[batch, *positions, C]``.
-        y
-            Class indices ``[batch, *positions]``, −100 where masked; or soft labels of the shape of ``f``.
-
-        Raises
-        ------
-        UnsupportedError
-            If the model has a single output, or its outputs are probabilities.
-        InputError
-            If class indices are out of range, soft labels are no distributions, or unmasked outputs are not finite.
-        ShapeError
-            If shapes do not fit.
-        """
+        """Check targets, flatten positions, drop the masked ones."""
         n_outputs = f.shape[-1]
         if n_outputs == 1:
             msg = (
@@ -183,15 +166,7 @@ class CategoricalLikelihood(PredictsProbabilities):
 
 
 def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
-    """The mean over unmasked positions, of class indices or probabilities.
-
-    Parameters
-    ----------
-    f
-        Logits, ``[batch, *positions, C]``.
-    y
-        Targets, ``[batch, *positions]`` or ``[batch, *positions, C]``.
-    """
+    """The mean over unmasked positions, of class indices or probabilities."""
     rows = f.reshape(-1, f.shape[-1])
     if y.is_floating_point():
         return F.cross_entropy(rows, y.reshape(rows.shape))
@@ -205,11 +180,6 @@ def check_logits(f: Outputs) -> None:
     """Raise if outputs are not finite, or probabilities: none is negative, and each row sums to one.
 
     Log probabilities are logits: their softmax is the probabilities.
-
-    Parameters
-    ----------
-    f
-        Outputs, ``[rows, C]``.
 
     Raises
     ------

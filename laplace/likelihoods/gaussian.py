@@ -48,13 +48,7 @@ class GaussianLikelihood(PredictsMoments):
 
     @classmethod
     def beside_prior(cls, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
-        """The noise, one or one per output.
-
-        Raises
-        ------
-        UnsupportedError
-            If an output temperature is asked for.
-        """
+        """The noise, one or one per output."""
         if output_temperature:
             msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
             raise UnsupportedError(msg)
@@ -146,13 +140,7 @@ class GaussianLikelihood(PredictsMoments):
         return (sigma * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))).sum()
 
     def check_metric(self, name: str, takes_spread: bool, pred_type: PredType) -> bool:
-        """Means do not depend on the posterior of a linearized network.
-
-        Raises
-        ------
-        InputError
-            If they are all that a metric sees.
-        """
+        """Means do not depend on the posterior of a linearized network."""
         if takes_spread:
             return False
         if pred_type is PredType.GLM:
@@ -164,13 +152,7 @@ class GaussianLikelihood(PredictsMoments):
         return True
 
     def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
-        """Exactly: ``½ s rᵀ (I + α s V)⁻¹ r + (1/2α) log |I + α s V|`` with r = y − f.
-
-        Parameters
-        ----------
-        mean, cov, y, alpha
-            As in ``AbstractLikelihood.energy``; V is ``[rows, C, C]``.
-        """
+        """Exactly: ``½ s rᵀ (I + α s V)⁻¹ r + (1/2α) log |I + α s V|`` with r = y − f."""
         scale, r = self.scale, y - mean
         if alpha == 0:
             return 0.5 * scale * (r.square().sum(-1) + cov.diagonal(dim1=1, dim2=2).sum(-1))
@@ -180,22 +162,7 @@ class GaussianLikelihood(PredictsMoments):
         return 0.5 * scale * half.square().sum(-1) + factor.diagonal(dim1=1, dim2=2).log().sum(-1) / alpha
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten positions.
-
-        Parameters
-        ----------
-        f
-            Outputs, ``[batch, *positions, C]``.
-        y
-            Targets of the same shape; ``[batch, *positions]`` when C = 1.
-
-        Raises
-        ------
-        InputError
-            If targets are no floating-point numbers, or outputs or targets are not finite.
-        ShapeError
-            If shapes differ.
-        """
+        """Check targets and flatten positions."""
         if not y.is_floating_point():
             msg = f"Regression targets must be floating-point numbers; got {y.dtype}. Convert them with y.float()."
             raise InputError(msg)

@@ -11,27 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OutputHessian:
-    """Hessians of −log p(y|f) in ``f``, one a row, kept as ``diag(d) ± r rᵀ``; C×C matrices are never built.
-
-    Attributes
-    ----------
-    n_outputs
-        C.
-    diagonal
-        ``d``: ``[rows, C]``, or ``[rows, 1]`` when all outputs share it, or ``None`` for zero.
-    root
-        ``r``: ``[rows, C, k]``, or ``None`` for zero.
-    sign
-        Of the product ``r rᵀ``: 1 or −1.
-    total
-        The diagonal of the whole, ``[rows, C]``, given where ``d − r²`` would cancel; it is then used instead.
-    """
+    """Hessians of −log p(y|f) in ``f``, one a row, kept as ``diag(d) ± r rᵀ``; C×C matrices are never built."""
 
     n_outputs: int
+    """C."""
     diagonal: Tensor | None = None
+    """``d``: ``[rows, C]``, or ``[rows, 1]`` when all outputs share it, or ``None`` for zero."""
     root: Tensor | None = None
+    """``r``: ``[rows, C, k]``, or ``None`` for zero."""
     sign: int = 1
+    """Of the product ``r rᵀ``: 1 or −1."""
     total: Tensor | None = None
+    """The diagonal of the whole, ``[rows, C]``, given where ``d − r²`` would cancel; it is then used instead."""
 
     def diag(self) -> Float[Tensor, "rows outputs"]:
         """Diagonals, ``[rows, C]``."""

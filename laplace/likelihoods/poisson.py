@@ -77,11 +77,6 @@ class PoissonLikelihood(PredictsMoments):
 
         To rounding for standard deviations of f up to 1, to 2e-4 nats at 3. Where functions were sampled, the rate is
         given a Gamma distribution with the moments of the samples, and the count a negative binomial one.
-
-        Parameters
-        ----------
-        mean, cov, y, link
-            As in ``AbstractLikelihood.predictive_nll``.
         """
         variance = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
         if link is as_it_is:
@@ -99,13 +94,7 @@ class PoissonLikelihood(PredictsMoments):
         return Ask.VARIANCE
 
     def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
-        """Of each count's marginal, summed over outputs: at α = 0 in closed form, else by quadrature.
-
-        Parameters
-        ----------
-        mean, cov, y, alpha
-            As in ``AbstractLikelihood.energy``.
-        """
+        """Of each count's marginal, summed over outputs: at α = 0 in closed form, else by quadrature."""
         variance = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
         if alpha == 0:
             each = (mean + variance / 2).exp() - y * mean + torch.lgamma(y + 1)
@@ -115,22 +104,7 @@ class PoissonLikelihood(PredictsMoments):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten positions.
-
-        Parameters
-        ----------
-        f
-            Log rates, ``[batch, *positions, C]``.
-        y
-            Counts of the same shape; ``[batch, *positions]`` when C = 1.
-
-        Raises
-        ------
-        InputError
-            If targets are no counts, or outputs are not finite.
-        ShapeError
-            If shapes differ.
-        """
+        """Check targets and flatten positions."""
         if y.shape == f.shape[:-1] and f.shape[-1] == 1:
             y = y.unsqueeze(-1)
         check_same_shape(f, y, "Counts")
@@ -151,20 +125,7 @@ class PoissonLikelihood(PredictsMoments):
 
 
 def log_normal(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (co)variance of e^f for a Gaussian f: ``m_i = e^(μ_i + V_ii/2)``, ``m_i m_j (e^(V_ij) − 1)``.
-
-    Parameters
-    ----------
-    mean
-        Of f, ``[..., C]``.
-    cov
-        Its variance ``[..., C]`` or covariance ``[..., C, C]``.
-
-    Warns
-    -----
-    NumericalWarning
-        If a moment is too large for its type.
-    """
+    """Mean and (co)variance of e^f for a Gaussian f: ``m_i = e^(μ_i + V_ii/2)``, ``m_i m_j (e^(V_ij) − 1)``."""
     if cov.dim() == mean.dim():
         rate = (mean + cov / 2).exp()
         spread = rate.square() * cov.expm1()

@@ -49,13 +49,7 @@ class PredictsMoments(AbstractLikelihood):
     def average(
         self, functions: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int, center: Outputs
     ) -> tuple[Tensor, Tensor, Link]:
-        """Mean and variance ``[rows, C]`` of E[y|f] over samples, without keeping all of them.
-
-        Raises
-        ------
-        InputError
-            If there is one sample, which has no variance.
-        """
+        """Mean and variance ``[rows, C]`` of E[y|f] over samples, without keeping all of them."""
         if n_samples < 2:
             msg = f"A variance over samples needs n_samples of at least 2; got {n_samples}."
             raise InputError(msg)

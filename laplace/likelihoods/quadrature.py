@@ -23,15 +23,7 @@ def nodes(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean(function: Callable[[Tensor], Tensor], center: Tensor, variance: Tensor) -> Tensor:
-    """``E[g(f)]`` for ``f ~ N(center, variance)``, elementwise, for smooth g.
-
-    Parameters
-    ----------
-    function
-        g, elementwise; it is given ``[ORDER, *shape]``.
-    center, variance
-        Of each output, of one shape.
-    """
+    """``E[g(f)]`` for ``f ~ N(center, variance)``, elementwise, for smooth g."""
     points, log_weights = nodes(center)
     shape = (-1, *[1] * center.dim())
     f = center + variance.clamp(min=0).sqrt() * points.reshape(shape)
@@ -49,13 +41,6 @@ def log_mean_exp(
 
     The nodes are put around the maximum of ``p(f) N(f)``, at a distance that its curvature says; the integral does not
     depend on where they are, and so no gradient is taken of that.
-
-    Parameters
-    ----------
-    log_p, slope, curvature
-        Log p, its derivative, and minus its second derivative, elementwise.
-    center, variance
-        Of each output, of one shape.
     """
     std = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
     with torch.no_grad():

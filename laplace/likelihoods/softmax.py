@@ -136,19 +136,7 @@ def mc(
 
 
 def average_softmax(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int) -> LogProbabilities:
-    """Log of the average softmax over samples that come in parts.
-
-    Parameters
-    ----------
-    parts
-        Logits, ``[samples, rows, C]`` each.
-    n_samples
-        How many there are in all.
-
-    Returns
-    -------
-    Log probabilities, ``[rows, C]``.
-    """
+    """Log of the average softmax over samples that come in parts."""
     total: Tensor | None = None
     for f in parts:
         part = f.log_softmax(-1).logsumexp(0)
@@ -206,19 +194,6 @@ def expected_cross_entropy(
     ``E[lse f] ≤ pᵀm + lse(m − pᵀm + ½ w)``, ``w_c = (e_c − p)ᵀ V (e_c − p)``. To first order in V it is the expansion
     ``−log p(y|m) + ½ tr(Λ V)`` of the Laplace approximation, and it does not see a change common to all logits.
 
-    Parameters
-    ----------
-    mean
-        Of the logits, ``[rows, C]``.
-    cov
-        V, ``[rows, C, C]``.
-    y
-        Class indices ``[rows]`` or soft labels ``[rows, C]``.
-
-    Returns
-    -------
-    ``[rows]``, in nats.
-
     References
     ----------
     Knowles & Minka (2011), "Non-conjugate variational message passing for multinomial and binary regression", section
@@ -237,23 +212,6 @@ def energy(mean: Outputs, cov: Tensor, y: Targets, scale: Scalar, alpha: float) 
 
     With a = α/T it is ``(1/T) [(1 − a) · bound − a · log p̄(y)]``: linear in a, as it is where log p is Gaussian. Above
     a = 1 (cold likelihoods) it is that of a = 1.
-
-    Parameters
-    ----------
-    mean
-        Of the logits, ``[rows, C]``.
-    cov
-        V, ``[rows, C, C]``; where a is 1 its diagonal ``[rows, C]`` is enough.
-    y
-        Class indices ``[rows]`` or soft labels ``[rows, C]``.
-    scale
-        1/T.
-    alpha
-        α in [0, 1].
-
-    Returns
-    -------
-    ``[rows]``, in nats.
     """
     power = min(alpha * float(scale), 1.0)
     total = mean.new_zeros(len(mean))
@@ -271,23 +229,6 @@ def sampled_energy(
 ) -> Float[Tensor, " rows"]:
     """Of a softmax, from samples of the logits: ``−(1/α) log mean p(y|f)^α``.
 
-    Parameters
-    ----------
-    samples
-        Logits, ``[samples, rows, C]``.
-    y
-        Class indices ``[rows]`` or soft labels ``[rows, C]``.
-    scale
-        1/T.
-    alpha
-        α in [0, 1].
-
-    Returns
-    -------
-    ``[rows]``, in nats.
-
-    Notes
-    -----
     Converges with the number of samples S; for α > 0 with a bias of order 1/S.
     """
     nll = -scale * _of_label(samples.log_softmax(-1), y)

@@ -30,23 +30,11 @@ class Linearization(ABC):
         return False
 
     def select(self, rows: Tensor) -> Linearization:
-        """Some rows, flattened; where outputs are linear in the random weights.
-
-        Parameters
-        ----------
-        rows
-            Their indices.
-        """
+        """Some rows, flattened; where outputs are linear in the random weights."""
         raise NotImplementedError
 
     def followed_by(self, others: Sequence[Linearization]) -> Linearization:
-        """With the rows of others after these; where outputs are linear in the random weights.
-
-        Parameters
-        ----------
-        others
-            Of the same kind.
-        """
+        """With the rows of others after these; where outputs are linear in the random weights."""
         raise NotImplementedError
 
     def mean(self, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
@@ -55,61 +43,19 @@ class Linearization(ABC):
 
     @abstractmethod
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
-        """Variances of the outputs.
-
-        Parameters
-        ----------
-        precision
-            Posterior precision of the weights.
-        dtype
-            To compute in.
-
-        Returns
-        -------
-        ``[rows, C]``, output units squared, without observation noise.
-        """
+        """Variances of the outputs."""
 
     @abstractmethod
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
-        """Covariances of the outputs of each row.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-
-        Returns
-        -------
-        ``[rows, C, C]``, output units squared, without observation noise.
-        """
+        """Covariances of the outputs of each row."""
 
     @abstractmethod
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
-        """Covariance of all outputs of all rows.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-
-        Returns
-        -------
-        ``[rows·C, rows·C]``, row by row; output units squared, without observation noise.
-        """
+        """Covariance of all outputs of all rows."""
 
     @abstractmethod
     def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
-        """Variances of the differences f₀ − f₁ of each pair, for outputs ``[pairs, 2, 1]``.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-
-        Returns
-        -------
-        ``[pairs, 1]``, output units squared.
-        """
+        """Variances of the differences f₀ − f₁ of each pair, for outputs ``[pairs, 2, 1]``."""
 
     @abstractmethod
     def functions(
@@ -136,25 +82,13 @@ class Linearization(ABC):
     def network_functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
-        """The same of the network itself; for a linear last layer it is the same.
-
-        Parameters
-        ----------
-        precision, n_samples, generator, dtype
-            As in ``functions``.
-        """
+        """The same of the network itself; for a linear last layer it is the same."""
         return self.functions(precision, n_samples, generator, dtype)
 
     def variances(
         self, precisions: Sequence[AbstractPrecision], dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "rows outputs"]]:
-        """Variances under several posteriors, one after the other; one that comes again is not computed again.
-
-        Parameters
-        ----------
-        precisions, dtype
-            As in ``variance``.
-        """
+        """Variances under several posteriors, one after the other; one that comes again is not computed again."""
         last: tuple[AbstractPrecision, Tensor] | None = None
         for precision in precisions:
             if last is None or last[0] is not precision:
@@ -163,24 +97,10 @@ class Linearization(ABC):
 
     @abstractmethod
     def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
-        """The same in other coordinates of the weights, for posteriors that ``basis`` makes.
-
-        Parameters
-        ----------
-        basis
-            The coordinates.
-        dtype
-            To compute in.
-        """
+        """The same in other coordinates of the weights, for posteriors that ``basis`` makes."""
 
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
-        """What to keep of it for repeated use, and its size in numbers; ``None`` when that is above a limit.
-
-        Parameters
-        ----------
-        limit
-            How many numbers may be kept.
-        """
+        """What to keep of it for repeated use, and its size in numbers; ``None`` when that is above a limit."""
         size = self.f.numel()
         return (self, size) if size <= limit else None
 

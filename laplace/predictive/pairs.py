@@ -49,26 +49,12 @@ class Pairs(Linearization):
         return against_zero(self.scores.mean(dtype).reshape(-1, 2))
 
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs outputs"]:
-        """Variances of the logits, ``[pairs, 2]``, in output units squared.
-
-        Parameters
-        ----------
-        precision
-            Posterior precision of the weights.
-        dtype
-            To compute in.
-        """
+        """Variances of the logits, ``[pairs, 2]``, in output units squared."""
         variance = self.scores.pair_variance(precision, dtype)
         return torch.cat([variance, torch.zeros_like(variance)], -1)
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs outputs outputs"]:
-        """Covariances of the logits, ``[pairs, 2, 2]``: diagonal, because the second is always 0.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-        """
+        """Covariances of the logits, ``[pairs, 2, 2]``: diagonal, because the second is always 0."""
         return torch.diag_embed(self.variance(precision, dtype))
 
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:  # noqa: ARG002
@@ -77,80 +63,35 @@ class Pairs(Linearization):
         raise UnsupportedError(msg)
 
     def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
-        """That of the scores.
-
-        Parameters
-        ----------
-        precision, dtype
-            As in ``variance``.
-        """
+        """That of the scores."""
         return self.scores.pair_variance(precision, dtype)
 
     def rotated(self, basis: Basis, dtype: torch.dtype) -> Pairs:
-        """The scores in other coordinates.
-
-        Parameters
-        ----------
-        basis, dtype
-            As in ``Linearization.rotated``.
-        """
+        """The scores in other coordinates."""
         return replace(self, scores=self.scores.rotated(basis, dtype))
 
     def kept(self, limit: int) -> tuple[Linearization, int] | None:
-        """What is kept of the scores.
-
-        Parameters
-        ----------
-        limit
-            How many numbers may be kept.
-        """
+        """What is kept of the scores."""
         found = self.scores.kept(limit)
         return None if found is None else (Pairs(self.f, found[0]), found[1])
 
     def network_functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "samples pairs outputs"]]:
-        """The same of the network itself.
-
-        Parameters
-        ----------
-        precision, n_samples, generator, dtype
-            As in ``functions``.
-        """
+        """The same of the network itself."""
         for part in self.scores.network_functions(precision, n_samples, generator, dtype):
             yield against_zero(part.reshape(len(part), -1, 2))
 
     def functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
     ) -> Iterator[Float[Tensor, "samples pairs outputs"]]:
-        """Logits of whole functions, in chunks of samples.
-
-        Parameters
-        ----------
-        precision, n_samples, generator, dtype
-            As in ``Linearization.functions``.
-
-        Yields
-        ------
-        ``[samples, pairs, 2]``, ``n_samples`` in all.
-        """
+        """Logits of whole functions, in chunks of samples."""
         for part in self.scores.functions(precision, n_samples, generator, dtype):
             yield against_zero(part.reshape(len(part), -1, 2))
 
 
 def compare(inputs: Linearization) -> Pairs:
-    """Compare the two items of each pair.
-
-    Parameters
-    ----------
-    inputs
-        Linearized at pairs, with outputs ``[batch, 2, 1]`` (or ``[batch, 2]``).
-
-    Raises
-    ------
-    ShapeError
-        If the outputs are no scores of pairs.
-    """
+    """Compare the two items of each pair."""
     f = inputs.f
     if f.shape[1:] not in ((2, 1), (2,)):
         msg = (

@@ -43,27 +43,7 @@ def predict(
     options: Options,
     dtype: torch.dtype,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Predict at linearized inputs.
-
-    Parameters
-    ----------
-    inputs
-        Where to predict; with ``fitting``, as ``pairs.compare`` returns them.
-    precision
-        Posterior precision of the weights.
-    likelihood
-        What the outputs mean.
-    options
-        How to predict.
-    dtype
-        To compute in.
-
-    Returns
-    -------
-    Class probabilities ``[batch, *positions, C]``, those of pairs ``[batch, 2]``; for regression and scores mean and
-    covariance ``[…, C, C]`` (variance ``[…, C]`` with ``diagonal_output`` or ``pred_type="nn"``; ``[rows·C]`` and
-    ``[rows·C, rows·C]`` with ``joint``), in units of the targets, without observation noise.
-    """
+    """Predict at linearized inputs: probabilities ``[batch, *positions, C]``, or mean and (co)variance."""
     likelihood = likelihood.for_targets() if options.fitting else likelihood
     if asked(likelihood, options) is Ask.JOINT:
         mean, cov = likelihood.predict_joint(inputs.mean(dtype).flatten(), inputs.joint_covariance(precision, dtype))
@@ -89,13 +69,7 @@ def moments(
     options: Options,
     dtype: torch.dtype,
 ) -> Moments:
-    """Mean and (co)variance of the outputs, whichever the link needs and no more, and the link to apply to them.
-
-    Parameters
-    ----------
-    inputs, precision, likelihood, options, dtype
-        As in ``predict``.
-    """
+    """Mean and (co)variance of the outputs, whichever the link needs and no more, and the link to apply to them."""
     (only,) = moments_of_each(inputs, [precision], [likelihood], lambda: options, dtype)
     return only
 
@@ -107,24 +81,7 @@ def moments_of_each(
     fresh_options: Callable[[], Options],
     dtype: torch.dtype,
 ) -> Iterator[Moments]:
-    """The same under several posteriors of the same inputs, sharing what they can share.
-
-    Parameters
-    ----------
-    inputs
-        Where to predict.
-    precisions, likelihoods
-        One each a posterior.
-    fresh_options
-        How to predict, asked again for each posterior, so that samples can be the same.
-    dtype
-        To compute in.
-
-    Yields
-    ------
-    Mean ``[rows, C]``, variance ``[rows, C]`` or covariance ``[rows, C, C]``, and a link: what the likelihood asks for.
-    Where functions are sampled, it has averaged them after the link.
-    """
+    """Moments under several posteriors, sharing what they can: mean ``[rows, C]``, (co)variance and link for each."""
     options = fresh_options()
     if options.fitting:
         likelihoods = [likelihood.for_targets() for likelihood in likelihoods]
@@ -155,13 +112,6 @@ def functional_samples(
 
     Functions drawn through the weights, coherent over inputs; with ``diagonal_output`` each output from its own
     marginal, in function space.
-
-    Parameters
-    ----------
-    inputs, precision, dtype
-        As in ``predict``.
-    options
-        Which distribution, how many, and the source of randomness.
     """
     if options.diagonal_output:
         parts = draw(inputs.mean(dtype), inputs.variance(precision, dtype), options.n_samples, options.generator)
@@ -181,25 +131,7 @@ def _functions(
 def output_moments(
     inputs: Linearization, precision: AbstractPrecision, dtype: torch.dtype, joint: bool, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of outputs before any link, in the precision of the outputs.
-
-    Parameters
-    ----------
-    inputs
-        Where.
-    precision
-        Posterior precision of the weights.
-    dtype
-        To compute in.
-    joint
-        ``[rows·C]`` and ``[rows·C, rows·C]``, across inputs.
-    diagonal
-        Variances instead of covariances.
-
-    Returns
-    -------
-    ``[batch, *positions, C]``, and ``[…, C, C]`` or ``[…, C]``.
-    """
+    """Mean and covariance of outputs before any link, in the precision of the outputs."""
     if joint:
         return inputs.f.flatten(), inputs.joint_covariance(precision, dtype).to(inputs.f.dtype)
     spread = inputs.variance(precision, dtype) if diagonal else inputs.covariance(precision, dtype)
@@ -207,23 +139,7 @@ def output_moments(
 
 
 def samples_of_moments(mean: Tensor, cov: Tensor, options: Options, diagonal: bool) -> Tensor:
-    """Samples of outputs with a mean and a covariance.
-
-    Parameters
-    ----------
-    mean
-        ``[batch, *positions, C]``, or ``[n]`` of a joint distribution.
-    cov
-        Covariance, with one more axis, or variance.
-    options
-        How many, and the generator.
-    diagonal
-        Use the diagonal of the covariance alone.
-
-    Returns
-    -------
-    ``[samples, …]``, each in the shape of the mean.
-    """
+    """Samples of outputs with a mean and a covariance."""
     n = mean.shape[-1]
     if cov.dim() > mean.dim():
         cov = cov.diagonal(dim1=-2, dim2=-1) if diagonal else cov

@@ -24,18 +24,12 @@ KEPT_SQUARES = 2**27
 
 @dataclass(frozen=True)
 class SpectralLinearization(Linearization):
-    """Outputs, and their derivatives in the coordinates of a ``DenseBasis``.
-
-    Attributes
-    ----------
-    f
-        Outputs, ``[batch, *positions, C]``.
-    projected
-        Makes the derivatives J Q, ``[chunk, columns, P]`` for a chunk of data at a time.
-    """
+    """Outputs, and their derivatives in the coordinates of a ``DenseBasis``."""
 
     f: Tensor
+    """Outputs, ``[batch, *positions, C]``."""
     projected: Callable[[], Iterator[Tensor]]
+    """Makes the derivatives J Q, ``[chunk, columns, P]`` for a chunk of data at a time."""
     _squares: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def _squared(self, n_params: int) -> Iterator[Float[Tensor, "rows params"]]:

@@ -20,22 +20,7 @@ def add_up(
     of_batch: Callable[[Any, Tensor], tuple[Tensor, Summand]],
     merge: Callable[[Summand, Summand], Summand],
 ) -> tuple[Tensor, Summand] | None:
-    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty.
-
-    Parameters
-    ----------
-    batches
-        Inputs and targets.
-    of_batch
-        Both for one batch.
-    merge
-        Adds the second.
-
-    Raises
-    ------
-    InputError
-        If a batch cannot be used, or its negative log-likelihood is not finite; the message numbers it.
-    """
+    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty."""
     total: tuple[Tensor, Summand] | None = None
     for index, (x, y) in enumerate(batches):
         with numbered(index, x):
@@ -52,18 +37,7 @@ def add_up(
 
 
 def check_same_data(first: Tensor, now: Tensor) -> None:
-    """Warn if a later pass saw other data than the first, by their negative log-likelihoods.
-
-    Parameters
-    ----------
-    first, now
-        Sums over the data of both passes.
-
-    Warns
-    -----
-    UserWarning
-        If they differ by more than a thousandth.
-    """
+    """Warn if a later pass saw other data than the first, by their negative log-likelihoods."""
     if bool((now - first).abs().sum() > SAME * first.abs().sum()):
         msg = (
             "This structure reads the training data several times, and they are not the same each time: their "
@@ -75,18 +49,7 @@ def check_same_data(first: Tensor, now: Tensor) -> None:
 
 
 def require_finite(finite: bool) -> None:
-    """Raise unless a curvature is finite.
-
-    Parameters
-    ----------
-    finite
-        Whether it is.
-
-    Raises
-    ------
-    InputError
-        If it is not.
-    """
+    """Raise unless a curvature is finite."""
     if not finite:
         msg = (
             "The curvature of the training data is not finite: derivatives (for a last layer its features) "

@@ -30,32 +30,19 @@ class Basis(ABC):
 
     @abstractmethod
     def blocks(self, blocks: Sequence[JacobianBlock]) -> Any:
-        """Derivatives in these coordinates.
-
-        Parameters
-        ----------
-        blocks
-            One for each parameter group.
-        """
+        """Derivatives in these coordinates."""
 
 
 @dataclass(frozen=True)
 class RotatedGroups(Basis):
-    """Each parameter group has coordinates of its own: features stay features, blocks stay blocks.
-
-    Attributes
-    ----------
-    posterior
-        As in ``Basis``.
-    eigenvectors
-        For each group one or two orthogonal matrices; ``None`` is the identity.
-    shapes
-        Sizes of the sides of each group.
-    """
+    """Each parameter group has coordinates of its own: features stay features, blocks stay blocks."""
 
     posterior: Callable[..., AbstractPrecision]
+    """As in ``Basis``."""
     eigenvectors: Sequence[Sequence[Tensor | None]]
+    """For each group one or two orthogonal matrices; ``None`` is the identity."""
     shapes: Sequence[tuple[int, ...]]
+    """Sizes of the sides of each group."""
 
     @classmethod
     def of(cls, eigenvectors: Sequence[Sequence[Tensor | None]], shapes: Sequence[tuple[int, ...]]) -> RotatedGroups:
@@ -74,18 +61,12 @@ class RotatedGroups(Basis):
 
 @dataclass(frozen=True)
 class DenseBasis(Basis):
-    """One orthogonal matrix for all weights: in it the posterior is diagonal.
-
-    Attributes
-    ----------
-    posterior
-        As in ``Basis``.
-    eigenvectors
-        Q, ``[P, P]``.
-    """
+    """One orthogonal matrix for all weights: in it the posterior is diagonal."""
 
     posterior: Callable[..., AbstractPrecision]
+    """As in ``Basis``."""
     eigenvectors: Float[Tensor, "params params"]
+    """Q, ``[P, P]``."""
 
     def blocks(self, blocks: Sequence[JacobianBlock]) -> Iterator[Float[Tensor, "chunk columns params"]]:
         """J Q for a bounded number of data at a time, group by group; of a head without J."""

@@ -27,15 +27,10 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class BlockDiagCurvature(AbstractCurvature):
-    """The diagonal blocks of the curvature: a dense curvature for each parameter group.
-
-    Attributes
-    ----------
-    parts
-        One a group, in their order.
-    """
+    """The diagonal blocks of the curvature: a dense curvature for each parameter group."""
 
     parts: Sequence[FullCurvature]
+    """One a group, in their order."""
 
     name: ClassVar[HessianStructure] = HessianStructure.BLOCKDIAG
 
@@ -113,15 +108,10 @@ class BlockDiagCurvature(AbstractCurvature):
 
 @dataclass(frozen=True)
 class BlockDiagPrecision(AbstractPrecision):
-    """A dense precision for each parameter group. Factorized on first use; time O(Σ p³), memory O(Σ p²).
-
-    Attributes
-    ----------
-    parts
-        One a group.
-    """
+    """A dense precision for each parameter group. Factorized on first use; time O(Σ p³), memory O(Σ p²)."""
 
     parts: Sequence[FullPrecision]
+    """One a group."""
 
     @property
     def n_params(self) -> int:

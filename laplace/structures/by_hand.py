@@ -27,15 +27,7 @@ Check: TypeAlias = "Callable[[str, Any], Tensor]"
 
 
 def independent(value: Any, known: dict[int, Any] | None = None) -> Any:
-    """A copy of tensors, nested lists and matrices that shares no memory; what occurs twice in it stays one.
-
-    Parameters
-    ----------
-    value
-        What a getter returns; a graph of hyperparameters stays on it.
-    known
-        Copies that were made already, by the ``id`` of what they are of.
-    """
+    """A copy of tensors, nested lists and matrices that shares no memory; what occurs twice in it stays one."""
     known = {} if known is None else known
     if isinstance(value, Tensor):
         if id(value) not in known:
@@ -54,17 +46,7 @@ def independent(value: Any, known: dict[int, Any] | None = None) -> Any:
 
 
 def zero_curvature(kind: type[AbstractCurvature], shapes: Shapes, like: Tensor) -> AbstractCurvature:
-    """The curvature of no data.
-
-    Parameters
-    ----------
-    kind
-        Its structure, one of ``BY_HAND``.
-    shapes
-        Of the parameter groups.
-    like
-        A tensor of the right precision and device.
-    """
+    """The curvature of no data."""
     sizes = [math.prod(shape) for shape in shapes]
     n_params = sum(sizes)
     if kind is KronCurvature:
@@ -100,15 +82,7 @@ def sides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _matrix(name: str, value: Any, size: int, check: Check) -> Tensor:
-    """A symmetric matrix.
-
-    Raises
-    ------
-    ShapeError
-        If it is not ``[size, size]``.
-    InputError
-        If it is not symmetric.
-    """
+    """A symmetric matrix."""
     matrix = _shaped(name, value, (size, size), check)
     largest = float(matrix.abs().max())
     if not torch.allclose(matrix, matrix.mT, rtol=0.0, atol=1e-4 * largest):
@@ -254,28 +228,7 @@ BY_HAND: Mapping[type[AbstractCurvature], Callable[..., AbstractCurvature]] = {
 def assigned_curvature(
     kind: type[AbstractCurvature], value: Any, shapes: Shapes, check: Check, now: AbstractCurvature | None
 ) -> AbstractCurvature:
-    """A curvature that a user assigned.
-
-    Parameters
-    ----------
-    kind
-        The structure, one of ``BY_HAND``.
-    value
-        In the form in which ``H`` is read.
-    shapes
-        Of the parameter groups.
-    check
-        Of tensors.
-    now
-        The curvature that it replaces, whose counts of data hold on.
-
-    Raises
-    ------
-    ShapeError
-        If it does not fit the weights.
-    InputError
-        If it is of another kind, not finite, or not symmetric.
-    """
+    """A curvature that a user assigned."""
     return BY_HAND[kind](value, shapes, check, now)
 
 

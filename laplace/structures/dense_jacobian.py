@@ -14,17 +14,7 @@ from laplace.structures.jacobian import JacobianBlock
 
 
 def dense_rows(blocks: Sequence[JacobianBlock]) -> Iterator[Float[Tensor, "batch columns params"]]:
-    """Derivatives in all parameter groups, written out, for a bounded number of data at a time.
-
-    Parameters
-    ----------
-    blocks
-        One for each parameter group.
-
-    Yields
-    ------
-    ``[batch, columns, P]``.
-    """
+    """Derivatives in all parameter groups, written out, for a bounded number of data at a time."""
     n_rows, n_columns = blocks[0].n_rows, blocks[0].n_columns
     step = max(1, CHUNK_ELEMENTS // max(1, n_columns * sum(block.n_params for block in blocks)))
     for start in range(0, n_rows, step):
@@ -32,20 +22,7 @@ def dense_rows(blocks: Sequence[JacobianBlock]) -> Iterator[Float[Tensor, "batch
 
 
 def check_jacobians(J: Tensor, n_params: int) -> None:
-    """Raise unless Jacobians are ``[batch, outputs, P]``.
-
-    Parameters
-    ----------
-    J
-        What should be Jacobians.
-    n_params
-        P.
-
-    Raises
-    ------
-    ShapeError
-        If they are not.
-    """
+    """Raise unless Jacobians are ``[batch, outputs, P]``."""
     if J.dim() != 3 or J.shape[-1] != n_params:
         msg = f"Jacobians must have the shape [batch, outputs, {n_params}]; got {list(J.shape)}."
         raise ShapeError(msg)

@@ -27,15 +27,10 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class DiagCurvature(AbstractCurvature):
-    """The diagonal of the curvature.
-
-    Attributes
-    ----------
-    vector
-        h, ``[P]``.
-    """
+    """The diagonal of the curvature."""
 
     vector: Float[Tensor, " params"]
+    """h, ``[P]``."""
 
     name: ClassVar[HessianStructure] = HessianStructure.DIAG
 
@@ -89,13 +84,7 @@ class DiagCurvature(AbstractCurvature):
         return replace(self, vector=self.vector * factors)
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> DiagPrecision:
-        """Add the prior; any prior fits.
-
-        Raises
-        ------
-        NotPositiveDefiniteError
-            If the curvature is negative somewhere and the prior does not make up for it.
-        """
+        """Add the prior; any prior fits."""
         assert not options, "the diagonal has no options"
         vector = self.vector + prior.diagonal()
         if bool((vector <= 0).any()):

@@ -87,18 +87,7 @@ class EKFACCurvature(AbstractCurvature):
     def accumulate(
         cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
     ) -> tuple[Tensor, EKFACCurvature] | None:
-        """Two passes: the factors, then the diagonal in their eigenbasis.
-
-        Parameters
-        ----------
-        backend, batches, **options
-            As in ``AbstractCurvature.accumulate``; the batches are read twice, or once and their features twice.
-
-        Raises
-        ------
-        InputError
-            If the batches can be read only once, and as in ``AbstractCurvature.accumulate``.
-        """
+        """Two passes: the factors, then the diagonal in their eigenbasis."""
         batches = backend.repeatable(batches, cls.name)
         found = KronCurvature.accumulate(backend, batches, **options)
         if found is None:
@@ -166,13 +155,7 @@ class EKFACCurvature(AbstractCurvature):
         return replace(self, scale=self.scale * factor)
 
     def scale_weights(self, factors: Float[Tensor, " params"]) -> EKFACCurvature:
-        """F s where outputs keep their own axes, as those of a Gaussian with independent noise do.
-
-        Raises
-        ------
-        UnsupportedError
-            If the basis mixes outputs.
-        """
+        """F s where outputs keep their own axes, as those of a Gaussian with independent noise do."""
         if any(block[0] is not None for block in self.eigenvectors):
             msg = (
                 'With hessian_structure="ekfac" a noise for each output needs a curvature with independent outputs '
@@ -184,15 +167,7 @@ class EKFACCurvature(AbstractCurvature):
         return replace(self, diagonals=scaled)
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> EKFACPrecision:
-        """Add the prior in the eigenbasis: O(P).
-
-        Parameters
-        ----------
-        prior
-            Scalar or one precision a parameter group.
-        **options
-            There are none.
-        """
+        """Add the prior in the eigenbasis: O(P)."""
         assert not options, "the eigenvalue-corrected structure has no options"
         deltas = prior.per_layer()
         shifted = [diagonal * self.scale + d for diagonal, d in zip(self.diagonals, deltas, strict=True)]
@@ -219,18 +194,12 @@ class EKFACCurvature(AbstractCurvature):
 
 @dataclass(frozen=True)
 class EKFACPrecision(RotatedPrecision):
-    """Bases and eigenvalues.
-
-    Attributes
-    ----------
-    eigenvectors
-        For each group one or two orthogonal matrices; ``None`` is the identity.
-    eigenvalues
-        For each group ``[rows, columns]``, or ``[rows]`` with one matrix.
-    """
+    """Bases and eigenvalues."""
 
     eigenvectors: Sequence[Sequence[Tensor | None]]
+    """For each group one or two orthogonal matrices; ``None`` is the identity."""
     eigenvalues: Sequence[Tensor]
+    """For each group ``[rows, columns]``, or ``[rows]`` with one matrix."""
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -248,13 +217,7 @@ class EKFACPrecision(RotatedPrecision):
 
 
 def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:
-    """Eigenvectors of the factors; the identity for those that are diagonal, where any order of them would do.
-
-    Parameters
-    ----------
-    curvature
-        Factors of a whole data set.
-    """
+    """Eigenvectors of the factors; the identity for those that are diagonal, where any order of them would do."""
     found: list[list[Tensor | None]] = []
     for sides, vectors in zip(curvature.sums.kfacs, curvature.decomposed.eigenvectors, strict=True):
         pairs = zip(sides, vectors, strict=True)
@@ -263,13 +226,7 @@ def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:
 
 
 def refuse_merge() -> NoReturn:
-    """Raise: the eigenbases of two data sets are not that of their union.
-
-    Raises
-    ------
-    UnsupportedError
-        In any case.
-    """
+    """Raise: the eigenbases of two data sets are not that of their union."""
     msg = (
         'hessian_structure="ekfac" cannot add to an earlier fit (override=False): the eigenbases of two data sets are '
         'not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which adds.'

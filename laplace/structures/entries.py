@@ -21,15 +21,7 @@ FEW = 8
 
 
 def chosen(blocks: Sequence[JacobianBlock], subset: ParameterSubset) -> list[JacobianBlock]:
-    """The derivatives in the random weights, in their order.
-
-    Parameters
-    ----------
-    blocks
-        Those in all weights of the parameter tensors of the subset, one block a tensor.
-    subset
-        Which of these weights are random.
-    """
+    """The derivatives in the random weights, in their order."""
     choice = subset.choice
     if choice is None:
         return list(blocks)
@@ -39,18 +31,12 @@ def chosen(blocks: Sequence[JacobianBlock], subset: ParameterSubset) -> list[Jac
 
 @dataclass(frozen=True)
 class EntriesBlock(JacobianBlock):
-    """The block of chosen weights of a group.
-
-    Attributes
-    ----------
-    block
-        Of the whole group.
-    index
-        Which of its weights, ``[p]``.
-    """
+    """The block of chosen weights of a group."""
 
     block: JacobianBlock
+    """Of the whole group."""
     index: Int[Tensor, " params"]
+    """Which of its weights, ``[p]``."""
 
     @property
     def n_columns(self) -> int:
@@ -125,18 +111,12 @@ class EntriesBlock(JacobianBlock):
 
 @dataclass(frozen=True)
 class ReorderedBlock(JacobianBlock):
-    """The block of a subnetwork whose weights are not listed tensor by tensor.
-
-    Attributes
-    ----------
-    parts
-        The chosen weights of each parameter tensor.
-    subset
-        Knows where they are in the subnetwork.
-    """
+    """The block of a subnetwork whose weights are not listed tensor by tensor."""
 
     parts: tuple[JacobianBlock, ...]
+    """The chosen weights of each parameter tensor."""
     subset: ParameterSubset
+    """Knows where they are in the subnetwork."""
 
     @property
     def _places(self) -> tuple[Tensor, ...]:

@@ -30,18 +30,12 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class FullCurvature(AbstractCurvature):
-    """The dense curvature.
-
-    Attributes
-    ----------
-    matrix
-        H, ``[P, P]``, symmetric.
-    scale
-        Factor of it.
-    """
+    """The dense curvature."""
 
     matrix: Float[Tensor, "params params"]
+    """H, ``[P, P]``, symmetric."""
     scale: Scalar | float = 1.0
+    """Factor of it."""
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     name: ClassVar[HessianStructure] = HessianStructure.FULL
@@ -155,13 +149,7 @@ def _without_rounding(values: Float[Tensor, " params"]) -> Float[Tensor, " param
 
 
 def _spectral(curvature: FullCurvature, prior: GaussianPrior) -> DiagPrecision:
-    """``s λ + δ``: the posterior in the eigenbasis of the curvature.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If an eigenvalue is negative and the prior does not make up for it.
-    """
+    """``s λ + δ``: the posterior in the eigenbasis of the curvature."""
     spectrum = curvature.eigenvalues * curvature.scale + prior.precision
     if bool((spectrum <= 0).any()):
         msg = (

@@ -14,17 +14,7 @@ from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
 
 def looked_up(block: DenseBlock, tokens: Int[Tensor, "..."], n_tokens: int) -> GatherBlock:
-    """From derivatives in rows that all data look up, ``[columns, batch, rows·features]``, to those in the table.
-
-    Parameters
-    ----------
-    block
-        Of the rows.
-    tokens
-        Which rows of the table they are.
-    n_tokens
-        Number of rows of the table.
-    """
+    """From derivatives in rows that all data look up, ``[columns, batch, rows·features]``, to those in the table."""
     rows = block.values.unflatten(2, (tokens.numel(), -1))
     token, place = torch.unique(tokens.flatten(), return_inverse=True)
     values = rows.new_zeros(rows.shape[0], rows.shape[1], len(token), rows.shape[3]).index_add(2, place, rows)
@@ -60,13 +50,7 @@ class GatherBlock(JacobianBlock):
 
     @classmethod
     def union(cls, tables: Sequence[GatherBlock]) -> GatherBlock:
-        """The sum of several look-ups in one table.
-
-        Parameters
-        ----------
-        tables
-            Their blocks.
-        """
+        """The sum of several look-ups in one table."""
         first = tables[0]
         keys = torch.cat([table.datum * table.n_tokens + table.token for table in tables])
         pairs, place = torch.unique(keys, return_inverse=True)

@@ -50,15 +50,7 @@ class JacobianBlock(ABC):
 
     @abstractmethod
     def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
-        """A part of J, written out.
-
-        Parameters
-        ----------
-        rows
-            Of the batch.
-        units
-            Which of the ``n_units`` parts of the weights.
-        """
+        """A part of J, written out."""
 
     @property
     @abstractmethod
@@ -67,25 +59,11 @@ class JacobianBlock(ABC):
 
     @abstractmethod
     def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> JacobianBlock:
-        """J in another basis of the weights: as matrices ``Lᵀ J R``, as vectors ``J R``; ``None`` is the identity.
-
-        Parameters
-        ----------
-        sides
-            One or two orthogonal matrices.
-        shape
-            Their sizes.
-        """
+        """J in another basis of the weights: as matrices ``Lᵀ J R``, as vectors ``J R``; ``None`` is the identity."""
 
     @abstractmethod
     def mix(self, weights: Float[Tensor, "mixtures columns"]) -> JacobianBlock:
-        """Mixtures of the columns.
-
-        Parameters
-        ----------
-        weights
-            ``[mixtures, columns]``.
-        """
+        """Mixtures of the columns."""
 
     @property
     @abstractmethod
@@ -93,17 +71,7 @@ class JacobianBlock(ABC):
         """How many numbers it keeps."""
 
     def pieces(self, *, whole_batch: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-        """All of J, in pieces of at most ``linalg.piece_elements`` numbers where a row and a unit allow it.
-
-        Parameters
-        ----------
-        whole_batch
-            Cut the weights only.
-
-        Yields
-        ------
-        Rows of the batch, weights, and ``[columns, rows, weights]``.
-        """
+        """All of J in bounded pieces, of rows and weights or of weights only, each ``[columns, rows, weights]``."""
         unit, limit = self.n_params // self.n_units, piece_elements(self.sample.device)
         rows_each = self.n_rows if whole_batch else max(1, limit // max(1, self.n_columns * self.n_params))
         rows_each = max(1, min(rows_each, self.n_rows))
@@ -115,25 +83,11 @@ class JacobianBlock(ABC):
                 yield rows, slice(first * unit, last * unit), self.piece(rows, slice(first, last))
 
     def dense(self, rows: slice | None = None) -> Float[Tensor, "columns batch params"]:
-        """J of some rows, written out.
-
-        Parameters
-        ----------
-        rows
-            Of the batch; all when ``None``.
-        """
+        """J of some rows, written out."""
         return self.piece(slice(None) if rows is None else rows, slice(None))
 
     def entries(self, rows: slice, index: Int[Tensor, " part"]) -> Float[Tensor, "columns batch part"]:
-        """J of some rows in some weights; overridden where the others need not be written out.
-
-        Parameters
-        ----------
-        rows
-            Of the batch.
-        index
-            Which weights.
-        """
+        """J of some rows in some weights; overridden where the others need not be written out."""
         return self.piece(rows, slice(None))[..., index]
 
     def to(self, dtype: torch.dtype) -> JacobianBlock:  # noqa: ARG002 - derivatives of a network are in it already
@@ -161,13 +115,7 @@ class JacobianBlock(ABC):
         return total
 
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
-        """Σ_p w_p J_p².
-
-        Parameters
-        ----------
-        w
-            Variances of the weights, ``[p]``.
-        """
+        """Σ_p w_p J_p²."""
         columns = [
             self._assemble([(rows, column.squared(J) @ w[weights]) for rows, weights, J in column.pieces()], 1)
             for column in self.by_column()
@@ -175,13 +123,7 @@ class JacobianBlock(ABC):
         return columns[0] if len(columns) == 1 else torch.cat(columns)
 
     def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:
-        """Σ_p w_p J_qp J_kp for each row.
-
-        Parameters
-        ----------
-        w
-            Variances of the weights, ``[p]``.
-        """
+        """Σ_p w_p J_qp J_kp for each row."""
         parts = []
         for rows, weights, J in self.pieces():
             half = (J * w[weights].sqrt()).transpose(0, 1)
@@ -189,13 +131,7 @@ class JacobianBlock(ABC):
         return self._assemble(parts, 0)
 
     def kernel(self, w: Float[Tensor, " params"]) -> Float[Tensor, "joint joint"]:
-        """The same across rows, ``[batch·columns, batch·columns]``, row by row.
-
-        Parameters
-        ----------
-        w
-            Variances of the weights, ``[p]``.
-        """
+        """The same across rows, ``[batch·columns, batch·columns]``, row by row."""
         total: Tensor | None = None
         for _, weights, J in self.pieces(whole_batch=True):
             half = (J * w[weights].sqrt()).transpose(0, 1).flatten(0, 1)
@@ -204,37 +140,19 @@ class JacobianBlock(ABC):
         return total
 
     def apply(self, v: Float[Tensor, "samples params"]) -> Float[Tensor, "samples columns batch"]:
-        """J v for several vectors of weights.
-
-        Parameters
-        ----------
-        v
-            ``[samples, p]``.
-        """
+        """J v for several vectors of weights."""
         parts = [(rows, torch.einsum("qbp,sp->sqb", J, v[:, weights])) for rows, weights, J in self.pieces()]
         return self._assemble(parts, 2)
 
     def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
-        """Σ_qb w_qb J_qb for several weighings of columns and rows.
-
-        Parameters
-        ----------
-        w
-            ``[samples, columns, batch]``.
-        """
+        """Σ_qb w_qb J_qb for several weighings of columns and rows."""
         total = w.new_zeros(len(w), self.n_params)
         for rows, weights, J in self.pieces():
             total[:, weights] += torch.einsum("sqb,qbp->sp", w[:, :, rows], J)
         return total
 
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
-        """Products ``J J'ᵀ`` with derivatives in the same group at other inputs, ``[columns, batch, others, points]``.
-
-        Parameters
-        ----------
-        other
-            At the other inputs; it is written out, a bounded number of its rows at a time.
-        """
+        """Products ``J J'ᵀ`` with derivatives in the same group at other inputs."""
         step = max(1, piece_elements(other.sample.device) // max(1, other.n_columns * other.n_params))
         parts: list[Tensor] = []
         for start in range(0, other.n_rows, step):
@@ -253,15 +171,10 @@ class JacobianBlock(ABC):
 
 @dataclass(frozen=True)
 class DenseBlock(JacobianBlock):
-    """J written out: for small groups (biases, scales, bare parameters).
-
-    Attributes
-    ----------
-    values
-        ``[columns, batch, p]``.
-    """
+    """J written out: for small groups (biases, scales, bare parameters)."""
 
     values: Float[Tensor, "columns batch params"]
+    """``[columns, batch, p]``."""
 
     @property
     def n_columns(self) -> int:
@@ -320,15 +233,10 @@ class DenseBlock(JacobianBlock):
 
 @dataclass(frozen=True)
 class SumBlock(DenseBlock):
-    """The block of a bias, ``J_qb = Σ_t g_qbt``, which remembers its positions.
-
-    Attributes
-    ----------
-    left
-        g, ``[columns, batch, positions, p]``.
-    """
+    """The block of a bias, ``J_qb = Σ_t g_qbt``, which remembers its positions."""
 
     left: Float[Tensor, "columns batch positions params"]
+    """g, ``[columns, batch, positions, p]``."""
 
     def compact(self) -> DenseBlock:
         """Without the positions."""

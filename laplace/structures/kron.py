@@ -45,23 +45,16 @@ class KronCurvature(AbstractCurvature):
 
     Sums add up over batches, workers and calls; the mean of the inputs is taken once, when it is needed, so that the
     result does not depend on how the data came.
-
-    Attributes
-    ----------
-    sums
-        Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias.
-    counts
-        For each block the number of rows (unmasked positions) in the sum of its inputs.
-    scale
-        Factor of the whole matrix.
-    dtype
-        Precision of what is made of the sums, which may be wider themselves; that of the sums when ``None``.
     """
 
     sums: Kron
+    """Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias."""
     counts: tuple[int, ...]
+    """For each block the number of rows (unmasked positions) in the sum of its inputs."""
     scale: Scalar | float = 1.0
+    """Factor of the whole matrix."""
     dtype: torch.dtype | None = None
+    """Precision of what is made of the sums, which may be wider themselves; that of the sums when ``None``."""
     _cache: dict[str, KronDecomposed] = field(default_factory=dict, repr=False, compare=False)
 
     name: ClassVar[HessianStructure] = HessianStructure.KRON
@@ -151,15 +144,7 @@ class KronCurvature(AbstractCurvature):
         return replace(self, _cache=cache)
 
     def posterior(self, prior: GaussianPrior, **options: Any) -> KronDecomposed:
-        """Add the prior in the eigenbasis: O(P) once that is known.
-
-        Parameters
-        ----------
-        prior
-            Scalar or one precision a parameter group.
-        **options
-            ``damping``: add √δ to each side instead of δ to their product.
-        """
+        """Add the prior in the eigenbasis: O(P) once that is known."""
         decomposed = replace(self.decomposed, **options)
         return decomposed * self.scale + prior.per_layer()
 
@@ -367,13 +352,7 @@ class Kron:
 
 
 def check_forms(first: Kron, second: Kron) -> None:
-    """Raise unless two matrices have the same factors, so that adding them factor by factor has a meaning.
-
-    Raises
-    ------
-    ShapeError
-        If not; the first block that differs is named.
-    """
+    """Raise unless two matrices have the same factors, so that adding them factor by factor has a meaning."""
     forms = [[[list(side.shape) for side in block] for block in kron.kfacs] for kron in (first, second)]
     if len(first) != len(second):
         msg = f"Kronecker factors of {len(first)} and of {len(second)} parameters do not add up."

@@ -50,18 +50,12 @@ DEFAULT_SHARE = 0.95
 
 @dataclass(frozen=True)
 class Truncation:
-    """How many eigenpairs are kept.
-
-    Attributes
-    ----------
-    rank
-        So many (fewer where the curvature has no more); ``None`` to go by the trace.
-    captured_trace
-        As many as hold this share of the trace of the curvature; ``DEFAULT_SHARE`` when both are ``None``.
-    """
+    """How many eigenpairs are kept."""
 
     rank: int | None = None
+    """So many (fewer where the curvature has no more); ``None`` to go by the trace."""
     captured_trace: float | None = None
+    """As many as hold this share of the trace of the curvature; ``DEFAULT_SHARE`` when both are ``None``."""
 
     @property
     def share(self) -> float:
@@ -73,31 +67,13 @@ class Truncation:
         return min(n_params, FIRST_DIRECTIONS if self.rank is None else self.rank + OVERSAMPLING)
 
     def done(self, n_passes: int, n_kept: int | None, trace: Tensor | None) -> bool:
-        """Whether a rank has had its passes.
-
-        Parameters
-        ----------
-        n_passes
-            So far.
-        n_kept
-            How many eigenpairs they found.
-        trace
-            ``None`` where the curvature may be indefinite, so that negative ones may have used up the directions.
-        """
+        """Whether a rank has had its passes."""
         if trace is None and n_kept != self.rank:
             return n_passes >= MOST_PASSES
         return n_passes >= N_PASSES
 
     def n_kept(self, values: Float[Tensor, " found"], trace: Tensor | None) -> int | None:
-        """How many of the eigenvalues, largest first, are kept; ``None`` if more have to be found.
-
-        Parameters
-        ----------
-        values
-            Eigenvalues, descending.
-        trace
-            Of the curvature.
-        """
+        """How many of the eigenvalues, largest first, are kept; ``None`` if more have to be found."""
         # Below this a value cannot be told from zero.
         level = 10 * torch.finfo(values.dtype).eps * values.abs().max()
         n_positive = max(1, int((values > level).sum()))
@@ -156,13 +132,7 @@ class LowRankCurvature(AbstractCurvature):
 
     @classmethod
     def choosing(cls, truncation: Truncation) -> type[LowRankCurvature]:
-        """The same structure with another default.
-
-        Parameters
-        ----------
-        truncation
-            How many eigenpairs are kept.
-        """
+        """The same structure with another default."""
 
         class Chosen(cls):
             default: ClassVar[Truncation] = truncation
@@ -188,26 +158,6 @@ class LowRankCurvature(AbstractCurvature):
     ) -> tuple[Tensor, LowRankCurvature] | None:
         """Leading eigenpairs, in several passes over the data.
 
-        Parameters
-        ----------
-        backend
-            Computes products of the curvature with directions.
-        batches
-            Inputs and targets; they are read several times, or once and their features several times.
-        truncation
-            How many eigenpairs are kept; ``default`` when ``None``.
-        **options
-            Passed to the back end.
-
-        Raises
-        ------
-        InputError
-            If the batches can be read only once, and as in ``AbstractCurvature.accumulate``.
-        UnsupportedError
-            If the back end knows no trace and no rank is given, or the directions do not fit the memory.
-
-        Notes
-        -----
         With a rank r: ``N_PASSES`` passes with r + ``OVERSAMPLING`` directions; where the curvature may be indefinite
         up to ``MOST_PASSES``, with the directions of all of them in memory. With a share of the trace: as many as
         it takes, with twice as many directions in each, and one more. One pass is exact where the directions span all
@@ -331,13 +281,7 @@ class LowRankCurvature(AbstractCurvature):
         return cls(state["vectors"].to(dtype), state["values"].to(dtype), trace, truncation, state["n_passes"])
 
     def merge(self, other: LowRankCurvature) -> LowRankCurvature:
-        """The leading eigenpairs of the sum of the two, which is not that of all their data once something was dropped.
-
-        Warns
-        -----
-        NumericalWarning
-            If something was, or is now.
-        """
+        """Leading eigenpairs of the sum, which is not that of all their data once something was dropped."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         roots = torch.cat([self.vectors * self.values.sqrt(), other.vectors * other.values.sqrt()], 1)
         vectors, singular, _ = torch.linalg.svd(roots, full_matrices=False)

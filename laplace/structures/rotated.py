@@ -169,17 +169,7 @@ class RotatedPrecision(AbstractPrecision):
 
 
 def apply_blocks(W: Tensor, blocks: Sequence[Sequence[Tensor | None]], shapes: Sequence[Sequence[int]]) -> Tensor:
-    """Multiply each part of ``W [..., P]`` by its block ``L ⊗ R``: ``L w Rᵀ`` with ``w`` as a matrix.
-
-    Parameters
-    ----------
-    W
-        ``[..., P]``.
-    blocks
-        One or two matrices a block; ``None`` is the identity.
-    shapes
-        Sizes of the sides of each block.
-    """
+    """Multiply each part of ``W [..., P]`` by its block ``L ⊗ R``: ``L w Rᵀ`` with ``w`` as a matrix."""
     parts = split_sizes(W, [math.prod(shape) for shape in shapes])
     done = []
     for part, block, shape in zip(parts, blocks, shapes, strict=True):

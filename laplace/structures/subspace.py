@@ -27,26 +27,7 @@ def extended(
     noise: torch.Generator,
     beside: Float[Tensor, "params earlier"] | None = None,
 ) -> Float[Tensor, "params wanted"]:
-    """An orthonormal basis of the span of some products and of random directions.
-
-    Parameters
-    ----------
-    products
-        Of the curvature with earlier directions.
-    wanted
-        How many directions there are to be.
-    like
-        Of the right length, precision and device.
-    noise
-        Source of randomness.
-    beside
-        Orthonormal directions that it is to be orthogonal to.
-
-    Raises
-    ------
-    UnsupportedError
-        If so many directions do not fit the memory of the device.
-    """
+    """An orthonormal basis of the span of some products and of random directions."""
     n_beside = 0 if beside is None else beside.shape[1]
     needed, available = 4 * like.itemsize * len(like) * (wanted + n_beside), linalg.memory_of(like.device)
     if available is not None and needed > available:
@@ -64,19 +45,7 @@ def extended(
 def ritz(
     basis: Float[Tensor, "params found"], products: Float[Tensor, "params found"]
 ) -> tuple[Float[Tensor, " found"], Float[Tensor, "params found"]]:
-    """Eigenpairs of a symmetric matrix within the span of a basis, largest first.
-
-    Parameters
-    ----------
-    basis
-        Q, orthonormal.
-    products
-        H Q.
-
-    Returns
-    -------
-    Eigenvalues of Qᵀ H Q, and Q times its eigenvectors.
-    """
+    """Eigenpairs of a symmetric matrix within the span of a basis, largest first."""
     wide = linalg.wide_dtype(basis)
     inner = basis.mT.to(wide) @ products.to(wide)
     values, rotation = torch.linalg.eigh((inner + inner.mT) / 2)
@@ -89,13 +58,6 @@ def nystrom(
     """Eigenpairs of ``H Q (Qᵀ H Q)⁻¹ Qᵀ H``, largest first: all of a positive H of no higher rank than Q has columns.
 
     Nothing but the products enters, so that they may be of a matrix that was not seen before.
-
-    Parameters
-    ----------
-    basis
-        Q, orthonormal.
-    products
-        H Q, for a positive semidefinite H.
     """
     wide = linalg.wide_dtype(basis)
     Q, known = basis.to(wide), products.to(wide)

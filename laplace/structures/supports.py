@@ -33,23 +33,9 @@ class SupportsCurvature(Protocol):
     def repeatable(
         self, batches: Iterable[tuple[Any, Tensor]], structure: HessianStructure
     ) -> Iterable[tuple[Any, Tensor]]:
-        """The same data in a form that can be read several times.
-
-        Parameters
-        ----------
-        batches
-            Inputs and targets.
-        structure
-            Which asks.
-        """
+        """The same data in a form that can be read several times."""
         ...
 
     def count(self, y: Tensor) -> int:
-        """Number of unmasked positions among targets.
-
-        Parameters
-        ----------
-        y
-            Targets of a batch.
-        """
+        """Number of unmasked positions among targets."""
         ...

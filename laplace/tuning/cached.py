@@ -30,15 +30,10 @@ Batches = Sequence[tuple[Callable[[], Linearization], Positions]]
 
 @dataclass(frozen=True)
 class CachedData:
-    """Linearized inputs and their targets.
-
-    Attributes
-    ----------
-    batches
-        How to get the linearized inputs of each batch, and its unmasked positions. Batches of features are one.
-    """
+    """Linearized inputs and their targets."""
 
     batches: Batches
+    """How to get the linearized inputs of each batch, and its unmasked positions. Batches of features are one."""
 
     @classmethod
     def collect(
@@ -50,19 +45,6 @@ class CachedData:
     ) -> CachedData:
         """Run the model over data, once; keep what predictions are made of while memory allows.
 
-        Parameters
-        ----------
-        batches
-            Inputs and targets.
-        linearize
-            Runs the model on inputs.
-        likelihood
-            Checks and flattens the targets.
-        what
-            Which data they are, for messages.
-
-        Notes
-        -----
         Features of a last layer are always few. Derivatives of a whole network are kept for as many batches as fit
         ``KEPT_ELEMENTS`` numbers; the batches after those are run again whenever they are scored.
 
@@ -102,15 +84,7 @@ class CachedData:
         return sum(len(positions.f) for _, positions in self.batches)
 
     def rotated(self, basis: Basis | None, dtype: torch.dtype) -> CachedData:
-        """The same in other coordinates of the weights, kept where the data are.
-
-        Parameters
-        ----------
-        basis
-            The coordinates; ``None`` leaves everything as it is.
-        dtype
-            To compute in.
-        """
+        """The same in other coordinates of the weights, kept where the data are."""
         if basis is None:
             return self
         rotated: list[tuple[Callable[[], Linearization], Positions]] = []
@@ -139,7 +113,7 @@ class CachedData:
         precisions, likelihoods
             One each a posterior, in the coordinates of these data.
         fresh_options, dtype
-            As in ``moments_of_each``.
+            How to predict, asked again for each posterior, so that samples can be the same; and what to compute in.
         description
             Show a progress bar over batches with this text.
 

@@ -13,26 +13,7 @@ from laplace.errors import InputError, warn
 
 
 def log_grid(low: float, high: float, size: int, base: float) -> Tensor:
-    """Grid of prior precisions ``base^low … base^high``, evenly spaced in the exponent.
-
-    Parameters
-    ----------
-    low, high
-        Exponents of the ends.
-    size
-        Number of points.
-    base
-        Of the exponents.
-
-    Returns
-    -------
-    ``[size]``, ascending, float64, in 1/weight².
-
-    Raises
-    ------
-    InputError
-        If the bounds are reversed or not finite, the base is not above 1, or there is no point.
-    """
+    """Grid of prior precisions ``base^low … base^high``, ascending, evenly spaced in the exponent."""
     if not (math.isfinite(low) and math.isfinite(high) and low <= high and base > 1 and size >= 1):
         msg = (
             "The grid needs log_prior_prec_min <= log_prior_prec_max, both finite, log_prior_prec_base > 1 and "
@@ -45,33 +26,7 @@ def log_grid(low: float, high: float, size: int, base: float) -> Tensor:
 def search(
     score: Callable[[Tensor], Tensor], grid: Tensor, *, at_once: int = 128, progress_bar: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Find the point of a grid with the lowest score.
-
-    Parameters
-    ----------
-    score
-        Grid points → numbers to minimize, one each.
-    grid
-        The points, ascending.
-    at_once
-        How many points to pass at a time.
-    progress_bar
-        Show a progress bar.
-
-    Returns
-    -------
-    The best point ``[]`` and all scores ``[grid]``. Points whose score is not finite are skipped.
-
-    Raises
-    ------
-    InputError
-        If no score is finite.
-
-    Warns
-    -----
-    UserWarning
-        If the best point is at an end of the grid, unless all scores are equal.
-    """
+    """Find the point of an ascending grid with the lowest finite score; return it with all scores ``[grid]``."""
     parts = tqdm(grid.split(at_once), desc="[Grid search]", disable=not progress_bar)
     scores = torch.cat([score(points).detach().cpu().double() for points in parts])
     finite = torch.isfinite(scores)

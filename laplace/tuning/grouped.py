@@ -13,32 +13,18 @@ from laplace.likelihoods import Positions
 
 @dataclass(frozen=True)
 class Grouping:
-    """Where each row lies in a grid ``[data, positions]``, as wide as the datum of most rows.
-
-    Attributes
-    ----------
-    order
-        The rows in the order of their data, ``[rows]``.
-    kept
-        Their places in the flattened grid, ``[rows]``; the others are empty.
-    n_data, n_positions
-        Size of the grid.
-    """
+    """Where each row lies in a grid ``[data, positions]``, as wide as the datum of most rows."""
 
     order: Int[Tensor, " rows"]
+    """The rows in the order of their data, ``[rows]``."""
     kept: Int[Tensor, " rows"]
+    """Their places in the flattened grid, ``[rows]``; the others are empty."""
     n_data: int
     n_positions: int
 
     @classmethod
     def of(cls, datum: Int[Tensor, " rows"]) -> Grouping:
-        """The grid of all data that have a row.
-
-        Parameters
-        ----------
-        datum
-            Which datum each row belongs to: any numbers.
-        """
+        """The grid of all data that have a row."""
         number, n_data = numbered(datum)
         order, counts = number.argsort(stable=True), number.bincount(minlength=n_data)
         n_positions = int(counts.max()) if n_data else 0
@@ -47,35 +33,17 @@ class Grouping:
         return cls(order, ordered * n_positions + place, n_data, n_positions)
 
     def grid(self, values: Float[Tensor, "rows k"]) -> Float[Tensor, "data positions k"]:
-        """Values of the rows in their places, zero in empty ones.
-
-        Parameters
-        ----------
-        values
-            In the order in which the data came.
-        """
+        """Values of the rows in their places, zero in empty ones."""
         empty = values.new_zeros(self.n_data * self.n_positions, values.shape[1])
         return empty.index_copy(0, self.kept, values[self.order]).unflatten(0, (self.n_data, self.n_positions))
 
     def positions(self, rows: Positions) -> Positions:
-        """The rows as unmasked positions of the grid.
-
-        Parameters
-        ----------
-        rows
-            In the order in which the data came.
-        """
+        """The rows as unmasked positions of the grid."""
         datum = self.kept // max(1, self.n_positions)
         return replace(rows, f=rows.f[self.order], y=rows.y[self.order], kept=self.kept, datum=datum)
 
 
 def numbered(datum: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
-    """Data with a row, counted from 0 in ascending order, and how many there are.
-
-    Parameters
-    ----------
-    datum
-        Which datum each row belongs to: any numbers.
-    """
+    """Data with a row, counted from 0 in ascending order, and how many there are."""
     known, number = datum.unique(return_inverse=True)
     return number, len(known)

@@ -30,41 +30,20 @@ from laplace.types import Features, Outputs, Scalar, Targets
 
 @dataclass(frozen=True)
 class HeadData:
-    """What a last layer sees of the training data.
-
-    Attributes
-    ----------
-    phi
-        Features, ``[rows, D]``, one row an unmasked position.
-    y
-        Targets of the same rows.
-    shapes
-        Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``.
-    datum
-        Which datum each row belongs to, ``[rows]``; ``None`` when every datum is one row.
-    """
+    """What a last layer sees of the training data."""
 
     phi: Features
+    """Features, ``[rows, D]``, one row an unmasked position."""
     y: Targets
+    """Targets of the same rows."""
     shapes: Sequence[tuple[int, ...]]
+    """Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``."""
     datum: Int[Tensor, " rows"] | None = None
+    """Which datum each row belongs to, ``[rows]``; ``None`` when every datum is one row."""
 
     @classmethod
     def collect(cls, data: CachedData, dtype: torch.dtype) -> HeadData:
-        """From the training data after their one forward pass.
-
-        Parameters
-        ----------
-        data
-            The data, linearized in the weights of a last layer.
-        dtype
-            To compute in.
-
-        Raises
-        ------
-        UnsupportedError
-            If other weights are random as well, or targets compare inputs.
-        """
+        """From the training data after their one forward pass."""
         phis, targets, index, n_data, shapes = [], [], [], 0, ()
         for get, positions in data.batches:
             inputs = get()
@@ -84,41 +63,23 @@ class HeadData:
         return cls(torch.cat(phis), torch.cat(targets), shapes, torch.cat(index))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadData:
-        """Some of the rows.
-
-        Parameters
-        ----------
-        index
-            Which.
-        """
+        """Some of the rows."""
         return HeadData(self.phi[index], self.y[index], self.shapes, None if self.datum is None else self.datum[index])
 
     def at(self, f: Outputs) -> CachedData:
-        """The data with outputs of their own, as other weights of the head give them.
-
-        Parameters
-        ----------
-        f
-            Outputs of the rows at those weights.
-        """
+        """The data with outputs of their own, as other weights of the head give them."""
         inputs = NetworkLinearization.of_head(f, self.phi, self.shapes)
         return CachedData([(partial(same, inputs), Positions(f, self.y, datum=self.datum))])
 
 
 @dataclass(frozen=True)
 class HeadBackend:
-    """The curvature of a head at some weights, as a structure asks for it; inputs are features.
-
-    Attributes
-    ----------
-    head
-        Likelihood and shape; its features are not used.
-    theta
-        The weights, ``[P]``.
-    """
+    """The curvature of a head at some weights, as a structure asks for it; inputs are features."""
 
     head: Head
+    """Likelihood and shape; its features are not used."""
     theta: Float[Tensor, " params"]
+    """The weights, ``[P]``."""
     is_sampled = False
 
     def full(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, "params params"]]:
@@ -190,28 +151,7 @@ def posteriors(
     initial: Float[Tensor, " params"] | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, Head, Float[Tensor, " params"], AbstractPrecision]]:
-    """Train the head and factorize its posterior, prior by prior, from strong ones to weak ones.
-
-    Parameters
-    ----------
-    data
-        Features and targets to train with.
-    priors
-        Over the weights of the head, checked.
-    likelihood
-        With its noise and temperature.
-    structure
-        Of the curvature.
-    initial
-        Weights to start from; the prior mean when ``None``.
-    **options
-        Of the structure.
-
-    Yields
-    ------
-    Which prior, the head, its mode ``[P]``, and the posterior precision there. Strong priors, whose modes are near,
-    come first, and each mode is where the next search starts.
-    """
+    """Yield which prior, the head, its mode ``[P]`` and the posterior there, from strong priors to weak ones."""
     check_priors(data, priors, likelihood)
     theta, n_outputs = initial, data.shapes[0][0]
     for index in sorted(range(len(priors)), key=lambda index: -float(priors[index].logdet())):
@@ -224,15 +164,7 @@ def posteriors(
 
 
 def check_priors(data: HeadData, priors: Sequence[GaussianPrior], likelihood: AbstractLikelihood) -> None:
-    """Raise unless priors are over the weights of the head.
-
-    Raises
-    ------
-    UnsupportedError
-        If targets compare inputs.
-    ShapeError
-        If the priors are over other weights, or over different ones.
-    """
+    """Raise unless priors are over the weights of the head."""
     likelihood.check_rows()
     n_params = sum(math.prod(shape) for shape in data.shapes)
     if {prior.n_params for prior in priors} != {n_params}:

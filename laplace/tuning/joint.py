@@ -49,33 +49,22 @@ VALUES_PER_DECADE = 3
 
 @dataclass(frozen=True)
 class Joint:
-    """The score of hyperparameters on validation data.
-
-    Attributes
-    ----------
-    problem
-        The fit.
-    data
-        Linearized validation data.
-    score
-        What to minimize.
-    fresh_options
-        How to predict, with the same random numbers every time.
-    dtype
-        To compute in.
-    second
-        The hyperparameter chosen beside the prior precision: ``"sigma_noise"``, ``"output_temperature"`` or ``None``.
-    n_values
-        How many values it has.
-    """
+    """The score of hyperparameters on validation data."""
 
     problem: Problem
+    """The fit."""
     data: CachedData
+    """Linearized validation data."""
     score: Score
+    """What to minimize."""
     fresh_options: Callable[[], Options]
+    """How to predict, with the same random numbers every time."""
     dtype: torch.dtype
+    """To compute in."""
     second: str | None
+    """The hyperparameter chosen beside the prior precision: ``"sigma_noise"``, ``"output_temperature"`` or ``None``."""
     n_values: int
+    """How many values it has."""
 
     @cached_property
     def rotated(self) -> tuple[Any, CachedData]:
@@ -90,15 +79,7 @@ class Joint:
         return self.problem.likelihood(**({} if value is None or self.second is None else {self.second: value}))
 
     def __call__(self, precision: Tensor, value: Tensor | None) -> Tensor:
-        """Score at one choice, differentiable.
-
-        Parameters
-        ----------
-        precision
-            Prior precisions.
-        value
-            Of the second hyperparameter.
-        """
+        """Score at one choice, differentiable."""
         return self.each([precision], [value])[0]
 
     def each(self, precisions: list[Tensor], values: list[Tensor | None], *, description: str | None = None) -> Tensor:
@@ -134,36 +115,7 @@ def tune(
     n_steps: int,
     progress_bar: bool = False,
 ) -> Tuning:
-    """Choose hyperparameters by validation.
-
-    Parameters
-    ----------
-    joint
-        The score.
-    n_precisions
-        How many prior precisions there are.
-    limits
-        Least and largest values, where they are not to be ``LIMITS``. A least output temperature given here holds also
-        where the network alone would be worse for it.
-    n_steps
-        The most iterations of L-BFGS from each start.
-    progress_bar
-        Show a progress bar.
-
-    Returns
-    -------
-    The choice; nothing is assigned.
-
-    Raises
-    ------
-    InputError
-        If the score is finite nowhere, or no gradient goes through it.
-
-    Warns
-    -----
-    UserWarning
-        If the best value stays at a limit, or no temperature is best for the network.
-    """
+    """Choose hyperparameters by validation."""
     check_differentiable(joint.score, joint.on_graph)
     unit = _unit(joint)
     within = {**LIMITS, **limits}

@@ -26,26 +26,7 @@ from laplace.tuning.scores import Score
 def folds(
     data: HeadData, n_folds: int, generator: torch.Generator
 ) -> Iterator[tuple[Int[Tensor, " train"], Int[Tensor, " held"]]]:
-    """Split the data at random into folds of equal size (up to one datum).
-
-    Parameters
-    ----------
-    data
-        Rows and the data they belong to.
-    n_folds
-        How many.
-    generator
-        Source of the order.
-
-    Yields
-    ------
-    Rows of the other folds and of the fold, ascending. All positions of a datum are in the same fold.
-
-    Raises
-    ------
-    InputError
-        If there are fewer than two folds, or fewer data than folds.
-    """
+    """Split the data at random into folds of equal size (up to one datum)."""
     datum, n_data = numbered(torch.arange(len(data.phi), device=data.phi.device) if data.datum is None else data.datum)
     if not 2 <= n_folds <= n_data:
         msg = (
@@ -78,50 +59,6 @@ def cross_validation_scores(
     optimistic, the more the longer the network was trained, and it favors weak priors. Validation data that training
     never saw (``method="gridsearch"``) have no such fault; this is for where there are none, and never the default.
 
-    Parameters
-    ----------
-    data
-        Features and targets of the training data.
-    score
-        What to compute of each fold; folds are averaged by their rows.
-    priors
-        The grid, over the weights of the head.
-    likelihood
-        With its noise and temperature.
-    structure
-        Of the curvature: one of ``STRUCTURES``.
-    fresh_options
-        How to predict, asked again for each fold and prior, so that samples can be the same.
-    n_folds
-        Number of folds, at least 2.
-    generator
-        Source of the folds, which are the same for each prior. A generator with seed 0 when ``None``: the global one is
-        left alone.
-    initial
-        Weights of the head to start from, ``[P]``; the prior mean when ``None``. They change the time, not the result.
-    **structure_options
-        Of the structure: ``damping``.
-
-    Returns
-    -------
-    ``[priors]``, float64, to minimize; by default nats a position.
-
-    Raises
-    ------
-    InputError
-        If there are fewer than two folds, or fewer data than folds.
-    ShapeError
-        If the priors are not over the weights of a head with these features.
-    UnsupportedError
-        If targets compare inputs.
-
-    Warns
-    -----
-    NumericalWarning
-        If the weights of a fold did not reach their optimum.
-
-    Notes
-    -----
     Exact for the head: each fold's weights are the mode under that prior, its curvature the generalized Gauss–Newton
     matrix there. One fold and prior costs a few Newton steps from the weights of the next stronger prior (see
     ``newton.mode``), one curvature, its factorization, and the prediction of the fold.

@@ -33,18 +33,12 @@ from laplace.types import Scalar
 
 @dataclass(frozen=True)
 class LeftOut(Linearization):
-    """Outputs at training inputs as the posterior without the datum at hand has them, whatever precision is asked.
-
-    Attributes
-    ----------
-    f
-        Means, ``[batch, *positions, C]``.
-    moment
-        Variances ``[rows, C]`` of independent outputs, or covariances ``[rows, C, C]``.
-    """
+    """Outputs at training inputs as the posterior without the datum at hand has them, whatever precision is asked."""
 
     f: Tensor
+    """Means, ``[batch, *positions, C]``."""
     moment: Float[Tensor, "rows outputs"] | Float[Tensor, "rows outputs outputs"]
+    """Variances ``[rows, C]`` of independent outputs, or covariances ``[rows, C, C]``."""
 
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:  # noqa: ARG002
         """Diagonals."""
@@ -96,36 +90,6 @@ def leave_one_out_score(
 ) -> Scalar:
     """Score a posterior by how it predicts each training datum without that datum.
 
-    Parameters
-    ----------
-    data
-        The data that the posterior was fitted to, collected: all of them, each once, in their own coordinates.
-    score
-        What to compute.
-    precision
-        Posterior precision, ``"full"`` or ``"diag"``.
-    likelihood
-        The same that scaled the precision: with its noise and temperature.
-    fresh_options
-        How to predict, with ``pred_type="glm"``.
-    dtype
-        To compute in.
-    kind
-        Which curvature the precision holds.
-
-    Returns
-    -------
-    ``[]``, to minimize, averaged over unmasked positions; differentiable where the score is.
-
-    Raises
-    ------
-    UnsupportedError
-        If the structure is no sum over data, or predictions are to be sampled through weights.
-    NotPositiveDefiniteError
-        If the posterior without some datum is none.
-
-    Notes
-    -----
     The covariance without a datum is exact for the structure where the curvature is the generalized Gauss–Newton matrix
     (or the empirical Fisher) at the data as collected. The mean is exact for a linear model with Gaussian likelihood
     and full structure at its optimum under this very prior, else one Newton step in the metric of the structure.
@@ -140,6 +104,13 @@ def leave_one_out_score(
     Rad & Maleki (2020), "A scalable estimate of the out-of-sample prediction error via approximate leave-one-out
     cross-validation". arXiv:1801.10243; Nickl, Xu, Tailor, Möllenhoff & Khan (2023), "The memory perturbation
     equation". arXiv:2310.19273
+
+    Raises
+    ------
+    UnsupportedError
+        If the structure is no sum over data, or predictions are to be sampled through weights.
+    NotPositiveDefiniteError
+        If the posterior without some datum is none.
     """
     if fresh_options().pred_type is not PredType.GLM:
         raise UnsupportedError(_NO_FUNCTIONS)
@@ -162,43 +133,6 @@ def refitted_leave_one_out_scores(
     The features are those of the trained network and have seen all data, as in ``cross_validation_scores``: the score
     is optimistic, the more the longer the network was trained.
 
-    Parameters
-    ----------
-    data
-        Features and targets of the training data.
-    score
-        What to compute.
-    priors
-        The grid, over the weights of the head.
-    likelihood
-        With its noise and temperature.
-    structure
-        Of the curvature, ``"full"`` or ``"diag"``.
-    fresh_options
-        How to predict, with ``pred_type="glm"``; asked again for each prior, so that samples can be the same.
-    initial
-        Weights of the head to start from, ``[P]``; the prior mean when ``None``. They change the time, not the result.
-
-    Returns
-    -------
-    ``[priors]``, float64, to minimize, averaged over unmasked positions.
-
-    Raises
-    ------
-    UnsupportedError
-        If the structure is no sum over data, predictions are to be sampled through weights, or targets compare inputs.
-    ShapeError
-        If the priors are not over the weights of a head with these features.
-    NotPositiveDefiniteError
-        If the posterior without some datum is none.
-
-    Warns
-    -----
-    NumericalWarning
-        If weights did not reach their optimum.
-
-    Notes
-    -----
     With the full structure and a Gaussian likelihood exactly cross-validation with a fold for each datum, else the
     first order of it. One prior costs a few Newton steps (``newton.mode``) and one ``leave_one_out_score``.
 
@@ -222,22 +156,7 @@ def leave_one_out(
     *,
     kind: CurvatureKind = CurvatureKind.GGN,
 ) -> CachedData:
-    """The same data, each datum as the posterior without it has its outputs.
-
-    Parameters
-    ----------
-    data, precision, likelihood, dtype, kind
-        As in ``leave_one_out_score``.
-
-    Returns
-    -------
-    Batches of ``LeftOut``, computed when they are asked for.
-
-    Raises
-    ------
-    UnsupportedError
-        If the structure is no sum over data.
-    """
+    """The same data, each datum as the posterior without it has its outputs."""
     if isinstance(precision, DiagPrecision):
         remove = partial(from_diagonal, precision=precision, dtype=dtype)
     elif isinstance(precision, FullPrecision):

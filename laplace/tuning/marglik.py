@@ -35,39 +35,7 @@ def optimize(
     progress_bar: bool = False,
     description: str = "[Optimizing the marginal likelihood]",
 ) -> tuple[Tensor, float]:
-    """Maximize an objective over positive values by L-BFGS on their logarithms.
-
-    Parameters
-    ----------
-    objective
-        Positive values ``[n]`` → number to maximize.
-    initial
-        Where to start; not changed.
-    n_steps
-        The most iterations; fewer where it converges before.
-    lr
-        Size of the first trial step, in log values.
-    bounds
-        Least and largest values.
-    progress_bar
-        Show a progress bar over evaluations.
-    description
-        Its text.
-
-    Returns
-    -------
-    The best values seen and their objective, which is never below that of the start.
-
-    Raises
-    ------
-    InputError
-        If the objective is not finite at the start.
-
-    Warns
-    -----
-    NumericalWarning
-        If the objective stops being finite on the way: Adam goes on from the best values until it meets this, too.
-    """
+    """Maximize an objective over positive values by L-BFGS on their logarithms."""
     start = initial.detach().log()
     low, high = (torch.as_tensor(bound, dtype=start.dtype, device=start.device).log() for bound in bounds)
     seen = [(-float("inf"), initial.detach().clone())]
@@ -133,25 +101,6 @@ def maximize_evidence(
 ) -> tuple[Tensor, Tensor | None, float, int]:
     """Choose prior precisions, and noise if asked, by evidence.
 
-    Parameters
-    ----------
-    problem
-        The fit.
-    initial
-        Prior precisions to start from, ``[1]``, ``[n_layers]`` or ``[P]``.
-    sigma_noise
-        Noise to start from, ``[]`` or ``[C]``, to choose it too; ``None`` keeps the present one.
-    n_steps, lr, progress_bar
-        As in ``optimize``.
-    bounds
-        Of the prior precisions.
-
-    Returns
-    -------
-    Prior precisions, noise (``None`` if it was not asked for), evidence, and how many precisions are at the bounds.
-
-    Notes
-    -----
     The noise is bounded to a factor of 10⁴ around its start. One precision a weight with a diagonal curvature has a
     closed form; with noise it is taken at each value of the noise.
     """
@@ -197,19 +146,6 @@ def diagonal_optimum(h: Tensor, shift: Tensor, bounds: tuple[float, float]) -> T
 
     The positive root of ``h / (h + δ) = δ (θ − μ₀)²``, which is ``2 / ((θ − μ₀)² (1 + √(1 + 4 / (h (θ − μ₀)²))))``:
     written so that nothing cancels.
-
-    Parameters
-    ----------
-    h
-        Curvature, scaled, ``[P]``.
-    shift
-        θ* − μ₀, ``[P]``.
-    bounds
-        The values are clipped to these: no curvature sends the optimum to 0, no shift to infinity.
-
-    Returns
-    -------
-    ``[P]``, in 1/weight².
 
     References
     ----------

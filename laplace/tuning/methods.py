@@ -39,45 +39,29 @@ Collect: TypeAlias = Callable[["Iterable[Any]", str], CachedData]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user asked for; loaders and ``noise`` are checked where they are used.
-
-    Attributes
-    ----------
-    options
-        How the predictions that are scored are made.
-    structure
-        Of the prior.
-    n_steps, lr, bounds
-        Of the search by gradients.
-    loss
-        To minimize; ``None`` is the negative log predictive density.
-    noise
-        Whether the noise is chosen, too.
-    val_loader, train_loader
-        Data to score on.
-    start
-        Prior precisions to start from.
-    grid
-        Prior precisions to try.
-    n_folds
-        Of cross-validation.
-    progress_bar
-        Show progress bars.
-    """
+    """What a user asked for; loaders and ``noise`` are checked where they are used."""
 
     options: Options
+    """How the predictions that are scored are made."""
     structure: PriorStructure
+    """Of the prior."""
     n_steps: int
     loss: Any
+    """To minimize; ``None`` is the negative log predictive density."""
     noise: Any
+    """Whether the noise is chosen, too."""
     val_loader: Any
     progress_bar: bool
+    """Show progress bars."""
     train_loader: Any = None
     start: Tensor | None = None
+    """Prior precisions to start from."""
     grid: Tensor | None = None
+    """Prior precisions to try."""
     bounds: tuple[float, float] = BOUNDS
     lr: float = 0.1
     n_folds: int = 5
+    """Of cross-validation."""
 
     def repeated(self, device: torch.device) -> Callable[[], Options]:
         """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
@@ -282,13 +266,7 @@ def checked_grid(low: Any, high: Any, size: Any, base: Any) -> Tensor:
 
 
 def chosen_method(method: Any) -> TuningMethod:
-    """A method by its name, as in ``optimize_prior_precision``.
-
-    Raises
-    ------
-    UnsupportedError
-        If there is none; the message lists those that there are.
-    """
+    """A method by its name, as in ``optimize_prior_precision``."""
     if method == "CV":
         msg = (
             "method='CV' was the old name of laplace-torch for grid search on validation data: pass "
@@ -313,13 +291,7 @@ def checked_limits(name: str, edges: Any) -> tuple[float, float]:
 
 
 def not_diagonal(structure: PriorStructure) -> PriorStructure:
-    """A prior structure that validation data can choose.
-
-    Raises
-    ------
-    UnsupportedError
-        If there is a precision for each weight.
-    """
+    """A prior structure that validation data can choose."""
     if structure is PriorStructure.DIAG:
         msg = (
             "A precision for each weight has as many values as validation data can never tell apart: choose it by "
@@ -341,13 +313,7 @@ def checked_limits_by_name(limits: Any) -> dict[str, tuple[float, float]]:
 
 
 def refuse_temperature(temperature: Any) -> None:
-    """Raise where a temperature is to be chosen by evidence.
-
-    Raises
-    ------
-    UnsupportedError
-        If so.
-    """
+    """Raise where a temperature is to be chosen by evidence."""
     if checks.flag("temperature", temperature):
         msg = (
             "The evidence grows without end with the temperature of the likelihood, which is not normalized: no "

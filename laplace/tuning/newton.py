@@ -33,38 +33,21 @@ MAX_PRODUCTS = 200
 
 @dataclass(frozen=True)
 class Head:
-    """The regularized loss of a linear head on fixed features; weights in public order.
-
-    Attributes
-    ----------
-    phi
-        Features, ``[rows, D]``.
-    y
-        Targets of the same rows.
-    shapes
-        Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``.
-    likelihood
-        With its noise and temperature.
-    prior
-        Over the head's weights.
-    """
+    """The regularized loss of a linear head on fixed features; weights in public order."""
 
     phi: Features
+    """Features, ``[rows, D]``."""
     y: Targets
+    """Targets of the same rows."""
     shapes: Sequence[tuple[int, ...]]
+    """Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``."""
     likelihood: AbstractLikelihood
+    """With its noise and temperature."""
     prior: GaussianPrior
+    """Over the head's weights."""
 
     def outputs(self, theta: Float[Tensor, " params"], phi: Features | None = None) -> Outputs:
-        """W φ + b, ``[rows, C]``.
-
-        Parameters
-        ----------
-        theta
-            Weights, ``[P]``.
-        phi
-            Features; those of the head when ``None``.
-        """
+        """W φ + b, ``[rows, C]``."""
         phi = self.phi if phi is None else phi
         weight, *offset = (part.view(shape) for part, shape in zip(self._split(theta), self.shapes, strict=True))
         return torch.addmm(offset[0], phi, weight.T) if offset else phi @ weight.T
@@ -94,17 +77,7 @@ class Head:
     def newton_direction(
         self, f: Outputs, gradient: Float[Tensor, " params"], tolerance: float
     ) -> Float[Tensor, " params"]:
-        """``−H⁻¹ g`` by a Cholesky factor, or nearly by conjugate gradients where there are many weights.
-
-        Parameters
-        ----------
-        f
-            Outputs at the weights.
-        gradient
-            There.
-        tolerance
-            Of the residual of conjugate gradients, relative to the gradient.
-        """
+        """``−H⁻¹ g`` by a Cholesky factor, or nearly by conjugate gradients where there are many weights."""
         hessian = scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
         delta = self.prior.diagonal()
         if len(gradient) <= DENSE_PARAMS:
@@ -120,15 +93,7 @@ class Head:
 
 
 def scaled(hessian: OutputHessian, scale: Float[Tensor, "*outputs"]) -> OutputHessian:
-    """``√s Λ √s`` for each row.
-
-    Parameters
-    ----------
-    hessian
-        Λ.
-    scale
-        s: ``[]``, or ``[C]`` where outputs have noise of their own.
-    """
+    """``√s Λ √s`` for each row."""
     diagonal, root, total = hessian.diagonal, hessian.root, hessian.total
     return replace(
         hessian,
@@ -150,23 +115,7 @@ def multiply(hessian: OutputHessian, v: Outputs) -> Outputs:
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], right: Float[Tensor, " n"], diagonal: Float[Tensor, " n"], tolerance: float
 ) -> Float[Tensor, " n"]:
-    """Solve ``A x = b`` for positive definite A by products with it, with its diagonal for a preconditioner.
-
-    Parameters
-    ----------
-    product
-        ``v → A v``.
-    right
-        b.
-    diagonal
-        That of A.
-    tolerance
-        Of the residual relative to b, in the norm of the inverse diagonal.
-
-    Returns
-    -------
-    ``[n]``; after ``MAX_PRODUCTS`` products the best so far, whose product with b is positive.
-    """
+    """Solve ``A x = b`` for positive definite A by products with it, with its diagonal for a preconditioner."""
     x, residual = torch.zeros_like(right), right
     z = residual / diagonal
     direction, size = z, residual @ z
@@ -186,29 +135,6 @@ def conjugate_gradients(
 def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[Tensor, " params"]:
     """The weights of a head that minimize its regularized loss.
 
-    Parameters
-    ----------
-    head
-        Features, targets and prior.
-    initial
-        Where to start; the prior mean when ``None``.
-
-    Returns
-    -------
-    ``[P]``, in public order.
-
-    Raises
-    ------
-    InputError
-        If the loss is not finite at the start.
-
-    Warns
-    -----
-    NumericalWarning
-        If ``MAX_STEPS`` steps were not enough, or rounding ended the descent early; with the decrease that was left.
-
-    Notes
-    -----
     Exact up to rounding: the problem is convex, and steps are halved until they descend. A Gaussian likelihood takes
     one step. A step costs O(rows · P²) with up to ``DENSE_PARAMS`` weights, else O(rows · C · D) a product.
 
@@ -216,6 +142,11 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
     ----------
     Nocedal & Wright (2006), "Numerical optimization", algorithm 7.1 (line search Newton–CG); Boyd & Vandenberghe
     (2004), "Convex optimization", section 9.5 (the decrement as criterion to stop).
+
+    Raises
+    ------
+    InputError
+        If the loss is not finite at the start.
     """
     theta = head.prior.mean.expand(head.prior.n_params).to(head.phi) if initial is None else initial
     value = head.objective(theta)

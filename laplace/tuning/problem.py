@@ -23,40 +23,26 @@ def _any_prior(prior: GaussianPrior) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """A fit and everything fixed about it. Pure: nothing here changes the estimator.
-
-    Attributes
-    ----------
-    fit
-        What was learned.
-    prior_mean
-        μ₀, ``[]`` or ``[P]``.
-    sizes
-        Of the parameter groups.
-    kind
-        Which curvature the fit holds.
-    make_likelihood
-        From noise σ and output temperature to the likelihood.
-    sigma_noise, output_temperature
-        The present ones.
-    options
-        Of the structure's posterior: ``damping``.
-    structure
-        How the curvature is stored where it is taken again, at other weights.
-    check_prior
-        Raises if the structure cannot take a prior.
-    """
+    """A fit and everything fixed about it. Pure: nothing here changes the estimator."""
 
     fit: Fit
+    """What was learned."""
     prior_mean: Tensor
+    """μ₀, ``[]`` or ``[P]``."""
     sizes: tuple[int, ...]
+    """Of the parameter groups."""
     kind: CurvatureKind
+    """Which curvature the fit holds."""
     make_likelihood: Callable[[Tensor, Any], AbstractLikelihood]
+    """From noise σ and output temperature to the likelihood."""
     sigma_noise: Tensor
     output_temperature: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the structure's posterior: ``damping``."""
     structure: type[AbstractCurvature] = AbstractCurvature
+    """How the curvature is stored where it is taken again, at other weights."""
     check_prior: Callable[[GaussianPrior], None] = _any_prior
+    """Raises if the structure cannot take a prior."""
 
     def prior(self, precision: Tensor) -> GaussianPrior:
         """The prior with these precisions, ``[1]``, ``[n_layers]`` or ``[P]``."""
@@ -93,26 +79,12 @@ class Problem:
         return log_likelihood(self.fit, likelihood)
 
     def evidence(self, precision: Tensor, sigma_noise: Tensor | None = None) -> Scalar:
-        """Log marginal likelihood, in nats; differentiable in both.
-
-        Parameters
-        ----------
-        precision
-            Prior precisions.
-        sigma_noise
-            Noise; the present one when ``None``.
-        """
+        """Log marginal likelihood, in nats; differentiable in both."""
         likelihood = self.likelihood(sigma_noise)
         return log_marginal_likelihood(self.fit, self.prior(precision), likelihood, self.kind, **self.options)
 
     def residual_noise(self, *, per_output: bool = False) -> Tensor:
-        """Root mean squared residual of the training data, ``[]`` or ``[C]``: the noise of most likelihood.
-
-        Parameters
-        ----------
-        per_output
-            One for each output.
-        """
+        """Root mean squared residual of the training data, ``[]`` or ``[C]``: the noise of most likelihood."""
         fit, nll, likelihood = self.fit, self.fit.known_nll, self.likelihood()
         if per_output:
             return likelihood.residual_noise(fit.nll_of_outputs, fit.n_positions)
@@ -122,19 +94,6 @@ class Problem:
 def log_likelihood(fit: Fit, likelihood: AbstractLikelihood) -> Scalar:
     """Log p(D | θ*) in nats: the tempered likelihood minus its (untempered) normalizer.
 
-    Parameters
-    ----------
-    fit
-        What was learned.
-    likelihood
-        With its noise and temperature; differentiable in the noise.
-
-    Returns
-    -------
-    ``[]``.
-
-    Notes
-    -----
     Exact at the trained weights; O(1), from what ``fit`` summed.
     """
     scale, nll = likelihood.scale, fit.known_nll
@@ -152,25 +111,6 @@ def log_marginal_likelihood(
 
     ``log p(D|θ*) − ½ (log|P| − log|P₀| + (θ* − μ₀)ᵀ P₀ (θ* − μ₀))``
 
-    Parameters
-    ----------
-    fit
-        What was learned.
-    prior
-        Over the same weights.
-    likelihood
-        With its noise and temperature.
-    kind
-        Which curvature the fit holds.
-    **options
-        Of the structure: ``damping``.
-
-    Returns
-    -------
-    ``[]``.
-
-    Notes
-    -----
     Exact for a Gaussian likelihood with the full structure if the weights are the posterior mode. Its cost is that of
     the structure's ``posterior_logdet``.
 

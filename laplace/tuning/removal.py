@@ -27,38 +27,20 @@ from laplace.structures.jacobian import JacobianBlock
 
 @dataclass(frozen=True)
 class Terms:
-    """What the data of a batch added to the posterior, in the outputs; zero at masked positions.
-
-    Attributes
-    ----------
-    gradient
-        ``s g``, ``[batch, positions, C]``.
-    rows
-        Unmasked outputs and targets.
-    likelihood
-        What the outputs mean.
-    kind
-        The generalized Gauss–Newton matrix adds up over positions, the empirical Fisher squares the sum of gradients.
-    """
+    """What the data of a batch added to the posterior, in the outputs; zero at masked positions."""
 
     gradient: Float[Tensor, "batch positions outputs"]
+    """``s g``, ``[batch, positions, C]``."""
     rows: Positions
+    """Unmasked outputs and targets."""
     likelihood: AbstractLikelihood
+    """What the outputs mean."""
     kind: CurvatureKind
+    """The generalized Gauss–Newton matrix adds up over positions, the empirical Fisher squares the sum of gradients."""
 
     @classmethod
     def of(cls, inputs: Linearization, rows: Positions, likelihood: AbstractLikelihood, kind: CurvatureKind) -> Terms:
-        """The terms of a batch.
-
-        Parameters
-        ----------
-        inputs
-            The batch, linearized.
-        rows
-            Its unmasked positions, in the precision to compute in.
-        likelihood, kind
-            As in ``leave_one_out``.
-        """
+        """The terms of a batch."""
         gradient = likelihood.scale.to(rows.f) * likelihood.gradient(rows.f, rows.y)
         everywhere = _spread(gradient, rows, inputs.f.numel() // inputs.n_outputs)
         return cls(everywhere.view(len(inputs.f), -1, inputs.n_outputs), rows, likelihood, kind)
@@ -92,13 +74,7 @@ class Terms:
     def joint_roots(
         self, roots: Float[Tensor, "data positions outputs columns"]
     ) -> Float[Tensor, "data joint all_columns"]:
-        """Of all outputs of a datum at once, ``[data, positions · C, …]``: ``r rᵀ`` is what the datum added.
-
-        Parameters
-        ----------
-        roots
-            Those of some data.
-        """
+        """Of all outputs of a datum at once, ``[data, positions · C, …]``: ``r rᵀ`` is what the datum added."""
         if self.sums_first or roots.shape[1] == 1:
             return roots.flatten(1, 2)
         diagonal = torch.diag_embed(roots.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2)
@@ -120,28 +96,6 @@ def from_dense(
 ) -> tuple[Float[Tensor, "batch positions outputs"], Float[Tensor, "rows outputs outputs"]]:
     """Shift of the means and covariances without each datum, where the precision is a dense sum over data.
 
-    Parameters
-    ----------
-    inputs
-        A batch, linearized.
-    terms
-        What its data added.
-    precision
-        Of the posterior with all data.
-    dtype
-        To compute in.
-
-    Returns
-    -------
-    ``[batch, positions, C]`` and ``[rows, C, C]``.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If the posterior without a datum is none.
-
-    Notes
-    -----
     Exact. Beside the covariances of a datum's outputs O((T C)³) a datum, T positions; memory O((T C)²) for a few data
     at a time, for a whole network with T > 1 for all of the batch.
     """
@@ -212,18 +166,6 @@ def from_diagonal(
 ) -> tuple[Float[Tensor, "batch positions outputs"], Tensor]:
     """The same where the precision is a diagonal: the diagonal of what a datum added is subtracted weight by weight.
 
-    Parameters
-    ----------
-    inputs, terms, precision, dtype
-        As in ``from_dense``.
-
-    Returns
-    -------
-    ``[batch, positions, C]`` and covariances ``[rows, C, C]``; for a last layer, whose outputs are independent,
-    variances ``[rows, C]``.
-
-    Notes
-    -----
     Exact for the structure. No matrix of outputs does it, as with a dense precision: the diagonal of ``Jᵀ Λ J`` has the
     rank of the weights. O(T C D) a datum for a last layer, without a Jacobian; else O((T C)² P).
     """

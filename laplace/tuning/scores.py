@@ -47,53 +47,20 @@ class RunningMetric(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """A number to minimize over validation data.
-
-    Attributes
-    ----------
-    name
-        As users write it.
-    additive
-        Sum over rows, differentiable; ``None`` if the score needs all predictions.
-    whole
-        Of all predictions and targets; ``None`` if the score is a sum.
-    sign
-        −1 for a metric of which more is better: its negative is minimized.
-    """
+    """A number to minimize over validation data."""
 
     name: str
+    """As users write it."""
     additive: Additive | None = None
+    """Sum over rows, differentiable; ``None`` if the score needs all predictions."""
     whole: Loss | None = None
+    """Of all predictions and targets; ``None`` if the score is a sum."""
     sign: int = 1
+    """−1 for a metric of which more is better: its negative is minimized."""
 
 
 def choose_score(loss: Any, likelihood: AbstractLikelihood, pred_type: PredType, *, keyword: str = "loss") -> Score:
-    """Turn what the user passed into a score.
-
-    Parameters
-    ----------
-    loss
-        ``None`` or ``"nll"``: negative log predictive density, in nats a position, noise included. ``"brier"`` and
-        ``"ece"`` (classification), ``"crps"`` (regression). A callable of all predictions and targets, or a metric with
-        ``update`` and ``compute``.
-    likelihood
-        What the outputs mean.
-    pred_type
-        How predictions are made.
-    keyword
-        The keyword it was given for.
-
-    Returns
-    -------
-    The score.
-
-    Raises
-    ------
-    UnsupportedError
-        If the name is unknown or has no meaning for the likelihood.
-    InputError
-        If it is neither a name nor can be called, or is a function of means that the prior leaves alone.
-    """
+    """Turn a name, a function of all predictions and targets, or a metric into a score; ``None`` is ``"nll"``."""
     if loss is None:
         return Score("nll", additive=partial(_additive, "nll"))
     if isinstance(loss, str):
@@ -155,22 +122,7 @@ def _metric(metric: RunningMetric, likelihood: AbstractLikelihood, pred_type: Pr
 
 
 def check_differentiable(score: Score, evaluate: Callable[[], Tensor]) -> None:
-    """Raise if no gradient goes through a score: what it returns says so, before any search.
-
-    Parameters
-    ----------
-    score
-        The score.
-    evaluate
-        Computes it on the graph of hyperparameters.
-
-    Raises
-    ------
-    InputError
-        If so.
-    RuntimeError
-        What the score raises of its own.
-    """
+    """Raise if no gradient goes through a score: what it returns says so, before any search."""
     if score.additive is not None:
         return  # one of ours
     msg = (
@@ -189,13 +141,7 @@ def check_differentiable(score: Score, evaluate: Callable[[], Tensor]) -> None:
 
 
 def seed_of(generator: torch.Generator | None) -> int:
-    """A seed for the random numbers that all points share: 0 without a generator, so that the global one is left alone.
-
-    Parameters
-    ----------
-    generator
-        Advanced by one number.
-    """
+    """A seed of the random numbers that all points share: 0 without a generator; the global one is left alone."""
     return 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 

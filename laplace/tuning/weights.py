@@ -29,43 +29,19 @@ class MAPObjective:
 
     It is divided by the number of rows and by s, so that steps do not grow where the noise shrinks, and is in the units
     of the usual loss: cross-entropy, or mean squared error (twice the negative log-likelihood over C).
-
-    Attributes
-    ----------
-    network
-        The model; all its random weights are trained.
-    likelihood
-        With its noise and temperature, which make s = 1/(σ² T).
-    prior
-        Over the weights.
-    n_rows
-        N, the number of rows of all batches.
     """
 
     network: WholeNetwork
+    """The model; all its random weights are trained."""
     likelihood: AbstractLikelihood
+    """With its noise and temperature, which make s = 1/(σ² T)."""
     prior: GaussianPrior
+    """Over the weights."""
     n_rows: int
+    """N, the number of rows of all batches."""
 
     def __call__(self, batch: Batch) -> Scalar:
-        """Estimate from a batch, in expectation over equally likely batches that of all rows.
-
-        Parameters
-        ----------
-        batch
-            Inputs and targets.
-
-        Returns
-        -------
-        ``[]``, differentiable in the weights.
-
-        Raises
-        ------
-        InputError
-            If weights or loss are not finite, or targets not valid.
-        ShapeError
-            If outputs and targets do not fit.
-        """
+        """Estimate from a batch, in expectation over equally likely batches that of all rows."""
         theta = torch.cat([parameter.reshape(-1) for parameter in self.network.subset.parameters])
         penalty = 0.5 * self.prior.scatter(theta) / self.likelihood.scale
         _check_finite(penalty, "weights")
@@ -94,28 +70,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None = None,
 ) -> float:
-    """Take a step of the weights for each batch.
-
-    Parameters
-    ----------
-    objective
-        What is minimized.
-    batches
-        Of one pass over the data.
-    optimizer
-        Of the weights. Its ``step`` is given a closure, which it may call several times.
-    scheduler
-        Steps after each batch.
-
-    Returns
-    -------
-    The objective before each step, averaged over rows.
-
-    Raises
-    ------
-    InputError
-        If there are no batches, or training diverges.
-    """
+    """Take a step of the weights for each batch."""
     total, n_rows = 0.0, 0
     for batch in batches:
         seen: list[float] = []
@@ -141,26 +96,7 @@ def train_epoch(
 
 
 def make_optimizer(parameters: Iterable[Tensor], cls: Any, options: dict[str, Any] | None) -> torch.optim.Optimizer:
-    """Construct the optimizer of the weights.
-
-    Parameters
-    ----------
-    parameters
-        The weights.
-    cls, options
-        A class of ``torch.optim`` and its keywords.
-
-    Returns
-    -------
-    The optimizer.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is no class, or the optimizer decays weights.
-    InputError
-        If it cannot be constructed with these keywords.
-    """
+    """Construct the optimizer of the weights."""
     construct: Callable[..., torch.optim.Optimizer] = cls
     if not callable(cls):
         msg = f"optimizer_cls must be a class of torch.optim, such as torch.optim.Adam; got {cls!r}."
@@ -184,26 +120,7 @@ def make_optimizer(parameters: Iterable[Tensor], cls: Any, options: dict[str, An
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, cls: Any, options: dict[str, Any] | None) -> LRScheduler | None:
-    """Construct the scheduler of the learning rate.
-
-    Parameters
-    ----------
-    optimizer
-        Whose learning rate it sets.
-    cls, options
-        A class of ``torch.optim.lr_scheduler`` and its keywords; ``None`` for a constant learning rate.
-
-    Returns
-    -------
-    The scheduler, if any.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is no class, its steps need an argument, or there are keywords without a class.
-    InputError
-        If it cannot be constructed with these keywords.
-    """
+    """Construct the scheduler of the learning rate."""
     if cls is None:
         if options:
             msg = "scheduler_kwargs are keywords of a scheduler; pass its class as scheduler_cls."
@@ -225,13 +142,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, cls: Any, options: dict[str
 
 
 class Snapshot:
-    """Copies of the weights and buffers of a model.
-
-    Parameters
-    ----------
-    model
-        Whose.
-    """
+    """Copies of the weights and buffers of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
@@ -253,14 +164,7 @@ class Snapshot:
 
 @contextmanager
 def trained_in_place(model: nn.Module) -> Generator[None, None, None]:
-    """Train a model in the body, in training mode and with gradients (see ``training``).
-
-    Parameters
-    ----------
-    model
-        Any module. On every exit its modes and gradients are what they were; when the body raises, so are its weights
-        and buffers.
-    """
+    """Train a model in the body, in training mode and with gradients (see ``training``)."""
     before, gradients = Snapshot(model), [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with training(model):
