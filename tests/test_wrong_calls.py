@@ -44,6 +44,7 @@ NEVER = {
     "sample": ("ella", "valla"),
     "log_marginal_likelihood": ("valla",),
     "optimize_prior_precision": ("valla",),
+    "tune": ("valla",),
 }
 """Methods that estimators refuse altogether, by the ends of their names."""
 
