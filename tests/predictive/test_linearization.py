@@ -43,18 +43,21 @@ def situation(kind: str, name: str) -> Situation:
     return Situation(inputs, J, kind == "head")
 
 
-SITUATIONS = {
-    f"{kind}-{name}": situation(kind, name)
-    for kind, name in (
-        ("head", "classification"),
-        ("head", "positions_regression"),
-        ("head", "no_bias_regression"),
-        ("network", "mlp"),
-        ("network", "positions"),
-        ("network", "conv2d"),
-    )
-}
-everywhere = pytest.mark.parametrize("here", SITUATIONS.values(), ids=SITUATIONS)
+SITUATIONS = (
+    ("head", "classification"),
+    ("head", "positions_regression"),
+    ("head", "no_bias_regression"),
+    ("network", "mlp"),
+    ("network", "positions"),
+    ("network", "conv2d"),
+)
+"""Made within a test: models and data are in the precision that tests have."""
+everywhere = pytest.mark.parametrize("here", SITUATIONS, ids="-".join, indirect=True)
+
+
+@pytest.fixture
+def here(request: pytest.FixtureRequest) -> Situation:
+    return situation(*request.param)
 
 
 def precisions(P: int) -> list[Any]:
@@ -120,11 +123,11 @@ def test_functions_are_draws_of_the_weights_where_these_are_fewer_numbers(here):
 
 
 def test_functions_of_a_network_are_drawn_in_function_space_where_outputs_are_fewer():
-    here, n = SITUATIONS["network-mlp"], 20_000
+    here, n = situation("network", "mlp"), 20_000
     precision = precisions(here.J.shape[2])[1]
     drawn = torch.cat(list(here.inputs.functions(precision, n, generator(1), F64)))
     assert_covariance_of(drawn.flatten(1), here.inputs.f.flatten(), covariance(here.J, precision))
-    head = SITUATIONS["head-classification"]
+    head = situation("head", "classification")
     precision = precisions(head.J.shape[2])[0]
     z = precision.sample(500, generator(1))
     drawn = torch.cat(list(head.inputs.functions(precision, 500, generator(1), F64)))
@@ -134,7 +137,7 @@ def test_functions_of_a_network_are_drawn_in_function_space_where_outputs_are_fe
 
 def test_functions_of_the_network_itself_are_its_outputs_at_drawn_weights():
     network = network_named("mlp")
-    here, model = SITUATIONS["network-mlp"], network.model()
+    here, model = situation("network", "mlp"), network.model()
     theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     x = network.data(n_rows=3, shift=2)[0]
 
@@ -150,7 +153,7 @@ def test_functions_of_the_network_itself_are_its_outputs_at_drawn_weights():
 
 
 def test_outputs_without_derivatives_have_no_moments():
-    here = SITUATIONS["network-mlp"]
+    here = situation("network", "mlp")
     bare = replace(here.inputs, derivatives=None)
     with pytest.raises(UnsupportedError, match="without derivatives"):
         bare.variance(precisions(here.J.shape[2])[0], F64)
@@ -243,7 +246,7 @@ def test_pairs_are_kept_rotated_and_joined_by_their_scores():
 def test_other_outputs_than_two_scores_are_no_pairs():
     assert against_zero(torch.tensor([[3.0, 1.0]])).tolist() == [[2.0, 0.0]]
     for shape in ((4, 3, 1), (4, 2, 2), (4, 3)):
-        inputs = replace(SITUATIONS["network-mlp"].inputs, f=torch.zeros(shape).double())
+        inputs = replace(situation("network", "mlp").inputs, f=torch.zeros(shape).double())
         with pytest.raises(ShapeError, match="probabilities of pairs"):
             compare(inputs)
 
