@@ -41,9 +41,9 @@ class LLLaplace(ParametricLaplace):
     sigma_noise
         Standard deviation of the observation noise, in target units; regression only.
     prior_precision
-        Of the Gaussian prior, in 1/weight²: a scalar, one value each for weight and bias, or one a weight.
+        Of the Gaussian prior, in 1/weight²: a scalar, one value each for weight and bias, or one per weight.
     prior_mean
-        Of the Gaussian prior: a scalar, or one value a weight.
+        Of the Gaussian prior: a scalar, or one value per weight.
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
     enable_backprop

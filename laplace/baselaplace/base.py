@@ -55,7 +55,7 @@ class BaseLaplace(ABC):
     sigma_noise
         Standard deviation of the observation noise, in target units, of all outputs or of each; regression only.
     prior_precision
-        Of the Gaussian prior, in 1/weight²: a scalar, one value a parameter group, or one a weight.
+        Of the Gaussian prior, in 1/weight²: a scalar, one value per parameter group, or one per weight.
     prior_mean
         Of the Gaussian prior: a scalar, or one value per weight.
     temperature
@@ -182,7 +182,7 @@ class BaseLaplace(ABC):
         """Prior precision, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; assign a float or a tensor.
 
         An assigned value must be positive and finite (``InputError``), fit the weights (``ShapeError``) and the
-        structure: a Kronecker structure takes no precision a weight (``UnsupportedError``).
+        structure: a Kronecker structure takes no precision for each weight (``UnsupportedError``).
         """
         return self._handed_out(self._prior_precision)
 

@@ -162,8 +162,8 @@ class ELLA(FeatureLaplace):
         Notes
         -----
         ``fit_history_`` holds the numbers of ``processed_examples`` after each batch, and of each look at validation
-        data ``val_examples`` and ``val_nll`` (mean, in nats). The model is left as it was found; if fitting
-        fails, so is this object.
+        data ``val_examples`` and ``val_nll`` (mean, in nats). The model is left as it was found, and if
+        fitting fails, this object as well.
         """
         checks.loader("train_loader", train_loader)
         if isinstance(train_loader, Iterator):

@@ -66,7 +66,7 @@ class ParametricLaplace(FittedLaplace):
 
         Notes
         -----
-        The model is left as it was found; if fitting fails, so is this object.
+        The model is left as it was found, and if fitting fails, this object as well.
         Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
         each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
         Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a

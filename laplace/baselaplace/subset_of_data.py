@@ -162,7 +162,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         Notes
         -----
         One forward pass over the data and no backward pass; kernels and their factorization are left to the first use.
-        The model is left as it was found; if fitting fails, so is this object.
+        The model is left as it was found, and if fitting fails, this object as well.
         """
         checks.loader("train_loader", train_loader)
         backend = self.backend

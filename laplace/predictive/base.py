@@ -43,15 +43,15 @@ class Linearization(ABC):
 
     @abstractmethod
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:
-        """Variances of the outputs."""
+        """Variances of the outputs, in their units squared and without observation noise."""
 
     @abstractmethod
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
-        """Covariances of the outputs of each row."""
+        """Covariances of the outputs of each row, without observation noise."""
 
     @abstractmethod
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:
-        """Covariance of all outputs of all rows."""
+        """Covariance of all outputs of all rows, row by row, without observation noise."""
 
     @abstractmethod
     def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
