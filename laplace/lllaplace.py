@@ -1,6 +1,6 @@
 """Last-layer estimators (``subset_of_weights="last_layer"``): the weights of the last linear layer are random.
 
-Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/*.feature_variance`` (predict).
+Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/head_block.py`` (predict).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """States as values and as files: fingerprint of a model, digest of a state, writing, reading, copying.
 
-What a class saves is in ``baselaplace/checkpoint.py``, what entries must be in ``schema.py``.
+What a class saves is in ``baselaplace/states.py``, what entries must be in ``schema.py``.
 """
 
 from __future__ import annotations
