@@ -239,7 +239,8 @@ class CurvatureInterface(StructuredInterface, ABC):
         with torch.set_grad_enabled(enable_backprop):
             f, phi = self.model.forward_with_features(x)
             f, phi = self._widen(f), self._widen(phi)
-            blocks = head_blocks(phi.reshape(-1, phi.shape[-1]), [tuple(p.shape) for p in self.params])
+            layer = self._head  # of a back end for all weights, too
+            blocks = head_blocks(phi.reshape(-1, phi.shape[-1]), heads.head_of(layer).groups(layer))
             J = torch.cat([block.dense() for block in blocks], -1).transpose(0, 1).contiguous()
             return J, f.reshape(-1, f.shape[-1])
 

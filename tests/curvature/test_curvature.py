@@ -93,6 +93,15 @@ def test_last_layer_jacobians_can_keep_the_graph_to_the_inputs():
     assert not f.requires_grad
 
 
+def test_a_back_end_for_all_weights_has_the_jacobians_of_the_last_layer_too():
+    case = BASIC[1]
+    x = case.test_inputs()
+    ours = AutogradGGN(case.extractor(), case.likelihood).last_layer_jacobians(x)
+    theirs = AutogradGGN(case.extractor(), case.likelihood, last_layer=True).last_layer_jacobians(x)
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, expected)
+
+
 def test_params_are_those_of_the_last_layer():
     case = BASIC[0]
     engine = backend(AutogradGGN, case)
