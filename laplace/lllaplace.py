@@ -21,6 +21,7 @@ from laplace.baselaplace import (
     ParametricLaplace,
     last_layer,
 )
+from laplace.baselaplace.described import described, described_by
 from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.lowrank import checked_truncation
 from laplace.baselaplace.random_weights import LastLayer
@@ -29,40 +30,9 @@ from laplace.enums import FeatureReduction, Likelihood
 from laplace.network import FeatureExtractor
 
 
+@described_by(as_extractor)
 class LLLaplace(ParametricLaplace):
     """Laplace approximation of the last layer; the rest of the network is a fixed feature map.
-
-    Parameters
-    ----------
-    model
-        The trained network, or a ``FeatureExtractor`` around it. Its outputs must be those of its last linear layer.
-    likelihood
-        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` or ``"poisson"``, or an object.
-    sigma_noise
-        Standard deviation of the observation noise, in target units; regression only.
-    prior_precision
-        Of the Gaussian prior, in 1/weight²: a scalar, one value each for weight and bias, or one per weight.
-    prior_mean
-        Of the Gaussian prior: a scalar, or one value per weight.
-    temperature
-        T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
-    enable_backprop
-        Keep predictions differentiable with respect to the inputs.
-    feature_reduction
-        How the model reduces features over positions: ``"pick_first"``, ``"pick_last"``, ``"average"``; ``None`` when
-        it does not.
-    dict_key_x, dict_key_y
-        Entries of mapping batches that hold the main input and the targets.
-    backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
-    last_layer_name
-        Name of the last layer; found by one forward pass when ``None``.
-    backend_kwargs
-        Passed to the back end on construction.
-    asdl_fisher_kwargs
-        Passed to the methods of an ASDL back end; any other raises.
-    curvature_dtype
-        Precision of curvature, factorizations and evidence; that of the model by default, at least float32.
 
     Raises
     ------
@@ -120,47 +90,41 @@ class LLLaplace(ParametricLaplace):
         )
 
 
+@described
 class FullLLLaplace(LLLaplace, FullLaplace):
     """Last layer with dense curvature: for these weights the exact Hessian.
 
-    O((C D)²) memory, O((C D)³) time to factorize, once. See ``LLLaplace`` for the parameters.
+    O((C D)²) memory, O((C D)³) time to factorize, once.
     """
 
 
+@described
 class DiagLLLaplace(LLLaplace, DiagLaplace):
     """Last layer with diagonal curvature: O(C D) memory and time.
 
-    Weights are independent, and so are the outputs. See ``LLLaplace`` for the parameters.
+    Weights are independent, and so are the outputs.
     """
 
 
+@described
 class BlockDiagLLLaplace(LLLaplace, BlockDiagLaplace):
     """Last layer with a dense block each for weight and bias: what correlates the two is dropped.
 
-    O((C D)²) memory, O((C D)³) time to factorize, once. See ``LLLaplace`` for the parameters.
+    O((C D)²) memory, O((C D)³) time to factorize, once.
     """
 
 
+@described
 class EKFACLLLaplace(LLLaplace, EKFACLaplace):
     """Last layer in the eigenbasis of its Kronecker factors, with the exact diagonal there: O(C² + D² + C D) memory.
 
-    The model runs once over the data, whose features are kept between the two passes. See ``LLLaplace`` for the
-    parameters; the prior precision is a scalar or one value each for weight and bias.
+    The model runs once over the data, whose features are kept between the two passes.
     """
 
 
+@described
 class KronLLLaplace(LLLaplace, KronLaplace):
-    """Last layer with Kronecker-factored curvature: O(C² + D²) memory.
-
-    Parameters
-    ----------
-    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, feature_reduction
-        As in ``LLLaplace``; the prior precision is a scalar or one value each for weight and bias.
-    dict_key_x, dict_key_y, backend, last_layer_name, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
-        As in ``LLLaplace``.
-    damping
-        As in ``KronLaplace``.
-    """
+    """Last layer with Kronecker-factored curvature: O(C² + D²) memory."""
 
     def __init__(
         self,
@@ -202,19 +166,11 @@ class KronLLLaplace(LLLaplace, KronLaplace):
         self.damping = damping
 
 
+@described
 class LowRankLLLaplace(LLLaplace, LowRankLaplace):
     """Last layer with the leading eigenpairs of its curvature: O(C D r) memory.
 
     The model runs once over the data, whose features are kept between passes.
-
-    Parameters
-    ----------
-    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, feature_reduction
-        As in ``LLLaplace``.
-    dict_key_x, dict_key_y, backend, last_layer_name, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
-        As in ``LLLaplace``.
-    rank, captured_trace
-        As in ``LowRankLaplace``.
     """
 
     def __init__(
@@ -258,23 +214,16 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
         self._truncation = checked_truncation(rank, captured_trace)
 
 
+@described_by(as_extractor)
 class FunctionalLLLaplace(FunctionalLaplace):
     """Last layer as a Gaussian process: its kernel is a product of features that all outputs share.
-
-    Parameters
-    ----------
-    model, likelihood, sigma_noise, prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x, dict_key_y
-        As in ``LLLaplace``.
-    prior_precision, n_subset, independent_outputs, seed, diagonal_hessian
-        As in ``FunctionalLaplace``. The kernel is zero between different outputs: ``independent_outputs`` leaves out
-        what they have in common in the likelihood, as ``diagonal_hessian`` does.
-    last_layer_name, backend, backend_kwargs, curvature_dtype
-        As in ``LLLaplace``.
 
     Notes
     -----
     Features of the subset are all that is kept; fit costs one forward pass over the data. A Gaussian likelihood needs
     one matrix of M², a softmax one of (M (C − 1))²; variances of B inputs then take O(B C min(M, D)²).
+    The kernel is zero between different outputs: ``independent_outputs`` leaves out what they have in common in the
+    likelihood, as ``diagonal_hessian`` does.
     """
 
     _weights_type = LastLayer

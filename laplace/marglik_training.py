@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import trange
 
 from laplace import checks, linalg
-from laplace.baselaplace import ParametricLaplace
+from laplace.baselaplace import BaseLaplace, ParametricLaplace
+from laplace.baselaplace.described import described_by
 from laplace.curvature import CurvatureInterface
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
 from laplace.errors import InputError, UnsupportedError
@@ -35,6 +36,7 @@ from laplace.tuning.weights import (
 )
 
 
+@described_by(BaseLaplace)
 @linalg.lasting
 def marglik_training(
     model: nn.Module,
@@ -81,12 +83,8 @@ def marglik_training(
     train_loader
         Yields ``(x, y)``, ``(x1, …, xk, y)`` or mappings, anew in every epoch: a ``DataLoader``, a list of batches, …
         Its rows are counted by one pass before training.
-    likelihood
-        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     hessian_structure
-        ``"full"``, ``"kron"`` or ``"diag"``.
-    backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
+        How the curvature of the weights is stored: any structure of ``Laplace`` but ``"gp"``.
     optimizer_cls, optimizer_kwargs
         A class of ``torch.optim``, called with the weights and these keywords. Its ``step`` is given a closure, so that
         LBFGS works. It must not decay weights: the prior does.
@@ -97,8 +95,8 @@ def marglik_training(
     lr_hyp
         Learning rate of Adam for log δ and log σ.
     prior_structure
-        One precision (``"scalar"``), one per parameter group (``"layerwise"``) or, except with ``"kron"``, one per
-        weight (``"diag"``).
+        One precision (``"scalar"``), one per parameter group (``"layerwise"``) or, except with Kronecker factors,
+        one per weight (``"diag"``).
     n_epochs_burnin, marglik_frequency
         Epochs are counted from 1; those that are multiples of the frequency, and not below the burn-in, end with a fit.
     n_hypersteps
@@ -115,12 +113,8 @@ def marglik_training(
         Show a progress bar over epochs.
     enable_backprop
         Keep predictions of the returned approximation differentiable with respect to the inputs.
-    dict_key_x, dict_key_y
-        Entries of mapping batches that hold the main input and the targets.
     prior_mean
         μ₀: a scalar, or one value per weight.
-    backend_kwargs, asdl_fisher_kwargs, curvature_dtype
-        As in ``BaseLaplace``.
 
     Returns
     -------

@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 from laplace import checks
 from laplace.baselaplace import DiagLaplace, FullLaplace, ParametricLaplace
+from laplace.baselaplace.described import described
 from laplace.baselaplace.random_weights import Subnetwork
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
@@ -25,41 +26,22 @@ ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
 """Options that may hold a value for each weight."""
 
 
+@described
 class SubnetLaplace(ParametricLaplace):
     """Laplace approximation of a subnetwork of S weights; the other weights of the network are constants.
 
     Parameters
     ----------
-    model
-        The trained network; it is read, never written.
-    likelihood
-        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     subnetwork_indices
         The random weights: a one-dimensional ``LongTensor`` of positions in
         ``torch.nn.utils.parameters_to_vector(model.parameters())``, which counts frozen weights, too. All different, in
         any order; ``H``, ``mean_subnet`` and all else of the size S has that order.
-    sigma_noise
-        Standard deviation of the observation noise, in target units; regression only.
     prior_precision
-        Of the Gaussian prior over the subnetwork, in 1/weight²: a scalar; one value for each parameter tensor that
-        holds a chosen weight, in the order of their first index; one for each chosen weight; or one for each weight of
-        the network, of which those of the subnetwork are kept.
+        Precision of the Gaussian prior over the subnetwork, in 1/weight²: a scalar; one value for each parameter tensor
+        that holds a chosen weight, in the order of their first index; one for each chosen weight; or one for each
+        weight of the network, of which those of the subnetwork are kept.
     prior_mean
-        Of the Gaussian prior: a scalar, one value for each chosen weight, or one for each weight of the network.
-    temperature
-        T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
-    backend
-        Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
-    backend_kwargs
-        Passed to it on construction.
-    asdl_fisher_kwargs
-        Passed to the methods of an ASDL back end; any other raises.
-    enable_backprop
-        Keep predictions differentiable with respect to the inputs.
-    dict_key_x, dict_key_y
-        Entries of mapping batches that hold the main input and the targets.
-    curvature_dtype
-        Precision of curvature, factorizations and evidence; that of the model by default, at least float32.
+        Mean of the Gaussian prior: a scalar, one value for each chosen weight, or one for each weight of the network.
 
     Raises
     ------
@@ -269,15 +251,14 @@ class SubnetLaplace(ParametricLaplace):
         return self
 
 
+@described
 class FullSubnetLaplace(SubnetLaplace, FullLaplace):
     """Subnetwork with dense curvature: exact for these weights.
 
-    O(S²) memory, O(S³) time to factorize, once. See ``SubnetLaplace`` for the parameters.
+    O(S²) memory, O(S³) time to factorize, once.
     """
 
 
+@described
 class DiagSubnetLaplace(SubnetLaplace, DiagLaplace):
-    """Subnetwork with diagonal curvature: O(S) memory; its weights are independent.
-
-    See ``SubnetLaplace`` for the parameters.
-    """
+    """Subnetwork with diagonal curvature: O(S) memory; its weights are independent."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -19,29 +19,21 @@ from torch import Tensor, nn
 from laplace import checks, linalg, tuning
 from laplace.attributes import check_attribute
 from laplace.baselaplace import options
+from laplace.baselaplace.described import described
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import NotFittedError
 from laplace.fit import Fit
-from laplace.likelihoods import AbstractLikelihood, chosen, name_of
+from laplace.likelihoods import AbstractLikelihood, chosen
 from laplace.network import ParameterSubset
-from laplace.network.failures import checked_model
 from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.tuning import Noise, methods
 from laplace.types import Inputs, Scalar
 
-CHECKED: dict[str, Callable[[Any], Any]] = {
-    "model": checked_model,
-    "likelihood": name_of,
-    "enable_backprop": partial(checks.flag, "enable_backprop"),
-    "dict_key_x": partial(checks.key, "dict_key_x"),
-    "dict_key_y": partial(checks.key, "dict_key_y"),
-}
-"""Checks of options that are plain attributes, whenever they are assigned."""
 
-
+@described
 class BaseLaplace(ABC):
     """A network whose weights, after training, have a Gaussian posterior.
 
@@ -55,9 +47,10 @@ class BaseLaplace(ABC):
     sigma_noise
         Standard deviation of the observation noise, in target units, of all outputs or of each; regression only.
     prior_precision
-        Of the Gaussian prior, in 1/weight²: a scalar, one value per parameter group, or one per weight.
+        Precision of the Gaussian prior, in 1/weight²: a scalar, one value per parameter group (weight and bias of a
+        layer are two) or, except with Kronecker factors, one per weight.
     prior_mean
-        Of the Gaussian prior: a scalar, or one value per weight.
+        Mean of the Gaussian prior: a scalar, or one value per weight.
     temperature
         T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
     enable_backprop
@@ -67,11 +60,11 @@ class BaseLaplace(ABC):
     backend
         Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     backend_kwargs
-        Passed to it on construction.
+        Options of the back end, passed to it on construction.
     asdl_fisher_kwargs
-        Passed to the methods of an ASDL back end; any other raises.
+        Options passed to the methods of an ASDL back end; any other back end raises.
     curvature_dtype
-        Precision of curvature, factorizations and evidence; that of the model by default, at least float32.
+        Precision of curvature or kernels, factorizations and evidence; that of the model by default, at least float32.
 
     Raises
     ------
@@ -137,8 +130,8 @@ class BaseLaplace(ABC):
             If it does not know the name, or computes its value.
         """
         check_attribute(self, name)
-        if name in CHECKED:
-            value = CHECKED[name](value)
+        if name in options.CHECKED:
+            value = options.CHECKED[name](value)
             if name in vars(self) and "_backend" in vars(self) and value is not vars(self)[name]:
                 value = self._replaced(name, value)
         super().__setattr__(name, value)

@@ -7,16 +7,17 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.structures import AbstractCurvature, DiagCurvature
 
 
+@described
 class DiagLaplace(ParametricLaplace):
     """A posterior in which weights are independent, with precisions ``s h + δ``.
 
     All weights that require a gradient are random. Approximate: all correlations between weights are dropped. Memory
-    O(P); fitting takes a backward pass for each output of a datum, with time O(P) each. See ``BaseLaplace`` for the
-    parameters.
+    O(P); fitting takes a backward pass for each output of a datum, with time O(P) each.
     """
 
     curvature_type: ClassVar[type[AbstractCurvature]] = DiagCurvature

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
 from laplace.baselaplace import last_layer
+from laplace.baselaplace.described import described, described_by
 from laplace.baselaplace.features import FeatureLaplace
 from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.random_weights import LastLayer
@@ -31,25 +32,18 @@ from laplace.tuning import methods
 from laplace.types import Inputs
 
 
+@described
 class ELLA(FeatureLaplace):
     """Accelerated linearized Laplace: the kernel of the network is replaced by K Nyström features.
 
     Parameters
     ----------
-    model, likelihood
-        As in ``BaseLaplace``.
     subsample_size
         M, how many training data the features are made of, one output each.
     n_eigenvalues
         K, how many features; at most M.
-    sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y, backend
-        As in ``BaseLaplace``; the prior precision is one number.
-    backend_kwargs
-        Passed to the back end on construction.
     seed
-        Of the subsample and its outputs.
-    curvature_dtype
-        As in ``BaseLaplace``.
+        Seed of the choice of the subsample and its outputs.
 
     Raises
     ------
@@ -62,7 +56,7 @@ class ELLA(FeatureLaplace):
     -----
     The posterior is that of a network whose weights move along K directions only: exact where they span the derivatives
     (for one output and M = K = N at the training data), and nowhere more uncertain than that of all weights, since what
-    the prior allows outside them is left out. ``fit`` goes over the data twice and costs one backward pass an output;
+    the prior allows outside them is left out. ``fit`` goes over the data twice and costs one backward pass per output;
     memory is K vectors of weights.
 
     References
@@ -416,18 +410,9 @@ class ELLA(FeatureLaplace):
     }
 
 
+@described_by(as_extractor)
 class LLELLA(ELLA):
-    """ELLA of a last layer: from features alone, without a Jacobian and without a backward pass.
-
-    Parameters
-    ----------
-    model, likelihood, subsample_size, n_eigenvalues, sigma_noise, prior_precision, prior_mean, temperature
-        As in ``ELLA``.
-    enable_backprop, feature_reduction, dict_key_x, dict_key_y, last_layer_name
-        As in ``LLLaplace``.
-    backend, backend_kwargs, seed, curvature_dtype
-        As in ``ELLA``.
-    """
+    """ELLA of a last layer: from features alone, without a Jacobian and without a backward pass."""
 
     _weights_type = LastLayer
     model: FeatureExtractor

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.baselaplace.described import described
 from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.errors import StateError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, Fit
@@ -33,8 +34,15 @@ KEPT_ELEMENTS = 2**29
 """Numbers kept of derivatives of points and of training data: 2 GB in float32."""
 
 
+@described
 class FeatureLaplace(BaseFunctionalLaplace):
-    """A posterior over the weights of features, ``N(0, (A + δ I)⁻¹)``, and perhaps what they leave of the prior."""
+    """A posterior over the weights of features, ``N(0, (A + δ I)⁻¹)``, and perhaps what they leave of the prior.
+
+    Parameters
+    ----------
+    sigma_noise
+        Standard deviation of the observation noise, in target units: one number for all outputs; regression only.
+    """
 
     fit_history_: dict[str, list[Any]]
     """What happened during ``fit``, by name."""

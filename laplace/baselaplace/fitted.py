@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace import checks, linalg, tuning
 from laplace.baselaplace import statefile, states
 from laplace.baselaplace.base import BaseLaplace
+from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
@@ -34,8 +35,9 @@ from laplace.types import Inputs, Scalar
 Own = TypeVar("Own", bound="FittedLaplace")
 
 
+@described
 class FittedLaplace(BaseLaplace):
-    """A posterior that was fitted, tuned and saved in the same way whatever it is over. See ``BaseLaplace``."""
+    """A posterior that was fitted, tuned and saved in the same way whatever it is over."""
 
     curvature_type: ClassVar[type[AbstractCurvature]]
     """How the curvature is stored: the structure."""

@@ -7,15 +7,17 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.structures import AbstractCurvature, FullCurvature, FullPrecision
 
 
+@described
 class FullLaplace(ParametricLaplace):
     """A posterior with a dense precision, ``s H + diag(δ) = L Lᵀ``: exact for the curvature.
 
     All weights that require a gradient are random. Memory O(P²), time O(P³) to factorize, once. Fitting takes a
-    backward pass for each output of a datum, and time O(P²) each. See ``BaseLaplace`` for the parameters.
+    backward pass for each output of a datum, and time O(P²) each.
     """
 
     curvature_type: ClassVar[type[AbstractCurvature]] = FullCurvature

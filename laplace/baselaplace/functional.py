@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, tuning
+from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.options import check_model_keywords
 from laplace.curvature import CurvatureInterface
@@ -29,10 +30,17 @@ from laplace.prior import GaussianPrior
 from laplace.types import Inputs
 
 
+@described
 class BaseFunctionalLaplace(FittedLaplace):
     """A Gaussian process around the outputs of a network: the linearized network in function space.
 
-    See ``BaseLaplace`` for the parameters.
+    Parameters
+    ----------
+    prior_precision
+        Precision of the isotropic Gaussian prior, in 1/weight²: one number.
+    backend
+        Class that computes derivatives, for a generalized Gauss–Newton matrix; ``AutogradGGN`` when ``None``. Of an
+        object its class and options are taken.
     """
 
     @abstractmethod

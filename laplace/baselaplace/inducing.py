@@ -23,6 +23,12 @@ STRATEGIES = ("random", "kmeans")
 CANDIDATES = 100
 """Data a center that clusters are made of."""
 
+NO_TUNING = (
+    "VaLLA trains its prior precision in fit(train_loader, iterations=…, lr=…): what was trained at the "
+    "inducing points belongs to it. Go on with fit(…, override=False), or assign la.prior_precision."
+)
+"""Why methods that choose a prior precision after fitting are refused."""
+
 
 def count_inducing(locations: Inputs, number: Any) -> int:
     """M, the number of inducing points."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace import checks
+from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
@@ -17,15 +18,12 @@ from laplace.structures import AbstractCurvature, Kron, KronCurvature
 from laplace.structures.by_hand import independent
 
 
+@described
 class KronLaplace(ParametricLaplace):
-    """A posterior whose precision is a Kronecker product a parameter group, plus the prior.
+    """A posterior whose precision is one Kronecker product per parameter group, plus the prior.
 
     Parameters
     ----------
-    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y
-        As in ``BaseLaplace``; the prior precision is a scalar or one value a parameter group.
-    backend, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
-        As in ``BaseLaplace``.
     damping
         Add the root of the prior precision to both sides of each product instead of adding the prior to it; may be set
         at any time.

@@ -21,7 +21,23 @@ def as_extractor(
     dict_key_x: str,
     dict_key_y: str,
 ) -> FeatureExtractor:
-    """A feature extractor around a model; what one was told before holds, unless the call says otherwise."""
+    """A feature extractor around a model; what one was told before holds, unless the call says otherwise.
+
+    Parameters
+    ----------
+    model
+        The trained network, or a ``FeatureExtractor`` around it. Its outputs must be those of its last linear layer.
+    last_layer_name
+        Name of the last layer; found by one forward pass when ``None``.
+    feature_reduction
+        How the model reduces features over positions: ``"pick_first"``, ``"pick_last"``, ``"average"``; ``None`` when
+        it does not.
+
+    Raises
+    ------
+    UnsupportedError
+        If the name is no text, or the reduction does not exist.
+    """
     enable_backprop = checks.flag("enable_backprop", enable_backprop)
     dict_key_x, dict_key_y = checks.key("dict_key_x", dict_key_x), checks.key("dict_key_y", dict_key_y)
     if not isinstance(last_layer_name, (str, type(None))):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace import checks
+from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
@@ -19,18 +20,15 @@ from laplace.schema import Table, finite, optional, whole
 from laplace.structures import AbstractCurvature, LowRankCurvature, Truncation
 
 
+@described
 class LowRankLaplace(ParametricLaplace):
     """A posterior with the precision ``s U diag(λ) Uᵀ + diag(δ)``: leading eigenpairs of the curvature, and the prior.
 
     Parameters
     ----------
-    model, likelihood, sigma_noise, prior_precision, prior_mean, temperature, enable_backprop, dict_key_x, dict_key_y
-        As in ``BaseLaplace``; any prior precision fits.
-    backend, backend_kwargs, asdl_fisher_kwargs, curvature_dtype
-        As in ``BaseLaplace``. With ``AutogradHessian`` the eigenpairs are those of the positive part of the Hessian,
-        and ``rank`` must be given; with ``stochastic=True`` those of the sample of the last pass.
     rank
-        Number of eigenpairs; fewer are kept where the curvature has no more that are positive.
+        Number of eigenpairs; fewer are kept where the curvature has no more that are positive. With the back end
+        ``AutogradHessian``, of whose curvature the positive part is taken, it must be given.
     captured_trace
         In its place: as many eigenpairs as hold this share of the trace of the curvature; 0.95 if neither is given.
 
@@ -43,7 +41,8 @@ class LowRankLaplace(ParametricLaplace):
     -----
     All weights that require a gradient are random. Approximate: curvature beyond the eigenpairs is dropped, so that the
     posterior is wider than that of ``FullLaplace``, which it equals at full rank. No P×P matrix is formed: memory
-    O(P r), products with the curvature instead of the curvature.
+    O(P r), products with the curvature instead of the curvature. With a back end that samples (``stochastic=True``) the
+    eigenpairs are those of the sample of the last pass.
 
     Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each; of a Hessian up to 6, with the
     directions of all in memory and a warning if fewer positive eigenvalues are found), and as many as it takes with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,19 @@ from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import LinkApprox, PredType, choose
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import AbstractLikelihood, name_of
+from laplace.network.failures import checked_model
 from laplace.network.signatures import innermost
 from laplace.predictive import Options
+
+CHECKED: dict[str, Callable[[Any], Any]] = {
+    "model": checked_model,
+    "likelihood": name_of,
+    "enable_backprop": partial(checks.flag, "enable_backprop"),
+    "dict_key_x": partial(checks.key, "dict_key_x"),
+    "dict_key_y": partial(checks.key, "dict_key_y"),
+}
+"""Checks of options that are plain attributes, whenever they are assigned."""
 
 
 def chosen_backend(

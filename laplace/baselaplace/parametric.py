@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg
+from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.fitting import Training
 from laplace.baselaplace.options import check_model_keywords, checked_weights
@@ -30,8 +31,9 @@ from laplace.structures.by_hand import assigned_curvature, independent, zero_cur
 from laplace.types import Inputs, Scalar
 
 
+@described
 class ParametricLaplace(FittedLaplace):
-    """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹). See ``BaseLaplace`` for the parameters."""
+    """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹)."""
 
     state_entries: ClassVar[Table] = FIT_ENTRIES
     _mean_by_hand: Tensor | None = None

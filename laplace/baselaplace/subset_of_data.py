@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from laplace import checks, linalg
+from laplace.baselaplace.described import described
 from laplace.baselaplace.fitting import Learned, Training
 from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.baselaplace.options import checked_weights
@@ -32,48 +33,26 @@ from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
 
+@described
 class FunctionalLaplace(BaseFunctionalLaplace):
     """A Gaussian process around the outputs of a network: the Laplace approximation in function space.
 
-    Its kernel is that of the linearized network, its data a random subset of the training data. With all data it is the
-    posterior of ``FullLaplace``, at a cost that depends on data and outputs instead of weights. With M of N data the
-    prior precision is multiplied by N/M.
+    All weights that require a gradient are random. Its kernel is that of the linearized network, its data a random
+    subset of the training data. With all data it is the posterior of ``FullLaplace``, at a cost that depends on data
+    and outputs instead of weights. With M of N data the prior precision is multiplied by N/M.
 
     Parameters
     ----------
-    model
-        The trained network; read, never written. All weights that require a gradient are random.
-    likelihood
-        ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
     n_subset
         M, how many data to use: ``numpy.random.default_rng(seed).choice(N, M, replace=False)``, in the order in which
         the loader yields them.
-    sigma_noise
-        Standard deviation of the observation noise, in target units; regression only.
-    prior_precision
-        Of the isotropic Gaussian prior, in 1/weight²: one number.
-    prior_mean
-        Of the Gaussian prior: a scalar, or one value per weight.
-    temperature
-        T of the tempered likelihood ``p(y|f)^(1/T)``; below 1 it concentrates the posterior.
-    enable_backprop
-        Keep predictions differentiable with respect to the inputs.
-    dict_key_x, dict_key_y
-        Entries of mapping batches that hold the main input and the targets.
-    backend
-        Class that provides derivatives, of a GGN; ``AutogradGGN`` when ``None``. Of an object its class and options are
-        taken.
-    backend_kwargs
-        Passed to the back end on construction.
     independent_outputs
-        Leave out what outputs have in common: one process an output, C matrices of M² instead of one of (M C)².
+        Leave out what outputs have in common: one process per output, C matrices of M² instead of one of (M C)².
     seed
-        Of the choice of data.
+        Seed of the choice of data.
     diagonal_hessian
         Use the diagonals of the likelihood's Hessians alone, as laplace-torch does for classification; by default they
         are whole.
-    curvature_dtype
-        Precision of kernels, factorizations and evidence; that of the model by default, at least float32.
 
     Raises
     ------

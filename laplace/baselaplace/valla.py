@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import last_layer
+from laplace.baselaplace import inducing, last_layer
+from laplace.baselaplace.described import described, described_by
 from laplace.baselaplace.features import FeatureLaplace
-from laplace.baselaplace.inducing import checked_alpha, checked_classes, classes_of, count_inducing, drawn, outputs_at
 from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.random_weights import LastLayer
 from laplace.baselaplace.variational import Source, scored
@@ -35,13 +35,12 @@ from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
 
+@described
 class VaLLA(FeatureLaplace):
     """Variational linearized Laplace: a sparse Gaussian process around the outputs, with M inducing points.
 
     Parameters
     ----------
-    model, likelihood
-        As in ``BaseLaplace``.
     inducing_locations
         Inputs of the inducing points, a batch of M; or ``"random"`` or ``"kmeans"``: chosen from the training data (the
         second are cluster centers of inputs that are one floating-point tensor).
@@ -50,21 +49,19 @@ class VaLLA(FeatureLaplace):
     inducing_classes
         Output of each inducing point, ``[M]`` (with several positions: index of the flattened outputs); dealt in turn
         when ``None``.
-    sigma_noise, prior_precision
-        Where training starts; the prior precision is one number.
+    sigma_noise
+        Observation noise from which training starts, in target units: one number for all outputs; regression only.
+    prior_precision
+        Precision of the isotropic Gaussian prior from which training starts, in 1/weight²: one number.
     temperature
-        As in ``BaseLaplace``; once fitted, another one needs a new object.
-    prior_mean, enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs
-        As in ``BaseLaplace``.
+        T of the tempered likelihood ``p(y|f)^(1/T)``; once fitted, another one needs a new object.
     seed
-        Of chosen locations, and of ``mc_softmax_samples``.
+        Seed of chosen locations, and of ``mc_softmax_samples``.
     alpha
         Which divergence is minimized, in [0, 1]: 0 is that of variational inference, whose negative objective bounds
         the evidence from below; 1 fits the predictive density.
     mc_softmax_samples
-        Samples of the logits in the objective of a classifier; 0 is a closed form (``gp/energy.py``).
-    curvature_dtype
-        As in ``BaseLaplace``.
+        Samples of the logits in the objective of a classifier; 0 is a closed form.
 
     Raises
     ------
@@ -133,11 +130,11 @@ class VaLLA(FeatureLaplace):
             curvature_dtype=curvature_dtype,
         )
         self._check_kind()
-        self.num_inducing = count_inducing(inducing_locations, num_inducing)
+        self.num_inducing = inducing.count_inducing(inducing_locations, num_inducing)
         self._asked_locations = copied(inducing_locations)
-        self._asked_classes = checked_classes(inducing_classes, self.num_inducing)
+        self._asked_classes = inducing.checked_classes(inducing_classes, self.num_inducing)
         self.seed = checks.whole("seed", seed, 0)
-        self.alpha = checked_alpha(alpha)
+        self.alpha = inducing.checked_alpha(alpha)
         self.mc_softmax_samples = checks.whole("mc_softmax_samples", mc_softmax_samples, 0)
         if mc_softmax_samples:
             self._unit_likelihood.check_sampled_energy()
@@ -294,11 +291,11 @@ class VaLLA(FeatureLaplace):
             return self._with_kernel(previous.inducing_locations, previous.inducing_classes)
         z = self._asked_locations
         if isinstance(z, str):
-            z = drawn(z, self.num_inducing, loader, self._iterate, self.seed)
+            z = inducing.drawn(z, self.num_inducing, loader, self._iterate, self.seed)
         z = to_device(z, self._device)
-        f = outputs_at(lambda: self._linearize(z, PredType.NN).f, self.num_inducing)
+        f = inducing.outputs_at(lambda: self._linearize(z, PredType.NN).f, self.num_inducing)
         self._check_prior(self._prior_precision, self._prior_mean)
-        return self._with_kernel(z, classes_of(self._asked_classes, f))
+        return self._with_kernel(z, inducing.classes_of(self._asked_classes, f))
 
     def _with_kernel(self, z: Inputs, classes: Tensor) -> tuple[Inputs, Tensor, InducingMap]:
         points = self._points([(z, classes)])
@@ -369,11 +366,7 @@ class VaLLA(FeatureLaplace):
         UnsupportedError
             Always.
         """
-        msg = (
-            "VaLLA trains its prior precision in fit(train_loader, iterations=…, lr=…): what was trained at the "
-            "inducing points belongs to it. Go on with fit(…, override=False), or assign la.prior_precision."
-        )
-        raise UnsupportedError(msg)
+        raise UnsupportedError(inducing.NO_TUNING)
 
     def tune(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
         """Not available, as ``optimize_prior_precision``.
@@ -430,18 +423,9 @@ class VaLLA(FeatureLaplace):
         return {**super().__getstate__(), "_map_cache": None}
 
 
+@described_by(as_extractor)
 class LLVaLLA(VaLLA):
-    """VaLLA of a last layer: from features alone, without a Jacobian and without a backward pass.
-
-    Parameters
-    ----------
-    model, likelihood, inducing_locations, num_inducing, inducing_classes, sigma_noise, prior_precision, prior_mean
-        As in ``VaLLA``.
-    temperature, enable_backprop, feature_reduction, dict_key_x, dict_key_y, last_layer_name
-        As in ``LLLaplace``.
-    backend, backend_kwargs, seed, alpha, mc_softmax_samples, curvature_dtype
-        As in ``VaLLA``.
-    """
+    """VaLLA of a last layer: from features alone, without a Jacobian and without a backward pass."""
 
     _weights_type = LastLayer
     model: FeatureExtractor
