@@ -115,7 +115,7 @@ def residual(model: nn.Module, data: tuple[Tensor, ...]) -> float:
 
 
 def log_losses(probs: Tensor, y: Tensor) -> Tensor:
-    """−log p(y | x), a number a row."""
+    """−log p(y | x), one number per row."""
     return -probs.double().gather(1, y[:, None]).log().squeeze(1)
 
 

@@ -1,6 +1,6 @@
 """The option names a user can pass, each an enum whose members are plain strings.
 
-``"kron" == HessianStructure.KRON`` holds, so either spelling works everywhere. What a name *does* lives in the room
+``"kron" == HessianStructure.KRON`` holds, so either spelling works everywhere. What a name *does* lives in the package
 of its keyword (see ``DESIGN.md``); this module only lists the choices and turns text into members.
 """
 

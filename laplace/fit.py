@@ -24,7 +24,7 @@ class Fit:
     mean: Float[Tensor, " params"]
     """The weights at which the curvature was taken, ``[P]``."""
     curvature: AbstractCurvature
-    """Of the data term at unit noise and temperature."""
+    """Curvature of the data term at unit noise and temperature."""
     nll: Scalar
     """Negative log-likelihood at unit noise and temperature, summed, in nats; NaN where it is not known, since
     weights were assigned by hand."""

@@ -81,7 +81,7 @@ def Laplace(
     likelihood
         ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` or ``"poisson"``, or an object.
     subset_of_weights
-        Which weights are random: those of the ``"last_layer"`` (a forward pass a batch), ``"all"`` that require a
+        Which weights are random: those of the ``"last_layer"`` (one forward pass per batch), ``"all"`` that require a
         gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).
     hessian_structure
         How their curvature is stored: ``"full"``, ``"kron"``, ``"diag"``, ``"blockdiag"``, ``"ekfac"`` or

@@ -1,6 +1,6 @@
 """Numerical safety in one place: Cholesky factors that announce their jitter, eigenvalues clamped at rounding level.
 
-Storey 0: nothing here knows about models, priors or likelihoods.
+Nothing here knows about models, priors or likelihoods.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``marglik_training``: train the weights of a network together with its prior and its observation noise.
 
 Between epochs of ordinary training a Laplace approximation is fitted, and the hyperparameters climb its log marginal
-likelihood. The formulas are in the rooms below; how weights are trained is in ``tuning/weights.py``.
+likelihood. The formulas are in ``baselaplace/`` and what it imports; weights are trained in ``tuning/weights.py``.
 """
 
 from __future__ import annotations

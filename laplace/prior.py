@@ -159,7 +159,7 @@ def fix_prior_prec_structure(
     n_layers, n_params
         Numbers of parameter groups and of weights.
     device, dtype
-        Of the result.
+        Device and floating-point type of the result.
 
     Returns
     -------

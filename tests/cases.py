@@ -253,7 +253,7 @@ STRUCTURES = ("full", "kron", "diag", "blockdiag", "ekfac", "lowrank")
 ADDITIVE = tuple(structure for structure in STRUCTURES if structure != "ekfac")
 """Those whose curvatures of two data sets can be merged."""
 BY_GROUP = ("kron", "ekfac")
-"""Those whose prior precision is one value for all weights or one a parameter group."""
+"""Those whose prior precision is one value for all weights or one per parameter group."""
 EVERYTHING = {"lowrank": {"captured_trace": 1.0}}
 """Options with which a structure holds all that it can; low rank is then the dense matrix."""
 

@@ -29,7 +29,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def check_likelihood(likelihood: Any, f: Tensor, y: Tensor) -> None:
-    """Everything but predictions is that of the density in `likelihood_kinds`; f [rows, C] with one target a row."""
+    """Everything but predictions is that of the density in `likelihood_kinds`; f [rows, C] with one target per row."""
     kind = KINDS[likelihood.name]
     n, n_outputs = len(f), f.shape[1]
     others = f.flip(0) + 0.3

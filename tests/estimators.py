@@ -79,7 +79,7 @@ def group_sizes(case: Case) -> list[int]:
 
 
 def prior_diagonal(case: Case, delta: float | Tensor) -> Tensor:
-    """One precision a weight from a scalar, one a parameter group, or one a weight."""
+    """One precision per weight from a scalar, one per parameter group, or one per weight."""
     sizes, delta = group_sizes(case), torch.as_tensor(delta, dtype=torch.float64).reshape(-1)
     if len(delta) == len(sizes) > 1:
         return torch.cat([value.expand(size) for value, size in zip(delta, sizes, strict=True)])

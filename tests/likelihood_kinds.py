@@ -63,7 +63,7 @@ class Kind:
         return self.size * torch.randn(rows, n_outputs, generator=torch.Generator().manual_seed(seed))
 
     def targets(self, f: Tensor, seed: int = 0) -> Tensor:
-        """One target a row, drawn from the model (of a continuous one, from the nodes of a quadrature)."""
+        """One target per row, drawn from the model (of a continuous one, from the nodes of a quadrature)."""
         noise = torch.Generator().manual_seed(seed)
         drawn = []
         for row in f:

@@ -198,7 +198,7 @@ class Problem:
         return H if structure in ("full", "lowrank") else H.diagonal().diag()
 
     def groups(self, H: Tensor) -> list[Tensor]:
-        """The diagonal blocks of a matrix, one a parameter."""
+        """The diagonal blocks of a matrix, one per parameter."""
         sizes, start, blocks = [self.model.get_parameter(name).numel() for name in self.names], 0, []
         for size in sizes:
             blocks.append(H[start : start + size, start : start + size])

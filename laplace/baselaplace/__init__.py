@@ -1,4 +1,4 @@
-"""The estimators: what users hold. They wire the other rooms together and hold no formulas."""
+"""The estimators: what users hold. They wire the other packages together and hold no formulas."""
 
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.blockdiag import BlockDiagLaplace

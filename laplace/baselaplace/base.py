@@ -1,6 +1,6 @@
 """``BaseLaplace``: hyperparameters and their setters, argument checks, and the contract of the call.
 
-Estimators wire the other rooms together and hold no formulas.
+Estimators wire the other packages together and hold no formulas.
 """
 
 from __future__ import annotations
@@ -474,8 +474,8 @@ class BaseLaplace(ABC):
             Where to start (``"marglik"``): a scalar, or one value for each precision. Values for each parameter group,
             or for each weight, bring their structure with them.
         prior_structure
-            ``"scalar"``, ``"layerwise"`` (a parameter group each; of a last layer weight and bias) or ``"diag"`` (a
-            weight each). A grid gives all the same value.
+            ``"scalar"``, ``"layerwise"`` (one per parameter group; of a last layer weight and bias) or ``"diag"`` (one
+            per weight). A grid gives all the same value.
         val_loader
             Validation batches (``"gridsearch"``).
         loss
@@ -493,7 +493,7 @@ class BaseLaplace(ABC):
             ``None``. Every point of the grid sees the same random numbers.
         noise
             Choose the noise of a regression together with the prior (``"marglik"``): ``"scalar"``, or ``"per_output"``
-            with a last layer. It starts at the residuals of the training data.
+            with a last layer (except ``LLELLA``). It starts at the residuals of the training data.
         bounds
             Least and largest prior precision (``"marglik"``).
         temperature
@@ -501,7 +501,7 @@ class BaseLaplace(ABC):
         train_loader
             The training batches that ``fit`` had (``"loo"``, ``"cv"``).
         n_folds
-            Of ``"cv"``; data are dealt out at random with a fixed seed, or by ``generator``.
+            Number of folds of ``"cv"``; the training data are split at random with a fixed seed, or by ``generator``.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""``BlockDiagLaplace``: one dense block of curvature a parameter group."""
+"""``BlockDiagLaplace``: one dense block of curvature per parameter group."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class ELLA(FeatureLaplace):
     Parameters
     ----------
     subsample_size
-        M, how many training data the features are made of, one output each.
+        M, how many training examples the features are made of, one output each.
     n_eigenvalues
         K, how many features; at most M.
     seed
@@ -311,11 +311,11 @@ class ELLA(FeatureLaplace):
         method
             ``"gridsearch"``: the loss on validation data. ``"marglik"``: ``log_marginal_likelihood``.
         n_steps, lr, init_prior_prec
-            Of ``"marglik"``: the most iterations, the first trial step, and where to start.
+            For ``"marglik"``: the most iterations, the first trial step, and where to start.
         prior_structure
             ``"scalar"``.
         val_loader, loss, log_prior_prec_min, log_prior_prec_max, grid_size, link_approx, n_samples, log_prior_prec_base
-            Of ``"gridsearch"``, as in ``ParametricLaplace.optimize_prior_precision``.
+            For ``"gridsearch"``, as in ``ParametricLaplace.optimize_prior_precision``.
         verbose
             Print the result in one line.
         progress_bar

@@ -47,7 +47,7 @@ class FeatureLaplace(BaseFunctionalLaplace):
     fit_history_: dict[str, list[Any]]
     """What happened during ``fit``, by name."""
 
-    # -- the border ---------------------------------------------------------------------------------------------------
+    # -- checks of what users pass ------------------------------------------------------------------------------------
 
     def _checked_sigma_noise(self, value: Any) -> Tensor:
         sigma = super()._checked_sigma_noise(value)

@@ -228,7 +228,7 @@ class FittedLaplace(BaseLaplace):
         Notes
         -----
         Exact for a Gaussian likelihood with the full structure, given the features, if the weights are the
-        posterior mode. With known eigenvalues O(P) a call (Kronecker, diagonal, and full with a scalar prior);
+        posterior mode. With known eigenvalues O(P) per call (Kronecker, diagonal, and full with a scalar prior);
         else O(P³).
 
         References
@@ -280,7 +280,8 @@ class FittedLaplace(BaseLaplace):
         prior_structure
             ``"scalar"`` or ``"layerwise"``.
         noise
-            Regression: ``"scalar"`` (the default), ``"per_output"`` (last layer) or ``"keep"``.
+            Regression: ``"scalar"`` (the default), ``"per_output"`` (last layer, except ``LLELLA``) or
+            ``"keep"``.
         output_temperature
             Classification and preferences: choose it (the default) or leave it as it is.
         pred_type, link_approx, n_samples
@@ -518,7 +519,7 @@ class FittedLaplace(BaseLaplace):
         Parameters
         ----------
         path
-            Of the file; it is replaced. A file that is open for writing is written to as it is.
+            Path of the file, which is replaced. A file that is open for writing is written to as it is.
 
         Raises
         ------
@@ -535,7 +536,7 @@ class FittedLaplace(BaseLaplace):
         Parameters
         ----------
         path
-            Of the file, or a file that is open.
+            Path of the file, or a file that is open.
         map_location
             Where ``torch.load`` puts tensors first: the model's device when ``None``. They end there in any case.
 

@@ -257,7 +257,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         return self._samples(x, options, joint=joint)
 
     def _samples(self, x: Inputs, options: Options, *, joint: bool) -> Tensor:
-        """Of outputs, or of the logits of pairs."""
+        """Samples of outputs, or of the logits of pairs."""
         posterior = self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_functions(x, options)

@@ -1,4 +1,4 @@
-"""The border of inducing points: their number, outputs and locations, checked and chosen."""
+"""What users say about inducing points, their number, outputs and locations: checked, and chosen from the data."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ class ParametricLaplace(FittedLaplace):
         Notes
         -----
         The model is left as it was found, and if fitting fails, this object as well.
-        Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass a batch for
-        each output (a GGN), or one in all (empirical or sampled Fisher). The factorization is left to the first use.
+        Last layer: one forward pass over the data and no backward pass. All weights: also one backward pass per batch
+        for each output (a GGN), or one in all (empirical or sampled Fisher). The first use factorizes.
         Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a
         loader that can be read again, with the same data each time.
         """
@@ -444,7 +444,7 @@ class ParametricLaplace(FittedLaplace):
         -----
         Mean and covariance of the outputs are ``f*`` and ``J A⁻¹ Jᵀ``, A the posterior precision: exact for a last
         layer, else for the linearized network. Regression returns them; links approximate the average softmax (``"mc"``
-        converges to it). One forward pass (all weights: and a backward pass an output). Then, for B inputs of a last
+        converges to it). One forward pass (all weights: and one backward pass per output). Then, for B inputs of a last
         layer, variances take O(B (D² + D C + C²)) with the Kronecker structure, O(B C D) diagonal, O(B C D²) full, and
         memory O(B C D) at most; covariances at most another factor C. The first call factorizes.
 

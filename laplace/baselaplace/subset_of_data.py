@@ -39,13 +39,13 @@ class FunctionalLaplace(BaseFunctionalLaplace):
 
     All weights that require a gradient are random. Its kernel is that of the linearized network, its data a random
     subset of the training data. With all data it is the posterior of ``FullLaplace``, at a cost that depends on data
-    and outputs instead of weights. With M of N data the prior precision is multiplied by N/M.
+    and outputs instead of weights. With M of N examples the prior precision is multiplied by N/M.
 
     Parameters
     ----------
     n_subset
-        M, how many data to use: ``numpy.random.default_rng(seed).choice(N, M, replace=False)``, in the order in which
-        the loader yields them.
+        M, how many training examples to use: ``numpy.random.default_rng(seed).choice(N, M, replace=False)``, in the
+        order in which the loader yields them.
     independent_outputs
         Leave out what outputs have in common: one process per output, C matrices of M² instead of one of (M C)².
     seed

@@ -47,9 +47,9 @@ class Source:
     tangents: Callable[[Inputs, Tensor], tuple[Tangents, Positions]]
     """From inputs and targets to tangents and unmasked positions."""
     features: InducingMap
-    """Of the inducing points."""
+    """Features of the inducing points."""
     likelihood: AbstractLikelihood
-    """Of the data."""
+    """Likelihood of the data, at the noise and temperature where training starts."""
     alpha: float
     n_samples: int
 

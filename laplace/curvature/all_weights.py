@@ -1,4 +1,4 @@
-"""Curvature from a recorded forward pass: one backward pass a column of the output Hessian's root.
+"""Curvature from a recorded forward pass: one backward pass per column of the output Hessian's root.
 
 ``H = Σ J Λ Jᵀ = Σ (J r)(J r)ᵀ`` over data and columns r of the root of Λ. Columns are taken a few at a time, so that
 memory is bounded by activations, never by outputs times weights.
@@ -34,7 +34,7 @@ from laplace.structures.jacobian import JacobianBlock
 from laplace.types import Inputs, Jacobians
 
 MANY_COLUMNS = 1000
-"""Backward passes a batch from which a warning names the sampled Fisher."""
+"""Backward passes per batch from which a warning names the sampled Fisher."""
 
 
 class AllWeightsEngine:
@@ -63,7 +63,7 @@ class AllWeightsEngine:
 
     @contextmanager
     def sums(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Sums], None, None]:
-        """Loss and curvature of a batch: one backward pass a column of the output Hessian's root."""
+        """Loss and curvature of a batch: one backward pass per column of the output Hessian's root."""
         recording = self.record(x)
         f = recording.f
         with torch.no_grad(), full_precision(f.device):

@@ -1,6 +1,6 @@
 """The built-in back ends (``backend=AutogradGGN``, the default, ``AutogradEF`` and ``AutogradHessian``).
 
-Two engines do the work: closed forms for the last layer (``curvature/last_layer.py``, one forward pass a batch),
+Two engines do the work: closed forms for the last layer (``curvature/last_layer.py``, one forward pass per batch),
 backward passes to the outputs of layers for all or for chosen weights (``curvature/all_weights.py``).
 """
 
@@ -140,7 +140,7 @@ class AutogradInterface(CurvatureInterface):
     def ekfac(
         self, x: Inputs, y: Tensor, basis: Basis, shapes: Sequence[tuple[int, ...]], **kwargs: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass a column."""
+        """Loss ``[]`` and the diagonal of the curvature in a basis; for all weights one backward pass per column."""
         self._refuse(kwargs, HessianStructure.EKFAC)
         with self._engine.sums(x, y) as (loss, sums):
             return loss, sums.ekfac(basis, shapes)
@@ -167,7 +167,7 @@ class AutogradInterface(CurvatureInterface):
         return self._engine.gradients(x, y)
 
     def derivatives(self, x: Inputs, enable_backprop: bool = False, **model_kwargs: Any) -> Any:
-        """Outputs and their derivatives in factors; for all weights one backward pass a column, made when asked for."""
+        """Outputs and their derivatives in factors; for all weights one backward pass per column, when asked for."""
         return self._engine.record(x, create_graph=enable_backprop, **model_kwargs)
 
 
@@ -177,8 +177,8 @@ class AutogradGGN(AutogradInterface, GGNInterface):
     Parameters
     ----------
     *args, **kwargs
-        As in ``GGNInterface``; for all weights ``stochastic=True`` takes one backward pass a sample, instead of one an
-        output.
+        As in ``GGNInterface``; for all weights ``stochastic=True`` takes one backward pass per sample, instead of one
+        per output.
     kfac_approx
         For all weights and the Kronecker structure: ``"expand"`` treats the positions that share a weight as data,
         ``"reduce"`` averages them.
@@ -192,7 +192,7 @@ class AutogradGGN(AutogradInterface, GGNInterface):
 class AutogradHessian(AutogradInterface):
     """The Hessian of the negative log-likelihood; for the last layer, in which outputs are linear, that is the GGN.
 
-    For all weights it is exact, takes P backward passes a batch, and may be indefinite away from a minimum: whatever
+    For all weights it is exact, takes P backward passes per batch, and may be indefinite away from a minimum: whatever
     needs a positive definite precision then raises ``NotPositiveDefiniteError``. It has no Kronecker factors.
     """
 

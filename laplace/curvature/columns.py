@@ -1,4 +1,4 @@
-"""Curvature from its columns: ``H = Σ J Jᵀ`` over columns and data, with J in factors, one block a parameter group.
+"""Curvature from its columns: ``H = Σ J Jᵀ`` over columns and data, with J in factors, one block per parameter group.
 
 Pure functions of columns, and ``ColumnsInterface``, which makes structures of them for every back end that has columns.
 """
@@ -135,9 +135,9 @@ class ColumnSums:
     """The same from columns, which may be made as we go."""
 
     columns: Columns
-    """Of the batch."""
+    """Columns of the batch."""
     sizes: Sequence[int]
-    """Of the parameter groups."""
+    """Number of weights in each parameter group."""
     like: Tensor
     """Any tensor in the precision of the result, where it is to be."""
     kron: Callable[[], Kron]

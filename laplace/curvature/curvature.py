@@ -159,6 +159,6 @@ class EFInterface(ColumnsInterface):
 
     @contextmanager
     def columns(self, x: Inputs, y: Tensor) -> Generator[tuple[Tensor, Iterator[Sequence[JacobianBlock]]], None, None]:
-        """Loss and one column a datum, its gradient."""
+        """Loss and one column per datum, its gradient."""
         gradients, loss = self.gradients(x, y)
         yield loss, iter([dense_columns(gradients.unsqueeze(0), self._sizes)])

@@ -230,7 +230,7 @@ class CurvatureInterface(StructuredInterface, ABC):
 
         Returns
         -------
-        Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, one row a position.
+        Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, one row per position.
 
         Notes
         -----
@@ -256,7 +256,7 @@ class CurvatureInterface(StructuredInterface, ABC):
 
         Returns
         -------
-        Jacobians and outputs, one row a position.
+        Jacobians and outputs, one row per position.
         """
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
@@ -274,7 +274,7 @@ class CurvatureInterface(StructuredInterface, ABC):
 
         Returns
         -------
-        Jacobians and outputs, one row a position.
+        Jacobians and outputs, one row per position.
 
         Notes
         -----

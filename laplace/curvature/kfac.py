@@ -119,7 +119,7 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
     Parameters
     ----------
     block
-        Of one group of weights.
+        Derivatives in one group of weights.
     moment
         Makes sums, shared by the groups.
     reduce

@@ -267,7 +267,7 @@ class HeadSums:
 
 
 class LastLayerEngine:
-    """Curvature and Jacobians of the last layer: one forward pass a batch, no backward pass."""
+    """Curvature and Jacobians of the last layer: one forward pass per batch, no backward pass."""
 
     def __init__(self, backend: CurvatureInterface) -> None:
         self.backend = backend

@@ -212,7 +212,7 @@ class PackageInterface(CurvatureInterface):
         return self._n_passes.bit_count() == 1 and self._n_passes.bit_length() % 2 == 1
 
     def _check_gradients(self, x: Inputs, y: Tensor, structure: HessianStructure | None) -> None:
-        """Compare gradients a row by the package with those of the user's own model."""
+        """Compare gradients of each row by the package with those of the user's own model."""
         with torch.no_grad():
             _, batch = self._private_network(x, y, None)
         weights = mixing(batch.f[:, :1])
@@ -220,7 +220,7 @@ class PackageInterface(CurvatureInterface):
         self._compare(x, batch.datum, rows, weights * self.output_likelihood.gradient(batch.f, batch.y))
 
     def _compare(self, x: Inputs, datum: Tensor, rows: Tensor, direction: Tensor) -> None:
-        """Compare a weighted sum of derivatives a row with that of the user's own model, by autograd.
+        """Compare a weighted sum of the derivatives of rows with that of the user's own model, by autograd.
 
         What hooks cannot see ends up here: functions that hold on to the model, data in another order, scripts.
 

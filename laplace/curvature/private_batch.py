@@ -40,7 +40,7 @@ class PrivateBatch:
     items: int = 1
     """How many rows of layers belong to a row of outputs: 2 where pairs are compared."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the package, from the user."""
+    """Options of the package, from the user."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

@@ -144,7 +144,7 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
     The likelihood is convex in 1/T, so the minimum is unique; one scalar is fitted by L-BFGS in log T, in float64.
     """
     if len(logits) != len(y):
-        msg = f"Expected one target a row; got {len(logits)} rows of logits and {len(y)} targets."
+        msg = f"Expected one target per row; got {len(logits)} rows of logits and {len(y)} targets."
         raise ShapeError(msg)
     kept = y != IGNORED
     logits, y = logits.detach().double()[kept], y[kept].long()

@@ -340,7 +340,7 @@ class AbstractLikelihood(ABC):
         Parameters
         ----------
         mean
-            Of the outputs, ``[rows, C]``.
+            Mean of the outputs, ``[rows, C]``.
         cov
             Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
         link
@@ -362,7 +362,7 @@ class AbstractLikelihood(ABC):
         Parameters
         ----------
         mean
-            Of the outputs, ``[rows, C]``.
+            Mean of the outputs, ``[rows, C]``.
         cov
             Their variance ``[rows, C]`` or covariance ``[rows, C, C]``.
         y
@@ -396,7 +396,7 @@ class AbstractLikelihood(ABC):
         Parameters
         ----------
         name
-            Of the metric.
+            Name of the metric.
         takes_spread
             Whether it can be called with means, (co)variances and targets.
         pred_type
@@ -501,7 +501,7 @@ class AbstractLikelihood(ABC):
         f
             Outputs, ``[batch, *positions, C]``.
         y
-            Targets.
+            Targets, as the likelihood takes them: class indices ``[batch, *positions]``, or numbers shaped as ``f``.
         """
 
     def check_axes(self, shape: Sequence[int], axis: int | None) -> None:
@@ -510,7 +510,7 @@ class AbstractLikelihood(ABC):
         Parameters
         ----------
         shape
-            Of the outputs, ``[batch, *positions, C]``.
+            Shape of the outputs, ``[batch, *positions, C]``.
         axis
             The one where channels were seen; ``None`` if that is not known.
 
@@ -573,7 +573,7 @@ class AbstractLikelihood(ABC):
 
 
 def datum_index(batch_size: int, n_rows: int, device: torch.device) -> Tensor | None:
-    """Which datum each of ``n_rows`` flattened positions belongs to; ``None`` when there is one a datum."""
+    """Which datum each of ``n_rows`` flattened positions belongs to; ``None`` when there is one per datum."""
     if n_rows == batch_size:
         return None
     return torch.arange(batch_size, device=device).repeat_interleave(n_rows // max(batch_size, 1))

@@ -130,7 +130,7 @@ class BernoulliLikelihood(PredictsProbabilities):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten positions."""
+        """Check targets, 0 or 1 in ``[batch, *positions]`` or ``[batch, *positions, 1]``, and flatten positions."""
         check_one_output(f.shape[-1])
         if y.shape not in (f.shape, f.shape[:-1]):
             msg = f"Binary targets must have the shape {list(f.shape[:-1])} or {list(f.shape)}; got {list(y.shape)}."

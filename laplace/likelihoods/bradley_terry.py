@@ -165,15 +165,15 @@ class BradleyTerryLikelihood(PredictsMoments):
         return {}
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and put the two scores of a pair into one row."""
+        """Check targets, the index of the preferred item ``[batch]``, and put both scores of a pair into one row."""
         if y.is_floating_point() or y.is_complex() or y.dtype is torch.bool:
             msg = f"Preferences must be integers, 0 or 1; got {y.dtype}. Convert them with y.long()."
             raise InputError(msg)
         n_pairs = y.numel()
         if y.dim() != 1 or f.shape not in ((n_pairs, 2, 1), (n_pairs, 2), (2 * n_pairs, 1)):
             msg = (
-                "Reward modeling is fitted on pairs: inputs [batch, 2, ...] with one score an item, [batch, 2, 1], and "
-                f"the index of the preferred item as target, [batch]; got scores {list(f.shape)} and targets "
+                "Reward modeling is fitted on pairs: inputs [batch, 2, ...] with one score per item, [batch, 2, 1], "
+                f"and the index of the preferred item as target, [batch]; got scores {list(f.shape)} and targets "
                 f"{list(y.shape)}. Stack the two items of each pair along the second axis of the inputs."
             )
             raise ShapeError(msg)

@@ -101,12 +101,12 @@ class CategoricalLikelihood(PredictsProbabilities):
         return (f / self.output_temperature).softmax(-1)
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets, flatten positions, drop the masked ones."""
+        """Check class indices ``[batch, *positions]`` (−100: masked) or soft labels; flatten unmasked positions."""
         n_outputs = f.shape[-1]
         if n_outputs == 1:
             msg = (
-                'likelihood="classification" is a softmax over one output a class, and the model has one output, whose '
-                "softmax is always 1. Give it two outputs (for a trained one-logit model: zero and the logit)."
+                'likelihood="classification" is a softmax over one output per class, and the model has one output, '
+                "whose softmax is always 1. Give it two outputs (for a trained one-logit model: zero and the logit)."
             )
             raise UnsupportedError(msg)
         flat = f.reshape(-1, n_outputs)

@@ -162,7 +162,7 @@ class GaussianLikelihood(PredictsMoments):
         return 0.5 * scale * half.square().sum(-1) + factor.diagonal(dim1=1, dim2=2).log().sum(-1) / alpha
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten positions."""
+        """Check targets, numbers in the shape of the outputs (or without the last axis, C = 1); flatten positions."""
         if not y.is_floating_point():
             msg = f"Regression targets must be floating-point numbers; got {y.dtype}. Convert them with y.float()."
             raise InputError(msg)

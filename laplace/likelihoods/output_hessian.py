@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OutputHessian:
-    """Hessians of −log p(y|f) in ``f``, one a row, kept as ``diag(d) ± r rᵀ``; C×C matrices are never built."""
+    """Hessians of −log p(y|f) in ``f``, one per row, kept as ``diag(d) ± r rᵀ``; C×C matrices are never built."""
 
     n_outputs: int
     """C."""
@@ -20,7 +20,7 @@ class OutputHessian:
     root: Tensor | None = None
     """``r``: ``[rows, C, k]``, or ``None`` for zero."""
     sign: int = 1
-    """Of the product ``r rᵀ``: 1 or −1."""
+    """Sign of the product ``r rᵀ``: 1 or −1."""
     total: Tensor | None = None
     """The diagonal of the whole, ``[rows, C]``, given where ``d − r²`` would cancel; it is then used instead."""
 

@@ -104,7 +104,7 @@ class PoissonLikelihood(PredictsMoments):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
-        """Check targets and flatten positions."""
+        """Check targets, counts in the shape of the outputs (or without the last axis, C = 1); flatten positions."""
         if y.shape == f.shape[:-1] and f.shape[-1] == 1:
             y = y.unsqueeze(-1)
         check_same_shape(f, y, "Counts")

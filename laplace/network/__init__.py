@@ -1,7 +1,7 @@
 """The user's model and data: read, never written.
 
 ``model=``, ``last_layer_name=``, ``feature_reduction=``, ``dict_key_x=`` and ``dict_key_y=`` lead here. Nothing in this
-room knows about curvature, priors or likelihoods.
+package knows about curvature, priors or likelihoods.
 """
 
 from laplace.network.batches import Batch, Passes, iterate

@@ -67,7 +67,7 @@ class ParameterSubset:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the parameter groups; single weights of a tensor have none of their own."""
+        """Shapes of the parameter groups; single weights of a tensor have none of their own."""
         if self.choice is not None:
             return [(size,) for size in self.choice.sizes]
         return [tuple(parameter.shape) for parameter in self.parameters]
@@ -139,7 +139,7 @@ def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) ->
 
 
 def expand_groups(values: Float[Tensor, " groups"], sizes: Sequence[int]) -> Float[Tensor, " params"]:
-    """Repeat one value a parameter group to one value a weight."""
+    """Repeat one value per parameter group to one value per weight."""
     if isinstance(sizes, Interleaved):
         return values[sizes.groups]
     return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])

@@ -20,7 +20,7 @@ class SoDSampler(Sampler[int]):
     M
         Size of the subset.
     seed
-        Of ``numpy.random.default_rng``.
+        Seed of ``numpy.random.default_rng``.
 
     Raises
     ------

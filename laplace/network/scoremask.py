@@ -1,6 +1,7 @@
 """Masks that select the weights with the highest scores: random, magnitudes, or variances.
 
-To write one, derive from ``ScoreBasedSubnetMask`` and return from ``compute_param_scores`` one score a weight, ``[P]``.
+To write one, derive from ``ScoreBasedSubnetMask`` and return one score per weight, ``[P]``, from
+``compute_param_scores``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class ScoreBasedSubnetMask(SubnetMask):
 
     @abstractmethod
     def compute_param_scores(self, train_loader: Iterable[Any] | None) -> Float[Tensor, " params"]:
-        """One score a weight of the model, ``[P]``; those of frozen weights do not count.
+        """One score per weight of the model, ``[P]``; those of frozen weights do not count.
 
         Parameters
         ----------
@@ -78,13 +79,13 @@ class ScoreBasedSubnetMask(SubnetMask):
         Raises
         ------
         ShapeError
-            If there is not one score a weight.
+            If there is not one score per weight.
         InputError
             If a score is NaN, or weights were frozen so that there are too few.
         """
         trainable, scores = self.trainable, self.compute_param_scores(train_loader)
         if scores.shape != trainable.shape:
-            msg = f"Scores are one a weight of the model, [{len(trainable)}]; got {list(scores.shape)}."
+            msg = f"Scores are one per weight of the model, [{len(trainable)}]; got {list(scores.shape)}."
             raise ShapeError(msg)
         candidates = trainable.nonzero().flatten()
         if len(candidates) < self._n_params_subnet:

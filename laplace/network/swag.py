@@ -52,7 +52,7 @@ def fit_diagonal_swag_var(
     snapshot_freq
         Passes over the data for each snapshot.
     lr, momentum, weight_decay
-        Of ``torch.optim.SGD``.
+        Options of ``torch.optim.SGD``.
     min_var
         Lower bound of the variances.
     dict_key_x, dict_key_y

@@ -102,9 +102,9 @@ class AbstractCurvature(ABC):
         Parameters
         ----------
         shapes
-            Of the parameter groups.
+            Shapes of the parameter groups.
         dtype
-            Of the curvature.
+            Floating-point type of the curvature.
         """
 
     @classmethod
@@ -116,7 +116,7 @@ class AbstractCurvature(ABC):
         parameters
             The random weights.
         dtype
-            Of the curvature.
+            Floating-point type of the curvature.
 
         Raises
         ------
@@ -193,7 +193,7 @@ class AbstractCurvature(ABC):
         prior
             Over the same weights.
         **options
-            Of the structure: ``damping``.
+            Options of the structure: ``damping``.
         """
 
     def posterior_logdet(self, prior: GaussianPrior, **options: Any) -> Scalar:

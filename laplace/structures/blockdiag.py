@@ -1,4 +1,4 @@
-"""``hessian_structure="blockdiag"``: one dense block a parameter group, and nothing between groups.
+"""``hessian_structure="blockdiag"``: one dense block per parameter group, and nothing between groups.
 
 A = blockdiag(s·H_gg + diag(δ_g))
 """
@@ -30,7 +30,7 @@ class BlockDiagCurvature(AbstractCurvature):
     """The diagonal blocks of the curvature: a dense curvature for each parameter group."""
 
     parts: Sequence[FullCurvature]
-    """One a group, in their order."""
+    """One per parameter group, in their order."""
 
     name: ClassVar[HessianStructure] = HessianStructure.BLOCKDIAG
 
@@ -44,7 +44,7 @@ class BlockDiagCurvature(AbstractCurvature):
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
-        """Three matrices a group."""
+        """Three matrices per parameter group."""
         return 3 * dtype.itemsize * sum(math.prod(shape) ** 2 for shape in shapes)
 
     @property
@@ -111,7 +111,7 @@ class BlockDiagPrecision(AbstractPrecision):
     """A dense precision for each parameter group. Factorized on first use; time O(Σ p³), memory O(Σ p²)."""
 
     parts: Sequence[FullPrecision]
-    """One a group."""
+    """One per parameter group."""
 
     @property
     def n_params(self) -> int:

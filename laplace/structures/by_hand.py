@@ -21,7 +21,7 @@ from laplace.structures.kron_decomposed import KronDecomposed
 from laplace.structures.lowrank import LowRankCurvature
 
 Shapes: TypeAlias = "Sequence[tuple[int, ...]]"
-"""Of the parameter groups."""
+"""Shapes of the parameter groups."""
 Check: TypeAlias = "Callable[[str, Any], Tensor]"
 """From a name and what a user passed to a finite tensor of the right precision and device, which is a copy."""
 

@@ -1,4 +1,4 @@
-"""``hessian_structure="diag"``: one number a weight; everything is elementwise.
+"""``hessian_structure="diag"``: one number per weight; everything is elementwise.
 
 H = diag(h),   A = diag(s·h + δ)
 """

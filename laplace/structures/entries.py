@@ -34,7 +34,7 @@ class EntriesBlock(JacobianBlock):
     """The block of chosen weights of a group."""
 
     block: JacobianBlock
-    """Of the whole group."""
+    """Derivatives in the whole group."""
     index: Int[Tensor, " params"]
     """Which of its weights, ``[p]``."""
 

@@ -33,7 +33,7 @@ class GatherBlock(JacobianBlock):
     values
         Gradients summed over the positions of a datum that hold the same token, ``[columns, pairs, features]``.
     datum, token
-        Of each pair, ``[pairs]``.
+        Datum and token of each pair, ``[pairs]``.
     batch_size, n_tokens
         B, and the number of rows of the weight.
     left, row_token

@@ -36,7 +36,7 @@ class JacobianBlock(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter group as a matrix ``(outputs, inputs)``, or ``(p,)``."""
+        """Shape of the parameter group as a matrix ``(outputs, inputs)``, or ``(p,)``."""
 
     @property
     def n_params(self) -> int:

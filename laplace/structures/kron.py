@@ -1,4 +1,4 @@
-"""``hessian_structure="kron"``: one Kronecker product a parameter group.
+"""``hessian_structure="kron"``: one Kronecker product per parameter group.
 
     weight of a layer:  G ⊗ A,  G = Σ Λ  (outputs),  A = Σ φ φᵀ / N  (inputs);     its bias:  G
 
@@ -68,7 +68,7 @@ class KronCurvature(AbstractCurvature):
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
-        """Three pairs of factors a weight, summed in float64; one matrix for other groups."""
+        """Three pairs of factors per weight tensor, summed in float64; one matrix for other groups."""
         sides = ((shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0) for shape in shapes)
         return 3 * max(dtype.itemsize, 8) * sum(first**2 + second**2 for first, second in sides)
 
@@ -215,7 +215,7 @@ class Kron:
         model
             A module (its parameters that require a gradient) or an iterable of parameters.
         device, dtype
-            Of the factors.
+            Device and floating-point type of the factors.
 
         Returns
         -------
@@ -275,7 +275,7 @@ class Kron:
         Parameters
         ----------
         count
-            One number, or one a block.
+            One number, or one per block.
         """
         counts = [count] * len(self) if isinstance(count, (int, float)) else count
         blocks = zip(self.kfacs, counts, strict=True)
@@ -304,7 +304,7 @@ class Kron:
 
         Notes
         -----
-        O(n³) a factor of size n.
+        O(n³) for a factor of size n.
         """
         known: dict[int, tuple[Tensor, Tensor | None]] = {}
         vectors: list[list[Tensor | None]] = []

@@ -19,7 +19,7 @@ from laplace.structures.rotated import RotatedPrecision
 
 @dataclass(eq=False)
 class KronDecomposed(RotatedPrecision):
-    """Eigenvectors and eigenvalues of each factor, and one prior precision a block.
+    """Eigenvectors and eigenvalues of each factor, and one prior precision per block.
 
     Estimators hand out copies: assigning to one (tensors on another device, say) changes what it is, and nothing else.
 

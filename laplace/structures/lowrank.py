@@ -45,7 +45,7 @@ FIRST_DIRECTIONS = 32
 TIE = 1e-3
 """Eigenvalues that differ by less, relatively, are equal."""
 DEFAULT_SHARE = 0.95
-"""Of the trace that the eigenpairs hold, if nothing else is asked for."""
+"""Share of the trace that the eigenpairs hold, if nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Truncation:
 
     @property
     def share(self) -> float:
-        """Of the trace."""
+        """Which share of the trace is asked for."""
         return DEFAULT_SHARE if self.captured_trace is None else self.captured_trace
 
     def n_first(self, n_params: int) -> int:
@@ -107,7 +107,7 @@ class LowRankCurvature(AbstractCurvature):
     values
         λ, ``[r]``, descending, unscaled.
     trace
-        Of the whole curvature, unscaled, ``[]``; ``None`` where it is not known.
+        Trace of the whole curvature, unscaled, ``[]``; ``None`` where it is not known.
     truncation
         How many are kept.
     n_passes

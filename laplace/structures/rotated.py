@@ -73,7 +73,7 @@ class RotatedPrecision(AbstractPrecision):
 
         Notes
         -----
-        Exact. O(C D (C + D)) a row.
+        Exact. O(C D (C + D)) per row.
         """
         if W.shape[-1] != self.n_params:
             msg = f"Expected rows of {self.n_params} weights; got the shape {list(W.shape)}."

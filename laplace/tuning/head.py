@@ -33,11 +33,11 @@ class HeadData:
     """What a last layer sees of the training data."""
 
     phi: Features
-    """Features, ``[rows, D]``, one row an unmasked position."""
+    """Features, ``[rows, D]``, one row per unmasked position."""
     y: Targets
     """Targets of the same rows."""
     shapes: Sequence[tuple[int, ...]]
-    """Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``."""
+    """Shapes of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``."""
     datum: Int[Tensor, " rows"] | None = None
     """Which datum each row belongs to, ``[rows]``; ``None`` when every datum is one row."""
 

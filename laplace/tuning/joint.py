@@ -60,7 +60,7 @@ class Joint:
     fresh_options: Callable[[], Options]
     """How to predict, with the same random numbers every time."""
     dtype: torch.dtype
-    """To compute in."""
+    """The floating-point type to compute in."""
     second: str | None
     """The hyperparameter chosen beside the prior precision: ``"sigma_noise"``, ``"output_temperature"`` or ``None``."""
     n_values: int

@@ -26,7 +26,7 @@ from laplace.tuning.scores import Score
 def folds(
     data: HeadData, n_folds: int, generator: torch.Generator
 ) -> Iterator[tuple[Int[Tensor, " train"], Int[Tensor, " held"]]]:
-    """Split the data at random into folds of equal size (up to one datum)."""
+    """For each random fold, equal up to one datum: the rows outside and inside of it. No datum is split."""
     datum, n_data = numbered(torch.arange(len(data.phi), device=data.phi.device) if data.datum is None else data.datum)
     if not 2 <= n_folds <= n_data:
         msg = (
@@ -53,7 +53,10 @@ def cross_validation_scores(
     initial: Float[Tensor, " params"] | None = None,
     **structure_options: Any,
 ) -> Float[Tensor, " priors"]:
-    """Score priors over a last layer by k-fold cross-validation, with the features as they are.
+    """Score priors over a last layer by k-fold cross-validation, with the features as they are: ``[priors]``.
+
+    Scores are means over rows, in the unit of ``score`` (by default nats per position), lower is better. All priors see
+    the same folds, by default those of a generator with seed 0.
 
     The features have seen all the data: the network was trained on them, held-out folds included. So the score is
     optimistic, the more the longer the network was trained, and it favors weak priors. Validation data that training

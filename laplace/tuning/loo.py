@@ -128,17 +128,16 @@ def refitted_leave_one_out_scores(
     *,
     initial: Float[Tensor, " params"] | None = None,
 ) -> Float[Tensor, " priors"]:
-    """Score priors over a last layer: each by its own mode, from which every datum is left out in closed form.
+    """Score priors over a last layer, ``[priors]``: each by its own mode, from which every datum is left out.
+
+    Scores are in the unit of ``score`` (by default nats per position); lower is better.
 
     The features are those of the trained network and have seen all data, as in ``cross_validation_scores``: the score
     is optimistic, the more the longer the network was trained.
 
     With the full structure and a Gaussian likelihood exactly cross-validation with a fold for each datum, else the
-    first order of it. One prior costs a few Newton steps (``newton.mode``) and one ``leave_one_out_score``.
-
-    References
-    ----------
-    As in ``leave_one_out_score``.
+    first order of it. One prior costs a few Newton steps (``newton.mode``) and one ``leave_one_out_score``, whose
+    references hold here, too.
     """
     scores = torch.empty(len(priors), dtype=torch.float64)
     for index, head, theta, precision in posteriors(data, priors, likelihood, structure, initial):

@@ -1,6 +1,6 @@
 """Maximizing the log marginal likelihood over prior precisions and noise (``method="marglik"``).
 
-By L-BFGS on logarithms, until it converges; for one precision a weight of a diagonal curvature in closed form.
+By L-BFGS on logarithms, until it converges; with one precision per weight of a diagonal curvature in closed form.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def optimize(
     progress_bar: bool = False,
     description: str = "[Optimizing the marginal likelihood]",
 ) -> tuple[Tensor, float]:
-    """Maximize an objective over positive values by L-BFGS on their logarithms."""
+    """The best positive values ``[n]`` that L-BFGS on their logarithms meets, the start included; their objective."""
     start = initial.detach().log()
     low, high = (torch.as_tensor(bound, dtype=start.dtype, device=start.device).log() for bound in bounds)
     seen = [(-float("inf"), initial.detach().clone())]
@@ -101,8 +101,10 @@ def maximize_evidence(
 ) -> tuple[Tensor, Tensor | None, float, int]:
     """Choose prior precisions, and noise if asked, by evidence.
 
-    The noise is bounded to a factor of 10⁴ around its start. One precision a weight with a diagonal curvature has a
-    closed form; with noise it is taken at each value of the noise.
+    Found are precisions, ``[1]``, ``[n_layers]`` or ``[P]``, in 1/weight²; noise, ``[]`` or ``[C]``, in target units
+    (``None`` if it was not asked for); the evidence, in nats; how many precisions are at the bounds. The noise is
+    bounded to a factor of 10⁴ around its start. One precision per weight with a diagonal curvature has a closed form;
+    with noise it is taken at each value of the noise.
     """
     curvature, inside = problem.fit.curvature, initial.clamp(*bounds)
     n_values = initial.numel()
@@ -142,7 +144,7 @@ def maximize_evidence(
 
 
 def diagonal_optimum(h: Tensor, shift: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Prior precision of each weight that maximizes the evidence of a diagonal curvature.
+    """Prior precision of each weight, ``[P]``, that maximizes the evidence of a diagonal curvature h, scaled, ``[P]``.
 
     The positive root of ``h / (h + δ) = δ (θ − μ₀)²``, which is ``2 / ((θ − μ₀)² (1 + √(1 + 4 / (h (θ − μ₀)²))))``:
     written so that nothing cancels.

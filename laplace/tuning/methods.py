@@ -44,10 +44,10 @@ class Settings:
     options: Options
     """How the predictions that are scored are made."""
     structure: PriorStructure
-    """Of the prior."""
+    """How many precisions the prior has: one, one per parameter group, or one per weight."""
     n_steps: int
     loss: Any
-    """To minimize; ``None`` is the negative log predictive density."""
+    """The score to minimize; ``None`` is the negative log predictive density."""
     noise: Any
     """Whether the noise is chosen, too."""
     val_loader: Any
@@ -61,7 +61,7 @@ class Settings:
     bounds: tuple[float, float] = BOUNDS
     lr: float = 0.1
     n_folds: int = 5
-    """Of cross-validation."""
+    """Number of folds of cross-validation."""
 
     def repeated(self, device: torch.device) -> Callable[[], Options]:
         """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
@@ -224,8 +224,9 @@ def beside_prior(problem: Problem, noise: Any, output_temperature: Any) -> tuple
     found = problem.likelihood().beside_prior(noise, output_temperature)
     if noise == "per_output" and problem.fit.head is None:
         msg = (
-            "noise='per_output' is chosen for a last layer, whose weights belong to outputs. For weights that "
-            "outputs share use noise='scalar', or assign a sigma_noise for each output and call fit again."
+            "noise='per_output' is chosen where each random weight belongs to one output: with a last layer, except "
+            "for LLELLA, whose features outputs share. Use noise='scalar'; or, except for ELLA and LLELLA, assign a "
+            "sigma_noise for each output and call fit again."
         )
         raise UnsupportedError(msg)
     return found

@@ -40,7 +40,7 @@ class Head:
     y: Targets
     """Targets of the same rows."""
     shapes: Sequence[tuple[int, ...]]
-    """Of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``."""
+    """Shapes of its parameter groups, ``(C, D)`` and, with a bias, ``(C,)``."""
     likelihood: AbstractLikelihood
     """With its noise and temperature."""
     prior: GaussianPrior

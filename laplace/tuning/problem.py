@@ -30,7 +30,7 @@ class Problem:
     prior_mean: Tensor
     """μ₀, ``[]`` or ``[P]``."""
     sizes: tuple[int, ...]
-    """Of the parameter groups."""
+    """Number of weights in each parameter group."""
     kind: CurvatureKind
     """Which curvature the fit holds."""
     make_likelihood: Callable[[Tensor, Any], AbstractLikelihood]
@@ -38,7 +38,7 @@ class Problem:
     sigma_noise: Tensor
     output_temperature: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the structure's posterior: ``damping``."""
+    """Options of the structure's posterior: ``damping``."""
     structure: type[AbstractCurvature] = AbstractCurvature
     """How the curvature is stored where it is taken again, at other weights."""
     check_prior: Callable[[GaussianPrior], None] = _any_prior

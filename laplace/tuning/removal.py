@@ -74,7 +74,7 @@ class Terms:
     def joint_roots(
         self, roots: Float[Tensor, "data positions outputs columns"]
     ) -> Float[Tensor, "data joint all_columns"]:
-        """Of all outputs of a datum at once, ``[data, positions · C, …]``: ``r rᵀ`` is what the datum added."""
+        """Roots of all outputs of a datum at once, ``[data, positions · C, …]``: ``r rᵀ`` is what the datum added."""
         if self.sums_first or roots.shape[1] == 1:
             return roots.flatten(1, 2)
         diagonal = torch.diag_embed(roots.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2)
@@ -96,8 +96,8 @@ def from_dense(
 ) -> tuple[Float[Tensor, "batch positions outputs"], Float[Tensor, "rows outputs outputs"]]:
     """Shift of the means and covariances without each datum, where the precision is a dense sum over data.
 
-    Exact. Beside the covariances of a datum's outputs O((T C)³) a datum, T positions; memory O((T C)²) for a few data
-    at a time, for a whole network with T > 1 for all of the batch.
+    Exact. Beside the covariances of a datum's outputs O((T C)³) per datum of T positions; memory O((T C)²) for a few
+    data at a time, for a whole network with T > 1 for all of the batch.
     """
     roots, (n_data, n_positions, n_outputs) = terms.roots(), terms.gradient.shape
     shift, moment = torch.empty_like(terms.gradient), []
@@ -167,7 +167,7 @@ def from_diagonal(
     """The same where the precision is a diagonal: the diagonal of what a datum added is subtracted weight by weight.
 
     Exact for the structure. No matrix of outputs does it, as with a dense precision: the diagonal of ``Jᵀ Λ J`` has the
-    rank of the weights. O(T C D) a datum for a last layer, without a Jacobian; else O((T C)² P).
+    rank of the weights. O(T C D) per datum for a last layer, without a Jacobian; else O((T C)² P).
     """
     head = head_of(_blocks(inputs, dtype)) if inputs.is_linear else None
     if head is not None:
@@ -190,7 +190,7 @@ def _head_without(
     strength: Float[Tensor, "batch positions outputs"],
     terms: Terms,
 ) -> tuple[Float[Tensor, "batch positions outputs"], Float[Tensor, "rows outputs"]]:
-    """Shift and variances of a last layer; one precision a weight ``[chunk, C, D]`` for each datum, no Jacobian."""
+    """Shift and variances of a last layer; one precision per weight ``[chunk, C, D]`` for each datum, no Jacobian."""
     a, augmented = vector[head.order], head.augmented.view(*gradient.shape[:2], -1)
     shift, variance = torch.empty_like(gradient), torch.empty_like(gradient)
     step = max(1, CHUNK_ELEMENTS // a.numel())

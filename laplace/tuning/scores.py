@@ -54,7 +54,7 @@ class Score:
     additive: Additive | None = None
     """Sum over rows, differentiable; ``None`` if the score needs all predictions."""
     whole: Loss | None = None
-    """Of all predictions and targets; ``None`` if the score is a sum."""
+    """Function of all predictions and targets; ``None`` if the score is a sum."""
     sign: int = 1
     """−1 for a metric of which more is better: its negative is minimized."""
 

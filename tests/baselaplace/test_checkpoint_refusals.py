@@ -94,7 +94,7 @@ DAMAGE = {
     "curvature without entries": (replaced("H", 3), "'H' must be a mapping"),
     "prior of another shape": (replaced("prior_precision", torch.ones(5)), "prior_precision"),
     "prior without meaning": (replaced("prior_precision", torch.tensor([-1.0])), "prior_precision"),
-    "a precision a weight": (replaced("prior_precision", torch.ones(28)), "Kronecker"),
+    "one precision per weight": (replaced("prior_precision", torch.ones(28)), "Kronecker"),
     "noise without meaning": (replaced("sigma_noise", torch.tensor(0.5)), "sigma_noise"),
     "temperature without meaning": (replaced("temperature", -1.0), "temperature"),
     "damping without meaning": (replaced("damping", "yes"), "damping"),

@@ -11,7 +11,7 @@ from tests.tools import assert_close, assert_mean_is
 
 
 def jacobians_by_autograd(self, x, enable_backprop=False):
-    """What a user writes who knows nothing of closed forms; [rows, C, P] with one row a position."""
+    """What a user writes who knows nothing of closed forms; [rows, C, P] with one row per position."""
     f = self.model(x)
     f = f.reshape(-1, f.shape[-1])
     rows = [torch.autograd.grad(value, self.params, retain_graph=True) for value in f.flatten()]

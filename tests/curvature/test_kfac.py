@@ -24,7 +24,7 @@ def blocks(engine, network: Network) -> dict[str, list[torch.Tensor]]:
 
 
 def layer_rows(network: Network, layer: str, *, unfold=None, fisher: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """By hooks and one backward pass a datum and class: inputs [data, T, I] and gradients [data, columns, T, O]."""
+    """By hooks and one backward pass per datum and class: inputs [data, T, I] and gradients [data, columns, T, O]."""
     model, seen = network.model(), {}
     model.get_submodule(layer).register_forward_hook(lambda _m, a, out: seen.update(a=a[0], out=out))
     (x, y), inputs, gradients = network.data(), [], []

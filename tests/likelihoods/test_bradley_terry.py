@@ -104,8 +104,8 @@ def test_a_head_is_seen_by_the_difference_of_features_and_its_bias_cancels():
     ("f", "y", "error", "says"),
     [
         (scores(5, 1), Y, ShapeError, r"fitted on pairs.*scores \[5, 1\] and targets \[5\].*Stack the two items"),
-        (scores(5, 3), Y, ShapeError, r"one score an item.*scores \[5, 3\]"),
-        (scores(5, 2, 2), Y, ShapeError, r"one score an item.*scores \[5, 2, 2\]"),
+        (scores(5, 3), Y, ShapeError, r"one score per item.*scores \[5, 3\]"),
+        (scores(5, 2, 2), Y, ShapeError, r"one score per item.*scores \[5, 2, 2\]"),
         (scores(5, 3, 1), Y, ShapeError, r"scores \[5, 3, 1\]"),
         (scores(5, 2, 1), Y[:4], ShapeError, r"targets \[4\]"),
         (scores(5, 2, 1), Y[:, None], ShapeError, r"targets \[5, 1\]"),
