@@ -248,7 +248,7 @@ class ELLA(FeatureLaplace):
 
         for count, batch in enumerate(batches, 1):
             with numbered(count - 1, batch.x):
-                at, positions = self._tangents_at(batch.x, batch.y)
+                at, positions = self._jacobian_at(batch.x, batch.y)
             phi = features.features(at)
             phi = phi if positions.kept is None else phi[positions.kept]
             gram = gram + feature_gram(phi, positions.f, likelihood)

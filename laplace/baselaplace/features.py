@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,17 +16,15 @@ from laplace.baselaplace.described import described
 from laplace.baselaplace.functional import BaseFunctionalLaplace
 from laplace.errors import StateError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, Fit
-from laplace.gp.last_layer import FeaturePoints
-from laplace.gp.linearized import block_points, feature_points, tangents
-from laplace.gp.posterior import FeatureMap, FunctionLinearization, Rest
-from laplace.gp.tangents import Points, Tangents, WrittenTangents
-from laplace.gp.whole_network import BlockPoints
+from laplace.gp.derivatives import Blocks, InducingPoints, Jacobian, jacobian, one_output
+from laplace.gp.posterior import FeatureMap, FunctionLinearization
 from laplace.likelihoods import Positions
 from laplace.network import evaluating, full_precision
 from laplace.predictive import Linearization, NetworkLinearization, compare
+from laplace.predictive.linearization import StoredDerivatives
 from laplace.schema import Known, Table, nested, tensor, whole
 from laplace.structures.dense_jacobian import check_jacobians
-from laplace.structures.jacobian import JacobianBlock
+from laplace.structures.jacobian import DenseBlock
 from laplace.types import Inputs
 
 KEPT_ELEMENTS = 2**29
@@ -94,47 +91,41 @@ class FeatureLaplace(BaseFunctionalLaplace):
 
     @abstractmethod
     def _feature_map(self) -> FeatureMap:
-        """From tangents to features, as they were fitted."""
+        """From derivatives to features, as they were fitted."""
 
     def _functions_at(self, x: Inputs, **model_kwargs: Any) -> Linearization:
         return FunctionLinearization.of(self._linearize(x, **model_kwargs), self._feature_map(), self._dtype)
 
-    def _point_blocks(self, x: Inputs, column: Tensor) -> list[JacobianBlock]:
+    def _point_blocks(self, x: Inputs, column: Tensor) -> Blocks:
         """Derivatives of one output of each datum, in factors."""
-        inputs = self._linearize(x)
-        assert isinstance(inputs, NetworkLinearization), "a whole network"
-        return block_points(inputs, column, self._dtype)
+        return one_output(self._linearize(x), column, self._dtype)
 
-    def _points(self, parts: Sequence[tuple[Inputs, Tensor]]) -> Points:
+    def _points(self, parts: Sequence[tuple[Inputs, Tensor]]) -> InducingPoints:
         """One output each of some data, kept in factors while memory allows; else derived again when asked for."""
-        if self._random_weights.of_head:
-            linearized = [(self._linearize(x), column) for x, column in parts]
-            found = [feature_points(i, c, self._dtype) for i, c in linearized if isinstance(i, NetworkLinearization)]
-            phis = tuple(torch.cat(group) for group in zip(*(head.phis for head, _ in found), strict=True))
-            return FeaturePoints(replace(found[0][0], phis=phis), torch.cat([output for _, output in found]))
-        pieces: list[Callable[[], list[JacobianBlock]]] = []
+        batches: list[Callable[[], Blocks]] = []
         left = KEPT_ELEMENTS
         for x, column in parts:
             blocks = self._point_blocks(x, column)
             left -= sum(block.size for block in blocks)
-            pieces.append(partial(self._point_blocks, x, column) if left < 0 else partial(list, blocks))
-        return BlockPoints(pieces, [len(column) for _, column in parts])
+            batches.append(partial(self._point_blocks, x, column) if left < 0 else partial(list, blocks))
+        return InducingPoints(batches, [len(column) for _, column in parts])
 
-    def _tangents_at(self, x: Inputs, y: Tensor) -> tuple[Tangents, Positions]:
-        """Tangents at training data, of the logits of pairs where targets compare items; and their targets."""
+    def _jacobian_at(self, x: Inputs, y: Tensor) -> tuple[Jacobian, Positions]:
+        """Derivatives at training data, of the logits of pairs where targets compare items; and their targets."""
         inputs, likelihood = self._linearize(x), self._frozen_likelihood
         # The weights of a last layer without a name are known from here on.
         self._check_prior(self._prior_precision, self._prior_mean)
         inputs = likelihood.arranged(inputs, compare)
-        return tangents(inputs, self._dtype), likelihood.flatten(inputs.f, y).to(self._dtype)
+        return jacobian(inputs, self._dtype), likelihood.flatten(inputs.f, y).to(self._dtype)
 
     def _written(self, jacobians: Tensor) -> FunctionLinearization:
         """Functions with Jacobians of a user."""
         jacobians = self._checked_jacobians(jacobians)
         check_jacobians(jacobians, self.n_params)
-        at, features = WrittenTangents(jacobians), self._feature_map()
-        phi = features.features(at)
-        return FunctionLinearization(jacobians[..., 0], phi, Rest(at, phi) if features.has_rest else None)
+        sizes = (self.n_params,) if self._random_weights.of_head else self._prior.sizes
+        blocks = [DenseBlock(part) for part in jacobians.transpose(0, 1).split(sizes, -1)]
+        inputs = NetworkLinearization(jacobians[..., 0], StoredDerivatives(blocks))
+        return FunctionLinearization.of(inputs, self._feature_map(), self._dtype)
 
     def functional_variance(self, jacobians: Tensor) -> Float[Tensor, "batch outputs outputs"]:
         """Covariance of the outputs at each input, in output units squared, without observation noise.

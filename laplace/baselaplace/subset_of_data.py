@@ -21,7 +21,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, PredType
 from laplace.errors import InputError, StateError
 from laplace.fit import FIT_ENTRIES
-from laplace.gp.network_kernel import NetworkKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.gp.process import ProcessLinearization
 from laplace.gp.subset import Subset, expected_rows
 from laplace.gp.subset_curvature import SubsetCurvature
@@ -347,7 +347,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
     def _curvature_entries(self) -> Table:
         if self._random_weights.of_head:
             return super()._curvature_entries
-        return {**super()._curvature_entries, "kernel": nested(NetworkKernel.entries)}
+        return {**super()._curvature_entries, "kernel": nested(SubsetKernel.network_entries)}
 
     def _check_taken(self, known: Known) -> None:
         super()._check_taken(known)
@@ -356,7 +356,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         if not bool(torch.isfinite(curvature.root.square().sum())):
             msg = "The state is damaged: the squares of 'H'['root'] are not finite."
             raise StateError(msg)
-        if isinstance(curvature.kernel, NetworkKernel):
+        if not curvature.kernel.shares:
             if curvature.kernel.separates != (curvature.root.dim() == 2):
                 msg = "The state is damaged: 'H'['root'] and 'H'['kernel']['separates'] do not go together."
                 raise StateError(msg)
@@ -369,20 +369,17 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             with evaluating(self.model), torch.no_grad():
                 for x, (data, rows) in zip(curvature.kernel.batches, curvature.kernel.sizes, strict=True):
                     f = self._random_weights.outputs(x)
-                    if f.numel() != data * rows * curvature.kernel.width or not bool(torch.isfinite(f).all()):
+                    if f.numel() != data * rows * curvature.kernel.n_outputs or not bool(torch.isfinite(f).all()):
                         msg = "The state is damaged: at its inputs the model has other outputs than in the fit."
                         raise StateError(msg)
 
     def _curvature_from(self, state: Mapping[str, Any]) -> AbstractCurvature:
-        if self._random_weights.of_head:
-            return super()._curvature_from(state)
-        kernel = NetworkKernel.from_state(state["kernel"], self._dtype, self._derive)
-        return SubsetCurvature(kernel, state["root"].to(self._dtype), float(state["ratio"]))
+        return SubsetCurvature.from_state(state, self._dtype, self._derive)
 
     def _moved(self, curvature: AbstractCurvature) -> AbstractCurvature:
         assert isinstance(curvature, SubsetCurvature), "declared above"
         kernel = curvature.kernel
-        if not isinstance(kernel, NetworkKernel):
+        if kernel.shares:
             return super()._moved(curvature)
         # Not by way of a state, which holds plain containers: the model is given what the loader yielded.
         old, new = kernel.dtype, self._dtype

@@ -239,7 +239,7 @@ class VaLLA(FeatureLaplace):
             z, classes, features = self._inducing(train_loader, previous)
             likelihood, alpha, n_samples = self._frozen_likelihood, self.alpha, self.mc_softmax_samples
             read = partial(self._iterate, train_loader)
-            source = Source(read, self._tangents_at, features, likelihood, alpha, n_samples)
+            source = Source(read, self._jacobian_at, features, likelihood, alpha, n_samples)
             sums = source.sums(self._iterate(train_loader, progress_bar))
             start = self._start(sums.gram, previous)
             batches = itertools.cycle(sums.kept) if sums.kept else source.again_and_again()

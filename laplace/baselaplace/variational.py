@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from laplace.errors import InputError, numbered
+from laplace.gp.derivatives import Jacobian
 from laplace.gp.nystrom import feature_gram
-from laplace.gp.posterior import FeaturePrecision, Rest
-from laplace.gp.tangents import Tangents
+from laplace.gp.posterior import FeaturePrecision, PriorResidual
 from laplace.gp.training import Parameters
 from laplace.gp.variational import InducingMap, Statistics, needs_covariance
 from laplace.likelihoods import AbstractLikelihood, Positions
@@ -44,8 +44,8 @@ class Source:
 
     read: Callable[[], Iterator[Batch]]
     """Batches of the loader, from the start."""
-    tangents: Callable[[Inputs, Tensor], tuple[Tangents, Positions]]
-    """From inputs and targets to tangents and unmasked positions."""
+    jacobian: Callable[[Inputs, Tensor], tuple[Jacobian, Positions]]
+    """From inputs and targets to derivatives and unmasked positions."""
     features: InducingMap
     """Features of the inducing points."""
     likelihood: AbstractLikelihood
@@ -55,9 +55,9 @@ class Source:
 
     def statistics(self, batch: Batch) -> Statistics:
         """What training needs of a batch."""
-        at, positions = self.tangents(batch.x, batch.y)
+        at, positions = self.jacobian(batch.x, batch.y)
         phi = self.features.features(at)
-        rest = Rest(at, phi)
+        rest = PriorResidual(at, phi)
         left = rest.covariance if needs_covariance(self.likelihood, self.alpha, self.n_samples) else rest.variance
         if positions.kept is not None:
             phi, left = phi[positions.kept], left[positions.kept]

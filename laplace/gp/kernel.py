@@ -6,25 +6,35 @@ position of a datum with its C outputs. The likelihood enters by roots of its He
 share them), where outputs are independent of each other given the data.
 
 Gram matrices and whatever is multiplied with them have a leading axis of *parts*, one for outputs that meet, else one
-for each output, or for all outputs that share one.
+for each output, or for all outputs that share one: of a last layer the kernel is ``φφ'ᵀ · I``, and one output stands
+for all. Derivatives at the subset are kept while they fit a bound on memory, else made again whenever they are asked
+for.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace.errors import UnsupportedError
+from laplace.gp.derivatives import Jacobian, Rows, summed, write, write_lower
+from laplace.network.batches import count_rows, join_rows, plain, rows_of, signature
 from laplace.predictive import Linearization, NetworkLinearization
-from laplace.schema import Known, Table, refuse, tensor, whole
+from laplace.predictive.linearization import StoredDerivatives
+from laplace.schema import Known, Table, flag, refuse, tensor, whole
 from laplace.structures.head_block import HeadBlock, head_of
+from laplace.types import Inputs
+
+KEPT_ELEMENTS = 2**29
+"""Numbers kept of the derivatives of a subset: 2 GB in float32."""
+
+Linearize = Callable[[Inputs], Linearization]
 
 
 def _width(value: Any, where: str, known: Known) -> None:
@@ -40,150 +50,193 @@ def _bias(value: Any, where: str, known: Known) -> None:
         refuse(where, f"{known['bias']}, as the last layer of the model says", value)
 
 
-class SubsetKernel(ABC):
-    """The rows of a subset of the data, and kernels with them."""
-
-    separates: bool
-    """Whether kernels are between equal outputs only, the others being zero or left out."""
-
-    @property
-    @abstractmethod
-    def n_rows(self) -> int:
-        """Number of rows of the subset."""
-
-    @property
-    @abstractmethod
-    def n_outputs(self) -> int:
-        """C."""
-
-    @property
-    @abstractmethod
-    def n_params(self) -> int:
-        """P."""
-
-    @abstractmethod
-    def gram(self, root: Tensor) -> Float[Tensor, "parts columns columns"]:
-        """``Rᵀ K R``, with K the kernel of the subset and R the roots."""
-
-    @abstractmethod
-    def cross(self, inputs: Linearization, dtype: torch.dtype) -> Tensor:
-        """Kernel between other inputs and the subset, in the form that ``project`` takes."""
-
-    @abstractmethod
-    def project(
-        self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
-    ) -> Float[Tensor, "parts points kept"]:
-        """``k(x, ·) R``, times a basis if there is one."""
-
-    @abstractmethod
-    def apply(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "vectors rows outputs"]:
-        """J v at the rows of the subset."""
-
-    @abstractmethod
-    def combine(self, weights: Float[Tensor, "vectors rows outputs"]) -> Float[Tensor, "vectors params"]:
-        """Jᵀ u, from the outputs of the rows of the subset to weights."""
-
-    @abstractmethod
-    def union(self, other: Any) -> SubsetKernel:
-        """The rows of both."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values that describe it."""
+def _sizes(value: Any, where: str, known: Known) -> None:
+    """Saved sizes of batches, of which the number of rows becomes known."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        refuse(where, "a list of pairs of numbers", value)
+    for index, pair in enumerate(value):
+        for each in pair:
+            whole(1)(each, f"{where}[{index}]", known)
+    known["batches"], known["rows"] = [data for data, _ in value], sum(data * rows for data, rows in value)
 
 
-def whitened_gram(kernel: Tensor, root: Tensor) -> Float[Tensor, "parts columns columns"]:
-    """``Rᵀ K R`` from K written out."""
-    if root.dim() == 2:
-        half = root.T.unsqueeze(2)
-        return half * kernel * half.mT
-    n, width, k = root.shape
-    left = (root.mT @ kernel.view(n, width, -1)).view(n * k, n, width)
-    return (left.transpose(0, 1) @ root).transpose(0, 1).reshape(1, n * k, n * k)
+def _inputs(value: Any, where: str, known: Known) -> None:
+    """Saved inputs, as many in each batch as its size says."""
+    if not isinstance(value, list) or [count_rows(x) for x in value] != known["batches"]:
+        refuse(where, f"a list of batches with {known['batches']} inputs", value)
 
 
 @dataclass(frozen=True)
-class FeatureKernel(SubsetKernel):
-    """A linear last layer: ``k(x, x') = φ̃ᵀφ̃' · I``, one product of features that all outputs share."""
+class SubsetKernel:
+    """The rows of a subset of the data, and kernels with them: the subset is kept as inputs, and linearized.
 
-    head: HeadBlock
-    """Derivatives at the rows, as one block."""
+    The inputs of a last layer are its features.
+    """
 
-    separates = True
+    batches: tuple[Inputs, ...]
+    """Inputs of the subset; of a last layer ``[rows, D̃]``, with what multiplies the bias (0 in differences)."""
+    sizes: tuple[tuple[int, int], ...]
+    """Data in each batch, and rows of each of these data."""
+    n_outputs: int
+    """C."""
+    n_params: int
+    """P."""
+    separates: bool
+    """Whether kernels are between equal outputs only, the others being zero or left out."""
+    dtype: torch.dtype
+    """To compute in."""
+    linearize: Linearize | None = field(default=None, repr=False, compare=False)
+    """From inputs to outputs and their derivatives, of a whole network."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the parameter groups of a last layer."""
+    _kept: dict[int, tuple[NetworkLinearization, int]] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
-    def phi(self) -> Float[Tensor, "rows augmented"]:
-        """Features of the rows, and what multiplies the bias (1; 0 in differences of features), ``[rows, D̃]``."""
-        return self.head.augmented
+    @classmethod
+    def of_head(cls, head: HeadBlock) -> SubsetKernel:
+        """Of the features of a last layer, one row for each datum."""
+        phi = head.augmented
+        batches, sizes = ((phi,), ((len(phi), 1),)) if len(phi) else ((), ())
+        return cls(batches, sizes, head.n_outputs, head.n_params, True, phi.dtype, groups=head.groups)
 
     @property
     def n_rows(self) -> int:
-        """Rows."""
-        return len(self.phi)
+        """Rows of all data."""
+        return sum(data * rows for data, rows in self.sizes)
 
     @property
-    def n_outputs(self) -> int:
-        """C."""
-        return self.head.n_outputs
+    def shares(self) -> bool:
+        """Whether all outputs have the same kernel: those of a last layer."""
+        return bool(self.groups)
 
     @property
-    def n_params(self) -> int:
-        """P."""
-        return self.head.n_params
+    def independent(self) -> bool:
+        """Whether what outputs have in common is left out."""
+        return self.separates and not self.shares
+
+    @property
+    def head(self) -> HeadBlock:
+        """Derivatives at the rows of a last layer, as one block."""
+        features = self.batches[0] if len(self.batches) == 1 else torch.cat(self.batches)
+        return self._head_at(features)
+
+    def _head_at(self, features: Float[Tensor, "rows augmented"]) -> HeadBlock:
+        sizes = [shape[1] if len(shape) > 1 else 1 for shape in self.groups]
+        return HeadBlock(features.split(sizes, 1), self.groups)
 
     @property
     def is_finite(self) -> bool:
-        """Whether products of features are."""
-        return bool(torch.isfinite(self.phi.square().sum()))
+        """Whether products of features are, where there are some."""
+        return not self.shares or all(bool(torch.isfinite(phi.square().sum())) for phi in self.batches)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def _at(self, number: int) -> NetworkLinearization:
+        """One batch of the subset, linearized; kept if it fits."""
+        if number not in self._kept:
+            x = self.batches[number]
+            if self.linearize is None:
+                f = x.new_zeros(1, 1).expand(len(x), self.n_outputs)  # what they are is not asked for
+                return NetworkLinearization(f, StoredDerivatives([self._head_at(x)]))
+            inputs = self.linearize(x)
+            assert isinstance(inputs, NetworkLinearization), "of all weights"
+            found = inputs.kept(KEPT_ELEMENTS - sum(size for _, size in self._kept.values()))
+            if found is None:
+                return inputs
+            assert isinstance(found[0], NetworkLinearization), "what is kept is of the same kind"
+            self._kept[number] = found[0], found[1]
+        return self._kept[number][0]
+
+    def _rows_of(self, inputs: NetworkLinearization, part: int | None = None, start: int = 0) -> Iterator[Rows]:
+        """Derivatives of a batch (for one part): one output at a time where these are apart, else a bounded number."""
+        J, n_columns, n_rows = Jacobian(inputs, self.dtype), inputs.n_columns, inputs.f.numel() // self.n_outputs
+        if not self.separates:
+            place = slice(start * self.n_outputs, (start + n_rows) * self.n_outputs)
+            for columns, blocks in J.by_column():
+                yield Rows(blocks, place, n_columns, columns)
+            return
+        for c in range(1 if self.shares else self.n_outputs) if part is None else (part,):
+            blocks = J.every(self.n_outputs, c)
+            yield Rows(blocks, slice(start, start + n_rows), n_columns // self.n_outputs, part=c)
+
+    def _rows(self, part: int | None = None, n_batches: int | None = None) -> Iterator[tuple[int, Rows]]:
+        """The same of the subset, with the number of the batch."""
+        start = 0
+        for number, (data, rows) in enumerate(self.sizes[:n_batches]):
+            for some in self._rows_of(self._at(number), part, start):
+                yield number, some
+            start += data * rows
+
+    def _empty(self, like: Tensor, n_rows: int) -> Float[Tensor, "parts points subset"]:
+        """To write kernels with the subset into."""
+        if self.separates:
+            return like.new_zeros(1 if self.shares else self.n_outputs, n_rows, self.n_rows)
+        return like.new_zeros(1, n_rows * self.n_outputs, self.n_rows * self.n_outputs)
+
+    # -- kernels -------------------------------------------------------------------------------------------------------
 
     def gram(self, root: Tensor) -> Float[Tensor, "parts columns columns"]:
-        """One product of features; with whole roots, entry by entry times one of roots."""
-        kernel = self.phi @ self.phi.T
+        """``Rᵀ K R``, with K the kernel of the subset and R the roots."""
+        kernel = write_lower(self._empty(root, self.n_rows), self._rows)
         if root.dim() == 2:
-            return whitened_gram(kernel.unsqueeze(0), root)
-        n, _, k = root.shape
-        flat = root.transpose(1, 2).flatten(0, 1)
-        products = (flat @ flat.T).view(n, k, n, k)
-        return (products * kernel.view(n, 1, n, 1)).view(1, n * k, n * k)
+            half = root.T.unsqueeze(2)
+            return half * kernel * half.mT
+        n, width, k = root.shape
+        if self.shares:  # entry by entry times products of roots
+            flat = root.transpose(1, 2).flatten(0, 1)
+            products = (flat @ flat.T).view(n, k, n, k)
+            return (products * kernel.view(n, 1, n, 1)).view(1, n * k, n * k)
+        left = (root.mT @ kernel.view(n, width, -1)).view(n * k, n, width)
+        return (left.transpose(0, 1) @ root).transpose(0, 1).reshape(1, n * k, n * k)
 
-    def cross(self, inputs: Linearization, dtype: torch.dtype) -> Float[Tensor, "rows augmented"]:
-        """The features themselves: products with those of the subset are made where they are used."""
-        head = head_of(inputs.blocks(dtype)) if isinstance(inputs, NetworkLinearization) else None
-        if head is None:
-            msg = f"A last layer needs features; got {type(inputs).__name__}."
+    @cached_property
+    def features(self) -> Float[Tensor, "rows augmented"] | None:
+        """Of a last layer where they are fewer than rows: kernels with other inputs are products of features."""
+        return self.head.augmented if self.shares and self.n_params <= self.n_rows * self.n_outputs else None
+
+    def cross(self, inputs: Linearization, dtype: torch.dtype) -> Float[Tensor, "parts points smaller"]:
+        """Kernel between other inputs and the subset, or the features of these inputs where those are fewer."""
+        if not isinstance(inputs, NetworkLinearization) or inputs.is_linear is not self.shares:
+            needs = "A last layer needs features" if self.shares else "All weights need derivatives"
+            msg = f"{needs}; got {type(inputs).__name__}."
             raise UnsupportedError(msg)
-        return head.augmented
+        if self.features is not None:
+            head = head_of(inputs.blocks(dtype))
+            assert head is not None, "outputs are linear in the weights of a head"
+            return head.augmented.unsqueeze(0)
+        total = self._empty(torch.zeros((), dtype=dtype, device=inputs.f.device), inputs.f.numel() // self.n_outputs)
+        for first in self._rows_of(inputs):
+            for _, second in self._rows(first.part):
+                write(total, first, second)
+        return total
 
     def project(
-        self, cross: Tensor, root: Tensor, basis: Float[Tensor, "parts columns rank"] | None = None
+        self,
+        cross: Float[Tensor, "parts points smaller"],
+        root: Tensor,
+        basis: Float[Tensor, "parts columns rank"] | None = None,
     ) -> Float[Tensor, "parts points kept"]:
-        """Kernels times roots; a basis is first brought to the smaller of features and rows."""
-        if root.dim() == 2 and basis is None:
-            return (cross @ self.phi.T) * root.T.unsqueeze(1)
-        if root.dim() == 3 and basis is None:
-            kernel, (n, width, k) = cross @ self.phi.T, root.shape
-            return torch.einsum("bn,nck->bcnk", kernel, root).reshape(1, len(cross) * width, n * k)
-        assert basis is not None, "the other cases are above"
+        """``k(x, ·) R``, times a basis if there is one, which is first brought to features where those are fewer."""
+        if not self.separates:
+            n, width, _ = root.shape
+            result = (cross.view(-1, n, width).transpose(0, 1) @ root).transpose(0, 1).flatten(1).unsqueeze(0)
+            return result if basis is None else result @ basis
+        if basis is None:
+            kernel = cross if self.features is None else cross @ self.features.T
+            if root.dim() == 2:
+                return kernel * root.T.unsqueeze(1)
+            return torch.einsum("bn,nck->bcnk", kernel[0], root).flatten(2).flatten(0, 1).unsqueeze(0)
         if root.dim() == 2:
-            return self.through(cross) @ self._reduced(root.T.unsqueeze(2) * basis)
+            return cross @ self._reduced(root.T.unsqueeze(2) * basis)
         columns = torch.einsum("nck,nkr->cnr", root, basis[0].view(len(root), root.shape[2], -1))
-        return (self.through(cross) @ self._reduced(columns)).transpose(0, 1).flatten(0, 1).unsqueeze(0)
-
-    @property
-    def _features_are_fewer(self) -> bool:
-        return self.phi.shape[1] <= self.n_rows
+        return (cross @ self._reduced(columns)).transpose(0, 1).flatten(0, 1).unsqueeze(0)
 
     def _reduced(self, columns: Float[Tensor, "parts rows rank"]) -> Float[Tensor, "parts smaller rank"]:
         """Columns over rows, as ones over features where these are fewer."""
-        return self.phi.T @ columns if self._features_are_fewer else columns
-
-    def through(self, cross: Float[Tensor, "points augmented"]) -> Float[Tensor, "points smaller"]:
-        """Features of other inputs, or their kernels with the rows of the subset where those are fewer."""
-        return cross if self._features_are_fewer else cross @ self.phi.T
+        return columns if self.features is None else self.features.T @ columns
 
     def sides(self, root: Tensor) -> Iterator[Float[Tensor, "columns smaller"]]:
-        """For each part, or output where outputs meet: what turns ``through`` into ``project``."""
-        rows = self.phi if self._features_are_fewer else torch.eye(self.n_rows).to(self.phi)
+        """Of a last layer, for each part, or output where outputs meet: what turns ``cross`` into ``project``."""
+        rows = torch.eye(self.n_rows).to(root) if self.features is None else self.features
         for output in root.unbind(1):
             if root.dim() == 2:
                 yield output.unsqueeze(1) * rows
@@ -191,31 +244,88 @@ class FeatureKernel(SubsetKernel):
                 yield (output.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
 
     def apply(self, vectors: Float[Tensor, "vectors params"]) -> Float[Tensor, "vectors rows outputs"]:
-        """Products with features."""
-        return self.head.apply(vectors).mT
+        """J v at the rows of the subset."""
+        found = [Jacobian(self._at(number), self.dtype).times(vectors) for number in range(len(self.batches))]
+        # The outputs of pairs are their scores, which a model gives one after the other.
+        return torch.cat(found).reshape(-1, self.n_outputs, len(vectors)).permute(2, 0, 1)
 
     def combine(self, weights: Float[Tensor, "vectors rows outputs"]) -> Float[Tensor, "vectors params"]:
-        """Products with features, in public order: the weight row by row, then the bias."""
-        return self.head.apply_transposed(weights.mT)
+        """Jᵀ u, from the outputs of the rows of the subset to weights."""
+        parts = enumerate(weights.split([data * rows for data, rows in self.sizes], 1))
+        return summed(Jacobian(self._at(number), self.dtype).combine(part) for number, part in parts)
 
-    def union(self, other: FeatureKernel) -> FeatureKernel:
-        """Features one after the other."""
-        pairs = zip(self.head.phis, other.head.phis, strict=True)
-        return FeatureKernel(replace(self.head, phis=tuple(torch.cat(pair) for pair in pairs)))
+    # -- data ----------------------------------------------------------------------------------------------------------
 
-    entries: ClassVar[Table] = {"phi": tensor(("rows", "augmented")), "n_outputs": _width, "bias": _bias}
+    def union(self, other: SubsetKernel) -> SubsetKernel:
+        """The rows of both, batches one after the other."""
+        return replace(self, batches=self.batches + other.batches, sizes=self.sizes + other.sizes, _kept={})
+
+    def restricted(self, data: Int[Tensor, " subset"]) -> SubsetKernel:
+        """To some data."""
+        batches, sizes, start = [], [], 0
+        for x, (n_data, rows) in zip(self.batches, self.sizes, strict=True):
+            local = data[(data >= start) & (data < start + n_data)] - start
+            start += n_data
+            if len(local):
+                batches.append(rows_of(x, local, n_data))
+                sizes.append((len(local), rows))
+        return replace(self, batches=tuple(batches), sizes=tuple(sizes), _kept={})
+
+    def joined(self, n_data: int) -> SubsetKernel:
+        """The same with fewer batches: those that fit together and follow each other are one."""
+        groups: list[list[int]] = []
+        key: Any = None
+        for number, (x, size) in enumerate(zip(self.batches, self.sizes, strict=True)):
+            same = (signature(x, size[0]), size[1])
+            room = groups and sum(self.sizes[i][0] for i in groups[-1]) + size[0] <= n_data
+            if room and same == key:
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+            key = same
+        batches = tuple(
+            join_rows([self.batches[i] for i in group], [self.sizes[i][0] for i in group]) for group in groups
+        )
+        sizes = tuple((sum(self.sizes[i][0] for i in group), self.sizes[group[0]][1]) for group in groups)
+        return replace(self, batches=batches, sizes=sizes, _kept={})
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    head_entries: ClassVar[Table] = {"phi": tensor(("rows", "augmented")), "n_outputs": _width, "bias": _bias}
+    network_entries: ClassVar[Table] = {
+        "sizes": _sizes,
+        "inputs": _inputs,
+        "n_outputs": whole(1, "width"),
+        "n_params": whole(1, "P"),
+        "separates": flag,
+    }
 
     def state(self) -> dict[str, Any]:
-        """Features."""
-        return {"phi": self.phi, "n_outputs": self.n_outputs, "bias": len(self.head.phis) > 1}
+        """The inputs of the subset; of a last layer features."""
+        if self.shares:
+            return {"phi": self.head.augmented, "n_outputs": self.n_outputs, "bias": len(self.groups) > 1}
+        sizes = [list(size) for size in self.sizes]
+        found = {name: getattr(self, name) for name in ("n_outputs", "n_params", "separates")}
+        return {"inputs": [plain(x) for x in self.batches], "sizes": sizes, **found}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> FeatureKernel:
-        """From features."""
-        phi, n_outputs = state["phi"].to(dtype), int(state["n_outputs"])
-        phis = (phi[:, :-1], phi[:, -1:]) if state["bias"] else (phi,)
-        groups = ((n_outputs, phis[0].shape[1]), (n_outputs,))
-        return cls(HeadBlock(phis, groups[: len(phis)]))
+    def from_state(
+        cls, state: Mapping[str, Any], dtype: torch.dtype, linearize: Linearize | None = None
+    ) -> SubsetKernel:
+        """From inputs, which only an estimator can linearize; or from features."""
+        C = int(state["n_outputs"])
+        if "phi" in state:
+            phi = state["phi"].to(dtype)
+            phis = (phi[:, :-1], phi[:, -1:]) if state["bias"] else (phi,)
+            groups = ((C, phis[0].shape[1]), (C,))
+            return cls.of_head(HeadBlock(phis, groups[: len(phis)]))
+        sizes = tuple((int(data), int(rows)) for data, rows in state["sizes"])
+        P, separates = int(state["n_params"]), bool(state["separates"])
+        return cls(tuple(state["inputs"]), sizes, C, P, separates, dtype, linearize)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling takes along: not the derivatives."""
+        return {**self.__dict__, "_kept": {}}
 
 
-__all__ = ["FeatureKernel", "SubsetKernel", "whitened_gram"]
+__all__ = ["KEPT_ELEMENTS", "SubsetKernel"]

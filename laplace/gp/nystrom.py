@@ -19,13 +19,13 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning, warn
+from laplace.gp.derivatives import InducingPoints, Jacobian
 from laplace.gp.posterior import FeatureMap, FeaturePrecision
-from laplace.gp.tangents import Points, Tangents
 from laplace.likelihoods import AbstractLikelihood
 from laplace.types import Outputs, Scalar
 
 
-def leading_directions(points: Points, n_eigenvalues: int) -> Float[Tensor, "k params"]:
+def leading_directions(points: InducingPoints, n_eigenvalues: int) -> Float[Tensor, "k params"]:
     """The directions ``v_k`` of the leading eigenvalues, orthonormal, the largest first (equations 8 to 10).
 
     O(M²) products of rows of J, O(M³) for the eigenvalues, memory O(K P).
@@ -83,11 +83,11 @@ class NystromMap(FeatureMap):
     """Vᵀ, ``[K, P]``."""
 
     @property
-    def has_rest(self) -> bool:
+    def has_residual(self) -> bool:
         """No: the prior outside the span is left out."""
         return False
 
-    def features(self, at: Tangents) -> Float[Tensor, "rows outputs k"]:
+    def features(self, at: Jacobian) -> Float[Tensor, "rows outputs k"]:
         """``J V``."""
         return at.times(self.directions)
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import UnsupportedError
-from laplace.gp.linearized import tangents
-from laplace.gp.tangents import Tangents, clamped_diagonal
+from laplace.gp.derivatives import Jacobian, clamped_diagonal, jacobian
 from laplace.likelihoods.draws import chunks
 from laplace.predictive.base import Linearization
 from laplace.structures import AbstractPrecision, FullPrecision
@@ -27,15 +26,15 @@ from laplace.structures.basis import Basis
 
 
 class FeatureMap(ABC):
-    """From tangents of outputs to their features."""
+    """From derivatives of outputs to their features."""
 
     @property
     @abstractmethod
-    def has_rest(self) -> bool:
+    def has_residual(self) -> bool:
         """Whether what features leave of the prior belongs to the posterior."""
 
     @abstractmethod
-    def features(self, at: Tangents) -> Float[Tensor, "rows outputs k"]:
+    def features(self, at: Jacobian) -> Float[Tensor, "rows outputs k"]:
         """φ of each output."""
 
 
@@ -59,11 +58,11 @@ class FeaturePrecision(FullPrecision):
 
 
 @dataclass(frozen=True)
-class Rest:
+class PriorResidual:
     """``J Jᵀ − φ φᵀ``: what features leave of the prior. Rounding that would leave less than nothing is set to zero."""
 
-    at: Tangents
-    """Tangents at the inputs."""
+    at: Jacobian
+    """Derivatives at the inputs."""
     phi: Float[Tensor, "rows outputs k"]
     """Features, ``[rows, C, K]``."""
 
@@ -97,42 +96,42 @@ class FunctionLinearization(Linearization):
     """Outputs, ``[batch, *positions, C]``."""
     phi: Float[Tensor, "rows outputs k"]
     """Features, ``[rows, C, K]``."""
-    rest: Rest | None
+    residual: PriorResidual | None
     """What they leave of the prior; ``None`` where it does not belong to the posterior."""
 
     @classmethod
     def of(cls, inputs: Linearization, features: FeatureMap, dtype: torch.dtype) -> FunctionLinearization:
         """From outputs with derivatives."""
-        at = tangents(inputs, dtype)
+        at = jacobian(inputs, dtype)
         phi = features.features(at)
-        return cls(inputs.f, phi, Rest(at, phi) if features.has_rest else None)
+        return cls(inputs.f, phi, PriorResidual(at, phi) if features.has_residual else None)
 
     def variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs"]:  # noqa: ARG002
         """Of features, and what they leave."""
         known = _checked(precision)
         variance = known.whitened(self.phi).square().sum(-1)
-        return variance if self.rest is None else variance + self.rest.variance / known.delta
+        return variance if self.residual is None else variance + self.residual.variance / known.delta
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:  # noqa: ARG002
         """Of features, and what they leave."""
         known = _checked(precision)
         half = known.whitened(self.phi)
         covariance = half @ half.mT
-        return covariance if self.rest is None else covariance + self.rest.covariance / known.delta
+        return covariance if self.residual is None else covariance + self.residual.covariance / known.delta
 
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:  # noqa: ARG002
         """Of features, and what they leave."""
         known = _checked(precision)
         half = known.whitened(self.phi).flatten(0, 1)
         covariance = half @ half.T
-        return covariance if self.rest is None else covariance + self.rest.joint / known.delta
+        return covariance if self.residual is None else covariance + self.residual.joint / known.delta
 
     def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:  # noqa: ARG002
         """Of differences of features."""
         known = _checked(precision)
         first, second = self.phi.reshape(-1, 2, self.phi.shape[-1]).unbind(1)
         variance = known.whitened(first - second).square().sum(-1)
-        variance = variance if self.rest is None else variance + self.rest.of_pairs() / known.delta
+        variance = variance if self.residual is None else variance + self.residual.of_pairs() / known.delta
         return variance.unsqueeze(-1)
 
     def functions(
@@ -140,7 +139,7 @@ class FunctionLinearization(Linearization):
     ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
         """Through the weights of the features; the rest by a root of its matrix across rows."""
         known, mean = _checked(precision), self.mean(dtype)
-        root = None if self.rest is None else linalg.root(self.rest.joint) / known.delta.sqrt()
+        root = None if self.residual is None else linalg.root(self.residual.joint) / known.delta.sqrt()
         for size in chunks(n_samples, max(known.n_params, mean.numel())):
             z = known.sample(size, generator)
             f = mean + torch.einsum("nck,sk->snc", self.phi, z)

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.errors import NumericalWarning, warn
-from laplace.gp.kernel import FeatureKernel, SubsetKernel
-from laplace.gp.linearized import tangents
+from laplace.gp.derivatives import clamped_diagonal, jacobian
+from laplace.gp.kernel import SubsetKernel
 from laplace.gp.subset_curvature import KernelBasis
 from laplace.gp.subset_of_data import SubsetPrecision
-from laplace.gp.tangents import clamped_diagonal
 from laplace.likelihoods.draws import draw
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.predictive.base import Linearization
@@ -44,19 +43,19 @@ class Process(Linearization):
     @cached_property
     def prior_variance(self) -> Float[Tensor, "rows outputs"]:
         """``k(x, x)``, its diagonal."""
-        return tangents(self.inputs, self.dtype).variance()
+        return jacobian(self.inputs, self.dtype).variance()
 
     @cached_property
     def prior_covariance(self) -> Float[Tensor, "rows outputs outputs"]:
         """``k(x, x)``."""
         if self.kernel.separates:
             return torch.diag_embed(self.prior_variance)
-        return tangents(self.inputs, self.dtype).covariance()
+        return jacobian(self.inputs, self.dtype).covariance()
 
     def prior_joint(self) -> Float[Tensor, "joint joint"]:
         """``k(x, x')``."""
-        joint, C = tangents(self.inputs, self.dtype).joint(), self.n_outputs
-        if not self.kernel.separates or isinstance(self.kernel, FeatureKernel):
+        joint, C = jacobian(self.inputs, self.dtype).joint(), self.n_outputs
+        if not self.kernel.independent:
             return joint
         same = torch.eye(C, dtype=joint.dtype, device=joint.device)
         return joint * same.repeat(len(joint) // C, len(joint) // C)
@@ -123,9 +122,8 @@ class ProcessLinearization(Process):
         """What the prior gives minus what the data take; of features by products with matrices that are kept."""
         known = _checked(precision)
         prior = known.variance * self.prior_variance
-        if isinstance(self.kernel, FeatureKernel):
-            through = self.kernel.through(self.cross)
-            taken = ((through @ known.taken) * through).sum(-1).T.expand(-1, self.n_outputs)
+        if self.kernel.shares:
+            taken = ((self.cross @ known.taken) * self.cross).sum(-1).T.expand(-1, self.n_outputs)
         else:
             taken = self.squares(self._whitened(known), met=known.root.dim() == 3)
         return self._left(prior, prior - taken).clamp(min=0).to(dtype)
@@ -167,7 +165,7 @@ class ProcessLinearization(Process):
         """Of differences, from those of what is whitened."""
         known = _checked(precision)
         first, second = self._whitened(known)[0].unflatten(0, (-1, 2)).unbind(1)
-        prior = known.variance * tangents(self.inputs, self.dtype).pair_variance()
+        prior = known.variance * jacobian(self.inputs, self.dtype).pair_variance()
         return (prior - (first - second).square().sum(-1)).clamp(min=0).unsqueeze(-1).to(dtype)
 
     def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:
@@ -227,11 +225,9 @@ class RotatedProcess(Process):
             yield squares
 
     def _cross_rows(self, rows: slice) -> Tensor:
-        if isinstance(self.kernel, FeatureKernel):
-            return self.cross[rows]
         if self.kernel.separates:
             return self.cross[:, rows]
-        return self.cross.unflatten(0, (-1, self.n_outputs))[rows].flatten(0, 1)
+        return self.cross.unflatten(1, (-1, self.n_outputs))[:, rows].flatten(1, 2)
 
     def _inverse(self, precisions: Sequence[AbstractPrecision]) -> Float[Tensor, "parts coordinates posteriors"]:
         spectra = [_diagonal(precision).vector.view(len(self.basis.eigenvalues), -1) for precision in precisions]
@@ -280,7 +276,7 @@ class RotatedProcess(Process):
         """Of differences of coordinates."""
         weighted, z, v = self._weighted(precision)
         difference, plain = (part[0].unflatten(0, (-1, 2)).diff(dim=1).squeeze(1) for part in (weighted, z))
-        rest = tangents(self.inputs, self.dtype).pair_variance() - plain.square().sum(-1)
+        rest = jacobian(self.inputs, self.dtype).pair_variance() - plain.square().sum(-1)
         return (v * rest.clamp(min=0) + difference.square().sum(-1)).unsqueeze(-1).to(dtype)
 
     def rotated(self, basis: Basis, dtype: torch.dtype) -> Linearization:  # noqa: ARG002

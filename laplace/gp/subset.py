@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from laplace import linalg
 from laplace.errors import InputError, UnsupportedError
-from laplace.gp.kernel import FeatureKernel, SubsetKernel
-from laplace.gp.network_kernel import NetworkKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.likelihoods import Positions
 from laplace.network import full_precision
 from laplace.network.batches import rows_of
@@ -113,18 +111,18 @@ class Subset:
 
     def _of_features(
         self, backend: Any, phi: Tensor, positions: Positions, root: Tensor, rows: Tensor
-    ) -> tuple[FeatureKernel, Tensor]:
+    ) -> tuple[SubsetKernel, Tensor]:
         features, constant = backend.output_likelihood.head_rows(positions, phi)
         datum = positions.datum if positions.datum is not None else torch.arange(len(features), device=features.device)
         here = torch.isin(datum, rows.to(datum.device))
         features, shapes = features[here], tuple(tuple(parameter.shape) for parameter in backend.params)
         phis = (features, features.new_full((len(features), 1), constant))[: len(shapes)]
         self._note(datum[here] + self.n_seen, sum(phi.numel() for phi in phis))
-        return FeatureKernel(HeadBlock(phis, shapes)), root[here]
+        return SubsetKernel.of_head(HeadBlock(phis, shapes)), root[here]
 
     def _of_network(
         self, backend: Any, x: Inputs, f: Tensor, positions: Positions, root: Tensor, rows: Tensor
-    ) -> tuple[NetworkKernel, Tensor]:
+    ) -> tuple[SubsetKernel, Tensor]:
         width, rows = positions.f.shape[-1], rows.to(f.device)
         each = f[0].numel() // width
         everywhere = root
@@ -133,10 +131,10 @@ class Subset:
         chosen = everywhere.unflatten(0, (len(f), each))[rows].flatten(0, 1)
         batches = (rows_of(x, rows, len(f)),) if len(rows) else ()
         sizes = ((len(rows), each),) if len(rows) else ()
-        self._note(rows + self.n_seen, len(rows) * f[0].numel())
+        self._note((rows + self.n_seen).repeat_interleave(each), len(rows) * f[0].numel())
         n_params = sum(parameter.numel() for parameter in backend.params)
         separate = backend.output_likelihood.independent(self.independent)
-        return NetworkKernel(batches, sizes, width, n_params, separate, positions.f.dtype, self.linearize), chosen
+        return SubsetKernel(batches, sizes, width, n_params, separate, positions.f.dtype, self.linearize), chosen
 
     def _note(self, datum: Tensor, size: int) -> None:
         """Remember which data rows belong to, while it is not known which are in the subset."""
@@ -180,26 +178,13 @@ class Subset:
                 "confident that their Hessians vanish. Pass a larger n_subset or another seed."
             )
             raise InputError(msg)
-        if isinstance(kernel, NetworkKernel):
-            kernel = kernel.joined(self._largest)
+        kernel = kernel.joined(kernel.n_rows if kernel.shares else self._largest)
         return kernel, root, self.n_seen / self.size
 
     def _restrict(self, kernel: SubsetKernel, root: Tensor, chosen: Tensor) -> tuple[SubsetKernel, Tensor]:
-        """To the chosen data."""
-        if isinstance(kernel, FeatureKernel):
-            here = torch.isin(torch.cat(self._datum), chosen.to(root.device))
-            return FeatureKernel(kernel.head.select(here)), root[here]
-        assert isinstance(kernel, NetworkKernel), "there are two kinds"
-        batches, sizes, roots, start = [], [], [], 0
-        parts = root.split([data * rows for data, rows in kernel.sizes])
-        for x, (data, rows), part in zip(kernel.batches, kernel.sizes, parts, strict=True):
-            local = chosen[(chosen >= start) & (chosen < start + data)].to(root.device) - start
-            start += data
-            if len(local):
-                batches.append(rows_of(x, local, data))
-                sizes.append((len(local), rows))
-                roots.append(part.unflatten(0, (data, rows))[local].flatten(0, 1))
-        return replace(kernel, batches=tuple(batches), sizes=tuple(sizes), _kept={}), torch.cat(roots)
+        """To the chosen data; a row of a last layer is one datum of its kernel."""
+        here = torch.isin(torch.cat(self._datum), chosen.to(root.device))
+        return kernel.restricted(here.nonzero().squeeze(1) if kernel.shares else chosen.to(root.device)), root[here]
 
 
 __all__ = ["Subset", "expected_rows"]

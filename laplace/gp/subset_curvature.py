@@ -14,7 +14,7 @@ from torch import Tensor
 from laplace import linalg
 from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
-from laplace.gp.kernel import FeatureKernel, SubsetKernel
+from laplace.gp.kernel import Linearize, SubsetKernel
 from laplace.gp.subset import Subset
 from laplace.gp.subset_of_data import SubsetPrecision, weight_rows
 from laplace.prior import GaussianPrior
@@ -63,8 +63,7 @@ class SubsetCurvature(AbstractCurvature):
     @property
     def is_finite(self) -> bool:
         """Whether roots are, and features where there are some."""
-        finite = bool(torch.isfinite(self.root).all())
-        return finite and not (isinstance(self.kernel, FeatureKernel) and not self.kernel.is_finite)
+        return bool(torch.isfinite(self.root).all()) and self.kernel.is_finite
 
     @property
     def public(self) -> SubsetCurvature:
@@ -72,7 +71,7 @@ class SubsetCurvature(AbstractCurvature):
         return self
 
     entries: ClassVar[Table] = {
-        "kernel": nested(FeatureKernel.entries),
+        "kernel": nested(SubsetKernel.head_entries),
         "root": tensor(("rows", "width"), ("rows", 1), ("rows", "width", "columns")),
         "ratio": finite(above=0),
     }
@@ -82,9 +81,12 @@ class SubsetCurvature(AbstractCurvature):
         return {"kernel": self.kernel.state(), "root": self.root, "ratio": self.ratio}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> SubsetCurvature:
+    def from_state(
+        cls, state: Mapping[str, Any], dtype: torch.dtype, linearize: Linearize | None = None
+    ) -> SubsetCurvature:
         """Of a last layer; that of all weights is made of inputs, which only an estimator can linearize."""
-        return cls(FeatureKernel.from_state(state["kernel"], dtype), state["root"].to(dtype), float(state["ratio"]))
+        kernel = SubsetKernel.from_state(state["kernel"], dtype, linearize)
+        return cls(kernel, state["root"].to(dtype), float(state["ratio"]))
 
     def merge(self, other: SubsetCurvature) -> SubsetCurvature:
         """The rows of both."""
@@ -98,7 +100,7 @@ class SubsetCurvature(AbstractCurvature):
 
     def scale_weights(self, factors: Float[Tensor, " params"]) -> SubsetCurvature:
         """One factor for all weights of an output, of a last layer: it scales the roots of that output."""
-        assert isinstance(self.kernel, FeatureKernel), "weights of a last layer belong to outputs"
+        assert self.kernel.shares, "weights of a last layer belong to outputs"
         of_output = self.kernel.head.matrices(factors)[0][:, 0].sqrt()
         root = self.root * (of_output if self.root.dim() == 2 else of_output.unsqueeze(1))
         return replace(self, root=root, _cache={})

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import UnsupportedError
-from laplace.gp.kernel import FeatureKernel, SubsetKernel
-from laplace.gp.network_kernel import NetworkKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures import AbstractPrecision
 from laplace.structures.dense_jacobian import check_jacobians
@@ -73,8 +72,7 @@ class SubsetPrecision(AbstractPrecision):
     @cached_property
     @linalg.lasting
     def taken(self) -> Float[Tensor, "parts smaller smaller"]:
-        """For a last layer: the matrices whose squares with ``FeatureKernel.through`` are what the data take."""
-        assert isinstance(self.kernel, FeatureKernel), "of features"
+        """For a last layer: the matrices whose squares with ``SubsetKernel.cross`` are what the data take."""
         blocks = []
         for number, side in enumerate(self.kernel.sides(self.root)):
             factor = self.factor[number if self.root.dim() == 2 else 0]
@@ -100,7 +98,7 @@ class SubsetPrecision(AbstractPrecision):
         return self.kernel.combine(torch.einsum("vnk,nck->vnc", u, self.root))
 
     def _check_weights(self) -> None:
-        if isinstance(self.kernel, NetworkKernel) and self.kernel.separates:
+        if self.kernel.independent:
             msg = (
                 "independent_outputs=True leaves out what outputs have in common: this is a posterior over functions, "
                 "and over no weights. Pass independent_outputs=False."
@@ -169,7 +167,7 @@ class SubsetPrecision(AbstractPrecision):
     def functional_variance(self, J: Tensor) -> Float[Tensor, "batch outputs outputs"]:
         """The same for each input."""
         check_jacobians(J, self.n_params)
-        if isinstance(self.kernel, NetworkKernel) and self.kernel.separates:
+        if self.kernel.independent:
             at = self.kernel.apply(J.flatten(0, 1)).unflatten(0, J.shape[:2]).diagonal(dim1=1, dim2=3)
             z = self.whitened(self.kernel.project(at.permute(2, 0, 1), self.root))
             return torch.diag_embed(self.variance * J.square().sum(-1) - z.square().sum(-1).T)

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning, warn
+from laplace.gp.derivatives import InducingPoints, Jacobian
 from laplace.gp.posterior import FeatureMap, FeaturePrecision
-from laplace.gp.tangents import Points, Tangents
 from laplace.likelihoods import AbstractLikelihood, Ask
 from laplace.types import Outputs, Scalar, Targets
 
 
-def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
+def kernel_factor(points: InducingPoints) -> Float[Tensor, "points points"]:
     """R, lower triangular, with ``R Rᵀ = J_Z J_Zᵀ``."""
     kernel = points.gram()
     causes = "Likely causes: inducing points that repeat others, or more of them than random weights. Use fewer."
@@ -75,17 +75,17 @@ def kernel_factor(points: Points) -> Float[Tensor, "points points"]:
 class InducingMap(FeatureMap):
     """``φ(x) = J(x) J_Zᵀ R⁻ᵀ``, ``[rows, C, M]``."""
 
-    points: Points
+    points: InducingPoints
     """The inducing points."""
     kernel_root: Float[Tensor, "points points"]
     """R, ``[M, M]``."""
 
     @property
-    def has_rest(self) -> bool:
+    def has_residual(self) -> bool:
         """Yes: away from the inducing points the posterior is the prior."""
         return True
 
-    def features(self, at: Tangents) -> Float[Tensor, "rows outputs points"]:
+    def features(self, at: Jacobian) -> Float[Tensor, "rows outputs points"]:
         """By the kernel with the inducing points."""
         cross = at.cross(self.points)
         flat = torch.linalg.solve_triangular(self.kernel_root, cross.flatten(0, 1).T, upper=False).T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,7 +132,7 @@ class HeadBlock(JacobianBlock):
         """Other directions in the outputs."""
         return replace(self, outer=weights if self.outer is None else weights @ self.outer)
 
-    def select(self, rows: Tensor) -> HeadBlock:
+    def select(self, rows: Tensor | slice) -> HeadBlock:
         """Some of the rows."""
         return replace(self, phis=tuple(phi[rows] for phi in self.phis))
 
@@ -155,7 +155,10 @@ class HeadBlock(JacobianBlock):
         return torch.cat([torch.outer(strength, phi.square().sum(0)).flatten() for phi in self.phis])
 
     def _strength(self, w: Float[Tensor, " params"]) -> Float[Tensor, "rows outputs"]:
-        """Σ_d w_cd φ_d²: one product of ``[rows, D]`` with ``[D, C]`` for each group."""
+        """Σ_d w_cd φ_d²: one product of ``[rows, D]`` with ``[D, C]`` for each group; a sum where weights are alike."""
+        if not w.stride(0):
+            common = sum_parts([_distinct(phi).square().sum(1, keepdim=True) for phi in self.phis])
+            return (w[:1] * common).expand(self.n_rows, self.n_outputs)
         total: Tensor | None = None
         for phi, v in zip(self.phis, self.matrices(w), strict=True):
             squares = _distinct(phi).square()
@@ -176,7 +179,9 @@ class HeadBlock(JacobianBlock):
         return (self.outer * strength.unsqueeze(1)) @ self.outer.T
 
     def kernel(self, w: Float[Tensor, " params"]) -> Float[Tensor, "joint joint"]:
-        """One ``[rows, rows]`` matrix for each output, mixed by the directions."""
+        """One ``[rows, rows]`` matrix for each output, or one for all where weights are alike; mixed."""
+        if not w.stride(0):
+            return torch.kron(w[:1] * self._products(self), self._directions() @ self._directions().T)
         parts = [(_distinct(phi), v) for phi, v in zip(self.phis, self.matrices(w), strict=True)]
         kernels = sum_parts([torch.einsum("nd,cd,md->cnm", phi, v, phi) for phi, v in parts])
         kernels, outer = kernels.expand(-1, self.n_rows, self.n_rows), self._directions()
@@ -195,11 +200,99 @@ class HeadBlock(JacobianBlock):
 
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
         """``outer outer'ᵀ`` times the products of the features."""
+        if isinstance(other, OneOutputBlock):
+            directions = self._directions()[:, other.output]
+            return (self._products(other.head).unsqueeze(1) * directions).transpose(0, 1).unsqueeze(2)
         if not isinstance(other, HeadBlock):
             return super().cross(other)
         between = self._directions() @ other._directions().T
-        products = sum_parts([phi @ point.T for phi, point in zip(self.phis, other.phis, strict=True)])
-        return torch.einsum("qk,nm->qnkm", between, products)
+        return torch.einsum("qk,nm->qnkm", between, self._products(other))
+
+    def _products(self, other: HeadBlock) -> Float[Tensor, "rows others"]:
+        """``φ φ'ᵀ`` of all groups: the kernel that all outputs share."""
+        return sum_parts([phi @ point.T for phi, point in zip(self.phis, other.phis, strict=True)])
+
+
+@dataclass(frozen=True)
+class OneOutputBlock(JacobianBlock):
+    """One output of each row of a head, the only column: ``J_b = e_{c_b} ⊗ φ_b``."""
+
+    head: HeadBlock
+    """Derivatives of all outputs, the columns."""
+    output: Int[Tensor, " rows"]
+    """Which one is meant."""
+
+    @property
+    def n_columns(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def n_rows(self) -> int:
+        """Positions."""
+        return self.head.n_rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the head."""
+        return self.head.shape
+
+    @property
+    def sample(self) -> Tensor:
+        """The features."""
+        return self.head.sample
+
+    @property
+    def n_units(self) -> int:
+        """All weights together."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """That of features and outputs."""
+        return self.head.size + self.output.numel()
+
+    def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:  # noqa: ARG002 - one unit
+        """Features where the weights of their output are."""
+        some = OneOutputBlock(self.head.select(rows), self.output[rows])
+        unit = torch.eye(some.n_rows, dtype=self.sample.dtype, device=self.sample.device)
+        return some.apply_transposed(unit.unsqueeze(1)).unsqueeze(0)
+
+    def rotate(self, sides: Sequence[Tensor | None], shape: Sequence[int]) -> JacobianBlock:
+        """Written out."""
+        return DenseBlock(self.dense()).rotate(sides, shape)
+
+    def mix(self, weights: Float[Tensor, "mixtures columns"]) -> JacobianBlock:
+        """Written out."""
+        return DenseBlock(self.dense()).mix(weights)
+
+    def _by_output(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each output that is meant: its rows, their features, and where its weights lie."""
+        features, order = self.head.augmented, self.head.order
+        for c in self.output.unique().tolist():
+            rows = self.output == c
+            yield rows, features[rows], order[c]
+
+    def apply(self, v: Float[Tensor, "samples params"]) -> Float[Tensor, "samples columns batch"]:
+        """The weights of each output with the features of its rows."""
+        result = v.new_empty(len(v), 1, self.n_rows)
+        for rows, features, weights in self._by_output():
+            result[:, 0, rows] = v[:, weights] @ features.T
+        return result
+
+    def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
+        """Added output by output."""
+        total = w.new_zeros(len(w), self.n_params)
+        for rows, features, weights in self._by_output():
+            total[:, weights] = w[:, 0, rows] @ features
+        return total
+
+    def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
+        """Products of features where the outputs agree."""
+        if not isinstance(other, OneOutputBlock):
+            return super().cross(other)
+        same = self.output.unsqueeze(1) == other.output
+        return (self.head._products(other.head) * same).unsqueeze(1).unsqueeze(0)
 
 
 def _distinct(phi: Float[Tensor, "rows features"]) -> Float[Tensor, "distinct features"]:

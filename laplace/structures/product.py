@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from laplace.linalg import piece_elements
+from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
 
@@ -213,8 +213,9 @@ class ProductBlock(JacobianBlock):
         return torch.einsum("sbto,qbto->sqb", hidden, self.left.squeeze(2))
 
     def apply_transposed(self, w: Float[Tensor, "samples columns batch"]) -> Float[Tensor, "samples params"]:
-        """Gradients weighed, then times inputs: J is not formed."""
-        if self._rotated or self.left.shape[2] > 1:
+        """Gradients weighed, then times inputs: J is not formed, but where there are very many positions."""
+        large = len(w) * self.left[0].numel() > CHUNK_ELEMENTS
+        if self._rotated or self.left.shape[2] > 1 or large:
             return super().apply_transposed(w)
         weighed = torch.einsum("sqb,qbto->sobt", w, self.left.squeeze(2)).flatten(2)
         matrix = weighed @ self.right.squeeze(1).flatten(0, 1)
