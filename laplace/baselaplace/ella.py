@@ -22,7 +22,7 @@ from laplace.fit import Fit
 from laplace.gp.feature_curvature import NystromCurvature
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions
 from laplace.gp.posterior import FeatureMap, FunctionLinearization
-from laplace.gp.subsample import Piece, Reservoir, choose_columns
+from laplace.gp.subsample import Drawn, Reservoir, choose_columns
 from laplace.network import Batch, FeatureExtractor, full_precision
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
@@ -194,23 +194,23 @@ class ELLA(FeatureLaplace):
             raise InputError(msg)
         parts: list[tuple[Inputs, Tensor]] = []
         start = 0
-        for piece in reservoir.pieces():
-            turns = range(start, start + piece.n_rows) if balanced else None
-            parts.append((piece.x, self._columns(piece, turns)))
-            start += piece.n_rows
+        for some in reservoir.batches():
+            turns = range(start, start + some.n_rows) if balanced else None
+            parts.append((some.x, self._columns(some, turns)))
+            start += some.n_rows
         return leading_directions(self._points(parts), self.n_eigenvalues)
 
-    def _columns(self, piece: Piece, turns: Sequence[int] | None) -> Tensor:
+    def _columns(self, some: Drawn, turns: Sequence[int] | None) -> Tensor:
         """One output of each datum, at an unmasked position if it has one."""
-        f = self._linearize(piece.x, PredType.NN).f
+        f = self._linearize(some.x, PredType.NN).f
         n_outputs, n_positions = f.shape[-1], f[0].numel() // f.shape[-1]
-        kept: list[list[int]] = [[] for _ in range(piece.n_rows)]
-        found = self._frozen_likelihood.flatten(f, piece.y).kept
+        kept: list[list[int]] = [[] for _ in range(some.n_rows)]
+        found = self._frozen_likelihood.flatten(f, some.y).kept
         if found is not None:
             for row in found.tolist():
                 kept[row // n_positions].append(row % n_positions)
         unmasked = [rows or list(range(n_positions)) for rows in kept]
-        return choose_columns(piece.noise, unmasked, n_outputs, turns).to(f.device)
+        return choose_columns(some.noise, unmasked, n_outputs, turns).to(f.device)
 
     def _validation(self, loader: Iterable[Any], directions: Tensor) -> tuning.CachedData:
         """Features of validation data, after their one pass."""

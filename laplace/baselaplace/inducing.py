@@ -103,11 +103,11 @@ def choose_inducing(strategy: str, number: int, batches: Iterator[Batch], seed: 
             f"There are {reservoir.n_seen} training data, fewer than num_inducing={number}. Use fewer inducing points."
         )
         raise InputError(msg)
-    pieces = reservoir.pieces(at_most=clusters, at_once=reservoir.size)
-    if len(pieces) > 1:
+    drawn = reservoir.batches(at_most=clusters, at_once=reservoir.size)
+    if len(drawn) > 1:
         msg = "Training inputs have different shapes, so that some of them are no batch. Pass inducing_locations."
         raise InputError(msg)
-    x = pieces[0].x
+    x = drawn[0].x
     return k_means(x.flatten(1), number, seed).reshape(number, *x.shape[1:]) if clusters else x
 
 

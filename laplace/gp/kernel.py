@@ -166,7 +166,7 @@ class SubsetKernel:
                 yield number, some
             start += data * rows
 
-    def _empty(self, like: Tensor, n_rows: int) -> Float[Tensor, "parts points subset"]:
+    def _empty(self, like: Tensor, n_rows: int) -> Float[Tensor, "kernels points subset"]:
         """To write kernels with the subset into."""
         if self.separates:
             return like.new_zeros(1 if self.shares else self.n_outputs, n_rows, self.n_rows)
@@ -193,7 +193,7 @@ class SubsetKernel:
         """Of a last layer where they are fewer than rows: kernels with other inputs are products of features."""
         return self.head.augmented if self.shares and self.n_params <= self.n_rows * self.n_outputs else None
 
-    def cross(self, inputs: Linearization, dtype: torch.dtype) -> Float[Tensor, "parts points smaller"]:
+    def cross(self, inputs: Linearization, dtype: torch.dtype) -> Float[Tensor, "kernels rows smaller"]:
         """Kernel between other inputs and the subset, or the features of these inputs where those are fewer."""
         if not isinstance(inputs, NetworkLinearization) or inputs.is_linear is not self.shares:
             needs = "A last layer needs features" if self.shares else "All weights need derivatives"
@@ -211,7 +211,7 @@ class SubsetKernel:
 
     def project(
         self,
-        cross: Float[Tensor, "parts points smaller"],
+        cross: Float[Tensor, "kernels rows smaller"],
         root: Tensor,
         basis: Float[Tensor, "parts columns rank"] | None = None,
     ) -> Float[Tensor, "parts points kept"]:

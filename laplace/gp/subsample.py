@@ -18,8 +18,8 @@ from laplace.types import Inputs
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some of the chosen data."""
+class Drawn:
+    """Some of the drawn data, a batch."""
 
     x: Inputs
     y: Tensor
@@ -43,7 +43,7 @@ class Reservoir:
         self.size, self.balanced = size, balanced
         self.n_seen = 0
         self._rng = np.random.default_rng(seed)
-        self._pieces: list[Piece] = []
+        self._batches: list[Drawn] = []
         self._keys: list[np.ndarray[Any, np.dtype[np.float64]]] = []
         self._largest_batch = 1
 
@@ -64,7 +64,7 @@ class Reservoir:
         self.n_seen += len(y)
         self._largest_batch = max(self._largest_batch, len(y))
         numbers = self._rng.random((len(y), 3))
-        self._pieces.append(Piece(x, y, numbers[:, 1:]))
+        self._batches.append(Drawn(x, y, numbers[:, 1:]))
         self._keys.append(numbers[:, 0])
         self._prune()
 
@@ -73,26 +73,26 @@ class Reservoir:
         keys = np.concatenate(self._keys)
         rank = np.zeros(len(keys), dtype=np.int64)
         if self.balanced:
-            labels = torch.cat([piece.y for piece in self._pieces]).cpu().numpy()
+            labels = torch.cat([batch.y for batch in self._batches]).cpu().numpy()
             for label in np.unique(labels):
                 of_label = np.flatnonzero(labels == label)
                 rank[of_label[np.argsort(keys[of_label])]] = np.arange(len(of_label))
         kept = np.zeros(len(keys), dtype=bool)
         kept[np.lexsort((keys, rank))[: self.size]] = True
-        pieces, start = [], 0
-        for piece, key in zip(self._pieces, self._keys, strict=True):
+        batches, start = [], 0
+        for batch, key in zip(self._batches, self._keys, strict=True):
             rows = np.flatnonzero(kept[start : start + len(key)])
             start += len(key)
-            if len(rows) == len(key) and piece is not self._pieces[-1]:
-                pieces.append((piece, key))
+            if len(rows) == len(key) and batch is not self._batches[-1]:
+                batches.append((batch, key))
             elif len(rows):
                 # The rows of a new batch are copied even if all are kept: loaders may fill the same tensor again.
-                index = torch.as_tensor(rows, device=piece.y.device)
-                x = rows_of(piece.x, index, piece.n_rows)
-                pieces.append((Piece(x, piece.y[index], piece.noise[rows]), key[rows]))
-        self._pieces, self._keys = [p for p, _ in pieces], [k for _, k in pieces]
+                index = torch.as_tensor(rows, device=batch.y.device)
+                x = rows_of(batch.x, index, batch.n_rows)
+                batches.append((Drawn(x, batch.y[index], batch.noise[rows]), key[rows]))
+        self._batches, self._keys = [p for p, _ in batches], [k for _, k in batches]
 
-    def pieces(self, *, at_most: bool = False, at_once: int | None = None) -> list[Piece]:
+    def batches(self, *, at_most: bool = False, at_once: int | None = None) -> list[Drawn]:
         """What was kept, in batches."""
         if self.n_seen < self.size and not at_most:
             data = "unmasked training data" if self.balanced else "training data"
@@ -102,23 +102,23 @@ class Reservoir:
             )
             raise InputError(msg)
         limit = self._largest_batch if at_once is None else at_once
-        result: list[Piece] = []
-        group: list[Piece] = []
+        result: list[Drawn] = []
+        group: list[Drawn] = []
 
         def flush() -> None:
             if group:
-                sizes = [piece.n_rows for piece in group]
-                x = join_rows([piece.x for piece in group], sizes)
-                noise = np.concatenate([piece.noise for piece in group])
-                result.append(Piece(x, torch.cat([piece.y for piece in group]), noise))
+                sizes = [batch.n_rows for batch in group]
+                x = join_rows([batch.x for batch in group], sizes)
+                noise = np.concatenate([batch.noise for batch in group])
+                result.append(Drawn(x, torch.cat([batch.y for batch in group]), noise))
                 group.clear()
 
-        for piece in self._pieces:
-            together = sum(p.n_rows for p in group) + piece.n_rows
-            same = group and signature(piece.x, piece.n_rows) == signature(group[0].x, group[0].n_rows)
-            if group and (not same or together > limit or piece.y.shape[1:] != group[0].y.shape[1:]):
+        for batch in self._batches:
+            together = sum(p.n_rows for p in group) + batch.n_rows
+            same = group and signature(batch.x, batch.n_rows) == signature(group[0].x, group[0].n_rows)
+            if group and (not same or together > limit or batch.y.shape[1:] != group[0].y.shape[1:]):
                 flush()
-            group.append(piece)
+            group.append(batch)
         flush()
         return result
 

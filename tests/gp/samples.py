@@ -10,11 +10,9 @@ from torch import Tensor
 
 from laplace.curvature import AutogradGGN
 from laplace.curvature.by_autograd import WrittenOut
-from laplace.gp.last_layer import FeaturePoints
-from laplace.gp.linearized import block_points, feature_points
-from laplace.gp.tangents import Points
-from laplace.gp.whole_network import BlockPoints
+from laplace.gp.derivatives import InducingPoints, one_output
 from laplace.predictive import Linearization, NetworkLinearization
+from laplace.structures.head_block import HeadBlock, OneOutputBlock
 from tests.cases import Case
 from tests.contracts import of_head
 from tests.networks import Network
@@ -60,7 +58,7 @@ class Situation:
     """Inputs, points in two batches, and Jacobians: ``J [rows, C, P]`` of the inputs, ``Z [M, P]`` of the points."""
 
     inputs: Linearization
-    points: Points
+    points: InducingPoints
     J: Tensor
     Z: Tensor
 
@@ -73,13 +71,19 @@ def situation(thing: Case | Network, *, written: bool = False) -> Situation:
     if isinstance(thing, Case):
         inputs, at = last_layer(thing, x), last_layer(thing, z)
         columns = columns_for(at.f)
-        points: Points = FeaturePoints(*feature_points(at, columns, F64))
+        blocks = [one_output(at, columns, F64)]
     else:
         inputs = whole_network(thing, x, written=written)
         parts = [whole_network(thing, part, written=written) for part in (z[:2], z[2:])]
         columns = torch.cat([columns_for(part.f, seed) for seed, part in enumerate(parts)])
         split = columns.split([2, 3])
-        blocks = [block_points(part, c, F64) for part, c in zip(parts, split, strict=True)]
-        points = BlockPoints([lambda some=some: some for some in blocks], (2, 3))
+        blocks = [one_output(part, c, F64) for part, c in zip(parts, split, strict=True)]
+    points = InducingPoints([lambda some=some: some for some in blocks], [some[0].n_rows for some in blocks])
     chosen = Jz[torch.arange(5), columns]
     return Situation(inputs, points, problem.jacobian(x).flatten(0, 1), chosen)
+
+
+def head_points(phi: Tensor) -> InducingPoints:
+    """The only output of a last layer without a bias at some features."""
+    block = OneOutputBlock(HeadBlock((phi,), ((1, phi.shape[1]),)), torch.zeros(len(phi), dtype=torch.long))
+    return InducingPoints([lambda: [block]], [len(phi)])

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.gp.kernel import FeatureKernel, SubsetKernel
-from laplace.gp.network_kernel import NetworkKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.predictive import Linearization
 from laplace.structures.head_block import head_of
 from tests.cases import Case
@@ -49,7 +48,7 @@ class Sample:
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
         kernel = first.flatten(0, 1) @ second.flatten(0, 1).T
-        if isinstance(self.kernel, NetworkKernel) and self.kernel.separates:
+        if self.kernel.independent:
             same = torch.eye(self.n_outputs)
             kernel = kernel * same.repeat(len(first), len(second))
         return kernel
@@ -88,12 +87,12 @@ def sample(kind: str, name: str) -> Sample:
         at = last_layer(thing, z)
         head = head_of(at.head)
         assert head is not None
-        return Sample(FeatureKernel(head), last_layer(thing, x), J, J_inputs)
+        return Sample(SubsetKernel.of_head(head), last_layer(thing, x), J, J_inputs)
 
     def linearize(part: Any) -> Linearization:
         return whole_network(thing, part)
 
     each = len(J) // M
     batches, sizes = (rows_of(z, slice(0, 2)), rows_of(z, slice(2, M))), ((2, each), (M - 2, each))
-    kernel = NetworkKernel(batches, sizes, J.shape[1], J.shape[2], kind == "separate", F64, linearize)
+    kernel = SubsetKernel(batches, sizes, J.shape[1], J.shape[2], kind == "separate", F64, linearize)
     return Sample(kernel, linearize(x), J, J_inputs)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from laplace.errors import UnsupportedError
-from laplace.gp.kernel import FeatureKernel
-from laplace.gp.network_kernel import NetworkKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.structures.head_block import HeadBlock
+from tests.contracts import of_head
 from tests.gp.samples import F64
 from tests.gp.subsets import KINDS, Sample, sample
 from tests.tools import assert_close
@@ -17,7 +17,7 @@ everywhere = pytest.mark.parametrize(("kind", "name"), KINDS)
 
 def roots(here: Sample) -> list[torch.Tensor]:
     """Of every form that a kernel takes."""
-    if isinstance(here.kernel, FeatureKernel):
+    if here.kernel.shares:
         shared = here.roots(diagonal=True, shared=True)
         return [here.roots(diagonal=False), here.roots(diagonal=True), shared]
     return [here.roots(diagonal=here.kernel.separates)]
@@ -66,15 +66,18 @@ def test_weights_and_outputs_are_products_with_the_jacobian(kind, name):
 @pytest.mark.parametrize("n_rows", [2, 9])
 def test_fewer_features_and_fewer_rows_give_the_same(n_rows):
     phi, x = torch.randn(n_rows, 5), torch.randn(3, 4)
-    kernel = FeatureKernel(HeadBlock((phi[:, :4], torch.ones(len(phi), 1)), ((2, 4), (2,))))
-    cross = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    kernel = SubsetKernel.of_head(HeadBlock((phi[:, :4], phi[:, 4:]), ((2, 4), (2,))))
+    K = torch.nn.functional.pad(x, (0, 1), value=1.0) @ phi.T
+    cross = kernel.cross(of_head(torch.zeros(3, 2), x), F64)
+    assert cross.shape == (1, 3, min(n_rows, 5))
     for root in (torch.rand(n_rows, 2), torch.randn(n_rows, 2, 2)):
         sides = list(kernel.sides(root))
-        found = torch.stack([kernel.through(cross) @ side.T for side in sides])
-        expected = kernel.project(cross, root)
+        found, expected = torch.stack([cross[0] @ side.T for side in sides]), kernel.project(cross, root)
+        truth = torch.einsum("bn,nck->cbnk", K, root.reshape(n_rows, 2, -1)).flatten(2)
         if root.dim() == 3:
             expected = expected[0].unflatten(0, (-1, 2)).transpose(0, 1)
-        assert_close(found, expected)
+        assert_close(expected, truth)
+        assert_close(found, truth)
 
 
 @everywhere
@@ -92,10 +95,8 @@ def test_a_union_has_the_rows_of_both(kind, name):
 def test_state_describes_the_kernel(kind, name):
     here = sample(kind, name)
     state, root = here.kernel.state(), roots(here)[0]
-    if isinstance(here.kernel, NetworkKernel):
-        again = NetworkKernel.from_state(state, F64, here.kernel.linearize)
-    else:
-        again = FeatureKernel.from_state(state, F64)
+    assert set(state) == set(SubsetKernel.head_entries if kind == "last" else SubsetKernel.network_entries)
+    again = SubsetKernel.from_state(state, F64, here.kernel.linearize)
     assert torch.equal(again.gram(root), here.kernel.gram(root))
 
 

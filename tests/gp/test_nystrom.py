@@ -5,13 +5,11 @@ import torch
 
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning
 from laplace.gp import nystrom
-from laplace.gp.last_layer import FeaturePoints
-from laplace.gp.linearized import tangents
+from laplace.gp.derivatives import jacobian
 from laplace.gp.posterior import FeaturePrecision, FunctionLinearization
 from laplace.likelihoods import resolve
-from laplace.structures.head_block import HeadBlock
 from tests.cases import named as case_named
-from tests.gp.samples import F64, situation
+from tests.gp.samples import F64, head_points, situation
 from tests.networks import named
 from tests.tools import assert_close
 
@@ -37,7 +35,7 @@ def test_the_posterior_is_that_of_weights_that_move_along_the_directions(thing):
     f, likelihood = torch.randn(phi.shape[:2]), resolve("classification")
     Lambda = likelihood.hessian(f).dense()
     features = nystrom.NystromMap(V)
-    gram = nystrom.feature_gram(features.features(tangents(here.inputs, F64)), f, likelihood)
+    gram = nystrom.feature_gram(features.features(jacobian(here.inputs, F64)), f, likelihood)
     assert_close(gram, torch.einsum("nck,ncd,ndl->kl", phi, Lambda, phi), "Σ φᵀ Λ φ")
     precision, inputs = FeaturePrecision.of(gram, delta), FunctionLinearization.of(here.inputs, features, F64)
     S = V.T @ (gram + delta * torch.eye(4)).inverse() @ V  # of the weights
@@ -52,13 +50,13 @@ def test_the_posterior_is_that_of_weights_that_move_along_the_directions(thing):
 
 def test_fewer_features_than_asked_for_are_announced():
     phi = torch.randn(3, 2)
-    points = FeaturePoints(HeadBlock((torch.cat([phi, phi]),), ((1, phi.shape[1]),)), torch.zeros(6, dtype=torch.long))
+    points = head_points(torch.cat([phi, phi]))
     with pytest.warns(NumericalWarning, match="has rank 2 to working precision"):
         V = nystrom.leading_directions(points, 5)
     assert V.shape == (2, 2)
 
 
 def test_a_kernel_of_zeros_is_refused():
-    points = FeaturePoints(HeadBlock((torch.zeros(3, 2),), ((1, 2),)), torch.zeros(3, dtype=torch.long))
+    points = head_points(torch.zeros(3, 2))
     with pytest.raises(NotPositiveDefiniteError, match="do not depend on the random weights"):
         nystrom.leading_directions(points, 2)

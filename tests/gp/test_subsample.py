@@ -19,7 +19,7 @@ def drawn(*cuts: int, size: int = 6, seed: int = 0, balanced: bool = False, x=X)
     edges = [0, *cuts, len(Y)]
     for start, stop in itertools.pairwise(edges):
         reservoir.add(reference.rows_of(x, slice(start, stop)), Y[start:stop])
-    return reservoir.pieces()
+    return reservoir.batches()
 
 
 def joined(pieces: list) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -64,13 +64,13 @@ def test_masked_rows_are_no_class():
         reservoir = Reservoir(5, 0, balanced=True)
         for x, y in zip(X.tensor_split(cuts), masked.tensor_split(cuts), strict=True):
             reservoir.add(x, y)
-        x, y, _ = joined(reservoir.pieces())
+        x, y, _ = joined(reservoir.batches())
         assert sorted(y.tolist()) == [0, 0, 1, 1, 2]
         assert torch.equal(y, Y[(x[:, 0] / 2).long()])
     reservoir = Reservoir(7, 0, balanced=True)
     reservoir.add(X, masked)
     with pytest.raises(InputError, match="subsample of 7 of 6 unmasked training data"):
-        reservoir.pieces()
+        reservoir.batches()
 
 
 def test_nested_inputs_stay_nested():
@@ -85,7 +85,7 @@ def test_inputs_of_different_lengths_stay_apart():
     reservoir = Reservoir(4, 0)
     reservoir.add(torch.zeros(2, 3), Y[:2])
     reservoir.add(torch.zeros(2, 5), Y[:2])
-    assert sorted(p.x.shape for p in reservoir.pieces()) == [(2, 3), (2, 5)]
+    assert sorted(p.x.shape for p in reservoir.batches()) == [(2, 3), (2, 5)]
 
 
 def test_more_than_there_are_is_refused():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from laplace.gp.kernel import FeatureKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.gp.subset_curvature import SubsetCurvature
 from laplace.prior import GaussianPrior
 from tests.contracts import check_curvature
@@ -84,8 +84,7 @@ def test_noise_by_output_scales_the_roots_of_outputs():
     here = sample("last", "positions_regression")
     scale = torch.tensor([0.5, 2.0], requires_grad=True)
     kernel = here.kernel
-    assert isinstance(kernel, FeatureKernel)
-    weight = scale.repeat_interleave(kernel.phi.shape[1] - 1)
+    weight = scale.repeat_interleave(kernel.head.augmented.shape[1] - 1)
     factors = torch.cat([weight, scale])
     for root in roots(here):
         found = SubsetCurvature(kernel, root).scale_weights(factors)
@@ -111,9 +110,8 @@ def test_curvature_that_is_not_finite_is_seen():
     root = here.roots(diagonal=False)
     assert SubsetCurvature(here.kernel, root).is_finite
     assert not SubsetCurvature(here.kernel, root * torch.inf).is_finite
-    assert isinstance(here.kernel, FeatureKernel)
     assert not SubsetCurvature(
-        FeatureKernel(replace(here.kernel.head, phis=tuple(phi * 1e200 for phi in here.kernel.head.phis))), root
+        SubsetKernel.of_head(replace(here.kernel.head, phis=tuple(phi * 1e200 for phi in here.kernel.head.phis))), root
     ).is_finite
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning, UnsupportedError
-from laplace.gp.kernel import FeatureKernel
+from laplace.gp.kernel import SubsetKernel
 from laplace.gp.subset_of_data import SubsetPrecision
 from tests import reference
 from tests.contracts import check_precision
@@ -33,7 +33,7 @@ def test_over_all_weights_it_is_a_precision(name):
 def test_over_a_last_layer_it_is_a_precision(name, number):
     here = sample("last", name)
     root = roots(here)[number]
-    bias = isinstance(here.kernel, FeatureKernel) and len(here.kernel.head.phis) > 1
+    bias = len(here.kernel.groups) > 1
     check_precision(posterior(here, root), here.precision(root, DELTA), n_outputs=here.n_outputs, bias=bias)
 
 
@@ -90,8 +90,7 @@ def test_a_gram_matrix_that_is_none_is_announced_or_refused():
 def test_float32_agrees_with_float64():
     here = sample("last", "classification")
     root = here.roots(diagonal=False)
-    assert isinstance(here.kernel, FeatureKernel)
-    narrow = FeatureKernel(here.kernel.head.to(torch.float32))
+    narrow = SubsetKernel.of_head(here.kernel.head.to(torch.float32))
     found = SubsetPrecision(
         narrow, root.float(), narrow.gram(root.float()), torch.tensor(1 / DELTA, dtype=torch.float32)
     )

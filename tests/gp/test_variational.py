@@ -5,15 +5,13 @@ import torch
 
 from laplace.errors import NotPositiveDefiniteError, NumericalWarning
 from laplace.gp import variational
-from laplace.gp.last_layer import FeaturePoints
-from laplace.gp.linearized import tangents
+from laplace.gp.derivatives import InducingPoints, jacobian
 from laplace.gp.nystrom import feature_gram
-from laplace.gp.posterior import FeaturePrecision, FunctionLinearization, Rest
+from laplace.gp.posterior import FeaturePrecision, FunctionLinearization, PriorResidual
 from laplace.gp.variational import InducingMap, Objective, Statistics
 from laplace.likelihoods import resolve
-from laplace.structures.head_block import HeadBlock
 from tests.cases import named as case_named
-from tests.gp.samples import F64, situation
+from tests.gp.samples import F64, head_points, situation
 from tests.networks import named
 from tests.tools import assert_close, assert_covariance_of
 
@@ -60,11 +58,11 @@ def test_the_divergence_is_that_of_two_gaussians_over_weights():
 
 def statistics(thing, likelihood) -> Statistics:
     here = situation(thing)
-    inputs = tangents(here.inputs, F64)
+    inputs = jacobian(here.inputs, F64)
     phi = InducingMap(here.points, variational.kernel_factor(here.points)).features(inputs)
     f = torch.randn(here.J.shape[:2])
     y = torch.randint(3, (len(f),)) if likelihood.name == "classification" else torch.randn(f.shape)
-    return Statistics(f, y, phi, Rest(inputs, phi).covariance)
+    return Statistics(f, y, phi, PriorResidual(inputs, phi).covariance)
 
 
 def objective(alpha: float, n_rows: int, n_samples: int = 0) -> Objective:
@@ -114,14 +112,10 @@ def test_a_triangular_root_of_a_singular_matrix_is_one():
     assert torch.equal(L, L.tril())
 
 
-def points(phi: torch.Tensor) -> FeaturePoints:
-    return FeaturePoints(HeadBlock((phi,), ((1, phi.shape[1]),)), torch.zeros(len(phi), dtype=torch.long))
-
-
 def test_repeated_points_get_a_jitter_that_is_announced():
     phi = torch.randn(3, 2)
     with pytest.warns(NumericalWarning, match=r"jitter of about .*e-1\d was added.*Likely causes"):
-        R = variational.kernel_factor(points(torch.cat([phi, phi])))
+        R = variational.kernel_factor(head_points(torch.cat([phi, phi])))
     assert_close(R @ R.T, torch.cat([phi, phi]) @ torch.cat([phi, phi]).T)
 
 
@@ -129,16 +123,16 @@ def test_points_without_a_kernel_are_refused():
     phi = torch.randn(3, 2)
     phi[1] = 0
     with pytest.raises(NotPositiveDefiniteError, match=r"inducing points \[1\]"):
-        variational.kernel_factor(points(phi))
+        variational.kernel_factor(head_points(phi))
 
 
 def test_a_kernel_that_no_jitter_helps_is_refused():
-    class Wrong(FeaturePoints):
+    class Wrong(InducingPoints):
         """Products that are no kernel."""
 
         def gram(self) -> torch.Tensor:
             return torch.tensor([[1.0, 2.0], [2.0, 1.0]])
 
-    wrong = Wrong(HeadBlock((torch.randn(2, 2),), ((1, 2),)), torch.zeros(2, dtype=torch.long))
+    wrong = Wrong((), (2,))
     with pytest.raises(NotPositiveDefiniteError, match=r"smallest eigenvalue -1.000e\+00.*Likely causes"):
         variational.kernel_factor(wrong)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace.structures.head_block import HeadBlock, follow, head_blocks, head_of
+from laplace.structures.head_block import HeadBlock, OneOutputBlock, follow, head_blocks, head_of
 from laplace.structures.jacobian import DenseBlock
 from tests.contracts import generator, linear_jacobian, of_head, shapes_of
 from tests.structures.samples import C, D, uniform
@@ -44,6 +44,39 @@ def test_all_that_structures_ask_for_is_that_of_the_written_out_block(block):
     assert_close(block.mix(mix).dense(), dense.mix(mix).values, "mixtures")
     for _, weights, J in block.pieces():
         assert_close(J, dense.values[:, :, weights], "pieces")
+
+
+def test_where_weights_are_alike_one_output_stands_for_all():
+    for block in (*BLOCKS.values(), head_of(head_blocks(PHI, shapes_of(C, D)))):
+        alike = torch.tensor([0.3]).double().expand(block.n_params)
+        for ask in ("variance", "covariance", "kernel"):
+            assert_close(getattr(block, ask)(alike), getattr(DenseBlock(block.dense()), ask)(alike), ask)
+
+
+def test_one_output_of_each_row_is_that_row_of_the_written_out_block():
+    head = head_of(head_blocks(PHI, shapes_of(C, D)))
+    output = torch.tensor([2, 0, 0, C - 1, 1])
+    block, J = OneOutputBlock(head, output), head.dense()[output, torch.arange(N)].unsqueeze(0)
+    dense = DenseBlock(J)
+    assert_close(block.dense(), J)
+    assert_close(block.dense(slice(1, 4)), J[:, 1:4])
+    assert (block.n_columns, block.n_rows, block.n_params) == J.shape
+    v, weights = torch.randn(3, block.n_params).double(), torch.randn(3, 1, N).double()
+    assert_close(block.apply(v), dense.apply(v), "apply")
+    assert_close(block.apply_transposed(weights), dense.apply_transposed(weights), "apply transposed")
+    others = OneOutputBlock(head.select(torch.arange(3)), output[1:4])
+    assert_close(block.cross(others), dense.cross(DenseBlock(others.dense())), "cross")
+    for other in (head, head.mix(MIX), dense):
+        written = DenseBlock(other.dense())
+        assert_close(block.cross(other), dense.cross(written), "cross with other blocks")
+        assert_close(other.cross(block), written.cross(dense), "and the other way round")
+    w = uniform(block.n_params, 1)
+    for ask in ("variance", "covariance", "kernel"):
+        assert_close(getattr(block, ask)(w), getattr(dense, ask)(w), ask)
+    assert_close(block.mix(torch.ones(2, 1).double()).dense(), J.expand(2, -1, -1))
+    basis = torch.linalg.qr(torch.randn(block.n_params, block.n_params).double())[0]
+    assert_close(block.rotate([basis], (block.n_params,)).dense(), J @ basis)
+    assert block.size < J.numel()
 
 
 @every_block

@@ -5,11 +5,11 @@ import torch
 
 from laplace.curvature import AutogradGGN
 from laplace.errors import UnsupportedError
-from laplace.gp.linearized import DifferenceTangents, block_points, tangents
-from laplace.gp.tangents import WrittenTangents
-from laplace.gp.whole_network import product
+from laplace.gp.derivatives import Jacobian, jacobian, one_output, product
 from laplace.predictive import NetworkLinearization
+from laplace.predictive.linearization import StoredDerivatives
 from laplace.predictive.pairs import compare
+from laplace.structures.jacobian import DenseBlock
 from tests.cases import named as case_named
 from tests.gp.samples import F64, WHOLE, Situation, columns_for, last_layer, situation, whole_network
 from tests.networks import named
@@ -28,9 +28,11 @@ def build(kind: str, name: str) -> Situation:
 @everywhere
 def test_products_are_those_of_jacobians(kind, name):
     here = build(kind, name)
-    found, J, Z = tangents(here.inputs, F64), here.J, here.Z
+    found, J, Z = jacobian(here.inputs, F64), here.J, here.Z
     directions = torch.randn(3, J.shape[-1])
+    weights = torch.randn(2, *J.shape[:2])
     assert_close(found.times(directions), J @ directions.T, "J v")
+    assert_close(found.combine(weights), torch.einsum("ncp,vnc->vp", J, weights), "Jᵀ u")
     assert_close(found.cross(here.points), J @ Z.T, "J Zᵀ")
     kernel = J.flatten(0, 1) @ J.flatten(0, 1).T
     assert_close(found.joint(), kernel, "J Jᵀ across rows")
@@ -41,17 +43,19 @@ def test_products_are_those_of_jacobians(kind, name):
 @everywhere
 def test_points_are_rows_of_the_jacobian(kind, name):
     here = build(kind, name)
-    weights, rows = torch.randn(3, len(here.Z)), torch.randn(4, here.Z.shape[1])
+    weights = torch.randn(3, len(here.Z))
     assert here.points.n_points == len(here.Z)
     assert_close(here.points.gram(), here.Z @ here.Z.T, "kernel")
     assert_close(here.points.combine(weights), weights @ here.Z, "combinations")
-    assert_close(here.points.against(rows), rows @ here.Z.T, "products with rows")
 
 
 @everywhere
 def test_written_jacobians_give_the_same(kind, name):
     here = build(kind, name)
-    found, expected = WrittenTangents(here.J), tangents(here.inputs, F64)
+    blocks = one_output(here.inputs, torch.zeros(len(here.inputs.f), dtype=torch.long), F64)
+    parts = here.J.transpose(0, 1).split([block.n_params for block in blocks], -1)
+    written = StoredDerivatives([DenseBlock(part) for part in parts])
+    found, expected = Jacobian(NetworkLinearization(here.J[..., 0], written), F64), jacobian(here.inputs, F64)
     for method in ("variance", "covariance", "joint"):
         assert_close(getattr(found, method)(), getattr(expected, method)(), method)
     assert_close(found.cross(here.points), expected.cross(here.points))
@@ -63,8 +67,7 @@ def test_pairs_are_differences():
     inputs = compare(last_layer(case, x))
     J = case.problem().jacobian(x).flatten(1, 2)
     J = torch.stack([J[:, 0] - J[:, 1], torch.zeros_like(J[:, 0])], 1)
-    found = tangents(inputs, F64)
-    assert isinstance(found, DifferenceTangents)
+    found = jacobian(inputs, F64)
     directions = torch.randn(3, J.shape[-1])
     assert_close(found.times(directions), J @ directions.T)
     assert_close(found.covariance(), J @ J.mT)
@@ -85,7 +88,7 @@ def test_points_of_a_back_end_without_directions_are_the_same():
         columns = inputs.derivatives.columns
 
     slow = NetworkLinearization(inputs.f, OneByOne(), inputs.evaluate, inputs.theta)
-    for ours, theirs in zip(block_points(slow, columns, F64), block_points(whole, columns, F64), strict=True):
+    for ours, theirs in zip(one_output(slow, columns, F64), one_output(whole, columns, F64), strict=True):
         assert_close(ours.dense(), theirs.dense())
 
 
@@ -95,8 +98,8 @@ def test_kernels_in_factors_need_no_memory_of_jacobians():
     one_hot = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).to(F64)
     inputs = NetworkLinearization(derivatives.f, derivatives, lambda theta: theta, torch.zeros(()))
     with LargestTensor() as largest:
-        blocks = block_points(inputs, one_hot.argmax(1), F64)
-        kernel = product(blocks, blocks)[0]
+        blocks = one_output(inputs, one_hot.argmax(1), F64)
+        kernel = product(blocks, blocks)[0, :, 0]
     assert kernel.shape == (40, 40)
     assert largest.numel < 252003, largest.operation  # one row of J: 40 of them are never written out
 
@@ -105,4 +108,4 @@ def test_other_linearizations_are_refused():
     whole = whole_network(named("mlp"), named("mlp").data()[0])
     without = NetworkLinearization(whole.f, None, whole.evaluate, whole.theta)
     with pytest.raises(UnsupportedError, match="no derivatives"):
-        tangents(without, F64)
+        jacobian(without, F64)
