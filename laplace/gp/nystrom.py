@@ -82,10 +82,8 @@ class NystromMap(FeatureMap):
     directions: Float[Tensor, "k params"]
     """Vᵀ, ``[K, P]``."""
 
-    @property
-    def has_residual(self) -> bool:
-        """No: the prior outside the span is left out."""
-        return False
+    has_residual = False
+    """The prior outside the span is left out."""
 
     def features(self, at: Jacobian) -> Float[Tensor, "rows outputs k"]:
         """``J V``."""

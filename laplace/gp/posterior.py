@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,10 +29,8 @@ from laplace.structures.basis import Basis
 class FeatureMap(ABC):
     """From derivatives of outputs to their features."""
 
-    @property
-    @abstractmethod
-    def has_residual(self) -> bool:
-        """Whether what features leave of the prior belongs to the posterior."""
+    has_residual: ClassVar[bool]
+    """Whether what features leave of the prior belongs to the posterior."""
 
     @abstractmethod
     def features(self, at: Jacobian) -> Float[Tensor, "rows outputs k"]:

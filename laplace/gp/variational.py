@@ -80,10 +80,8 @@ class InducingMap(FeatureMap):
     kernel_root: Float[Tensor, "points points"]
     """R, ``[M, M]``."""
 
-    @property
-    def has_residual(self) -> bool:
-        """Yes: away from the inducing points the posterior is the prior."""
-        return True
+    has_residual = True
+    """Away from the inducing points the posterior is the prior."""
 
     def features(self, at: Jacobian) -> Float[Tensor, "rows outputs points"]:
         """By the kernel with the inducing points."""

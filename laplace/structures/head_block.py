@@ -103,8 +103,9 @@ class HeadBlock(JacobianBlock):
 
     def _directions(self) -> Float[Tensor, "columns outputs"]:
         """The directions, written out."""
-        eye = torch.eye(self.n_outputs, dtype=self.sample.dtype, device=self.sample.device)
-        return eye if self.outer is None else self.outer
+        if self.outer is not None:
+            return self.outer
+        return torch.eye(self.n_outputs, dtype=self.sample.dtype, device=self.sample.device)
 
     def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
         """A part of J, written out."""
@@ -181,7 +182,8 @@ class HeadBlock(JacobianBlock):
     def kernel(self, w: Float[Tensor, " params"]) -> Float[Tensor, "joint joint"]:
         """One ``[rows, rows]`` matrix for each output, or one for all where weights are alike; mixed."""
         if not w.stride(0):
-            return torch.kron(w[:1] * self._products(self), self._directions() @ self._directions().T)
+            between = self._directions() if self.outer is None else self.outer @ self.outer.T
+            return torch.kron(w[:1] * self.products(self), between)
         parts = [(_distinct(phi), v) for phi, v in zip(self.phis, self.matrices(w), strict=True)]
         kernels = sum_parts([torch.einsum("nd,cd,md->cnm", phi, v, phi) for phi, v in parts])
         kernels, outer = kernels.expand(-1, self.n_rows, self.n_rows), self._directions()
@@ -201,15 +203,16 @@ class HeadBlock(JacobianBlock):
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
         """``outer outer'ᵀ`` times the products of the features."""
         if isinstance(other, OneOutputBlock):
-            directions = self._directions()[:, other.output]
-            return (self._products(other.head).unsqueeze(1) * directions).transpose(0, 1).unsqueeze(2)
+            outputs = torch.arange(self.n_outputs, device=other.output.device).unsqueeze(1)
+            sides = outputs == other.output if self.outer is None else self.outer[:, other.output]
+            return (self.products(other.head).unsqueeze(1) * sides).transpose(0, 1).unsqueeze(2)
         if not isinstance(other, HeadBlock):
             return super().cross(other)
         between = self._directions() @ other._directions().T
-        return torch.einsum("qk,nm->qnkm", between, self._products(other))
+        return torch.einsum("qk,nm->qnkm", between, self.products(other))
 
-    def _products(self, other: HeadBlock) -> Float[Tensor, "rows others"]:
-        """``φ φ'ᵀ`` of all groups: the kernel that all outputs share."""
+    def products(self, other: HeadBlock) -> Float[Tensor, "rows others"]:
+        """``φ φ'ᵀ``, added over the groups: the kernel that all outputs share."""
         return sum_parts([phi @ point.T for phi, point in zip(self.phis, other.phis, strict=True)])
 
 
@@ -292,7 +295,7 @@ class OneOutputBlock(JacobianBlock):
         if not isinstance(other, OneOutputBlock):
             return super().cross(other)
         same = self.output.unsqueeze(1) == other.output
-        return (self.head._products(other.head) * same).unsqueeze(1).unsqueeze(0)
+        return (self.head.products(other.head) * same).unsqueeze(1).unsqueeze(0)
 
 
 def _distinct(phi: Float[Tensor, "rows features"]) -> Float[Tensor, "distinct features"]:

@@ -5,12 +5,13 @@ import torch
 
 from laplace.curvature import AutogradGGN
 from laplace.errors import UnsupportedError
-from laplace.gp.derivatives import Jacobian, jacobian, one_output, product
+from laplace.gp.derivatives import InducingPoints, Jacobian, jacobian, one_output, product
 from laplace.predictive import NetworkLinearization
 from laplace.predictive.linearization import StoredDerivatives
 from laplace.predictive.pairs import compare
 from laplace.structures.jacobian import DenseBlock
 from tests.cases import named as case_named
+from tests.contracts import of_head
 from tests.gp.samples import F64, WHOLE, Situation, columns_for, last_layer, situation, whole_network
 from tests.networks import named
 from tests.tools import LargestTensor, assert_close
@@ -102,6 +103,17 @@ def test_kernels_in_factors_need_no_memory_of_jacobians():
         kernel = product(blocks, blocks)[0, :, 0]
     assert kernel.shape == (40, 40)
     assert largest.numel < 252003, largest.operation  # one row of J: 40 of them are never written out
+
+
+def test_a_last_layer_needs_no_matrix_over_outputs():
+    C, n, width, M = 300, 20, 5, 6
+    inputs, at = (of_head(torch.zeros(rows, C), torch.randn(rows, width)) for rows in (n, M))
+    with LargestTensor() as largest:
+        found, blocks = jacobian(inputs, F64), one_output(at, columns_for(at.f), F64)
+        points = InducingPoints([lambda: blocks], [M])
+        found.cross(points), found.variance(), found.times(torch.randn(2, C * (width + 1)))
+        points.gram(), points.combine(torch.randn(2, M))
+    assert largest.numel <= n * C * M, largest.operation
 
 
 def test_other_linearizations_are_refused():

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from laplace.errors import UnsupportedError
+from laplace.gp.derivatives import jacobian
 from laplace.gp.kernel import SubsetKernel
 from laplace.structures.head_block import HeadBlock
 from tests.contracts import of_head
 from tests.gp.samples import F64
 from tests.gp.subsets import KINDS, Sample, sample
-from tests.tools import assert_close
+from tests.tools import LargestTensor, assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 everywhere = pytest.mark.parametrize(("kind", "name"), KINDS)
@@ -98,6 +99,21 @@ def test_state_describes_the_kernel(kind, name):
     assert set(state) == set(SubsetKernel.head_entries if kind == "last" else SubsetKernel.network_entries)
     again = SubsetKernel.from_state(state, F64, here.kernel.linearize)
     assert torch.equal(again.gram(root), here.kernel.gram(root))
+
+
+@pytest.mark.parametrize("width", [4, 40])
+def test_a_last_layer_needs_no_matrix_over_outputs(width):
+    C, n = 1000, 12
+    phi, x = torch.randn(n, width), torch.randn(7, width)
+    roots, inputs = (torch.rand(n, 1), torch.rand(n, C)), of_head(torch.zeros(7, C), x)
+    with LargestTensor() as largest:
+        kernel = SubsetKernel.of_head(HeadBlock((phi, torch.ones(n, 1)), ((C, width), (C,))))
+        cross = kernel.cross(inputs, F64)
+        J = jacobian(inputs, F64)
+        J.variance(), kernel.apply(torch.randn(1, C * (width + 1))), kernel.combine(torch.randn(1, n, C))
+        for root in roots:
+            kernel.gram(root), kernel.project(cross, root)
+    assert largest.numel <= C * max(n * n, width + 1), largest.operation
 
 
 def test_kernels_refuse_inputs_of_the_other_kind():
