@@ -154,7 +154,7 @@ class SubsetKernel:
             for columns, blocks in J.by_column():
                 yield Rows(blocks, place, n_columns, columns)
             return
-        for c in range(1 if self.shares else self.n_outputs) if part is None else (part,):
+        for c in range(self.n_outputs) if part is None else (part,):
             blocks = J.every(self.n_outputs, c)
             yield Rows(blocks, slice(start, start + n_rows), n_columns // self.n_outputs, part=c)
 
@@ -169,14 +169,17 @@ class SubsetKernel:
     def _empty(self, like: Tensor, n_rows: int) -> Float[Tensor, "kernels points subset"]:
         """To write kernels with the subset into."""
         if self.separates:
-            return like.new_zeros(1 if self.shares else self.n_outputs, n_rows, self.n_rows)
+            return like.new_zeros(self.n_outputs, n_rows, self.n_rows)
         return like.new_zeros(1, n_rows * self.n_outputs, self.n_rows * self.n_outputs)
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
     def gram(self, root: Tensor) -> Float[Tensor, "parts columns columns"]:
         """``Rᵀ K R``, with K the kernel of the subset and R the roots."""
-        kernel = write_lower(self._empty(root, self.n_rows), self._rows)
+        if self.shares:
+            kernel = self.head.products(self.head).unsqueeze(0)
+        else:
+            kernel = write_lower(self._empty(root, self.n_rows), self._rows)
         if root.dim() == 2:
             half = root.T.unsqueeze(2)
             return half * kernel * half.mT
@@ -199,10 +202,10 @@ class SubsetKernel:
             needs = "A last layer needs features" if self.shares else "All weights need derivatives"
             msg = f"{needs}; got {type(inputs).__name__}."
             raise UnsupportedError(msg)
-        if self.features is not None:
+        if self.shares:
             head = head_of(inputs.blocks(dtype))
             assert head is not None, "outputs are linear in the weights of a head"
-            return head.augmented.unsqueeze(0)
+            return (head.products(self.head) if self.features is None else head.augmented).unsqueeze(0)
         total = self._empty(torch.zeros((), dtype=dtype, device=inputs.f.device), inputs.f.numel() // self.n_outputs)
         for first in self._rows_of(inputs):
             for _, second in self._rows(first.part):
