@@ -1,10 +1,11 @@
-"""Did the approximation help: metrics of predicted probabilities, their pictures, and tables that compare methods.
+"""Did the approximation help: metrics, pictures and tables that compare methods; and decisions that can be relied on.
 
-Works on the probabilities of any predictor, so that a Laplace approximation, a plain network and a network with a
+Metrics take the probabilities of any predictor, so that a Laplace approximation, a plain network and a network with a
 fitted temperature are judged by the same code. Needs the extra ``evaluation`` (torchmetrics, matplotlib), which is
 imported by the functions that use it and not by this package.
 """
 
+from laplace.evaluation.conformal import ConformalPredictor, conformal
 from laplace.evaluation.metrics import (
     ReliabilityBins,
     RiskCoverage,
@@ -22,6 +23,7 @@ from laplace.evaluation.report import Predictions, Report, predict, side_by_side
 from laplace.evaluation.temperature import SoftmaxPredictor, best_temperature, fit_temperature
 
 __all__ = [
+    "ConformalPredictor",
     "Predictions",
     "ReliabilityBins",
     "Report",
@@ -31,6 +33,7 @@ __all__ = [
     "best_temperature",
     "brier_score",
     "calibration_error",
+    "conformal",
     "fit_temperature",
     "mean_nll",
     "ood_auroc",

@@ -43,6 +43,13 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     assert run(page, tmp_path, monkeypatch)["la"].n_data > 0
 
 
+def test_the_code_about_decisions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mapie")
+    names = run("decisions.md", tmp_path, monkeypatch)
+    assert float(names["covered"]) == pytest.approx(0.904, abs=0.05)
+    assert float(names["inside"].float().mean()) == pytest.approx(0.927, abs=0.06)
+
+
 def test_the_code_of_the_guide_runs_and_its_mistakes_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("choosing.md", tmp_path, monkeypatch)
     rows = list(MISTAKE.finditer((DOCS / "choosing.md").read_text(encoding="utf-8")))
