@@ -8,15 +8,20 @@ changed statement until one fails, the quickest first, and lists the mutants tha
 a statement is watched once, in a run in which all must pass; a statement that none executes is a survivor at once. A
 test that failed with a mutant is run once more without any: if it fails by itself, it has noticed nothing.
 
-PyTorch is imported once, each mutant is a fork of that process, and every job works in a copy of the checkout, which
-stays as it is. A `reason` that somebody wrote beside a survivor in the output file is kept when it is written again.
+The tests of a room are collected once. Each mutant is a fork of that process in which the changed function gets its
+new code; what is executed while modules are imported is instead imported again, from a copy of the checkout, which
+itself stays as it is. A `reason` that somebody wrote beside a survivor in the output file is kept when it is written
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import gc
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -26,10 +31,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,6 +51,8 @@ SHARED = ("torch", "torch.func", "torch.nn.attention", "numpy", "beartype")
 FORKING = multiprocessing.get_context("fork")
 PATIENCE = 60, 10
 """A mutant hangs, and is noticed, after so many seconds and so many times what its tests take without it."""
+IMPORTED, NO_END = ["imported"], ["no end, or a crash"]
+"""In the place of tests that failed: the mutant has to be imported; the process did not end as it should."""
 
 
 class Mutant(NamedTuple):
@@ -63,6 +70,17 @@ class Mutant(NamedTuple):
     def room(self) -> str:
         """The room that it is in."""
         return Path(self.path).parts[1]
+
+    def applied(self, source: bytes) -> bytes:
+        """The changed file; all other lines keep their numbers.
+
+        Parameters
+        ----------
+        source
+            The file as it is.
+        """
+        lines = "\n" * (self.before.count("\n") - self.after.count("\n"))
+        return source[: self.start] + f"{self.after[:-1]}{lines})".encode() + source[self.stop :]
 
 
 def mutants_of(path: Path) -> Iterator[Mutant]:
@@ -174,109 +192,13 @@ def statement(path: Path, line: int) -> range:
     return range(node.lineno, max(node.lineno + 1, body[0].lineno) if body else (node.end_lineno or 0) + 1)
 
 
-class Tests:
-    """A plugin of pytest: runs chosen tests in their order, and notes what fails, its time, and lines of a folder."""
-
-    def __init__(self, chosen: Sequence[str] | None = None, folder: Path | None = None):
-        self.chosen, self.folder = chosen, str(folder)
-        self.failed: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.lines: dict[str, set[tuple[str, int]]] = {"": set()}
-        """By test; of none: what is executed while modules are imported and tests are made."""
-        self.now = self.lines[""]
-
-    def run(self, tree: Path, files: Sequence[str], *options: str) -> None:
-        """In this process, which is a fork, and silently; pytest failing otherwise than by a test counts as one."""
-        os.chdir(tree)
-        sys.path.insert(0, str(tree))
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        status = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *options, *files], plugins=[self])
-        sys.settrace(None)
-        if status != pytest.ExitCode.OK and not self.failed:
-            self.failed.append("")
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self.chosen is not None:
-            place = {test: index for index, test in enumerate(self.chosen)}
-            items[:] = sorted((i for i in items if i.nodeid in place), key=lambda item: place[item.nodeid])
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        started, self.now = time.perf_counter(), self.lines.setdefault(item.nodeid, set())
-        try:
-            return (yield)
-        finally:
-            self.seconds[item.nodeid] = time.perf_counter() - started
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def trace(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
-        """For `sys.settrace`."""
-        name, lines = frame.f_code.co_filename, self.now
-        if not name.startswith(self.folder):
-            return None
-
-        def line(frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
-            lines.add((name, frame.f_lineno))
-            return line
-
-        return line
-
-
-class Room(NamedTuple):
-    """Its tests without a mutant: how long each takes, and which execute a line of a file."""
-
-    failed: list[str]
-    seconds: dict[str, float]
-    tests: dict[tuple[str, int], list[str]]
-
-    def executing(self, mutant: Mutant) -> list[str]:
-        """The tests of a changed statement, the quickest first; all of them where it is executed by an import.
-
-        Parameters
-        ----------
-        mutant
-            In this room.
-        """
-        lines = statement(ROOT / mutant.path, mutant.line)
-        found = {test for line in lines for test in self.tests.get((mutant.path, line), [])}
-        return sorted(self.seconds if "" in found else found, key=self.seconds.__getitem__)
-
-
-def watched(pipe: Connection, tree: Path, room: str) -> None:
-    """In a fork: all tests of a room; sends a Room."""
-    tests, by_line = Tests(folder=tree / "laplace" / room), {}
-    sys.settrace(tests.trace)
-    tests.run(tree, [f"tests/{room}"])
-    for test, lines in tests.lines.items():
-        for name, line in lines:
-            by_line.setdefault((str(Path(name).relative_to(tree)), line), []).append(test)
-    pipe.send(Room(tests.failed, tests.seconds, by_line))
-
-
-def tried(pipe: Connection, tree: Path, chosen: Sequence[str], mutant: Mutant | None) -> None:
-    """In a fork: tests, with a mutant until one fails; sends those that failed."""
-    tests, options = Tests(chosen), []
-    if mutant is not None:
-        path, options, sys.dont_write_bytecode = tree / mutant.path, ["-x"], True
-        source = path.read_bytes()
-        path.write_bytes(source[: mutant.start] + mutant.after.encode() + source[mutant.stop :])
-        os.utime(path, (0, 0))  # of which time no compiled file is
-    tests.run(tree, sorted({test.partition("::")[0] for test in chosen}), *options)
-    pipe.send(tests.failed)
-
-
 def in_a_fork(function: Callable[..., None], *arguments: Any, seconds: float | None = None) -> Any:
     """What a function sends; ``None`` where its process dies, or has not ended after so many seconds.
 
     Parameters
     ----------
     function, *arguments, seconds
-        What to call, and for how long.
+        What to call, with a pipe before its arguments, and for how long.
     """
     here, there = FORKING.Pipe(duplex=False)
     process = FORKING.Process(target=function, args=(there, *arguments))
@@ -291,45 +213,230 @@ def in_a_fork(function: Callable[..., None], *arguments: Any, seconds: float | N
         process.join()
 
 
-TREE: Path
-"""The copy of this job."""
+class Room(NamedTuple):
+    """Its tests without a mutant: which fail, how long each takes, and which execute a line of a file."""
+
+    failed: list[str]
+    seconds: dict[str, float]
+    tests: dict[tuple[str, int], list[str]]
+
+    def executing(self, mutant: Mutant) -> list[str]:
+        """The tests of a changed statement, the quickest first; "" first of all where an import executes it.
+
+        Parameters
+        ----------
+        mutant
+            In this room.
+        """
+        lines = statement(ROOT / mutant.path, mutant.line)
+        found = {test for line in lines for test in self.tests.get((mutant.path, line), [])}
+        return sorted({"", *self.seconds} if "" in found else found, key=lambda test: self.seconds.get(test, -1.0))
+
+    def patience(self, tests: list[str]) -> float:
+        """Seconds after which tests hang."""
+        return PATIENCE[0] + PATIENCE[1] * sum(self.seconds.get(test, 0.0) for test in tests)
 
 
-def begin(trees: Any) -> None:
-    """Take a copy; in each job."""
-    global TREE  # noqa: PLW0603 - one for each job
-    TREE = trees.get()
+class Tests:
+    """A plugin of pytest that runs chosen tests, or gives the collected ones to a function; notes what they do."""
+
+    def __init__(self, chosen: Sequence[str] = (), *, stop: bool = False, serve: Callable[[Tests], None] | None = None):
+        self.chosen, self.stop, self.serve = chosen, stop, serve
+        self.items: dict[str, pytest.Item] = {}
+        self.failed: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.lines: dict[str, set[tuple[str, int]]] = {"": set()}
+        """By test; of none: what is executed while modules are imported and tests are made."""
+        self.now = self.lines[""]
+
+    def start(self, tree: Path, *files: str) -> None:
+        """In this process, which is a fork, and silently; pytest failing otherwise than by a test counts as one."""
+        os.chdir(tree)
+        sys.path.insert(0, str(tree))
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        status = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *files], plugins=[self])
+        if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+            self.failed.append("")
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        if session.testsfailed or not set(self.chosen) <= set(self.items):
+            self.failed.append("")
+        elif self.serve is not None:
+            self.serve(self)
+        else:
+            self.run(self.chosen)
+        return True
+
+    def run(self, tests: Sequence[str]) -> None:
+        """Some of the collected tests."""
+        items = [self.items[test] for test in tests]
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            started, self.now = time.perf_counter(), self.lines.setdefault(item.nodeid, set())
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            self.seconds[item.nodeid] = time.perf_counter() - started
+            if self.stop and self.failed:
+                return
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def trace(self, folder: str, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
+        """For `sys.settrace`: lines of a folder."""
+        name, lines = frame.f_code.co_filename, self.now
+        if not name.startswith(folder):
+            return None
+
+        def line(frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
+            lines.add((name, frame.f_lineno))
+            return line
+
+        return line
 
 
-def watch(room: str) -> Room | None:
-    """What its tests do without a mutant."""
-    return in_a_fork(watched, TREE, room)
+def functions_in(code: CodeType) -> Iterator[CodeType]:
+    """Functions of a module and of its classes."""
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType) and inner.co_flags & inspect.CO_OPTIMIZED:
+            yield inner
+        elif isinstance(inner, CodeType):
+            yield from functions_in(inner)
 
 
-def alone(tests: list[str]) -> list[str]:
-    """Which of these fail without a mutant."""
-    return in_a_fork(tried, TREE, tests, None) if tests else []
-
-
-def noticed(mutant: Mutant, chosen: list[str], seconds: float) -> list[str]:
-    """The test that fails with a mutant, or "" where their process does not end as it should; none if it survives.
+def changed(mutant: Mutant, tree: Path, known: list[FunctionType]) -> bool:
+    """Give the function that a mutant changes its new code; whether that was possible.
 
     Parameters
     ----------
-    mutant, chosen, seconds
-        What, the tests, and how long they take without it.
+    mutant, tree, known
+        What, in which copy, and all functions that exist.
     """
-    original, failed = TREE / mutant.path, []
-    if chosen:
+    path, name = tree / mutant.path, ".".join(Path(mutant.path).with_suffix("").parts).removesuffix(".__init__")
+    source, loader = path.read_bytes(), sys.modules[name].__loader__
+    versions = (loader.source_to_code(text, str(path)) for text in (source, mutant.applied(source)))
+    before, after = (list(functions_in(code)) for code in versions)
+    pairs = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    if len(pairs) != 1 or pairs[0][0].co_freevars != pairs[0][1].co_freevars:
+        return False
+    old, new = pairs[0]
+    found = [function for function in known if function.__code__ == old and function.__code__.co_filename == str(path)]
+    for function in found:
+        function.__code__ = new
+    return bool(found)
+
+
+def watched(pipe: Connection, tests: Tests, tree: Path, room: str) -> None:
+    """In a fork: run all tests; sends a Room."""
+    by_line: dict[tuple[str, int], list[str]] = {}
+    sys.settrace(partial(tests.trace, str(tree / "laplace" / room)))
+    tests.run(list(tests.items))
+    sys.settrace(None)
+    for test, lines in tests.lines.items():
+        for name, line in lines:
+            by_line.setdefault((str(Path(name).relative_to(tree)), line), []).append(test)
+    pipe.send(Room(tests.failed, tests.seconds, by_line))
+
+
+def with_code(
+    pipe: Connection, tests: Tests, tree: Path, known: list[FunctionType], mutant: Mutant, some: list[str]
+) -> None:
+    """In a fork of the collected tests: a mutant as new code; sends what failed, nothing if it has to be imported."""
+    tests.stop = True
+    possible = changed(mutant, tree, known)
+    if possible:
+        tests.run(some)
+    pipe.send(tests.failed if possible else IMPORTED)
+
+
+def with_file(pipe: Connection, tree: Path, some: list[str], mutant: Mutant | None) -> None:
+    """In a fork: tests, with a mutant as a changed file until one fails; sends what failed."""
+    if mutant is not None:
+        sys.dont_write_bytecode, path = True, tree / mutant.path
+        path.write_bytes(mutant.applied(path.read_bytes()))
+        os.utime(path, (0, 0))  # of which time no compiled file is
+    tests = Tests(some, stop=mutant is not None)
+    tests.start(tree, *sorted({test.partition("::")[0] for test in some}))
+    pipe.send(tests.failed)
+
+
+def collected(pipe: Connection, tree: Path, room: str, mutants: list[Mutant], jobs: int) -> None:
+    """In a fork: collect the tests of a room once; sends the Room, then what they say of each mutant."""
+
+    def serve(tests: Tests) -> None:
+        sys.settrace(None)
+        found: Room = in_a_fork(watched, tests, tree, room)
+        pipe.send(found)
+        functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType]
+        gc.freeze()  # what is collected anew in each fork is less
+
+        def outcome(mutant: Mutant, _: int) -> list[str]:
+            some = found.executing(mutant)
+            if not some or "" in some:
+                return IMPORTED if some else []
+            return in_a_fork(with_code, tests, tree, functions, mutant, some, seconds=found.patience(some))
+
+        if not found.failed:
+            for_each(pipe, mutants, jobs, outcome)
+
+    tests = Tests(serve=serve)
+    sys.settrace(partial(tests.trace, str(tree / "laplace" / room)))
+    tests.start(tree, f"tests/{room}")
+
+
+def imported(pipe: Connection, trees: list[Path], mutants: list[Mutant], rooms: dict[str, Room]) -> None:
+    """In a fork: sends what tests say of each mutant that has to be imported."""
+
+    def outcome(mutant: Mutant, job: int) -> list[str]:
+        room, path = rooms[mutant.room], trees[job] / mutant.path
+        some = [test for test in room.executing(mutant) if test]
         try:
-            limit = PATIENCE[0] + PATIENCE[1] * seconds
-            failed = in_a_fork(tried, TREE, chosen, mutant, seconds=limit)
+            return in_a_fork(with_file, trees[job], some, mutant, seconds=room.patience(some))
         finally:
-            shutil.copy2(ROOT / mutant.path, original)
-    failed = [""] if failed is None else failed
-    where = f"{mutant.path}:{mutant.line}"
-    print("noticed " if failed else "survived", where, mutant.kind, "by", *failed, f"of {len(chosen)}", flush=True)
-    return failed
+            shutil.copy2(ROOT / mutant.path, path)
+
+    for_each(pipe, mutants, len(trees), outcome)
+
+
+def for_each(pipe: Connection, mutants: list[Mutant], jobs: int, outcome: Callable[[Mutant, int], Any]) -> None:
+    """Send each mutant with its outcome, from so many forks.
+
+    Parameters
+    ----------
+    pipe, mutants, jobs, outcome
+        Where, what, how many; from a mutant and the number of a fork to the tests that fail.
+    """
+
+    def work(job: int) -> None:
+        for mutant in mutants[job::jobs]:
+            failed = outcome(mutant, job)
+            pipe.send((mutant, NO_END if failed is None else failed))
+
+    running = [FORKING.Process(target=work, args=(job,)) for job in range(jobs)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+
+
+def messages(function: Callable[..., None], *arguments: Any) -> Iterator[Any]:
+    """All that a function sends from a fork.
+
+    Parameters
+    ----------
+    function, *arguments
+        What to call, with a pipe before its arguments.
+    """
+    here, there = FORKING.Pipe(duplex=False)
+    process = FORKING.Process(target=function, args=(there, *arguments))
+    process.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield here.recv()
+    process.join()
 
 
 def main() -> int:
@@ -346,25 +453,38 @@ def main() -> int:
     sys.dont_write_bytecode = False
     for name in SHARED:
         importlib.import_module(name)
+    rooms: dict[str, Room] = {}
+    failed: dict[Mutant, list[str]] = {}
+
+    def note(found: Iterator[tuple[Mutant, list[str]]]) -> None:
+        for mutant, tests in found:
+            failed[mutant] = tests
+            result = "imported" if tests == IMPORTED else "noticed " if tests else "survived"
+            change = f"{mutant.kind}: {mutant.before} -> {mutant.after}"
+            print(result, f"{mutant.path}:{mutant.line}", change, *tests, sep="  ", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        trees = FORKING.Queue()
-        for job in range(arguments.jobs):
-            tree = Path(folder, str(job)).resolve()
+        trees = [Path(folder, str(job)).resolve() for job in range(arguments.jobs)]
+        for tree in trees:
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "site"))
-            trees.put(tree)
-        with ProcessPoolExecutor(arguments.jobs, FORKING, begin, (trees,)) as pool:
-            rooms = dict(zip(ROOMS, pool.map(watch, ROOMS), strict=True))
-            if any(room is None or room.failed or not room.tests for room in rooms.values()):
-                print("The tests fail without any mutant: nothing can be learned.", rooms)
+        for room in ROOMS:
+            here = [mutant for mutant in chosen if mutant.room == room]
+            found = messages(collected, trees[0], room, here, arguments.jobs)
+            rooms[room] = next(found, Room([""], {}, {}))
+            if rooms[room].failed:
+                print(f"The tests of {room} fail without any mutant, so nothing can be learned:", *rooms[room].failed)
                 return 1
-            tests = [rooms[mutant.room].executing(mutant) for mutant in chosen]
-            times = [sum(rooms[m.room].seconds[t] for t in some) for m, some in zip(chosen, tests, strict=True)]
-            failed = list(pool.map(noticed, chosen, tests, times))
-            suspects = [
-                [t for t in sorted({t for some in failed for t in some}) if t.startswith(f"tests/{r}/")] for r in ROOMS
-            ]
-            unreliable = {test for found in pool.map(alone, suspects) for test in found}
-    results = [bool(some) and not unreliable.intersection(some) for some in failed]
+            note(found)
+            if not set(here) <= set(failed):
+                print(f"The process that collected the tests of {room} ended early: nothing was learned.")
+                return 1
+        rest = [mutant for mutant in chosen if failed.get(mutant, IMPORTED) == IMPORTED]
+        note(messages(imported, trees, rest, rooms))
+        unreliable = {""}
+        for room in ROOMS:
+            tests = sorted({test for m in chosen if m.room == room for test in failed[m]} - set(NO_END))
+            unreliable.update(in_a_fork(with_file, trees[0], tests, None) or [] if tests else [])
+    results = [bool(failed[mutant]) and not unreliable.intersection(failed[mutant]) for mutant in chosen]
     return report(arguments, chosen, results, time.monotonic() - started)
 
 
