@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -316,6 +317,7 @@ def changed(mutant: Mutant, tree: Path, known: list[FunctionType]) -> bool:
     """
     path, name = tree / mutant.path, ".".join(Path(mutant.path).with_suffix("").parts).removesuffix(".__init__")
     source, loader = path.read_bytes(), sys.modules[name].__loader__
+    assert isinstance(loader, SourceFileLoader)
     versions = (loader.source_to_code(text, str(path)) for text in (source, mutant.applied(source)))
     before, after = (list(functions_in(code)) for code in versions)
     pairs = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
