@@ -14,7 +14,7 @@ from laplace.errors import ShapeError, UnsupportedError
 from laplace.predictive import Linearization, NetworkLinearization, Options, compare
 from laplace.predictive.pairs import Pairs, against_zero
 from laplace.predictive.pushforward import output_moments, samples_of_moments
-from laplace.predictive.spectral import KEPT_SQUARES, SpectralLinearization
+from laplace.predictive.spectral import SpectralLinearization
 from laplace.prior import GaussianPrior
 from laplace.structures import DiagPrecision, FullCurvature, FullPrecision
 from tests.cases import named as case_named
@@ -152,6 +152,27 @@ def test_functions_of_the_network_itself_are_its_outputs_at_drawn_weights():
     assert_close(drawn, torch.stack(expected))
 
 
+def some_head(*shape: int, seed: int = 0) -> NetworkLinearization:
+    noise = generator(seed)
+    f, phi = (torch.randn(*shape, n, generator=noise, dtype=F64) for n in (3, 4))
+    return NetworkLinearization.of_head(f, phi, [(3, 4), (3,)])
+
+
+@pytest.mark.parametrize("shapes", [[(3, 2), (1, 2)], [(3, 2), (2, 5)], [(2,), (4,), (1,)]], ids=str)
+def test_rows_of_heads_follow_one_another_and_are_selected(shapes):
+    first, *others = parts = [some_head(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    together, precision = first.followed_by(others), precisions(15)[1]
+    assert_close(together.mean(F64), torch.cat([part.mean(F64) for part in parts]))
+    assert_close(together.covariance(precision, F64), torch.cat([part.covariance(precision, F64) for part in parts]))
+    same_positions = len({shape[1:] for shape in shapes}) == 1
+    assert together.f.shape[1:-1] == (shapes[0][1:] if same_positions else ())
+    rows = torch.tensor([3, 0])
+    chosen = together.select(rows)
+    assert chosen.f.shape == (2, 3)
+    assert_close(chosen.mean(F64), together.mean(F64)[rows])
+    assert_close(chosen.covariance(precision, F64), together.covariance(precision, F64)[rows])
+
+
 def test_outputs_without_derivatives_have_no_moments():
     here = situation("network", "mlp")
     bare = replace(here.inputs, derivatives=None)
@@ -262,13 +283,14 @@ def test_in_spectral_coordinates_all_is_the_same(here, monkeypatch):
     basis = curvature.basis(prior)
     there, dense = basis.posterior(curvature, prior), curvature.posterior(prior)
     joint = covariance(here.J, dense)
-    for limit in (KEPT_SQUARES, here.inputs.f.numel() * P - 1):
+    enough = here.inputs.f.numel() * P
+    for limit in (enough, enough - 1):
         monkeypatch.setattr("laplace.predictive.spectral.KEPT_SQUARES", limit)
         turned = here.inputs.rotated(basis, F64)
         assert isinstance(turned, SpectralLinearization)
         assert turned.rotated(basis, F64) is turned
         assert_close(turned.variance(there, F64), joint.diagonal().view(rows, C))
-        assert bool(turned._squares) is (limit == KEPT_SQUARES)
+        assert bool(turned._squares) is (limit == enough)
         assert_close(turned.variance(there, F64), joint.diagonal().view(rows, C))
         assert_close(turned.covariance(there, F64), own(joint, rows))
         assert_close(turned.joint_covariance(there, F64), joint)

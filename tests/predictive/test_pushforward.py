@@ -74,11 +74,12 @@ def test_classification_applies_the_link_to_the_covariance(precision, shape, dia
     assert_close(sampled, links.mc(mean, V, 50, generator(0)).exp().reshape(*shape, C))
 
 
+@positions
 @every_structure
-def test_sampled_functions_have_the_joint_covariance(precision):
-    inputs, n = linearization(3), 20_000
+def test_sampled_functions_have_the_joint_covariance(precision, shape):
+    inputs, n = linearization(*shape), 20_000
     drawn = pushforward.functional_samples(inputs, precision, Options(n_samples=n, generator=generator(0)), F64)
-    assert drawn.shape == (n, 3, C)
+    assert drawn.shape == (n, *shape, C)
     joint = reference.joint_covariance(jacobian(inputs), precision.to_dense())
     assert_covariance_of(drawn.flatten(1), inputs.f.flatten(), joint)
 
