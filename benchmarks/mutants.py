@@ -52,8 +52,9 @@ SHARED = ("torch", "torch.func", "torch.nn.attention", "numpy", "beartype")
 FORKING = multiprocessing.get_context("fork")
 PATIENCE = 60, 10
 """A mutant hangs, and is noticed, after so many seconds and so many times what its tests take without it."""
-IMPORTED, NO_END = ["imported"], ["no end, or a crash"]
-"""In the place of tests that failed: the mutant has to be imported; the process did not end as it should."""
+IMPORTED, NO_END, NO_START = ["imported"], ["no end, or a crash"], "no import, or other tests"
+"""In the place of tests that failed: the mutant has to be imported; the process did not end as it should, or could not
+collect the tests as it can without the mutant."""
 
 
 class Mutant(NamedTuple):
@@ -259,12 +260,12 @@ class Tests:
         os.dup2(silence, 2)
         status = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *files], plugins=[self])
         if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-            self.failed.append("")
+            self.failed.append(NO_START)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
         if session.testsfailed or not set(self.chosen) <= set(self.items):
-            self.failed.append("")
+            self.failed.append(NO_START)
         elif self.serve is not None:
             self.serve(self)
         else:
@@ -472,7 +473,7 @@ def main() -> int:
         for room in ROOMS:
             here = [mutant for mutant in chosen if mutant.room == room]
             found = messages(collected, trees[0], room, here, arguments.jobs)
-            rooms[room] = next(found, Room([""], {}, {}))
+            rooms[room] = next(found, Room([NO_START], {}, {}))
             if rooms[room].failed:
                 print(f"The tests of {room} fail without any mutant, so nothing can be learned:", *rooms[room].failed)
                 return 1
@@ -482,10 +483,13 @@ def main() -> int:
                 return 1
         rest = [mutant for mutant in chosen if failed.get(mutant, IMPORTED) == IMPORTED]
         note(messages(imported, trees, rest, rooms))
-        unreliable = {""}
+        unreliable: set[str] = set()
         for room in ROOMS:
-            tests = sorted({test for m in chosen if m.room == room for test in failed[m]} - set(NO_END))
-            unreliable.update(in_a_fork(with_file, trees[0], tests, None) or [] if tests else [])
+            tests = sorted({test for m in chosen if m.room == room for test in failed[m]} - {*NO_END, NO_START})
+            again = in_a_fork(with_file, trees[0], tests, None) if tests else []
+            unreliable.update([*tests, NO_START] if again is None else again)
+        if unreliable:
+            print("Failed by themselves:", *sorted(unreliable))
     results = [bool(failed[mutant]) and not unreliable.intersection(failed[mutant]) for mutant in chosen]
     return report(arguments, chosen, results, time.monotonic() - started)
 
@@ -510,14 +514,22 @@ def report(arguments: argparse.Namespace, chosen: list[Mutant], results: list[bo
     print(f"{sum(results)} of {len(results)} noticed, {share:.1%}, in {seconds / 60:.0f} minutes")
     output = arguments.output
     if output:
-        same = ("path", "kind", "before", "after")
+        same = ("path", "code", "kind", "before", "after")
         before = json.loads(output.read_text())["survivors"] if output.exists() else []
         reasons = {tuple(one[name] for name in same): one.get("reason", "") for one in before}
-        rows = [
-            {**mutant._asdict(), "reason": reasons.get(tuple(getattr(mutant, name) for name in same), "")}
-            for mutant in survivors
-        ]
-        figures = {"seed": arguments.seed, "count": len(chosen), "noticed": share, "rooms": rooms, "survivors": rows}
+        rows = []
+        for mutant in survivors:
+            code = (ROOT / mutant.path).read_text().splitlines()[mutant.line - 1].strip()
+            row = {**mutant._asdict(), "code": code}
+            rows.append({**row, "reason": reasons.get(tuple(row[name] for name in same), "")})
+        figures = {
+            "seed": arguments.seed,
+            "count": len(chosen),
+            "noticed": share,
+            "with_reason": sum(bool(row["reason"]) for row in rows),
+            "rooms": rooms,
+            "survivors": rows,
+        }
         output.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
 
