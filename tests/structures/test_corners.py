@@ -10,7 +10,7 @@ from laplace.errors import UnsupportedError
 from laplace.network.parameters import ParameterSubset
 from laplace.schema import check_entries
 from laplace.structures import KronCurvature, LowRankCurvature
-from laplace.structures.by_hand import assigned_curvature
+from laplace.structures.by_hand import assigned_curvature, independent
 from laplace.structures.entries import chosen
 from laplace.structures.full import FullCurvature
 from laplace.structures.head_block import follow, head_blocks
@@ -96,8 +96,9 @@ def test_determinants_for_further_scalar_priors_factorize_nothing(monkeypatch):
 
 
 def test_nystrom_takes_off_all_that_it_adds():
-    values, _ = nystrom(torch.eye(5, 3), torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0, 0.0]))[:, :3])
-    torch.testing.assert_close(values, torch.tensor([4.0, 2.0, 0.0], dtype=values.dtype), rtol=1e-7, atol=1e-12)
+    matrix = torch.tensor([4.0, 2.0, 0.0, 0.0, 0.0], dtype=torch.float32).diag()
+    values, _ = nystrom(torch.eye(5, 3, dtype=torch.float32), matrix[:, :3])
+    torch.testing.assert_close(values, matrix.diagonal()[:3], rtol=1e-7, atol=1e-12)
 
 
 def test_directions_take_memory_with_those_that_are_kept(monkeypatch):
@@ -114,6 +115,17 @@ def test_no_curvature_is_held_as_a_whole():
     U, zero = torch.eye(4, 1, dtype=F64), torch.zeros((), dtype=F64)
     assert LowRankCurvature(U, zero.view(1), trace=zero).captured == 1.0
     assert LowRankCurvature(U, zero.view(1) + 1, trace=zero + 4).captured == 0.25
+
+
+@every_structure
+@pytest.mark.parametrize("shape", [(3,), (3, 4)], ids=["bias", "weight"])
+def test_a_single_group_is_assigned_like_several(name, shape):
+    row = ROWS[name]([shape])
+    kind, handed = type(row.curvature), independent(row.curvature.public)
+    found = assigned_curvature(kind, handed, [shape], lambda _, value: value.clone(), None)
+    assert_close(found.to_dense(), row.dense)
+    over = prior(uniform(1), (math.prod(shape),))
+    assert_close(found.posterior(over).to_dense(), row.dense + over.diagonal().diag())
 
 
 def test_small_eigenvalues_of_a_decomposition_are_assigned():
