@@ -97,6 +97,18 @@ def test_adding_adds_factor_by_factor():
         first + 1.0
 
 
+def test_sums_know_how_many_rows_they_are_of_and_the_coarsest_precision():
+    G, A = psd(3, 1), psd(4, 2)
+    first, second = Kron([[G, A], [G]], counts=[5, 7], resolution=1e-7), Kron([[G, A], [G]], counts=[2, 3])
+    for total in (first + second, second + first, (first + second).to(torch.float32)):
+        assert total.counts == [7, 10]
+        assert total.resolution == 1e-7
+    assert (first + Kron([[G, A], [G]])).counts is None
+    assert_close((first + second).divide_inputs([7, 10]).kfacs[0][1], 2 * A / 7)
+    assert_close((first + second).divide_inputs(4).kfacs[0][1], A / 2)
+    assert_close((first + second).divide_inputs(0).kfacs[0][1], 2 * A)
+
+
 def test_a_vector_is_a_diagonal_factor():
     G, A, _ = sums(1)
     d = torch.rand(C).double()
