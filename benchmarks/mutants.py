@@ -11,7 +11,7 @@ test that failed with a mutant is run once more without any: if it fails by itse
 The tests of a room are collected once. Each mutant is a fork of that process in which the changed function gets its
 new code; what is executed while modules are imported is instead imported again, from a copy of the checkout, which
 itself stays as it is. A `reason` that somebody wrote beside a survivor in the output file is kept when it is written
-again.
+again. After tests were added, `--again` tries the survivors of that file alone.
 """
 
 from __future__ import annotations
@@ -72,6 +72,16 @@ class Mutant(NamedTuple):
     def room(self) -> str:
         """The room that it is in."""
         return Path(self.path).parts[1]
+
+    @property
+    def code(self) -> str:
+        """The line that it is in."""
+        return (ROOT / self.path).read_text().splitlines()[self.line - 1].strip()
+
+    @property
+    def change(self) -> tuple[str, ...]:
+        """What it is, wherever its line is."""
+        return self.path, self.code, self.kind, self.before, self.after
 
     def applied(self, source: bytes) -> bytes:
         """The changed file; all other lines keep their numbers.
@@ -449,8 +459,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
     started, chosen = time.monotonic(), drawn(arguments.count, arguments.seed)
+    known = reasons_in(arguments.output)
+    if arguments.again and not known.keys() <= {mutant.change for mutant in chosen}:
+        parser.error("--again is for an output file of the same count, seed and code.")
+    if arguments.again and (arguments.output is None or not arguments.output.exists()):
+        parser.error("--again is for what is in an output file: run it without first.")
+    tried = [mutant for mutant in chosen if not arguments.again or mutant.change in known]
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
@@ -471,7 +488,9 @@ def main() -> int:
         for tree in trees:
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "site"))
         for room in ROOMS:
-            here = [mutant for mutant in chosen if mutant.room == room]
+            here = [mutant for mutant in tried if mutant.room == room]
+            if not here:
+                continue
             found = messages(collected, trees[0], room, here, arguments.jobs)
             rooms[room] = next(found, Room([NO_START], {}, {}))
             if rooms[room].failed:
@@ -481,17 +500,29 @@ def main() -> int:
             if not set(here) <= set(failed):
                 print(f"The process that collected the tests of {room} ended early: nothing was learned.")
                 return 1
-        rest = [mutant for mutant in chosen if failed.get(mutant, IMPORTED) == IMPORTED]
+        rest = [mutant for mutant in tried if failed.get(mutant, IMPORTED) == IMPORTED]
         note(messages(imported, trees, rest, rooms))
         unreliable: set[str] = set()
         for room in ROOMS:
-            tests = sorted({test for m in chosen if m.room == room for test in failed[m]} - {*NO_END, NO_START})
+            tests = sorted({test for m in tried if m.room == room for test in failed[m]} - {*NO_END, NO_START})
             again = in_a_fork(with_file, trees[0], tests, None) if tests else []
             unreliable.update([*tests, NO_START] if again is None else again)
         if unreliable:
             print("Failed by themselves:", *sorted(unreliable))
-    results = [bool(failed[mutant]) and not unreliable.intersection(failed[mutant]) for mutant in chosen]
-    return report(arguments, chosen, results, time.monotonic() - started)
+    lost = {mutant for mutant in tried if not failed[mutant] or unreliable.intersection(failed[mutant])}
+    return report(arguments, chosen, [mutant not in lost for mutant in chosen], time.monotonic() - started)
+
+
+def reasons_in(output: Path | None) -> dict[tuple[str, ...], str]:
+    """The reason of each survivor in an output file, "" where none was written.
+
+    Parameters
+    ----------
+    output
+        The file, if there is one.
+    """
+    rows = json.loads(output.read_text())["survivors"] if output is not None and output.exists() else []
+    return {(row["path"], row["code"], row["kind"], row["before"], row["after"]): row.get("reason", "") for row in rows}
 
 
 def report(arguments: argparse.Namespace, chosen: list[Mutant], results: list[bool], seconds: float) -> int:
@@ -514,14 +545,8 @@ def report(arguments: argparse.Namespace, chosen: list[Mutant], results: list[bo
     print(f"{sum(results)} of {len(results)} noticed, {share:.1%}, in {seconds / 60:.0f} minutes")
     output = arguments.output
     if output:
-        same = ("path", "code", "kind", "before", "after")
-        before = json.loads(output.read_text())["survivors"] if output.exists() else []
-        reasons = {tuple(one[name] for name in same): one.get("reason", "") for one in before}
-        rows = []
-        for mutant in survivors:
-            code = (ROOT / mutant.path).read_text().splitlines()[mutant.line - 1].strip()
-            row = {**mutant._asdict(), "code": code}
-            rows.append({**row, "reason": reasons.get(tuple(row[name] for name in same), "")})
+        reasons = reasons_in(output)
+        rows = [{**m._asdict(), "code": m.code, "reason": reasons.get(m.change, "")} for m in survivors]
         figures = {
             "seed": arguments.seed,
             "count": len(chosen),
