@@ -8,7 +8,7 @@ from laplace.likelihoods import draws as gaussian
 from laplace.utils import normal_samples
 from tests.contracts import generator
 from tests.structures.samples import psd, uniform
-from tests.tools import LargestTensor, assert_covariance_of
+from tests.tools import LargestTensor, assert_close, assert_covariance_of
 
 MEAN = uniform(6).reshape(2, 3)
 
@@ -32,6 +32,11 @@ def test_variances_draw_independent_outputs():
     drawn = samples(variances)
     for row in range(2):
         assert_covariance_of(drawn[:, row], MEAN[row], variances[row].diag())
+
+
+def test_variances_draw_what_their_diagonal_covariance_draws():
+    variances = uniform(6, 1).reshape(2, 3)
+    assert_close(samples(variances, 5), samples(torch.diag_embed(variances), 5))
 
 
 def test_draws_are_reproducible():
