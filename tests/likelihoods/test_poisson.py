@@ -148,6 +148,18 @@ def test_scores_of_samples_keep_their_digits_in_float32(relative):
     assert float(found) == pytest.approx(truth, rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [0.5, 3.0, 19.9, 20.0, 20.1, 40.0, 1e3])
+def test_scores_of_samples_follow_the_recurrence_of_a_negative_binomial(shape):
+    """``p(0) = (1 + m/r)^(−r)``, ``p(y + 1) / p(y) = (r + y) / (y + 1) · m / (r + m)``: no gamma function enters."""
+    m, y = torch.tensor(2.5), torch.arange(40.0)
+    _, _, link = LIKELIHOOD.average(iter([rates(2, 5, 2)]), 2, rates(5, 2))
+    cell = torch.ones(1, 1)
+    nll = torch.stack([LIKELIHOOD.predictive_nll(m * cell, m**2 / shape * cell, count * cell, link) for count in y])
+    steps = ((shape + y[:-1]) / (y[:-1] + 1) * m / (shape + m)).log()
+    torch.testing.assert_close(nll[:-1] - nll[1:], steps, rtol=0, atol=1e-12 * max(1, shape))
+    torch.testing.assert_close(nll[0], shape * torch.log1p(m / shape), rtol=1e-12, atol=0)
+
+
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
