@@ -136,6 +136,8 @@ def test_a_diagonal_factor_takes_part_in_all_algebra(exponent):
     assert_close(factors.bmm(W, exponent), W @ vectors @ (values**exponent).diag() @ vectors.T)
     precision = factors.decompose() + PER_LAYER
     assert_close(precision.to_matrix(), matrix + prior(PER_LAYER).diagonal().diag())
+    assert_close(precision.diag(), precision.to_matrix().diagonal())
+    assert_close(precision.diag(-1), precision.to_matrix().inverse().diagonal())
     assert_close(precision.logdet(), (matrix + prior(PER_LAYER).diagonal().diag()).logdet())
     assert factors.n_params == len(matrix)
 
