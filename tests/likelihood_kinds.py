@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, Poisson
 
-PROBABILITY_LINKS = ("probit", "mc", "bridge", "bridge_norm")
+PROBABILITY_LINKS = ("probit", "mc", "mf1", "mf2", "bridge", "bridge_norm")
 MOMENT_LINKS = ("probit", "mc")
 
 
@@ -42,7 +42,7 @@ class Kind:
     """Whether an observation noise has one."""
     joint: tuple[str, ...] = MOMENT_LINKS
     """The links with which predictions may be joint."""
-    diagonal: tuple[str, ...] = ("probit", "mc")
+    diagonal: tuple[str, ...] = ("probit", "mc", "mf1", "mf2")
     """Those with which variances may be asked for."""
     each_output: bool = False
     """Whether densities are those of each output's marginal."""
@@ -177,7 +177,7 @@ ROWS = (
         numbers=one_hot,
         support=every_class,
         n_outputs=(2, 3),
-        links={"probit": 0.05, "mc": 0.0, "bridge": 0.12, "bridge_norm": 0.12},
+        links={"probit": 0.05, "mc": 0.0, "mf1": 0.05, "mf2": 0.05, "bridge": 0.12, "bridge_norm": 0.12},
         classes=lambda y: y,
         of_logits=True,
         joint=("mc",),

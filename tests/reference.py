@@ -250,6 +250,29 @@ def probit(mean: Tensor, cov: Tensor) -> Tensor:
     return (mean / (1 + math.pi / 8 * cov.diagonal(dim1=1, dim2=2)).sqrt()).softmax(-1)
 
 
+def mean_field(mean: Tensor, variance_of_difference: Callable[[int, int, int], Tensor]) -> Tensor:
+    """p_k ∝ 1 / Σ_j exp(−(m_k − m_j) / sqrt(1 + pi/8 v_kj)), class by class: Lu, Ie & Sha (2020)."""
+    rows, K = mean.shape
+    p = torch.zeros_like(mean)
+    for n in range(rows):
+        for k in range(K):
+            p[n, k] = 1 / sum(
+                torch.exp(-(mean[n, k] - mean[n, j]) / (1 + math.pi / 8 * variance_of_difference(n, k, j)).sqrt())
+                for j in range(K)
+            )
+    return p / p.sum(-1, keepdim=True)
+
+
+def mean_field_1(mean: Tensor, cov: Tensor) -> Tensor:
+    """Without the covariances of logits."""
+    return mean_field(mean, lambda n, k, j: cov[n, k, k] + cov[n, j, j])
+
+
+def mean_field_2(mean: Tensor, cov: Tensor) -> Tensor:
+    """With them."""
+    return mean_field(mean, lambda n, k, j: cov[n, k, k] + cov[n, j, j] - 2 * cov[n, k, j])
+
+
 def bridge(mean: Tensor, cov: Tensor, *, normalized: bool = False) -> Tensor:
     """Mean of the Dirichlet of Hobbhahn, Kristiadi & Hennig (2022), after conditioning the logits to sum to zero.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 from laplace import linalg
 from laplace.errors import ShapeError
@@ -14,7 +15,12 @@ from laplace.linalg import CHUNK_ELEMENTS
 
 
 def draw(
-    mean: Float[Tensor, "rows outputs"], cov: Tensor, n_samples: int, generator: torch.Generator | None = None
+    mean: Float[Tensor, "rows outputs"],
+    cov: Tensor,
+    n_samples: int,
+    generator: torch.Generator | None = None,
+    *,
+    spread: bool = False,
 ) -> Iterator[Float[Tensor, "samples rows outputs"]]:
     """Draw outputs, chunk by chunk. All rows share their base samples, so that curves over inputs are smooth.
 
@@ -28,6 +34,8 @@ def draw(
         Total number of samples.
     generator
         Source of randomness.
+    spread
+        Spread the base samples evenly (``sobol_normals``), for averages; they are not independent of each other then.
 
     Yields
     ------
@@ -38,12 +46,38 @@ def draw(
     Exact. Covariances cost one Cholesky factorization each, O(rows · C³).
     """
     scale = cov.clamp(min=0).sqrt() if cov.dim() == mean.dim() else linalg.root(cov)
+    n_outputs = mean.shape[-1]
+    points = sobol_normals(n_samples, n_outputs, generator, mean) if spread and n_outputs <= MAX_SOBOL else None
+    start = 0
     for size in chunks(n_samples, mean.numel()):
-        base = torch.randn(size, mean.shape[-1], dtype=mean.dtype, device=mean.device, generator=generator)
+        if points is None:
+            base = torch.randn(size, n_outputs, dtype=mean.dtype, device=mean.device, generator=generator)
+        else:
+            base = points[start : start + size]
+        start += size
         if scale.dim() == mean.dim():
             yield mean + scale * base.unsqueeze(1)
         else:
             yield mean + torch.einsum("nck,sk->snc", scale, base)
+
+
+MAX_SOBOL = 1024
+"""Outputs beyond which points are independent draws: even spreading gains little there and takes long to set up."""
+
+
+def sobol_normals(
+    n_points: int, n_outputs: int, generator: torch.Generator | None, like: Tensor
+) -> Float[Tensor, "points outputs"]:
+    """Standard normal points from a scrambled Sobol sequence, where ``like`` is.
+
+    References
+    ----------
+    Owen (1998), "Scrambling Sobol' and Niederreiter–Xing points".
+    """
+    device = like.device if generator is None else generator.device
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
+    uniform = SobolEngine(n_outputs, scramble=True, seed=seed).draw(n_points, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(2.0**-32, 1 - 2.0**-32)).to(like)
 
 
 def chunks(total: int, elements_each: int) -> Iterator[int]:

@@ -18,6 +18,8 @@ from laplace.likelihoods.base import AbstractLikelihood, Ask, Link
 from laplace.types import Outputs, Scalar, Targets
 
 BRIDGES = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
+OF_CLASSES = (*BRIDGES, LinkApprox.MF1, LinkApprox.MF2)
+"""Links that turn several logits into probabilities, and of anything else make no sense."""
 
 
 def as_it_is(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,7 @@ class PredictsMoments(AbstractLikelihood):
 
     @classmethod
     def _problem_with(cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> str:  # noqa: ARG003
-        if link in BRIDGES:
+        if link in OF_CLASSES:
             return f"link_approx={link.value!r} turns logits into probabilities; regression and scores have none."
         return ""
 
@@ -88,7 +90,7 @@ class PredictsProbabilities(AbstractLikelihood):
             return f"link_approx={link.value!r} {cls.unlinked}"
         if joint and link is not LinkApprox.MC:
             return 'Probabilities with joint=True average over whole functions: pass link_approx="mc" with it.'
-        if link in BRIDGES and kind is PredType.NN:
+        if link in OF_CLASSES and kind is PredType.NN:
             return f'pred_type="nn" averages over weight samples; link_approx={link.value!r} needs pred_type="glm".'
         if link in BRIDGES and diagonal_output:
             return f"link_approx={link.value!r} needs covariances between outputs: leave out diagonal_output=True."

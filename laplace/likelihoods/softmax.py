@@ -17,6 +17,7 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.draws import draw
+from laplace.linalg import CHUNK_ELEMENTS
 from laplace.types import Outputs, Scalar, Targets
 
 LogProbabilities = Float[Tensor, "rows outputs"]
@@ -47,6 +48,83 @@ def probit(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities
     """
     var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
     return (mean / (1 + math.pi / 8 * var).sqrt()).log_softmax(-1)
+
+
+def mean_field_1(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities:
+    """Mean field of pairwise differences: needs variances only.
+
+    ``p_k ∝ 1 / Σ_j exp(−(m_k − m_j) / √(1 + π/8 (S_kk + S_jj)))``, the sum over all classes.
+
+    Parameters
+    ----------
+    mean
+        Mean of the logits, ``[rows, C]``.
+    cov
+        Their variance ``[rows, C]`` or covariance ``[rows, C, C]``, of which the diagonal is used.
+
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
+
+    Notes
+    -----
+    Approximate. O(rows · C²) time; memory is bounded by chunks of rows.
+
+    References
+    ----------
+    Lu, Ie & Sha (2020), "Mean-field approximation to Gaussian-softmax integral with application to uncertainty
+    estimation". arXiv:2006.07584
+    """
+    var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
+    parts = zip(*(values.split(_rows_at_once(mean)) for values in (mean, var)), strict=True)
+    return torch.cat([_pairwise(m, v.unsqueeze(2) + v.unsqueeze(1)) for m, v in parts])
+
+
+def mean_field_2(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities:
+    """Mean field of pairwise differences with covariances: nothing changes where a constant is added to all logits.
+
+    ``p_k ∝ 1 / Σ_j exp(−(m_k − m_j) / √(1 + π/8 (S_kk + S_jj − 2 S_kj)))``, the sum over all classes.
+
+    Parameters
+    ----------
+    mean
+        Mean of the logits, ``[rows, C]``.
+    cov
+        Their covariance ``[rows, C, C]``; of independent logits the variance ``[rows, C]``.
+
+    Returns
+    -------
+    Log probabilities, ``[rows, C]``.
+
+    Notes
+    -----
+    Approximate; the best of the closed forms for two or three classes and for covariance that logits share. With many
+    nearly independent logits ``probit`` is closer. O(rows · C²) time; memory is bounded by chunks of rows.
+
+    References
+    ----------
+    Lu, Ie & Sha (2020), "Mean-field approximation to Gaussian-softmax integral with application to uncertainty
+    estimation". arXiv:2006.07584
+    """
+    if cov.dim() == mean.dim():
+        return mean_field_1(mean, cov)
+    found = []
+    for m, S in zip(*(values.split(_rows_at_once(mean)) for values in (mean, cov)), strict=True):
+        var = S.diagonal(dim1=-2, dim2=-1)
+        found.append(_pairwise(m, (var.unsqueeze(2) + var.unsqueeze(1) - S - S.mT).clamp(min=0)))
+    return torch.cat(found)
+
+
+def _pairwise(mean: Tensor, variance: Float[Tensor, "rows outputs outputs"]) -> LogProbabilities:
+    """Log of the normalized ``1 / Σ_j exp(−(m_k − m_j) / √(1 + π/8 v_kj))``."""
+    difference = mean.unsqueeze(1) - mean.unsqueeze(2)  # m_j − m_k, [rows, k, j]
+    # Both classes of a pair are equal in their own entry, whatever the variances: exp(0).
+    return (-(difference / (1 + math.pi / 8 * variance).sqrt()).logsumexp(-1)).log_softmax(-1)
+
+
+def _rows_at_once(mean: Tensor) -> int:
+    """How many rows of pairs of classes fit the memory that chunks may take."""
+    return max(1, CHUNK_ELEMENTS // mean.shape[-1] ** 2)
 
 
 def bridge(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows outputs outputs"]) -> LogProbabilities:
@@ -109,7 +187,7 @@ def bridge_norm(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows ou
 def mc(
     mean: Float[Tensor, "rows outputs"], cov: Tensor, n_samples: int = 100, generator: torch.Generator | None = None
 ) -> LogProbabilities:
-    """Log of the average softmax over samples of the logits; all rows share their base samples.
+    """Log of the average softmax over samples of the logits; all rows share their base samples, a Sobol sequence.
 
     Parameters
     ----------
@@ -118,7 +196,8 @@ def mc(
     cov
         Their variance ``[rows, C]`` (independent outputs) or covariance ``[rows, C, C]``.
     n_samples
-        Number of samples; the error falls as its inverse root.
+        Number of samples. They are spread evenly (scrambled Sobol points): with ten classes the error of 128 is about
+        a third of that of 100 independent ones.
     generator
         Source of randomness.
 
@@ -128,11 +207,11 @@ def mc(
 
     Notes
     -----
-    Unbiased for the probabilities, not for their logs. Sampling errors are shared by rows, so they do not average
+    Unbiased for the probabilities, not for their logs; beyond 1,024 classes samples are independent. Sampling errors are shared by rows, so they do not average
     out over them. Time O(n_samples · rows · C), with covariances another factor C and O(rows · C³) once; memory
     bounded by chunks.
     """
-    return average_softmax(draw(mean, cov, n_samples, generator), n_samples)
+    return average_softmax(draw(mean, cov, n_samples, generator, spread=True), n_samples)
 
 
 def average_softmax(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int) -> LogProbabilities:
@@ -174,12 +253,14 @@ def _dirichlet_mean(mean: Tensor, var: Tensor) -> LogProbabilities:
 LINKS: dict[LinkApprox, Callable[..., Tensor]] = {
     LinkApprox.PROBIT: probit,
     LinkApprox.MC: mc,
+    LinkApprox.MF1: mean_field_1,
+    LinkApprox.MF2: mean_field_2,
     LinkApprox.BRIDGE: bridge,
     LinkApprox.BRIDGE_NORM: bridge_norm,
 }
 """Which function implements which name."""
 
-VARIANCE_LINKS = frozenset({LinkApprox.PROBIT})
+VARIANCE_LINKS = frozenset({LinkApprox.PROBIT, LinkApprox.MF1})
 """Links that use variances alone: covariances are not computed for them."""
 
 

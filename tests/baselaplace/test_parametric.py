@@ -265,7 +265,7 @@ def test_predictive_is_the_call_by_position():
     [
         ("classification", {"pred_type": "gp"}, "gp"),
         ("classification", {"pred_type": "glm2"}, "'glm', 'nn'"),
-        ("classification", {"link_approx": "softmax"}, "'probit', 'mc', 'bridge', 'bridge_norm'"),
+        ("classification", {"link_approx": "softmax"}, "'probit', 'mc', 'mf1', 'mf2', 'bridge', 'bridge_norm'"),
         ("classification", {"joint": True}, 'link_approx="mc"'),
         ("classification", {"link_approx": "bridge", "pred_type": "nn"}, "glm"),
         ("classification", {"link_approx": "bridge", "diagonal_output": True}, "covariances"),

@@ -11,7 +11,7 @@ from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import Ask, resolve
 from tests.contracts import generator
-from tests.likelihood_kinds import EVERY, KINDS, ROWS, Kind, gaussian_grid
+from tests.likelihood_kinds import EVERY, KINDS, PROBABILITY_LINKS, ROWS, Kind, gaussian_grid
 from tests.tools import assert_close, assert_mean_is, assert_within
 
 ROWS_OF_F = 3
@@ -292,7 +292,7 @@ def test_energies_are_sampled_by_their_definition_or_refused(kind, n_outputs, al
 def has_a_meaning(kind: Kind, pred_type: str, link: str, joint: bool, diagonal: bool) -> bool:
     if link not in kind.links or (joint and (diagonal or pred_type == "nn" or link not in kind.joint)):
         return False
-    if link in ("bridge", "bridge_norm") and pred_type == "nn":
+    if link in ("mf1", "mf2", "bridge", "bridge_norm") and pred_type == "nn":
         return False
     return link in kind.diagonal or not diagonal
 
@@ -302,7 +302,7 @@ def test_predictions_without_a_meaning_are_refused_by_name(kind):
     likelihood = resolve(kind.name)
     names = f"{kind.name}|link_approx|joint|diagonal_output|pred_type"
     for pred_type, link, joint, diagonal in itertools.product(
-        ("glm", "nn"), ("probit", "mc", "bridge", "bridge_norm"), (False, True), (False, True)
+        ("glm", "nn"), PROBABILITY_LINKS, (False, True), (False, True)
     ):
         options = PredType(pred_type), LinkApprox(link)
         flags = {"joint": joint, "diagonal_output": diagonal, "fitting": None}
