@@ -76,6 +76,10 @@ class NumericalWarning(UserWarning):
     """A number was computed, but with less precision or with a stated correction."""
 
 
+class UntunedWarning(UserWarning):
+    """Predictions were made with hyperparameters that nobody has chosen, and are far from those of the network."""
+
+
 class PerformanceWarning(UserWarning):
     """A result is exact, but took a way that is much slower than another; the message names both."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
 from laplace.attributes import check_attribute
-from laplace.baselaplace import options
+from laplace.baselaplace import options, untuned
 from laplace.baselaplace.described import described
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
@@ -80,6 +80,8 @@ class BaseLaplace(ABC):
     _sigma_noise: Tensor
     _temperature: float | Tensor
     _output_temperature: float = 1.0
+    _is_untuned: bool = False
+    """Whether hyperparameters are still the defaults, and no prediction was compared with the network's."""
     _weights_type: ClassVar[type[AllWeights]] = AllWeights
     """Which weights are random."""
 
@@ -115,6 +117,7 @@ class BaseLaplace(ABC):
         self.sigma_noise = options.said_once(self._unit_likelihood, "sigma_noise", sigma_noise)
         self.temperature = options.said_once(self._unit_likelihood, "temperature", temperature)
         self.output_temperature = options.said_once(self._unit_likelihood, "output_temperature", 1.0)
+        self._is_untuned = self._prior_precision.numel() == 1 and float(self._prior_precision.detach()) == 1
 
     @property
     def likelihood_(self) -> AbstractLikelihood:
@@ -135,6 +138,21 @@ class BaseLaplace(ABC):
             if name in vars(self) and "_backend" in vars(self) and value is not vars(self)[name]:
                 value = self._replaced(name, value)
         super().__setattr__(name, value)
+        if name in untuned.HYPERPARAMETERS:
+            vars(self)["_is_untuned"] = False
+
+    def accept_untuned(self) -> None:
+        """Keep hyperparameters as they are: no prediction is compared with the network's (``UntunedWarning``)."""
+        self._is_untuned = False
+
+    def _compared(self, outputs: Tensor, predicted: Any, likelihood: AbstractLikelihood) -> Any:
+        """Predictions, whose first of an untuned object are compared with what the network alone predicts."""
+        if self._is_untuned:
+            self._is_untuned = False
+            if isinstance(predicted, Tensor):
+                likelihood = likelihood.for_targets()
+                untuned.compare(likelihood.expectation(outputs), predicted, likelihood)
+        return predicted
 
     def _replaced(self, name: str, value: Any) -> Any:
         """What an option becomes when it is assigned again: what was made with the former value is forgotten."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import statefile, states
+from laplace.baselaplace import statefile, states, untuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
@@ -345,6 +345,10 @@ class FittedLaplace(BaseLaplace):
             self.tuning_ = found
         if verbose:
             print(f"Optimized {found}")
+        if method in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH) and "output_temperature" in (
+            self._unit_likelihood.hyperparameters
+        ):
+            untuned.hint_once(method.value)
         return found
 
     def _problem(self) -> tuning.Problem:
@@ -572,9 +576,10 @@ class FittedLaplace(BaseLaplace):
 
     def _follow_model(self) -> None:
         """Bring what was learned, and the hyperparameters, to where the model is, and to its precision."""
-        self._backend = None
+        self._backend, is_untuned = None, self._is_untuned
         self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
         self.prior_precision = self._prior_precision
+        self._is_untuned = is_untuned
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is not None:
             self._fit = states.moved(fit, self._moved(fit.curvature), self._prior_mean)

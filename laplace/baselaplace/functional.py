@@ -170,7 +170,8 @@ class BaseFunctionalLaplace(FittedLaplace):
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_functions(x, options, **model_kwargs)
             with full_precision(self._device):
-                return predict(inputs, posterior, self._frozen_likelihood, options, self._dtype)
+                found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)
+        return self._compared(inputs.f, found, likelihood) if self._is_untuned else found
 
     def predictive_moments(self, x: Inputs, *, joint: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs, before any link and without observation noise.

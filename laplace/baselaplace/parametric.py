@@ -460,7 +460,8 @@ class ParametricLaplace(FittedLaplace):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             inputs = compare(inputs) if options.fitting else inputs
             with full_precision(self._device):
-                return predict(inputs, posterior, self._frozen_likelihood, options, self._dtype)
+                found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)
+        return self._compared(inputs.f, found, likelihood) if self._is_untuned else found
 
     def _checked_linearization(
         self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any
