@@ -139,7 +139,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         joint
             Regression: covariance across inputs. Classification, with ``link_approx="mc"``: average over functions.
         link_approx
-            From logits to probabilities: ``"probit"``, ``"mf1"``, ``"mf2"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+            From logits to probabilities: ``"probit"``, ``"mf1"``, ``"mf2"``, ``"mc"``, ``"bridge"``, ``"bridge_norm"``.
         n_samples
             For ``"mc"``.
         diagonal_output

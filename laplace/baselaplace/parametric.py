@@ -411,7 +411,7 @@ class ParametricLaplace(FittedLaplace):
         joint
             Regression: covariance across inputs. Classification, with ``link_approx="mc"``: average over functions.
         link_approx
-            From logits to probabilities: ``"probit"``, ``"mf1"``, ``"mf2"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+            From logits to probabilities: ``"probit"``, ``"mf1"``, ``"mf2"``, ``"mc"``, ``"bridge"``, ``"bridge_norm"``.
         n_samples
             For ``"mc"`` and ``"nn"``.
         diagonal_output

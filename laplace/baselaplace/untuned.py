@@ -1,4 +1,4 @@
-"""What an object says of hyperparameters that nobody has chosen, or chosen by a method that says little of confidence."""
+"""What an object says of hyperparameters that nobody has chosen, or that leave confidence out of account."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def compare(network: Tensor, predicted: Tensor, likelihood: AbstractLikelihood) 
     msg = (
         "Nobody has tuned this posterior: the prior precision is its default of 1. On these "
         f"{len(before)} predictions the mean confidence is {is_:.2f} where the network has {was:.2f}, and "
-        f"{changed:.1%} of the decisions are others. Choose hyperparameters on data that the network was not trained on: "
-        "la.tune(val_loader). To keep them as they are: la.accept_untuned()."
+        f"{changed:.1%} of the decisions are others. Choose hyperparameters on data that the network was not trained "
+        "on: la.tune(val_loader). To keep them as they are: la.accept_untuned()."
     )
     warn(msg, UntunedWarning)
 

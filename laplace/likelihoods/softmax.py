@@ -207,9 +207,9 @@ def mc(
 
     Notes
     -----
-    Unbiased for the probabilities, not for their logs; beyond 1,024 classes samples are independent. Sampling errors are shared by rows, so they do not average
-    out over them. Time O(n_samples · rows · C), with covariances another factor C and O(rows · C³) once; memory
-    bounded by chunks.
+    Unbiased for the probabilities, not for their logs; beyond 1,024 classes samples are independent. Sampling errors
+    are shared by rows, so they do not average out over them. Time O(n_samples · rows · C), with covariances another
+    factor C and O(rows · C³) once; memory bounded by chunks.
     """
     return average_softmax(draw(mean, cov, n_samples, generator, spread=True), n_samples)
 
