@@ -15,7 +15,19 @@ import tests.typechecker  # noqa: F401 - the hook below finds it by name
 
 # Every annotated shape and type inside the house is checked at run time, in modules that are imported from here on. The
 # estimators are the border: they check what users pass themselves, and tests must reach their own messages.
-INSIDE = ["curvature", "fit", "gp", "likelihoods", "linalg", "network", "predictive", "prior", "structures", "tuning"]
+INSIDE = [
+    "curvature",
+    "density",
+    "fit",
+    "gp",
+    "likelihoods",
+    "linalg",
+    "network",
+    "predictive",
+    "prior",
+    "structures",
+    "tuning",
+]
 if any(name.split(".")[0] == "laplace" for name in sys.modules):
     message = "laplace was imported before tests/conftest.py, so its annotations would not be checked."
     raise RuntimeError(message)

@@ -24,7 +24,7 @@ MAX_TEST_CODE = 350
 
 STOREYS = {
     0: {"attributes", "checks", "enums", "linalg", "errors", "optimizers", "optional", "schema", "types"},
-    1: {"structures", "likelihoods", "network", "prior"},
+    1: {"structures", "likelihoods", "network", "prior", "density"},
     2: {"curvature", "fit"},
     3: {"tuning", "predictive", "gp", "evaluation"},
     4: {"baselaplace", "lllaplace", "subnetlaplace"},
@@ -39,6 +39,7 @@ CLOSED = {
     "likelihoods": {"network", "structures", "prior"},
     "network": {"structures", "prior"},
     "prior": {"structures", "likelihoods"},
+    "density": {"structures", "likelihoods", "network", "prior"},
     "curvature": {"prior"},
     "predictive": {"curvature"},
 }
