@@ -100,6 +100,23 @@ class PredType(str, Enum):
     """Through the Gaussian process of the function-space estimators."""
 
 
+class ForeignScore(str, Enum):
+    """How foreign an input is; of all, more is more foreign."""
+
+    FISHER = "fisher"
+    """The doubt of the classifier and the density of the features together, by Fisher's method."""
+    DENSITY = "density"
+    """Minus the log density of the features; of a regression their Mahalanobis distance."""
+    RELATIVE = "relative"
+    """The relative Mahalanobis distance."""
+    MAX_PROB = "max_prob"
+    """One minus the largest probability of the prediction."""
+    ENTROPY = "entropy"
+    """Of the prediction, in nats."""
+    MUTUAL_INFORMATION = "mutual_information"
+    """Of prediction and weights, in nats: what the weights disagree about."""
+
+
 class PriorStructure(str, Enum):
     """How many prior precisions there are."""
 
@@ -120,6 +137,8 @@ class TuningMethod(str, Enum):
     """By the loss on validation data over a logarithmic grid."""
     LOO = "loo"
     """By the leave-one-out score of the training data over the grid, in closed form (last layer, full or diag)."""
+    ELBO = "elbo"
+    """By the evidence lower bound of a Gaussian fitted to the posterior of a classifier's last layer."""
     CV = "cv"
     """By the score of k folds of training features, the head estimated again for each (last layer)."""
 

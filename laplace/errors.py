@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -87,6 +87,12 @@ class PerformanceWarning(UserWarning):
 BETWEEN = {"beartype", "contextlib", "functools", "jaxtyping", "laplace", "torch", "tqdm"}
 """Packages whose frames may lie between a warning of the library and the user's line that led to it."""
 _FILTERS = threading.RLock()
+
+
+def refuse_before_fit(what: str) -> NoReturn:
+    """Raise: something needs a fit."""
+    msg = f"{what} needs a fitted approximation: call fit(train_loader) first."
+    raise NotFittedError(msg)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

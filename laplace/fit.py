@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.density import ClassSums, FeatureDensity
 from laplace.errors import InputError, NotFittedError, ShapeError, UnsupportedError
-from laplace.schema import Table, anything, optional, tensor, whole
+from laplace.schema import Known, Table, anything, check_entries, flag, optional, tensor, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Scalar
 
@@ -41,6 +43,21 @@ class Fit:
     weights."""
     noise_shape: Float[Tensor, " outputs"] | None = None
     """Noise of each output relative to the first, where it is part of curvature and loss already."""
+    trained: Float[Tensor, " params"] | None = None
+    """The weights that the model had, where ``mean`` is a head that was chosen afterwards; else ``None``."""
+    density: ClassSums | None = None
+    """Sums of the features of each class; ``None`` where there are none."""
+    averaged: bool = False
+    """Whether the curvature is averaged over a Gaussian around the mean, by variational inference."""
+
+    @cached_property
+    def feature_density(self) -> FeatureDensity | None:
+        """The density that the sums say, with its factors; never copied or saved."""
+        return None if self.density is None else FeatureDensity(self.density)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def by_hand(
@@ -71,7 +88,8 @@ class Fit:
         """The same curvature around other weights, whose loss nobody computed."""
         if torch.equal(mean, self.mean):
             return self
-        return replace(self, mean=mean, nll=torch.full_like(self.nll, torch.nan), output_nll=None)
+        unknown = torch.full_like(self.nll, torch.nan)
+        return replace(self, mean=mean, nll=unknown, output_nll=None, trained=None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled, also where it said of a head only whether it has a bias."""
@@ -106,6 +124,12 @@ class Fit:
             msg = (
                 "override=False adds to what was learned from data; la.H was assigned by hand without a fit. Pass "
                 "override=True to start again, or call fit first and assign la.H after it."
+            )
+            raise UnsupportedError(msg)
+        if self.averaged:
+            msg = (
+                'override=False adds the curvature of new data at the mean; that of method="elbo" is averaged over the '
+                "posterior of all data. Fit all data with override=True, and choose again."
             )
             raise UnsupportedError(msg)
 
@@ -162,7 +186,18 @@ class Fit:
         if not torch.allclose(first, second):
             msg = "override=False adds to a fit in which outputs had another noise relative to each other; fit again."
             raise InputError(msg)
-        by_output = None
+        if not (
+            (self.trained is None and other.trained is None)
+            or (torch.equal(self.mean, other.mean) and _same(self.trained, other.trained))
+        ):
+            msg = (
+                "Fits at different heads have no sum: tune chose a head for one of them. Fit both before tune, or with "
+                "override=True."
+            )
+            raise UnsupportedError(msg)
+        by_output, density = None, None
+        if self.density is not None and other.density is not None:
+            density = self.density.merge(other.density)
         if self.output_nll is not None and other.output_nll is not None:
             by_output = self.output_nll + other.output_nll
         return Fit(
@@ -175,7 +210,21 @@ class Fit:
             by_output,
             other.head,
             other.noise_shape,
+            other.trained,
+            density,
         )
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two tensors are equal, or both are not there."""
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
+
+
+def _density(value: Any, where: str, known: Known) -> None:
+    """Sums of features, which have sizes of their own."""
+    check_entries(value, ClassSums.entries, {"dtype": known["dtype"]}, where)
 
 
 FIT_ENTRIES: Table = {
@@ -189,3 +238,5 @@ FIT_ENTRIES: Table = {
     "H": anything,
 }
 """What the entries of a saved ``Fit`` must be; of the curvature (``"H"``) its structure says it (``entries``)."""
+HEAD_ENTRIES: Table = {"trained": optional(tensor(("P",))), "density": optional(_density), "averaged": flag}
+"""Those of a fit whose head may be chosen, and whose features have a density."""

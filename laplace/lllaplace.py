@@ -49,6 +49,20 @@ class LLLaplace(ParametricLaplace):
 
     _weights_type = LastLayer
     model: FeatureExtractor
+
+    @property
+    def head_(self) -> nn.Linear:
+        """The last layer at ``mean``, a new module: after ``tune`` the head that it chose, else that of the model."""
+        shapes, mean = self._fitted.head, self.mean
+        assert shapes is not None, "of a last layer"
+        (n_outputs, width), bias = shapes[0], len(shapes) > 1
+        layer = nn.Linear(width, n_outputs, bias, device=mean.device, dtype=self._random_weights.first.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(mean[: n_outputs * width].reshape(n_outputs, width))
+            if bias:
+                layer.bias.copy_(mean[n_outputs * width :])
+        return layer
+
     last_layer_name = last_layer.last_layer_name
     feature_reduction = last_layer.feature_reduction
     enable_backprop = last_layer.enable_backprop

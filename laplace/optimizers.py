@@ -23,7 +23,7 @@ TRIALS = 25
 
 
 @dataclass
-class _Memory:
+class Memory:
     """Products with an approximate inverse Hessian, from the last steps."""
 
     size: int
@@ -80,7 +80,7 @@ def lbfgs(
     Nocedal & Wright (2006), "Numerical optimization", algorithms 3.5, 3.6 and 7.5.
     """
     wide = start.dtype if start.device.type == "mps" else torch.float64
-    x, memory = start.detach().to(wide, copy=True), _Memory(history)
+    x, memory = start.detach().to(wide, copy=True), Memory(history)
 
     def evaluate(point: Tensor) -> tuple[float, Tensor, float]:
         """Value and gradient, and the rounding of a value of 1."""

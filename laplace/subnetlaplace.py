@@ -140,7 +140,7 @@ class SubnetLaplace(ParametricLaplace):
 
     @mean.setter
     def mean(self, value: Tensor) -> None:
-        self._assign_mean(value)
+        ParametricLaplace.mean.__set__(self, value)
 
     @property
     def mean_subnet(self) -> Float[Tensor, " chosen"]:

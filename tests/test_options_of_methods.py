@@ -56,7 +56,7 @@ def tuned(options, capsys, scores):
 
 def test_the_table_covers_every_keyword_of_tuning():
     # Noise is of regression, tempering is refused: tests/baselaplace/test_tuned_by_evidence.py; others: test_refitted.py.
-    others = {"self", "noise", "temperature", "train_loader", "n_folds"}
+    others = {"self", "noise", "temperature", "train_loader", "n_folds", "refit"}
     assert set(inspect.signature(ParametricLaplace.optimize_prior_precision).parameters) == {*others, *TUNING}
 
 

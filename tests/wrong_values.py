@@ -222,7 +222,7 @@ SORTS = {
     "subnet_samples": "samples", "method": "name", "n_steps": "count or zero", "init_prior_prec": "positive",
     "prior_structure": "name", "loss": "loss", "score": "loss", "log_prior_prec_min": "number",
     "log_prior_prec_max": "number", "grid_size": "count", "log_prior_prec_base": "positive number", "verbose": "flag",
-    "noise": "name", "bounds": "bounds", "n_folds": "folds", "output_temperature": "flag or none", "limits": "limits",
+    "noise": "name", "bounds": "bounds", "n_folds": "folds", "refit": "flag or none", "output_temperature": "flag or none", "limits": "limits",
     "grid": "grid", "optimizer_cls": "optimizer", "optimizer_kwargs": "keywords", "scheduler_cls": "scheduler",
     "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",

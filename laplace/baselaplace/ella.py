@@ -15,6 +15,7 @@ from laplace.baselaplace.described import described, described_by
 from laplace.baselaplace.features import FeatureLaplace
 from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.random_weights import LastLayer
+from laplace.baselaplace.tuned import collected
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace.errors import InputError, numbered
@@ -385,7 +386,7 @@ class ELLA(FeatureLaplace):
         options = self._tuning_options(PredType.GP, LinkApprox.PROBIT, 1, None)
         asked = tuning.Settings(options, PriorStructure.SCALAR, 0, None, "keep", val_loader, progress_bar=False)
         data, score = (
-            self._collected(asked, val_loader, "validation"),
+            collected(self, asked, val_loader, "validation"),
             tuning.choose_score(None, problem.likelihood(), options.pred_type),
         )
         with torch.no_grad(), full_precision(self._device):

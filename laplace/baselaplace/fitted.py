@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import IO, Any, ClassVar, TypeVar
 
 import torch
@@ -15,15 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import statefile, states, untuned
+from laplace.baselaplace import statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
+from laplace.errors import refuse_before_fit
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen
-from laplace.network import Batch, evaluating, full_precision, iterate
+from laplace.network import Batch, full_precision, iterate
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, check_entries, nested
@@ -73,10 +73,11 @@ class FittedLaplace(BaseLaplace):
         """Outputs at ``x`` and how they depend on the random weights, around those of the fit if there is one."""
         fit, weights = self.__dict__.get("_fit"), self._random_weights
         if fit is not None:
-            weights.warn_if_moved(fit.mean)
+            weights.warn_if_moved(fit.mean if fit.trained is None else fit.trained)
         graph = torch.is_grad_enabled() and self.enable_backprop
         center = None if fit is None else fit.mean
-        return weights.linearize(x, center, lambda: self.backend, pred_type, differentiable=graph, **model_kwargs)
+        inputs = weights.linearize(x, center, lambda: self.backend, pred_type, differentiable=graph, **model_kwargs)
+        return inputs if fit is None or fit.trained is None else inputs.with_weights(fit.mean)
 
     def _iterate(
         self, loader: Iterable[Any], progress_bar: bool = False, description: str = "[Fitting]"
@@ -100,8 +101,7 @@ class FittedLaplace(BaseLaplace):
     def _fitted(self) -> Fit:
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is None:
-            what = "This attribute or call"
-            raise self._not_fitted(what)
+            refuse_before_fit("This attribute or call")
         if (fit.mean.device, fit.mean.dtype) != self._place:  # the model was moved
             self._follow_model()
         return self._fit
@@ -132,7 +132,7 @@ class FittedLaplace(BaseLaplace):
         n_outputs = self._fitted.n_outputs
         if not n_outputs:
             what = "n_outputs"
-            raise self._not_fitted(what)
+            refuse_before_fit(what)
         return n_outputs
 
     # -- posterior ----------------------------------------------------------------------------------------------------
@@ -251,7 +251,12 @@ class FittedLaplace(BaseLaplace):
     def tune(
         self,
         val_loader: Iterable[Any],
+        train_loader: Iterable[Any] | None = None,
         *,
+        refit: bool | None = None,
+        average: str | bool = "parameters",
+        distance_aware: bool | None = None,
+        max_rows: int | None = None,
         score: str | tuning.Loss = "nll",
         prior_structure: PriorStructure | str = PriorStructure.SCALAR,
         noise: Noise | None = None,
@@ -265,20 +270,43 @@ class FittedLaplace(BaseLaplace):
         verbose: bool = False,
         progress_bar: bool = False,
     ) -> tuning.Tuning:
-        """Choose prior precision and noise, or output temperature, together on validation data, and assign them.
+        """Choose head, temperature (regression: noise) and width at foreign inputs on validation data, and assign them.
 
-        The network itself, at its best output temperature or noise, is a candidate: on these data the result is never
-        worse than MAP or temperature scaling.
+        The last layer is fitted again under nine prior precisions, on the features that ``fit`` kept; the head of the
+        model is a candidate, too. Every head is combined with its best output temperature T, or noise σ, and with
+        several sizes s² of the variance that foreign inputs get. All are weighed by how well they predict the
+        validation data, and their parameters are averaged, so that there is one head (``mean``, ``head_``), one T or σ,
+        one precision and one s² (``distance_scale``). The model of the user is not changed.
+
+        Where the head is not fitted again, as where all weights are random, the weights stay those of the model, and
+        prior precision, T or σ, and s² are chosen. Processes (``hessian_structure="gp"``) and reward modeling choose
+        precision and noise or temperature alone.
 
         Parameters
         ----------
         val_loader
             Batches that the network was not trained on.
+        train_loader
+            The loader that ``fit`` had, with the same data: no augmentation, no ``drop_last``. Needed only where their
+            features are not there: more than 2²⁷ numbers, an object that was loaded or copied, ``forget_data``.
+        refit
+            Fit the last layer again; ``None``: where that is possible. ``False`` keeps the head of the model, ``True``
+            raises where it cannot be fitted again.
+        average
+            ``"parameters"``: one averaged head, T and s². ``"mixture"``: predictions are averaged, over at most 32
+            choices (classification; a prediction then takes as many links). ``False``: the best choice alone.
+        distance_aware
+            Widen predictions where features lie farther from the training data than those of validation data; ``None``:
+            where features have a density. ``True`` raises where they have none.
+        max_rows
+            Refit heads on so many rows of the training data, drawn at random, each of which then stands for several;
+            ``None``: on all. Curvature and density are those of all data in any case.
         score
             A proper and differentiable score to minimize: ``"nll"``, ``"brier"`` (classification), ``"crps"``
-            (regression), or a function as for ``loss`` of ``optimize_prior_precision``.
+            (regression), or a function as for ``loss`` of ``optimize_prior_precision``. Another one than ``"nll"``
+            chooses prior precision and T or σ alone.
         prior_structure
-            ``"scalar"`` or ``"layerwise"``.
+            ``"scalar"``, or ``"layerwise"``: a precision for each parameter group, refined once the head is chosen.
         noise
             Regression: ``"scalar"`` (the default), ``"per_output"`` (last layer, except ``LLELLA``) or
             ``"keep"``.
@@ -287,12 +315,12 @@ class FittedLaplace(BaseLaplace):
         pred_type, link_approx, n_samples
             How predictions will be made: what is best for one way need not be for another.
         limits
-            Least and largest values, by name: ``prior_precision``, ``output_temperature``, ``sigma_noise`` (this one in
-            units of the residuals). Brackets start inside and extend to these. Without one, the least temperature is
-            that which is best for the network without weight uncertainty, and at most 1: uncertain weights widen
-            predictions, which lower temperatures would undo.
+            Least and largest values, by name: ``output_temperature``, ``sigma_noise`` (this one in units of the
+            residuals), and, where the head is not fitted again, ``prior_precision``. Without one T is between 0.05 and
+            20. While a precision is chosen around the weights of the model, T is also at least that which is best
+            without weight uncertainty, or 1: uncertain weights widen predictions, which lower temperatures would undo.
         n_steps
-            The most iterations of L-BFGS after the grid.
+            The most iterations of L-BFGS after the grid, where the head is not fitted again.
         generator
             Source of randomness of sampled predictions, which are the same for every evaluation; a fixed seed when
             ``None``.
@@ -303,53 +331,79 @@ class FittedLaplace(BaseLaplace):
 
         Returns
         -------
-        What was found; also kept as ``tuning_``.
+        What was found; also kept as ``tuning_``. Its ``notes`` say what was done and what was left out, and why.
 
         Raises
         ------
         NotFittedError
             Before ``fit``.
         UnsupportedError
-            If options do not exist or have no meaning for the likelihood.
+            If options do not exist or have no meaning for the likelihood, or ``refit=True`` or ``distance_aware=True``
+            is not possible; the message says why.
         InputError
-            If validation data are missing or empty, limits are reversed, or the score is finite nowhere.
+            If validation data are missing or empty, ``train_loader`` yields other data than ``fit`` had, limits are
+            reversed, or the score is finite nowhere.
 
         Warns
         -----
         UserWarning
-            If the best value of a hyperparameter stays at a limit, or no temperature is best for the network, as where
-            it classifies every validation row right: then none below 1 is tried.
+            If the features of the training data are not there, so that the head of the model is kept; if a class of the
+            validation data has no row in the training data; if there are fewer validation rows than classes. Where the
+            head is not fitted again: if the best value of a hyperparameter stays at a limit, or no temperature is best
+            for the network, as where it classifies every validation row right: then none below 1 is tried.
 
         Notes
         -----
-        One pass over the validation data; every evaluation then costs matrix products (a full structure with several
-        prior precisions factorizes each time). If tuning fails, hyperparameters are what they were.
+        Minimized is ``L = Σ −log p(y | x) + ½ log² T``, the sum over validation targets. Its second term is a standard
+        normal prior on log T; without one T would run to its limit where no validation row is wrong. (A noise has
+        none.) For each head and each s² in {0, 1, 3, 10, 30} (from 50 rows on; else up to 10) T is the best one. Their
+        shares are ``w ∝ √v exp(−L)``, v the variance of log T at its optimum. Assigned are ``log T̄ = Σ w log T``,
+        ``θ = T̄ Σ w θ E[1/T]`` (1/T averaged over that variance) and ``s² = Σ w s²``; ``prior_precision`` is the
+        geometric mean of those of the refitted heads. A regression has σ for T, averages θ itself, and its posterior's
+        variance counts.
+
+        After a refit of a classifier predictions are made without the posterior's variance (``weight_uncertainty`` is
+        ``False``; it may be assigned). Samples, covariances and the evidence are those of the Laplace approximation at
+        the chosen head in any case. ``optimize_prior_precision`` afterwards moves none of this but the precision (of a
+        regression also the noise); another ``tune`` starts from the model again.
+
+        One pass over the validation data, and one over a ``train_loader``. Heads are then convex problems in the
+        features: Newton's method up to 512 weights, beyond them L-BFGS in the eigenbasis of their second moments,
+        O(rows · D² + D³) once and O(rows · C · D) for each step. Where that takes more than ten seconds, it is printed
+        before. Each choice is a few evaluations of the link. If tuning fails, this object is what it was.
+
+        Heads under stronger priors forget wrong labels that the trained head knew by heart. Where the features
+        themselves have memorized them, no choice of these helps.
+
+        References
+        ----------
+        Jordahn & Olmos (2024), "Decoupling feature extraction and classification layers for calibrated neural
+        networks", arXiv:2405.01196, for heads that are trained again; Kristiadi, Hein & Hennig (2021), "An
+        infinite-feature extension for Bayesian ReLU nets that fixes their asymptotic overconfidence", arXiv:2010.02709,
+        for a variance that grows away from the data; Chen, Wiesel, Eldar & Hero (2010), "Shrinkage algorithms for MMSE
+        covariance estimation", for the covariances of the density.
         """
         verbose, n_steps, _ = methods.checked_steps(verbose, progress_bar, n_steps)
         structure = methods.not_diagonal(choose(PriorStructure, prior_structure, "prior_structure"))
         self._fitted  # noqa: B018 - raises before anything else is looked at
         options = self._tuning_options(pred_type, link_approx, n_samples, generator)
         asked = tuning.Settings(options, structure, n_steps, score, noise, val_loader, progress_bar)
-        further = output_temperature, methods.checked_limits_by_name(limits)
+        wanted = tuning.checked_recipe(train_loader, refit, average, distance_aware, max_rows)
+        limits = methods.checked_limits_by_name(limits)
+        return self._tuned_by_validation(asked, wanted, output_temperature, limits, verbose=verbose)
+
+    def _tuned_by_validation(
+        self, asked: tuning.Settings, wanted: tuning.Recipe, *further: Any, verbose: bool
+    ) -> tuning.Tuning:
+        """Choose by validation data: the hyperparameters alone, for what is no posterior over weights."""
+        wanted.check_alone(type(self).__name__)
         return self._tuned(None, asked, *further, verbose=verbose)
 
     def _tuned(
         self, method: TuningMethod | None, asked: tuning.Settings, *further: Any, verbose: bool
     ) -> tuning.Tuning:
         """Choose by a method, or by ``tune``, and assign what was found: all of it or nothing."""
-        problem, choose_by = self._problem(), tuning.by_validation if method is None else tuning.METHODS[method]
-        found = choose_by(problem, asked, partial(self._collected, asked), *further)
-        with states.all_or_nothing(self):
-            for name, value in found.hyperparameters.items():
-                setattr(self, name, value.detach())
-            self.tuning_ = found
-        if verbose:
-            print(f"Optimized {found}")
-        if method in (TuningMethod.MARGLIK, TuningMethod.GRIDSEARCH) and "output_temperature" in (
-            self._unit_likelihood.hyperparameters
-        ):
-            untuned.hint_once(method.value)
-        return found
+        return tuned.by_method(self, method, asked, *further, verbose=verbose)
 
     def _problem(self) -> tuning.Problem:
         """What was learned and is not chosen, cut off the graph of hyperparameters."""
@@ -371,17 +425,6 @@ class FittedLaplace(BaseLaplace):
     def _refitted_type(self) -> type[AbstractCurvature]:
         """The structure, with the choices of this object, as tuning fits it again."""
         return self.curvature_type
-
-    def _collected(self, asked: tuning.Settings, loader: Iterable[Any], what: str) -> tuning.CachedData:
-        """Linearized data of a loader, after their one pass."""
-
-        def linearize(x: Inputs) -> Linearization:
-            with evaluating(self.model):
-                return self._for_tuning(asked.options.pred_type, x)
-
-        with evaluating(self.model):
-            batches = self._iterate(loader, asked.progress_bar, f"[Linearizing at {what} data]")
-            return tuning.CachedData.collect(batches, linearize, self._frozen_likelihood, what)
 
     def _for_tuning(self, pred_type: PredType, x: Inputs) -> Linearization:
         """Inputs as predictions see them."""
@@ -474,12 +517,12 @@ class FittedLaplace(BaseLaplace):
             If the state has no digest, as those of earlier releases.
         """
         with states.blamed(), states.all_or_nothing(self, *self._random_weights.holders):
-            own, structure = {**self._identity(), **self._choices()}, self.curvature_type.name.value
-            state = states.readable(state_dict, own, self._random_weights, structure, self._prior_mean)
-            sizes = self._random_weights.sizes_in(state)
+            own, entries, weights = {**self._identity(), **self._choices()}, self._entries(), self._random_weights
+            state = states.readable(state_dict, entries, own, weights, self.curvature_type.name.value, self._prior_mean)
+            sizes = weights.sizes_in(state)
             known: Known = {"dtype": self._dtype, "sizes": tuple(sizes), "P": sum(sizes), "L": len(sizes)}
-            known.update(self._random_weights.known(state))
-            check_entries(state, self._entries(), known)
+            known.update(weights.known(state))
+            check_entries(state, entries, known)
             if "fingerprint" in state_dict:
                 warn_without_digest(state_dict)
             self._take(move(state, self._device), sizes)
@@ -578,8 +621,7 @@ class FittedLaplace(BaseLaplace):
         """Bring what was learned, and the hyperparameters, to where the model is, and to its precision."""
         self._backend, is_untuned = None, self._is_untuned
         self.prior_mean, self.sigma_noise, self.temperature = self._prior_mean, self._sigma_noise, self._temperature
-        self.prior_precision = self._prior_precision
-        self._is_untuned = is_untuned
+        self.prior_precision, self._is_untuned = self._prior_precision, is_untuned
         fit: Fit | None = self.__dict__.get("_fit")
         if fit is not None:
             self._fit = states.moved(fit, self._moved(fit.curvature), self._prior_mean)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.baselaplace.observed import Observed
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
 from laplace.network import Batch, Passes, evaluating
+from laplace.network.feature_extractor import seeing_features
 from laplace.structures import AbstractCurvature
 
 Learned = tuple[Tensor, AbstractCurvature]
@@ -41,16 +43,20 @@ class Training:
     """``[]``, or ``[C]``."""
     dtype: Callable[[], torch.dtype]
     """Says that of the curvature: of a last layer it is known when the layer is."""
+    observed: Observed | None = None
+    """What looks at features on the way; ``None``: nobody does."""
 
     def fit(self, loader: Iterable[Any]) -> Fit:
         """Learn from a loader."""
         counts: dict[str, int] = {}
 
         def read() -> Iterator[Batch]:
+            if counts and self.observed is not None:
+                self.observed.stop()
             counts.update(data=0, positions=0)
-            return self._counted(self.read(loader), counts)
+            return self._counted(self.read(loader), counts, seen)
 
-        with evaluating(self.weights.model), self._noise_by_output() as shape:
+        with evaluating(self.weights.model), self._noise_by_output() as shape, seeing_features() as seen:
             learned = self.accumulate(Passes(loader, read))
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
@@ -70,17 +76,41 @@ class Training:
             raise ShapeError(msg)
         mean, by_output = subset.vector().to(self.dtype()), nll if nll.dim() else None
         numbers = counts["data"], counts["positions"], n_outputs
-        return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape)
+        density = None if self.observed is None else self.observed.density
+        return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
 
-    def _counted(self, batches: Iterator[Batch], counts: dict[str, int]) -> Iterator[Batch]:
+    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Show features to whoever looks at them: those of the pass over a head, or of a pass of their own."""
+        observed, weights = self.observed, self.weights
+        if observed is None:
+            return
+        if weights.head is not None:
+            if not seen:
+                observed.miss()
+                return
+            try:
+                observed.add(*seen[-1], batch.y, weights.head)
+            except (ShapeError, InputError):  # a pass of the back end over something else
+                observed.miss()
+        elif weights.sees_features and observed.wanted:
+            try:
+                observed.add(*weights.outputs_and_features(batch.x), batch.y)
+            except (UnsupportedError, ShapeError) as error:
+                observed.give_up(f"The features of the last layer are not known. {error}")
+
+    def _counted(
+        self, batches: Iterator[Batch], counts: dict[str, int], seen: list[tuple[Tensor, Tensor]]
+    ) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
         for batch in batches:
             if not counts["data"]:
                 self.weights.before_first(self.backend, batch.x)
                 self.ready()
+            seen.clear()
             yield batch
             if not counts["data"]:
                 self.check_prior()
+            self._observe(batch, seen)
             counts["data"] += len(batch.y)
             counts["positions"] += self.backend.count(batch.y)
 

@@ -175,6 +175,13 @@ def checked_weights(value: Any, mean: Tensor) -> Tensor:
     return value
 
 
+def check_marginals(options: Options) -> None:
+    """Raise where samples of each output's own marginal are asked for of what has none."""
+    if options.diagonal_output and options.pred_type is PredType.NN:
+        msg = 'diagonal_output=True draws from marginals of the linearized outputs: it needs pred_type="glm".'
+        raise UnsupportedError(msg)
+
+
 def check_model_keywords(model: nn.Module, predict: Callable[..., Any], given: Iterable[str]) -> None:
     """Raise where keywords for the user's model are misspelt options, or none that it takes."""
     names = list(given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -12,30 +12,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, linalg
+from laplace import checks, linalg, tuning
+from laplace.baselaplace import foreign, recipe, recorded, states, tuned
+from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.fitting import Training
-from laplace.baselaplace.options import check_model_keywords, checked_weights
-from laplace.enums import LinkApprox, PredType
+from laplace.baselaplace.observed import Observed
+from laplace.baselaplace.options import check_marginals, check_model_keywords, checked_weights
+from laplace.enums import ForeignScore, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
-from laplace.fit import FIT_ENTRIES, Fit
+from laplace.fit import FIT_ENTRIES, HEAD_ENTRIES, Fit
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
-from laplace.predictive import Linearization, Options, compare, functional_samples, predict
-from laplace.predictive.pushforward import output_moments, samples_of_moments
-from laplace.schema import Table
+from laplace.predictive import Linearization, Options, functional_samples
+from laplace.predictive.adjusted import NO_POSTERIOR
+from laplace.schema import Table, nested
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision
 from laplace.structures.by_hand import assigned_curvature, independent, zero_curvature, zero_form
+from laplace.tuning import HeadData, fit_at
 from laplace.types import Inputs, Scalar
+
+FROM_STATE = "The state that was loaded holds none: fit again."
+"""Why there is no density, and why there are no features, after loading."""
 
 
 @described
 class ParametricLaplace(FittedLaplace):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹)."""
 
-    state_entries: ClassVar[Table] = FIT_ENTRIES
+    state_entries: ClassVar[Table] = {**FIT_ENTRIES, **HEAD_ENTRIES, "adjustments": nested(Adjustments.entries)}
+    _adjustments: Adjustments = Adjustments()
+    _kept: HeadData | None = None
+    """Features and targets of the training data, for ``tune``."""
+    _why_not: tuple[str, str] = ("Call fit(train_loader).", "Call fit(train_loader).")
+    """Why there is no density, and why no features were kept."""
     _mean_by_hand: Tensor | None = None
     """Assigned before there is a curvature."""
 
@@ -79,15 +91,26 @@ class ParametricLaplace(FittedLaplace):
         previous: Fit | None = None if override or self.__dict__.get("_fit") is None else self._fitted
         if previous is not None:
             previous.check_merge()
-        fit = self._training(progress_bar).fit(train_loader)
-        self._fit = fit if previous is None else previous.merge(fit)
-        self._hyperparameters_changed()
+        observed = Observed(self._frozen_likelihood)
+        training = self._training(progress_bar, observed)
+        fit, kept = training.fit(train_loader), observed.kept
+        if previous is not None and previous.trained is not None:
+            fit = self._at_head(fit, kept, previous.mean)
+        fit = fit if previous is None else previous.merge(fit)
+        with states.all_or_nothing(self):
+            self._fit = fit
+            if previous is None:
+                self._adjustments = Adjustments()
+            else:
+                kept = None if kept is None or self._kept is None else self._kept.followed_by(kept)
+            self._kept, self._why_not = kept, (observed.why_no_density, observed.why_not_kept)
+            self._hyperparameters_changed()
 
     def _fit_options(self) -> dict[str, Any]:
         """Options of the structure's ``accumulate``."""
         return dict(self._asdl_fisher_kwargs)
 
-    def _training(self, progress_bar: bool) -> Training:
+    def _training(self, progress_bar: bool, observed: Observed | None = None) -> Training:
         """What a fit needs to know of this object."""
         backend, options = self.backend, self._fit_options()
         return Training(
@@ -99,7 +122,34 @@ class ParametricLaplace(FittedLaplace):
             lambda: self._check_prior(self._prior_precision, self._prior_mean),
             self._sigma_noise,
             lambda: self._dtype,
+            observed,
         )
+
+    def _at_head(self, fit: Fit, data: HeadData | None, theta: Tensor) -> Fit:
+        """A fit as it would be at another head."""
+        if data is None:
+            msg = (
+                "The curvature at the head that tune chose needs the features of these data, which were not kept. "
+                f"{self._why_not[1]} Fit all data with override=True, and tune again with train_loader=."
+            )
+            raise UnsupportedError(msg)
+        with torch.no_grad(), full_precision(self._device):
+            return fit_at(fit, data, theta, self._unit_likelihood, self._refitted_type)
+
+    # -- tuning -------------------------------------------------------------------------------------------------------
+
+    def _tuned_by_validation(
+        self, asked: tuning.Settings, wanted: tuning.Recipe, *further: Any, verbose: bool
+    ) -> tuning.Tuning:
+        """Choose head, hyperparameters and width by validation data, and assign all of it or nothing."""
+        outcome = recipe.tune(self, asked, wanted, *further)
+        with states.all_or_nothing(self):
+            self._fit, self._adjustments = outcome.fit, outcome.adjustments
+            return tuned.assign(self, outcome.tuning, verbose=verbose)
+
+    def forget_data(self) -> None:
+        """Drop the features of the training data that ``fit`` kept for ``tune``; states and copies never hold them."""
+        self._kept, self._why_not = None, (self._why_not[0], "forget_data() dropped them.")
 
     def _check_memory(self) -> None:
         """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
@@ -107,6 +157,24 @@ class ParametricLaplace(FittedLaplace):
         if subset is not None:
             tensors = subset.parameters if subset.choice is None else [subset.vector()]
             self.curvature_type.check_memory(tensors, self._dtype)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _choices(self) -> dict[str, Any]:
+        """With the settings of predictions."""
+        return {**super()._choices(), "adjustments": self._adjustments.state()}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """With the settings of predictions; data that were kept are those of another fit."""
+        super()._restore(state)
+        self._adjustments = Adjustments.from_state(state["adjustments"])
+        self.forget_data()
+        self._why_not = (FROM_STATE, FROM_STATE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the data that ``fit`` kept."""
+        why_not = self._why_not if self._kept is None else (self._why_not[0], "Copies have none.")
+        return {**super().__getstate__(), "_kept": None, "_why_not": why_not}
 
     # -- without a fit, and by hand -----------------------------------------------------------------------------------
 
@@ -134,12 +202,8 @@ class ParametricLaplace(FittedLaplace):
         return self._mean.clone()
 
     @mean.setter
-    def mean(self, value: Tensor) -> None:
-        self._assign_mean(value)
-
     @linalg.lasting
-    def _assign_mean(self, value: Tensor) -> None:
-        """Put the posterior around given weights."""
+    def mean(self, value: Tensor) -> None:
         n_params = self._known("The mean").n_params
         mean = self._checked("mean", value).detach()
         if mean.shape != (n_params,):
@@ -172,11 +236,10 @@ class ParametricLaplace(FittedLaplace):
         curvature = assigned_curvature(self.curvature_type, value, subset.shapes, check, now)
         if known is None:
             mean = subset.vector().to(self._dtype) if self._mean_by_hand is None else self._mean_by_hand
-            head = self._head_shapes
-            self._fit = Fit.by_hand(mean, curvature, self._sigma_noise, head)
+            self._fit = Fit.by_hand(mean, curvature, self._sigma_noise, self._head_shapes)
             self._mean_by_hand = None
         else:
-            self._fit = replace(known, curvature=curvature)
+            self._fit = replace(known, curvature=curvature, averaged=False)
         self._hyperparameters_changed()
 
     @property
@@ -455,13 +518,107 @@ class ParametricLaplace(FittedLaplace):
         """
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
-        posterior = self._frozen_posterior
+        posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
-            inputs = compare(inputs) if options.fitting else inputs
             with full_precision(self._device):
-                found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)
+                density = self._fit.feature_density
+                found = self._adjustments.predict(inputs, density, posterior, likelihood, options, self._dtype)
         return self._compared(inputs.f, found, likelihood) if self._is_untuned else found
+
+    @property
+    def _predicting_posterior(self) -> AbstractPrecision:
+        """The posterior, where predictions use its variance."""
+        return self._frozen_posterior if self._adjustments.weight_uncertainty else NO_POSTERIOR
+
+    def _adjusted(self, inputs: Linearization) -> Linearization:
+        """Inputs as predictions see them: with or without the posterior's variance, wider where they are foreign."""
+        adjustments, likelihood = self._adjustments, self._frozen_likelihood
+        e = adjustments.excess_of(inputs, self._fit.feature_density, likelihood)
+        return adjustments.applied(inputs, e, likelihood)
+
+    @property
+    def weight_uncertainty(self) -> bool:
+        """Whether predictions use the posterior's variance; ``tune`` chooses, and it may be assigned.
+
+        Samples of weights and functions, covariances and the evidence are those of the posterior in any case.
+        """
+        return self._adjustments.weight_uncertainty
+
+    @weight_uncertainty.setter
+    def weight_uncertainty(self, value: bool) -> None:
+        self._adjustments = replace(self._adjustments, weight_uncertainty=checks.flag("weight_uncertainty", value))
+
+    @property
+    def distance_scale(self) -> float:
+        """s²: how much wider predictions are where inputs are foreign, in units of them; ``tune`` chooses it.
+
+        Logits divided by the output temperature get the variance s² e(x), a regression σ² s² e(x)², with e the excess
+        of the distance of features over that of 95 % of the validation rows. May be assigned: 0 turns it off. Another
+        value must be positive (``InputError``) and needs a ``tune`` before, which looks at validation rows
+        (``UnsupportedError``).
+        """
+        return self._adjustments.scale
+
+    @distance_scale.setter
+    def distance_scale(self, value: float) -> None:
+        self._adjustments = self._adjustments.scaled(checks.number("distance_scale", value, from_zero=True))
+
+    def ood_score(
+        self,
+        x: Inputs,
+        kind: ForeignScore | str | None = None,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """How foreign inputs are; more is more foreign.
+
+        Do not use predictive variances for this: the posterior holds the second moment of all features about zero, so
+        that what lies between the classes, or has small features, looks familiar to it. On inputs of classes that were
+        held out the variance of the largest logit ranks worse than chance (AUROC below 0.4).
+
+        Parameters
+        ----------
+        x
+            A batch of inputs.
+        kind
+            ``"fisher"``: the doubt of the classifier and the density of the features together, each as the share of
+            reference rows beyond (the default of classifiers). ``"density"``: minus the log density of the features, a
+            Gaussian for each class; of a regression the Mahalanobis distance (its default). ``"relative"``: the
+            relative Mahalanobis distance. ``"max_prob"``: one minus the largest predicted probability. ``"entropy"`` of
+            the prediction. ``"mutual_information"`` of prediction and weights, from samples.
+        n_samples, generator
+            For ``"mutual_information"``.
+
+        Returns
+        -------
+        ``[batch, *positions]``; ``"fisher"``, ``"density"``, ``"entropy"`` and ``"mutual_information"`` in nats.
+
+        Raises
+        ------
+        NotFittedError
+            Before ``fit``; ``"fisher"`` also where there are no reference rows.
+        UnsupportedError
+            If there is no such kind, no density of features, or no classes; the message says why.
+
+        Warns
+        -----
+        UserWarning
+            If ``"fisher"`` compares with training rows, since ``tune`` has not looked at validation rows.
+
+        Notes
+        -----
+        One forward pass, then O(batch · C · D²) for the density (O(batch · D²) where classes share a covariance).
+
+        References
+        ----------
+        Lee, Lee, Lee & Shin (2018), "A simple unified framework for detecting out-of-distribution samples and
+        adversarial attacks", arXiv:1807.03888; Ren et al. (2021), "A simple fix to Mahalanobis distance for improving
+        near-OOD detection", arXiv:2106.09022; Fisher (1925), "Statistical methods for research workers", for the sum of
+        log tails.
+        """
+        options = self._options(PredType.GLM, n_samples=n_samples, generator=generator)
+        return foreign.score(self, x, kind, options)
 
     def _checked_linearization(
         self, x: Inputs, pred_type: PredType = PredType.GLM, **model_kwargs: Any
@@ -515,18 +672,23 @@ class ParametricLaplace(FittedLaplace):
         -----
         Exact for the structure. Time O(n_samples · batch · C · D) beside the draws of the weights.
         """
-        options = self._options(pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator)
-        if options.diagonal_output and options.pred_type is PredType.NN:
-            msg = 'diagonal_output=True draws from marginals of the linearized outputs: it needs pred_type="glm".'
-            raise UnsupportedError(msg)
-        return self._functions(x, options)
+        return self._functions(x, self._sampling_options(pred_type, n_samples, diagonal_output, generator))
 
-    def _functions(self, x: Inputs, options: Options, **model_kwargs: Any) -> Float[Tensor, "samples batch ..."]:
-        """Samples of the outputs."""
-        posterior = self._frozen_posterior
+    def _sampling_options(self, pred_type: Any, n_samples: Any, diagonal_output: Any, generator: Any) -> Options:
+        """How to draw samples of outputs, checked."""
+        options = self._options(pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator)
+        check_marginals(options)
+        return options
+
+    def _functions(
+        self, x: Inputs, options: Options, *, adjusted: bool = False, **model_kwargs: Any
+    ) -> Float[Tensor, "samples batch ..."]:
+        """Samples of the outputs, of the posterior or as predictions see them."""
+        posterior = self._predicting_posterior if adjusted else self._frozen_posterior
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
+                inputs = self._adjusted(inputs) if adjusted else inputs
                 return functional_samples(inputs, posterior, options, self._dtype)
 
     def predictive_samples(
@@ -555,62 +717,13 @@ class ParametricLaplace(FittedLaplace):
         UnsupportedError
             If options do not exist or do not go together.
         """
-        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        return self._output_likelihood.expectation(samples)
+        options = self._sampling_options(pred_type, n_samples, diagonal_output, generator)
+        return self._output_likelihood.expectation(self._functions(x, options, adjusted=True))
 
     # -- names that code written for laplace-torch calls --------------------------------------------------------------
 
-    def _nn_functional_samples(
-        self,
-        X: Inputs,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Float[Tensor, "samples batch ..."]:
-        """As ``functional_samples`` with ``pred_type="nn"``."""
-        return self._functions(X, self._options(PredType.NN, n_samples=n_samples, generator=generator), **model_kwargs)
-
-    def _nn_predictive_samples(
-        self,
-        X: Inputs,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Float[Tensor, "samples batch ..."]:
-        """As ``predictive_samples`` with ``pred_type="nn"``."""
-        samples = self._nn_functional_samples(X, n_samples, generator, **model_kwargs)
-        return self._output_likelihood.expectation(samples)
-
-    def _glm_predictive_distribution(
-        self, X: Inputs, joint: bool = False, diagonal_output: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs before any link and their covariances (variances with ``diagonal_output``), or the joint ones."""
-        posterior = self._frozen_posterior
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
-            inputs = self._checked_linearization(X)
-            with full_precision(self._device):
-                return output_moments(inputs, posterior, self._dtype, joint, diagonal_output)
-
-    def _glm_functional_samples(
-        self,
-        f_mu: Tensor,
-        f_var: Tensor,
-        n_samples: int,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "samples batch ..."]:
-        """Samples of the Gaussian over outputs that ``_glm_predictive_distribution`` returned."""
-        options = self._options(PredType.GLM, n_samples=n_samples, generator=generator)
-        return samples_of_moments(f_mu, f_var, options, diagonal_output)
-
-    def _glm_predictive_samples(
-        self,
-        f_mu: Tensor,
-        f_var: Tensor,
-        n_samples: int,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "samples batch ..."]:
-        """The same after the link."""
-        samples = self._glm_functional_samples(f_mu, f_var, n_samples, diagonal_output, generator)
-        return self._output_likelihood.expectation(samples)
+    _nn_functional_samples = recorded.nn_functional_samples
+    _nn_predictive_samples = recorded.nn_predictive_samples
+    _glm_predictive_distribution = recorded.glm_predictive_distribution
+    _glm_functional_samples = recorded.glm_functional_samples
+    _glm_predictive_samples = recorded.glm_predictive_samples

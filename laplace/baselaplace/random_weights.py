@@ -42,6 +42,8 @@ class AllWeights:
     called: ClassVar[str] = "random weights"
     entries: ClassVar[Table] = {}
     """What the entries of a state must be that say which weights are random."""
+    sees_features: ClassVar[bool] = True
+    """Whether what enters the last linear layer is looked at."""
 
     @cached_property
     def whole(self) -> WholeNetwork:
@@ -104,6 +106,17 @@ class AllWeights:
         """Outputs of the model, ``[batch, *positions, C]``."""
         return self.whole(x, **model_kwargs)
 
+    @cached_property
+    def _extractor(self) -> FeatureExtractor:
+        extractor = FeatureExtractor(self.model, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+        extractor.only_looks = True
+        return extractor
+
+    def outputs_and_features(self, x: Inputs, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Outputs and what enters the last linear layer, ``[batch, *positions, D]``, by a forward pass."""
+        with torch.no_grad(), evaluating(self.model):
+            return self._extractor.forward_with_features(x, **model_kwargs)
+
     def linearize(
         self,
         x: Inputs,
@@ -123,10 +136,14 @@ class AllWeights:
         def evaluate(theta: Tensor) -> Tensor:
             return self.whole.at(theta, x, **model_kwargs)
 
+        def seen() -> Tensor:
+            features = self.outputs_and_features(x, **model_kwargs)[1]
+            return features.reshape(-1, features.shape[-1])
+
         if pred_type is PredType.NN:
-            return NetworkLinearization(self.whole(x, **model_kwargs), None, evaluate, center)
+            return NetworkLinearization(self.whole(x, **model_kwargs), None, evaluate, center, seen)
         derivatives = backend().derivatives(x, differentiable, **model_kwargs)
-        return NetworkLinearization(derivatives.f, derivatives, evaluate, center)
+        return NetworkLinearization(derivatives.f, derivatives, evaluate, center, seen)
 
     @property
     def holders(self) -> tuple[object, ...]:
@@ -176,6 +193,7 @@ class Subnetwork(AllWeights):
     indices: Tensor
 
     entries: ClassVar[Table] = _CHOSEN
+    sees_features: ClassVar[bool] = False
 
     @cached_property
     def whole(self) -> WholeNetwork:

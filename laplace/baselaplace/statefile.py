@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from laplace.errors import StateError, StateNotFoundError, warn
 from laplace.schema import check_tree, describe
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the layout of a state; raised when it changes."""
-READABLE = (3, SCHEMA_VERSION)
-"""Versions that can be read: before 4 states had no digest."""
+READABLE = (3, 4, SCHEMA_VERSION)
+"""Versions that can be read: before 4 states had no digest, before 5 no refitted head and no density."""
 DIGEST_VERSION = "sha256-1"
 """How the digest is made."""
 

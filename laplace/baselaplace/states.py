@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.peer_states import PEER_STRUCTURES, check_peer, is_peer, translated
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.baselaplace.statefile import SCHEMA_VERSION, check_origin
+from laplace.density import ClassSums
 from laplace.errors import NotPositiveDefiniteError, StateError
 from laplace.fit import Fit
 from laplace.schema import Table, anything, finite, flag, tensor, text
@@ -37,6 +39,9 @@ OF_CONTENT = (
 
 IDENTITY = ("cls_name", "likelihood", "curvature_kind", "fingerprint", "feature_reduction")
 """What a state and the object that loads it must agree on."""
+
+SINCE_5: Mapping[str, Any] = {"trained": None, "density": None, "averaged": False, "adjustments": Adjustments().state()}
+"""What version 5 added, as it was before."""
 
 HEADER: Table = {
     "schema_version": anything,
@@ -88,13 +93,17 @@ def blamed() -> Generator[None]:
 
 
 def readable(
-    state: Any,
-    own: Mapping[str, Any],
-    weights: AllWeights,
-    structure: str,
-    like: Tensor,
+    state: Any, entries: Table, own: Mapping[str, Any], weights: AllWeights, structure: str, like: Tensor
 ) -> dict[str, Any]:
     """Entries of a state of this library or, of a structure over weights, of laplace-torch; of the right origin."""
+    found = _readable(state, own, weights, structure, like)
+    earlier = is_peer(state) or state["schema_version"] != SCHEMA_VERSION
+    new = {name: value for name, value in SINCE_5.items() if name in entries and earlier}
+    return {**new, **found}
+
+
+def _readable(state: Any, own: Mapping[str, Any], weights: AllWeights, structure: str, like: Tensor) -> dict[str, Any]:
+    """The entries that are there."""
     if not is_peer(state):
         check_origin(state, {name: own[name] for name in own if name in IDENTITY})
         return {key: value for key, value in state.items() if key != "digest"}
@@ -138,6 +147,9 @@ def of_fit(fit: Fit, curvature: str) -> dict[str, Any]:
         "n_outputs": fit.n_outputs,
         "output_loss": fit.output_nll,
         "noise_shape": fit.noise_shape,
+        "trained": fit.trained,
+        "density": None if fit.density is None else fit.density.state(),
+        "averaged": fit.averaged,
         curvature: fit.curvature.state(),
     }
 
@@ -151,14 +163,27 @@ def fit_from(
     by_output, shape = (None if value is None else value.to(dtype) for value in found)
     mean = state["mean"].to(dtype)
     loss = mean.new_full((), torch.nan) if state["loss"] is None else state["loss"].to(dtype)
-    return Fit(mean, curvature, loss, *counts, by_output, head, shape)
+    trained, density = (state.get(name) for name in ("trained", "density"))
+    return Fit(
+        mean,
+        curvature,
+        loss,
+        *counts,
+        by_output,
+        head,
+        shape,
+        None if trained is None else trained.to(dtype),
+        None if density is None else ClassSums.from_state(density),
+        state.get("averaged", False),
+    )
 
 
 def moved(fit: Fit, curvature: AbstractCurvature, like: Tensor) -> Fit:
     """A fit where ``like`` is, in its precision; the curvature is there already."""
-    numbers = {name: getattr(fit, name) for name in ("mean", "nll", "output_nll", "noise_shape")}
+    numbers = {name: getattr(fit, name) for name in ("mean", "nll", "output_nll", "noise_shape", "trained")}
     there = {name: None if value is None else value.to(like) for name, value in numbers.items()}
-    return replace(fit, curvature=curvature, **there)
+    density = None if fit.density is None else fit.density.to(like.device)
+    return replace(fit, curvature=curvature, density=density, **there)
 
 
 __all__ = ["HEADER", "all_or_nothing", "blamed", "check_usable", "fit_from", "moved", "of_fit", "readable", "tables_of"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace.enums import TuningMethod
 from laplace.errors import UntunedWarning, warn
 from laplace.likelihoods import AbstractLikelihood
 
@@ -19,10 +21,13 @@ _SAID = threading.Lock()
 """Held for good once the hint was printed."""
 
 
-def compare(network: Tensor, predicted: Tensor, likelihood: AbstractLikelihood) -> None:
-    """Warn if the first predictions of an untuned object are far from those of the network."""
+def compare(outputs: Tensor, predicted: Any, likelihood: AbstractLikelihood) -> None:
+    """Warn if the first predictions of an untuned classifier are far from those of the network."""
+    if not isinstance(predicted, Tensor):  # of a regression
+        return
     with torch.no_grad():
-        before, after = (likelihood.probabilities(p.detach().reshape(-1, p.shape[-1])) for p in (network, predicted))
+        both = likelihood.expectation(outputs.detach()), predicted.detach()
+        before, after = (likelihood.probabilities(p.reshape(-1, p.shape[-1])) for p in both)
         confidence, label = before.max(-1)
         now, other = after.max(-1)
         was, is_, changed = (float(v) for v in (confidence.mean(), now.mean(), (label != other).double().mean()))
@@ -37,9 +42,11 @@ def compare(network: Tensor, predicted: Tensor, likelihood: AbstractLikelihood) 
     warn(msg, UntunedWarning)
 
 
-def hint_once(method: str) -> None:
-    """Print, once per process, what calibrates a classifier that was tuned by another method."""
-    if _SAID.acquire(blocking=False):
+def hint_once(method: str, likelihood: AbstractLikelihood) -> None:
+    """Print, once per process, what calibrates a classifier whose temperature a method leaves as it is."""
+    if method not in (TuningMethod.MARGLIK.value, TuningMethod.GRIDSEARCH.value):
+        return
+    if "output_temperature" in likelihood.hyperparameters and _SAID.acquire(blocking=False):
         print(
             f"Hint: method={method!r} chooses a prior precision and leaves the confidence of a classifier to it. "
             "Calibrate it on validation data: la.tune(val_loader). (Said once.)",

@@ -71,12 +71,16 @@ def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Floa
 def full(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "params params"]:
     """Σ Λ ⊗ φφᵀ, dense and symmetric: C products for the diagonal blocks, one for the outer products.
 
+    Where Λ has several roots a row, one product of all its entries with those of φφᵀ.
+
     Notes
     -----
     Time O(rows · (C D)²), memory O((C D)²).
     """
     phi, widths = joined(blocks)
     n_outputs, width = hessian.n_outputs, phi.shape[1]
+    if hessian.root is not None and hessian.root.shape[2] > 1:
+        return public_order(products(phi, hessian), n_outputs, widths)
     if hessian.root is None:
         matrix = phi.new_zeros(n_outputs * width, n_outputs * width)
     else:
@@ -163,6 +167,19 @@ def joined(blocks: Sequence[HeadBlock]) -> tuple[Float[Tensor, "rows all_feature
     """The features of all blocks side by side, such as [φ, 1], and how many there are of each."""
     widths = [block.phi.shape[1] for block in blocks]
     return blocks[0].phi if len(blocks) == 1 else torch.cat([block.phi for block in blocks], 1), widths
+
+
+def products(phi: Float[Tensor, "rows features"], hessian: OutputHessian) -> Float[Tensor, "internal internal"]:
+    """Σ Λ ⊗ φφᵀ over rows with Λ as matrices, in chunks of rows; output by output."""
+    n_outputs, width = hessian.n_outputs, phi.shape[1]
+    total = phi.new_zeros(n_outputs**2, width**2)
+    step = max(1, CHUNK_ELEMENTS // (n_outputs**2 + width**2))
+    for start in range(0, len(phi), step):
+        rows = slice(start, start + step)
+        squares = phi[rows].unsqueeze(2) * phi[rows].unsqueeze(1)
+        total.addmm_(hessian.select(rows).dense().flatten(1).T, squares.flatten(1))
+    shape = n_outputs, n_outputs, width, width
+    return total.view(shape).transpose(1, 2).reshape(n_outputs * width, n_outputs * width)
 
 
 def outer_products(

@@ -77,6 +77,8 @@ class AbstractLikelihood(ABC):
     """Those beside the prior that tuning may choose: ``"sigma_noise"``, ``"output_temperature"``."""
     temperature: float | Tensor
     """T of the tempered likelihood ``p(y|f)^(1/T)``."""
+    ignores_shifts: ClassVar[bool] = False
+    """Whether predictions stay as they are when a number is added to all outputs of a row."""
     compares: ClassVar[bool] = False
     """Whether a target compares inputs, whose outputs then share a row."""
 
@@ -99,6 +101,19 @@ class AbstractLikelihood(ABC):
         numbers = {"temperature": temperature, "sigma_noise": sigma_noise, "output_temperature": output_temperature}
         taken = ("temperature", *self.hyperparameters)
         return replace(cast("Any", self), **{name: numbers[name] for name in taken})
+
+    def tempered(self, factor: float) -> AbstractLikelihood:
+        """The likelihood with another output temperature, where it has one.
+
+        Parameters
+        ----------
+        factor
+            What the present one is multiplied by.
+        """
+        if "output_temperature" not in self.hyperparameters:
+            return self
+        now = cast("Any", self)
+        return replace(now, output_temperature=now.output_temperature * factor)
 
     @classmethod
     def check_noise(cls, sigma_noise: Tensor) -> None:
@@ -409,6 +424,36 @@ class AbstractLikelihood(ABC):
         """
         return False
 
+    # -- what is foreign ----------------------------------------------------------------------------------------------
+
+    def n_groups(self, n_outputs: int) -> int:  # noqa: ARG002
+        """Number of classes whose features have a density of their own; 0: there is no density of features."""
+        return 0
+
+    def group_of(self, y: Targets) -> Tensor | None:  # noqa: ARG002
+        """The class of each row in that density, ``[rows]``, or soft labels ``[rows, classes]``; ``None``: all one."""
+        return None
+
+    def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:  # noqa: ARG002
+        """log(1 − max p) of the classes that outputs alone predict, ``[...]``."""
+        return self._refuse("doubt about classes")
+
+    def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:  # noqa: ARG002
+        """Variance of the value that outputs of foreign rows have of their own, s² e in units of predictions.
+
+        Parameters
+        ----------
+        scale
+            s².
+        excess
+            e of each row, at least 0.
+
+        Returns
+        -------
+        ``[rows, C]`` or ``[rows, 1]``, in output units squared.
+        """
+        return self._refuse("variance of foreign inputs")
+
     # -- items that are compared --------------------------------------------------------------------------------------
 
     def for_targets(self) -> AbstractLikelihood:
@@ -488,6 +533,26 @@ class AbstractLikelihood(ABC):
     def check_sampled_energy(cls) -> None:
         """Raise unless the energy may be sampled."""
         msg = f"mc_softmax_samples draws logits; the objective of {cls.name} is exact without. Leave it at 0."
+        raise UnsupportedError(msg)
+
+    @classmethod
+    def check_variational_head(cls, n_outputs: int) -> None:  # noqa: ARG003
+        """Raise unless the weights of a head can be fitted by variational inference, with so many outputs.
+
+        Parameters
+        ----------
+        n_outputs
+            C.
+
+        Raises
+        ------
+        UnsupportedError
+            If they cannot; the message says what to use.
+        """
+        msg = (
+            f'method="elbo" is made for classes (likelihood="classification" or "binary"); this is {cls.name}. Use '
+            'method="marglik", or validation data: tune(val_loader).'
+        )
         raise UnsupportedError(msg)
 
     # -- data ---------------------------------------------------------------------------------------------------------

@@ -67,6 +67,14 @@ class BernoulliLikelihood(PredictsProbabilities):
         uniform = torch.rand(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
         return torch.where(uniform < f.sigmoid(), -torch.sigmoid(-f), f.sigmoid())
 
+    def n_groups(self, n_outputs: int) -> int:  # noqa: ARG002 - there is one
+        """Two."""
+        return 2
+
+    def group_of(self, y: Targets) -> Tensor:
+        """0 or 1."""
+        return (y[:, 0] > 0.5).long()
+
     def torch_loss(self) -> tuple[nn.Module, float]:
         """``BCEWithLogitsLoss`` and 1."""
         return nn.BCEWithLogitsLoss(reduction="sum"), 1.0

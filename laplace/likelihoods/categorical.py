@@ -42,6 +42,7 @@ class CategoricalLikelihood(PredictsProbabilities):
     output_temperature: float | Tensor = 1.0
 
     name: ClassVar[str] = Likelihood.CLASSIFICATION.value
+    ignores_shifts: ClassVar[bool] = True
 
     @classmethod
     def check_balanced(cls) -> None:
@@ -89,6 +90,14 @@ class CategoricalLikelihood(PredictsProbabilities):
         root = torch.where(lower, below, 0.0)
         root.diagonal(dim1=1, dim2=2).copy_(ratio * after.sqrt())
         return root
+
+    def n_groups(self, n_outputs: int) -> int:
+        """C."""
+        return n_outputs
+
+    def group_of(self, y: Targets) -> Tensor:
+        """The targets themselves."""
+        return y
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Softmax(f) minus labels drawn from it, ``[samples, rows, C]``."""

@@ -111,6 +111,14 @@ class GaussianLikelihood(PredictsMoments):
         noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
         return noise if self.weights is None else self.weights.to(f).sqrt() * noise
 
+    def n_groups(self, n_outputs: int) -> int:  # noqa: ARG002 - whatever it is
+        """One."""
+        return 1
+
+    def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
+        """σ² s² e² of each output."""
+        return (self.sigma_noise.to(excess) ** 2).reshape(-1) * (scale * excess.square()).unsqueeze(-1)
+
     def expectation(self, f: Tensor) -> Tensor:
         """The outputs themselves."""
         return f
@@ -160,6 +168,15 @@ class GaussianLikelihood(PredictsMoments):
         factor = linalg.cholesky(eye + alpha * scale * cov, "predictive covariance")
         half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1), upper=False).squeeze(-1)
         return 0.5 * scale * half.square().sum(-1) + factor.diagonal(dim1=1, dim2=2).log().sum(-1) / alpha
+
+    @classmethod
+    def check_variational_head(cls, n_outputs: int) -> None:  # noqa: ARG003
+        """Raise: there is nothing to approximate."""
+        msg = (
+            'method="elbo" fits a Gaussian to a posterior that is none; that of a last layer with Gaussian noise is '
+            'one already, and its fit is exact. Use method="marglik", "loo", or validation data: tune(val_loader).'
+        )
+        raise UnsupportedError(msg)
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets, numbers in the shape of the outputs (or without the last axis, C = 1); flatten positions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,32 @@ class OutputHessian:
     """Sign of the product ``r rᵀ``: 1 or −1."""
     total: Tensor | None = None
     """The diagonal of the whole, ``[rows, C]``, given where ``d − r²`` would cancel; it is then used instead."""
+
+    def select(self, rows: slice) -> OutputHessian:
+        """Those of some rows."""
+        parts = (None if part is None else part[rows] for part in (self.diagonal, self.root, self.total))
+        diagonal, root, total = parts
+        return OutputHessian(self.n_outputs, diagonal, root, self.sign, total)
+
+    @classmethod
+    def followed_by(cls, parts: Sequence[OutputHessian]) -> OutputHessian:
+        """The rows of all, which are of one kind."""
+        first = parts[0]
+
+        def joined(name: str) -> Tensor | None:
+            return None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
+
+        return cls(first.n_outputs, joined("diagonal"), joined("root"), first.sign, joined("total"))
+
+    def averaged(self, n_samples: int) -> OutputHessian:
+        """The mean over samples, of rows that come sample by sample: all their roots side by side, no C×C matrices."""
+        diagonal, total = (
+            None if part is None else part.unflatten(0, (n_samples, -1)).mean(0) for part in (self.diagonal, self.total)
+        )
+        root = self.root
+        if root is not None:
+            root = root.unflatten(0, (n_samples, -1)).permute(1, 2, 0, 3).flatten(2) / n_samples**0.5
+        return OutputHessian(self.n_outputs, diagonal, root, self.sign, total)
 
     def diag(self) -> Float[Tensor, "rows outputs"]:
         """Diagonals, ``[rows, C]``."""

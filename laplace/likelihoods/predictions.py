@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.density import log_one_minus_max
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import InputError
+from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import softmax
 from laplace.likelihoods.base import AbstractLikelihood, Ask, Link
 from laplace.types import Outputs, Scalar, Targets
@@ -20,6 +21,8 @@ from laplace.types import Outputs, Scalar, Targets
 BRIDGES = (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM)
 OF_CLASSES = (*BRIDGES, LinkApprox.MF1, LinkApprox.MF2)
 """Links that turn several logits into probabilities, and of anything else make no sense."""
+MAX_AVERAGED = 100
+"""Most classes over whose logits variational inference averages."""
 
 
 def as_it_is(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +160,15 @@ class PredictsProbabilities(AbstractLikelihood):
         """The predictions themselves."""
         return prediction
 
+    def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
+        """At the output temperature."""
+        return log_one_minus_max(f / torch.as_tensor(self.output_temperature).to(f))
+
+    def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
+        """T² s² e of each logit."""
+        T = torch.as_tensor(self.output_temperature).to(excess)
+        return (T**2 * scale * excess).unsqueeze(-1)
+
     def energy_asks(self, alpha: float) -> Ask:
         """Variances are enough for the probit approximation."""
         return Ask.COVARIANCE if alpha * float(self.scale) < 1 else Ask.VARIANCE
@@ -174,3 +186,13 @@ class PredictsProbabilities(AbstractLikelihood):
     @classmethod
     def check_sampled_energy(cls) -> None:
         """It may be."""
+
+    @classmethod
+    def check_variational_head(cls, n_outputs: int) -> None:
+        """Raise where there are so many classes that a few points for each row say little."""
+        if n_outputs > MAX_AVERAGED:
+            msg = (
+                f'method="elbo" averages over the logits of up to {MAX_AVERAGED} classes; the model has {n_outputs}. '
+                "Use validation data: tune(val_loader)."
+            )
+            raise UnsupportedError(msg)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any
 
@@ -28,6 +31,20 @@ from laplace.types import Inputs
 
 _HOOKS = threading.RLock()
 """Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
+
+
+_SEEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("_SEEN", default=None)
+
+
+@contextmanager
+def seeing_features() -> Generator[list[tuple[Tensor, Tensor]]]:
+    """Yield a list that holds outputs and features of the last pass in the body, of this thread."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 class FeatureExtractor(nn.Module):
@@ -55,6 +72,9 @@ class FeatureExtractor(nn.Module):
         If ``last_layer_name`` or ``feature_reduction`` is unknown, the layer is not linear, or the model is compiled by
         ``torch.jit``.
     """
+
+    only_looks: bool = False
+    """Whether the head's weights are not random on their own, so that it does not matter who shares them."""
 
     def __init__(
         self,
@@ -204,7 +224,11 @@ class FeatureExtractor(nn.Module):
             If outputs and features have positions that do not match.
         """
         with together(self.model):
-            return self._watched_pass(x, model_kwargs)
+            found = self._watched_pass(x, model_kwargs)
+        seen = _SEEN.get()
+        if seen is not None:
+            seen[:] = [found]
+        return found
 
     def _watched_pass(self, x: Inputs, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The forward pass of ``forward_with_features``, while no thread has other weights in place."""
@@ -359,7 +383,7 @@ class FeatureExtractor(nn.Module):
             for key, parameter in module.named_parameters(recurse=False)
             if parameter is weight and module is not layer
         ]
-        if owners:
+        if owners and not self.only_looks:
             msg = (
                 f"The weight of the last layer {self.last_layer_name!r} is tied to {', '.join(map(repr, owners))}. "
                 "It is treated as the weight of the last layer alone: features do not change with it."

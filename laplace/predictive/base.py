@@ -25,6 +25,15 @@ class Linearization(ABC):
         return self.f.shape[-1]
 
     @property
+    def features(self) -> Tensor | None:
+        """What enters the last layer, ``[rows, D]``; ``None`` where it is not known."""
+        return None
+
+    def with_weights(self, theta: Tensor) -> Linearization:
+        """The outputs at other random weights; where they are linear in them."""
+        raise NotImplementedError
+
+    @property
     def is_linear(self) -> bool:
         """Whether outputs are linear in the random weights, so that rows of several batches can be one batch."""
         return False

@@ -69,12 +69,15 @@ class NetworkLinearization(Linearization):
         The network's outputs at other weights ``[P]``; ``None`` of a head, which is linear in its weights.
     theta
         The weights it is linearized at, ``[P]``; ``None`` of a head.
+    seen
+        Runs a network once more for its features, ``[rows, D]``.
     """
 
     f: Tensor
     derivatives: Derivatives | None
     evaluate: Callable[[Tensor], Tensor] | None = None
     theta: Tensor | None = None
+    seen: Callable[[], Tensor] | None = None
 
     @classmethod
     def of_head(cls, f: Tensor, phi: Tensor, shapes: Sequence[tuple[int, ...]]) -> NetworkLinearization:
@@ -113,6 +116,27 @@ class NetworkLinearization(Linearization):
         """The blocks of a head."""
         assert self.is_linear and isinstance(self.derivatives, StoredDerivatives), "of a head"
         return [block for block in self.derivatives.blocks if isinstance(block, HeadBlock)]
+
+    @property
+    def features(self) -> Tensor | None:
+        """Of a head; of a network by another forward pass."""
+        if self.is_linear:
+            return self.head[0].phi
+        return None if self.seen is None else self.seen()
+
+    def with_weights(self, theta: Float[Tensor, " params"]) -> NetworkLinearization:
+        """Of a head: the same features with outputs at other weights."""
+        rows = sum_parts(
+            [
+                block.apply(v)
+                for block, v in zip(
+                    self.blocks(theta.dtype),
+                    split_sizes(theta.unsqueeze(0), [block.n_params for block in self.head]),
+                    strict=True,
+                )
+            ]
+        )
+        return replace(self, f=rows[0].T.reshape(self.f.shape).to(self.f.dtype))
 
     def select(self, rows: Tensor) -> NetworkLinearization:
         """Some positions of a head, flattened, ``[rows, ...]``."""

@@ -83,6 +83,20 @@ class CachedData:
         """Number of unmasked positions."""
         return sum(len(positions.f) for _, positions in self.batches)
 
+    @property
+    def positions(self) -> Positions:
+        """Unmasked positions of all batches."""
+        return _all_positions([positions for _, positions in self.batches])
+
+    def with_weights(self, theta: Tensor) -> CachedData:
+        """The same at other weights of a last layer, in which outputs are linear."""
+        moved: list[tuple[Callable[[], Linearization], Positions]] = []
+        for get, positions in self.batches:
+            inputs = get().with_weights(theta.to(positions.f))
+            f = select(positions, inputs.f.reshape(-1, inputs.f.shape[-1]))
+            moved.append((partial(_same, inputs), replace(positions, f=f.to(positions.f))))
+        return CachedData(moved)
+
     def rotated(self, basis: Basis | None, dtype: torch.dtype) -> CachedData:
         """The same in other coordinates of the weights, kept where the data are."""
         if basis is None:
@@ -149,7 +163,7 @@ class CachedData:
             y = positions.y.to(dtype) if positions.y.is_floating_point() else positions.y
             every = moments_of_each(get(), precisions, likelihoods, fresh_options, dtype)
             for index, ((mean, cov, link), likelihood) in enumerate(zip(every, likelihoods, strict=True)):
-                mean, cov = _select(positions, mean), _select(positions, cov)
+                mean, cov = select(positions, mean), select(positions, cov)
                 if score.additive is not None:
                     totals[index] = totals[index] + score.additive(likelihood, mean, cov, y, link)
                 else:
@@ -184,7 +198,7 @@ def _rotate(get: Callable[[], Linearization], basis: Basis, dtype: torch.dtype) 
     return get().rotated(basis, dtype)
 
 
-def _select(positions: Positions, rows: Tensor) -> Tensor:
+def select(positions: Positions, rows: Tensor) -> Tensor:
     """The unmasked among flattened rows."""
     return rows if positions.kept is None else rows[positions.kept]
 

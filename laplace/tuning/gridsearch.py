@@ -37,14 +37,19 @@ def search(
         )
         raise InputError(msg)
     best = int(torch.where(finite, scores, torch.inf).argmin())
+    if len(grid) > 1 and bool((scores[finite] == scores[best]).all()):
+        warn("The validation loss is the same at every prior precision: it does not depend on the prior.", UserWarning)
+    else:
+        warn_at_end(grid, best)
+    return grid[best], scores
+
+
+def warn_at_end(grid: Tensor, best: int) -> None:
+    """Warn if the best point of a grid is its first or last."""
     if len(grid) > 1 and best in (0, len(grid) - 1):
-        flat = bool((scores[finite] == scores[best]).all())
         side, keyword = ("lower", "log_prior_prec_min") if best == 0 else ("upper", "log_prior_prec_max")
         msg = (
-            "The validation loss is the same at every prior precision: it does not depend on the prior."
-            if flat
-            else f"The best prior precision, {float(grid[best]):.3g}, is at the {side} end of the grid; the optimum "
-            f"may lie beyond it. Move {keyword}."
+            f"The best prior precision, {float(grid[best]):.3g}, is at the {side} end of the grid; the optimum may lie "
+            f"beyond it. Move {keyword}."
         )
         warn(msg, UserWarning)
-    return grid[best], scores

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from laplace.curvature import last_layer
 from laplace.enums import CurvatureKind, HessianStructure
-from laplace.errors import ShapeError, UnsupportedError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, Kron
+from laplace.structures.accumulate import SAME
 from laplace.tuning.cached import CachedData
 from laplace.tuning.newton import Head, mode
 from laplace.types import Features, Outputs, Scalar, Targets
@@ -62,9 +63,27 @@ class HeadData:
             n_data = int(index[-1].max()) + 1 if len(index[-1]) else n_data
         return cls(torch.cat(phis), torch.cat(targets), shapes, torch.cat(index))
 
+    def followed_by(self, other: HeadData) -> HeadData:
+        """The rows of both."""
+        start = 0 if self.datum is None or not len(self.datum) else int(self.datum.max()) + 1
+        indices = [torch.arange(len(d.phi), device=d.phi.device) if d.datum is None else d.datum for d in (self, other)]
+        datum = torch.cat([indices[0], indices[1] + start])
+        return HeadData(torch.cat([self.phi, other.phi]), torch.cat([self.y, other.y]), self.shapes, datum)
+
+    def to(self, like: Tensor) -> HeadData:
+        """In another precision, on another device."""
+        y = self.y.to(like) if self.y.is_floating_point() else self.y.to(like.device)
+        datum = None if self.datum is None else self.datum.to(like.device)
+        return HeadData(self.phi.to(like), y, self.shapes, datum)
+
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadData:
         """Some of the rows."""
         return HeadData(self.phi[index], self.y[index], self.shapes, None if self.datum is None else self.datum[index])
+
+    def outputs(self, theta: Float[Tensor, " params"]) -> Outputs:
+        """What a head predicts of them, ``[rows, C]``."""
+        zeros = self.phi.new_zeros(len(self.phi), self.shapes[0][0])
+        return NetworkLinearization.of_head(zeros, self.phi, self.shapes).with_weights(theta.to(self.phi)).f
 
     def at(self, f: Outputs) -> CachedData:
         """The data with outputs of their own, as other weights of the head give them."""
@@ -143,6 +162,38 @@ class HeadBackend:
         return len(y)
 
 
+ROWS_AT_ONCE = 4096
+"""Rows of a batch of features."""
+
+
+def fit_at(
+    fit: Fit,
+    data: HeadData,
+    theta: Float[Tensor, " params"],
+    likelihood: AbstractLikelihood,
+    structure: type[AbstractCurvature],
+) -> Fit:
+    """What ``fit`` would have learned if the model had other weights in its last layer; features do not change."""
+    prior = GaussianPrior(theta.new_zeros(()), theta.new_ones(1), tuple(math.prod(shape) for shape in data.shapes))
+    data = data.to(theta)
+    head = Head(data.phi, data.y, data.shapes, likelihood, prior)
+    batches = list(zip(data.phi.split(ROWS_AT_ONCE), data.y.split(ROWS_AT_ONCE), strict=True))
+    found = structure.accumulate(HeadBackend(head, theta), batches)
+    assert found is not None, "there are rows"
+    nll = sum((likelihood.nll_by_output(head.outputs(theta, phi), y) for phi, y in batches), torch.zeros(()).to(theta))
+    trained = fit.mean if fit.trained is None else fit.trained
+    by_output = nll if nll.dim() else None
+    moved = replace(fit, mean=theta, curvature=found[1], nll=nll.sum(), output_nll=by_output, trained=trained)
+    return replace(moved, averaged=False)
+
+
+def fit_at_own(fit: Fit, data: HeadData, likelihood: AbstractLikelihood, structure: type[AbstractCurvature]) -> Fit:
+    """The fit at the model's own head, wherever it is now."""
+    if fit.trained is None:
+        return fit
+    return replace(fit_at(fit, data, fit.trained, likelihood, structure), trained=None)
+
+
 def posteriors(
     data: HeadData,
     priors: Sequence[GaussianPrior],
@@ -173,6 +224,19 @@ def check_priors(data: HeadData, priors: Sequence[GaussianPrior], likelihood: Ab
             f"{list(map(list, data.shapes))}; got {[prior.n_params for prior in priors]}."
         )
         raise ShapeError(msg)
+
+
+def check_same_data(fit: Fit, data: HeadData, likelihood: AbstractLikelihood) -> None:
+    """Raise unless training data are those that ``fit`` had."""
+    nll = likelihood.nll(data.outputs(fit.mean), data.y)
+    if len(data.phi) == fit.n_positions and bool((nll - fit.nll).abs() <= SAME * fit.nll.abs().clamp(min=1)):
+        return
+    msg = (
+        f"train_loader yields other data than fit had: {len(data.phi)} targets with a negative log-likelihood of "
+        f"{float(nll):.6g}, where fit had {fit.n_positions} with {float(fit.nll):.6g}. Pass the loader that fit had, "
+        "without augmentation and with all of its rows (no drop_last=True)."
+    )
+    raise InputError(msg)
 
 
 def same(inputs: Linearization) -> Linearization:

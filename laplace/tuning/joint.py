@@ -10,6 +10,7 @@ classified right nothing in these data speaks against a temperature near 0, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,8 @@ _NO_TEMPERATURE = (
     'limits={"output_temperature": (low, high)}.'
 )
 
+SAME_SCORE = 1e-6
+"""Relative difference of scores of predictions with and without the posterior's variance that is none."""
 Found = tuple[float, Tensor, Tensor | None]
 """A score, and the prior precisions and the second hyperparameter that it belongs to."""
 
@@ -114,8 +117,9 @@ def tune(
     *,
     n_steps: int,
     progress_bar: bool = False,
+    leave_out: bool = False,
 ) -> Tuning:
-    """Choose hyperparameters by validation."""
+    """Choose hyperparameters by validation; with ``leave_out`` the posterior's variance may be left out of account."""
     check_differentiable(joint.score, joint.on_graph)
     unit = _unit(joint)
     within = {**LIMITS, **limits}
@@ -143,19 +147,22 @@ def tune(
         # From the best single precision, so that more of them are never worse.
         start = found[0][1].expand(n_precisions), found[0][2]
         found.append(_refine(joint, *start, within, n_steps, progress_bar))
-    found += [
-        (score, certain.expand(n_precisions).clone(), second)
-        for score, certain, second in alone.values()
-        if _allows(within, joint.second, certain, second)
+    certain = [
+        (score, at.expand(n_precisions).clone(), second)
+        for score, at, second in alone.values()
+        if _allows(within, joint.second, at, second)
     ]
-    value, precision, second = min(found, key=lambda item: item[0])
-    chosen = {"prior_precision": precision.detach()}
+    value, precision, second = min(found + certain, key=lambda item: item[0])
+    with_variance, without = (min((item[0] for item in some), default=math.inf) for some in (found, certain))
+    uses_variance = not (leave_out and certain) or with_variance < without - SAME_SCORE * abs(without)
+    chosen = {"prior_precision": precision.detach()} if uses_variance else {}
     if second is not None and joint.second is not None:
         chosen[joint.second] = second.detach()
     _warn_at_limits(chosen, within, limits, list(alone))
     curve = scores.min(1).values.detach().cpu()
     candidates = {name: score for name, (score, _, _) in alone.items()}
-    return Tuning("validation", joint.score.name, value, chosen, precisions.detach().cpu(), curve, candidates)
+    tried = precisions.detach().cpu()
+    return Tuning("validation", joint.score.name, value, chosen, tried, curve, candidates, uses_variance=uses_variance)
 
 
 def _network_alone(

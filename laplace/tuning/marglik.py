@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace.errors import InputError, NumericalWarning, warn
+from laplace.errors import InputError, NumericalWarning, UnsupportedError, warn
 from laplace.optimizers import Adam, lbfgs
 from laplace.structures import DiagCurvature
+from laplace.tuning.cached import CachedData
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
 
 BOUNDS = (1e-6, 1e8)
@@ -143,6 +144,54 @@ def maximize_evidence(
     return best, best_noise, value, n_clipped
 
 
+def warn_of_interpolation(
+    problem: Problem, precision: Tensor, sigma_noise: Tensor, collect: Callable[[], CachedData]
+) -> None:
+    """Warn if the noise that the evidence chose is that of a network which interpolates its data.
+
+    Where the effective number of parameters ``γ = P − tr(δ Σ)`` is more than half the number of targets; or, where
+    targets were kept, where the noise is less than 5 % of their standard deviation.
+
+    References
+    ----------
+    MacKay (1992), "Bayesian interpolation", for γ: at the optimum σ² is the sum of squared residuals by n − γ.
+    """
+    n_targets = problem.fit.n_positions * problem.fit.n_outputs
+    gamma = effective_parameters(problem, precision, sigma_noise)
+    reason = None
+    if gamma > MOST_EFFECTIVE * n_targets:
+        reason = f"its weights take up {gamma:.0f} of the {n_targets} degrees of freedom of the targets"
+    else:
+        try:
+            y = collect().positions.y.to(sigma_noise)
+        except UnsupportedError:  # fit kept none
+            return
+        ratio = float((sigma_noise / y.std(0, correction=0)).min()) if len(y) > 1 else 1.0
+        if ratio < LEAST_NOISE:
+            reason = f"{ratio:.1%} of the standard deviation of the targets"
+    if reason is not None:
+        msg = (
+            f"The noise that the evidence chose, {float(sigma_noise.min()):.3g}, is that of a network which nearly "
+            f"interpolates its training data: {reason}. Unless the data have that little noise, intervals will be much "
+            "too narrow: choose it on validation data, tune(val_loader)."
+        )
+        warn(msg, UserWarning)
+
+
+MOST_EFFECTIVE, LEAST_NOISE = 0.5, 0.05
+"""Effective parameters for each target, and noise relative to the targets, from which on a network interpolates."""
+
+
+def effective_parameters(problem: Problem, precision: Tensor, sigma_noise: Tensor) -> float:
+    """``γ = P − tr(δ Σ) = −∂ (log|A| − log|P₀|) / ∂ log δ``: of any structure as cheap as its evidence."""
+    curvature = problem.curvature(problem.likelihood(sigma_noise))
+    with torch.enable_grad():
+        step = torch.zeros_like(precision[:1], requires_grad=True)
+        ratio = curvature.log_det_ratio(problem.prior(precision.detach() * step.exp()), **problem.options)
+        (slope,) = torch.autograd.grad(ratio, [step])
+    return -float(slope)
+
+
 def diagonal_optimum(h: Tensor, shift: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Prior precision of each weight, ``[P]``, that maximizes the evidence of a diagonal curvature h, scaled, ``[P]``.
 
@@ -159,4 +208,12 @@ def diagonal_optimum(h: Tensor, shift: Tensor, bounds: tuple[float, float]) -> T
     return torch.where(h > 0, optimum, torch.where(square > 0, 0.0, torch.inf)).clamp(*bounds)
 
 
-__all__ = ["BOUNDS", "diagonal_optimum", "log_likelihood", "log_marginal_likelihood", "maximize_evidence", "optimize"]
+__all__ = [
+    "BOUNDS",
+    "diagonal_optimum",
+    "log_likelihood",
+    "log_marginal_likelihood",
+    "maximize_evidence",
+    "optimize",
+    "warn_of_interpolation",
+]

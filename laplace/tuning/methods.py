@@ -6,10 +6,9 @@ Each takes a ``Problem`` (what was learned), ``Settings`` (what was asked for) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,69 +16,28 @@ from torch import Tensor
 from laplace import checks
 from laplace.enums import CurvatureKind, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import InputError, UnsupportedError
+from laplace.fit import Fit
 from laplace.network import full_precision
-from laplace.network.parameters import expand_groups
-from laplace.predictive import Options
-from laplace.prior import fix_prior_prec_structure
+from laplace.prior import GaussianPrior
 from laplace.tuning.cached import CachedData
-from laplace.tuning.gridsearch import log_grid, search
-from laplace.tuning.head import HeadData
+from laplace.tuning.elbo import NOTES, best_gaussian, check_family
+from laplace.tuning.gridsearch import log_grid, search, warn_at_end
+from laplace.tuning.head import HeadData, check_same_data, fit_at, fit_at_own
 from laplace.tuning.joint import LIMITS, Joint, tune
 from laplace.tuning.kfold import cross_validation_scores
 from laplace.tuning.loo import refitted_leave_one_out_scores
-from laplace.tuning.marglik import BOUNDS, maximize_evidence
+from laplace.tuning.marglik import maximize_evidence, warn_of_interpolation
+from laplace.tuning.newton import Head, mode
 from laplace.tuning.problem import Problem
 from laplace.tuning.result import Tuning
 from laplace.tuning.scores import Score, choose_score, seed_of
-
-Noise: TypeAlias = Literal["keep", "scalar", "per_output"]
-Collect: TypeAlias = Callable[["Iterable[Any]", str], CachedData]
-"""From a user's loader, and what its data are called, to linearized data after their one pass."""
+from laplace.tuning.settings import Collect, Found, Settings, spread
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a user asked for; loaders and ``noise`` are checked where they are used."""
-
-    options: Options
-    """How the predictions that are scored are made."""
-    structure: PriorStructure
-    """How many precisions the prior has: one, one per parameter group, or one per weight."""
-    n_steps: int
-    loss: Any
-    """The score to minimize; ``None`` is the negative log predictive density."""
-    noise: Any
-    """Whether the noise is chosen, too."""
-    val_loader: Any
-    progress_bar: bool
-    """Show progress bars."""
-    train_loader: Any = None
-    start: Tensor | None = None
-    """Prior precisions to start from."""
-    grid: Tensor | None = None
-    """Prior precisions to try."""
-    bounds: tuple[float, float] = BOUNDS
-    lr: float = 0.1
-    n_folds: int = 5
-    """Number of folds of cross-validation."""
-
-    def repeated(self, device: torch.device) -> Callable[[], Options]:
-        """The same random numbers whenever asked: scores are then smooth functions of hyperparameters."""
-        seed, options = seed_of(self.options.generator), self.options
-        return lambda: replace(options, generator=torch.Generator(device).manual_seed(seed))
-
-
-def spread(structure: PriorStructure, precision: Tensor, problem: Problem) -> Tensor:
-    """Precisions in the shape of a prior structure."""
-    sizes, mean = problem.sizes, problem.fit.mean
-    if structure is PriorStructure.DIAG and precision.numel() == len(sizes):
-        precision = expand_groups(precision.reshape(-1), sizes)
-    return fix_prior_prec_structure(precision, structure, len(sizes), sum(sizes), mean.device, mean.dtype)
-
-
-def by_evidence(problem: Problem, asked: Settings, collect: Collect) -> Tuning:  # noqa: ARG001 - it needs no data
+def by_evidence(problem: Problem, asked: Settings, collect: Collect) -> Found:
     """The log marginal likelihood of the training data."""
     assert asked.start is not None, "the caller says where to start"
+    _check_refit(asked.refit, TuningMethod.MARGLIK)
     start, structure, sizes = asked.start, asked.structure, problem.sizes
     if start.numel() > 1 and structure is PriorStructure.SCALAR:  # several values bring their structure with them
         brought = {len(sizes): PriorStructure.LAYERWISE, sum(sizes): PriorStructure.DIAG}
@@ -95,17 +53,19 @@ def by_evidence(problem: Problem, asked: Settings, collect: Collect) -> Tuning: 
         bounds=asked.bounds,
         progress_bar=asked.progress_bar,
     )
-    chosen = {"prior_precision": best} if sigma is None else {"prior_precision": best, "sigma_noise": sigma}
+    chosen = {"prior_precision": best}
+    if sigma is not None:
+        chosen["sigma_noise"] = sigma
+        warn_of_interpolation(problem, best, sigma, partial(collect, None, "training"))
     curve = best.reshape(-1)[:1].cpu(), torch.tensor([value])
-    return Tuning("marglik", "log marginal likelihood", value, chosen, *curve, n_clipped=n_clipped)
+    return Tuning("marglik", "log marginal likelihood", value, chosen, *curve, n_clipped=n_clipped), problem.fit
 
 
-def by_grid(method: TuningMethod, problem: Problem, asked: Settings, collect: Collect) -> Tuning:
+def by_grid(method: TuningMethod, problem: Problem, asked: Settings, collect: Collect) -> Found:
     """The point of a grid with the lowest loss, by one of ``SCORES``."""
     assert asked.grid is not None, "the caller says what to try"
-    if asked.noise != "keep":
-        msg = f"noise={asked.noise!r} goes with method='marglik'; by validation tune(val_loader) chooses it, too."
-        raise UnsupportedError(msg)
+    _refuse_noise(asked)
+    _check_refit(asked.refit, method)
     score = choose_score(asked.loss, problem.likelihood(), asked.options.pred_type)
     grid = asked.grid.to(problem.fit.mean)
     shaped = partial(spread, asked.structure, problem=problem)
@@ -119,8 +79,77 @@ def by_grid(method: TuningMethod, problem: Problem, asked: Settings, collect: Co
     with torch.no_grad(), full_precision(grid.device):
         scored = SCORES[method](problem, asked, data, score, grid)
         point, scores = search(scored, grid, progress_bar=asked.progress_bar)
+        precision, fit = shaped(point.reshape(1)), problem.fit
+        if method is TuningMethod.LOO:
+            fit = refitted(problem, HeadData.collect(data, grid.dtype), problem.prior(precision), asked.refit)
     value = float(scores[torch.isfinite(scores)].min())
-    return Tuning(method.value, score.name, value, {"prior_precision": shaped(point.reshape(1))}, grid.cpu(), scores)
+    return Tuning(method.value, score.name, value, {"prior_precision": precision}, grid.cpu(), scores), fit
+
+
+def by_elbo(problem: Problem, asked: Settings, collect: Collect) -> Found:
+    """The evidence lower bound of a Gaussian that is fitted to the posterior of a head, over a grid."""
+    assert asked.grid is not None, "the caller says what to try"
+    _refuse_noise(asked)
+    _check_refit(asked.refit, TuningMethod.ELBO)
+    if asked.refit is False:
+        msg = 'method="elbo" fits mean and covariance together: leave out refit=False, or use method="marglik".'
+        raise UnsupportedError(msg)
+    likelihood, structure, mean = problem.likelihood(), problem.structure, problem.fit.mean
+    _check_head(problem, "elbo")
+    likelihood.check_rows()
+    likelihood.check_variational_head(problem.fit.n_outputs)
+    check_family(structure, len(mean))
+    shaped = partial(spread, asked.structure, problem=problem)
+    grid = asked.grid.to(mean)
+    problem.check_prior(problem.prior(shaped(grid[:1])))
+    data = HeadData.collect(collect(asked.train_loader, "training"), mean.dtype)
+    with torch.no_grad(), full_precision(grid.device):
+        check_same_data(problem.fit, data, likelihood)
+        seed = seed_of(asked.options.generator)
+        found = best_gaussian(problem, data, [shaped(point) for point in grid.split(1)], seed, asked.progress_bar)
+    warn_at_end(grid, found.best)
+    chosen = {"prior_precision": shaped(grid[found.best : found.best + 1])}
+    curve = grid[list(found.values)].cpu(), torch.tensor(list(found.values.values()), dtype=torch.float64)
+    score = "evidence lower bound"
+    return Tuning("elbo", score, found.values[found.best], chosen, *curve, notes=NOTES), found.fit
+
+
+def refitted(problem: Problem, data: HeadData, prior: GaussianPrior, wanted: bool | None) -> Fit:
+    """The fit at the mode of the head under a prior; at that of the model where no other is wanted or possible."""
+    fit, likelihood = problem.fit, problem.likelihood()
+    if fit.is_unknown:
+        if wanted:
+            msg = "refit=True: weights or curvature were assigned by hand, which another head would replace. Fit again."
+            raise UnsupportedError(msg)
+        return fit
+    if wanted is False:
+        return fit_at_own(fit, data, likelihood, problem.structure)
+    check_same_data(fit, data, likelihood)
+    data = data.to(fit.mean)
+    theta = mode(Head(data.phi, data.y, data.shapes, likelihood, prior), fit.mean)
+    return fit_at(fit, data, theta, likelihood, problem.structure)
+
+
+REFITS = (TuningMethod.LOO, TuningMethod.ELBO)
+"""Methods that move the head."""
+
+
+def _check_refit(refit: Any, method: TuningMethod) -> None:
+    if refit is None:
+        return
+    checks.flag("refit", refit)
+    if method not in REFITS:
+        msg = (
+            f'refit= goes with method="loo"; method="{method.value}" leaves the weights as they are. Leave it out, or '
+            'use tune(val_loader), which refits the head, method="loo" or method="elbo".'
+        )
+        raise UnsupportedError(msg)
+
+
+def _refuse_noise(asked: Settings) -> None:
+    if asked.noise != "keep":
+        msg = f"noise={asked.noise!r} goes with method='marglik'; by validation tune(val_loader) chooses it, too."
+        raise UnsupportedError(msg)
 
 
 def _on_validation_data(
@@ -143,19 +172,7 @@ def _left_out(
 ) -> Callable[[Tensor], Tensor]:
     """From points of a grid to their scores on training data that were left out, the head at its best weights."""
     likelihood, fresh = problem.likelihood(), asked.repeated(grid.device)
-    if method is TuningMethod.LOO and problem.fit.head is None:
-        msg = (
-            'method="loo" compares priors each at its own best weights, which takes a last layer: where weights '
-            "stay as they are, the score tends to the training loss and favors the strongest prior, whatever the "
-            'data say. Use method="marglik", or validation data: tune(val_loader).'
-        )
-        raise UnsupportedError(msg)
-    if problem.kind is not CurvatureKind.GGN:
-        msg = (
-            f'method="{method.value}" takes the curvature of the head again at other weights, by the generalized '
-            "Gauss–Newton matrix; this back end computes an empirical Fisher. Use a GGN back end, or gridsearch."
-        )
-        raise UnsupportedError(msg)
+    _check_head(problem, method.value)
     head, common = HeadData.collect(data, grid.dtype), {"initial": problem.fit.mean}
     seed = seed_of(asked.options.generator)
 
@@ -170,6 +187,23 @@ def _left_out(
     return refitted
 
 
+def _check_head(problem: Problem, method: str) -> None:
+    """Raise unless there is a head whose curvature can be taken again; ``"cv"`` says of other weights what it needs."""
+    if method != TuningMethod.CV.value and problem.fit.head is None:
+        msg = (
+            f'method="{method}" compares priors each at its own best weights, which takes a last layer: where weights '
+            "stay as they are, the score tends to the training loss and favors the strongest prior, whatever the "
+            'data say. Use method="marglik", or validation data: tune(val_loader).'
+        )
+        raise UnsupportedError(msg)
+    if problem.kind is not CurvatureKind.GGN:
+        msg = (
+            f'method="{method}" takes the curvature of the head again at other weights, by the generalized '
+            "Gauss–Newton matrix; this back end computes an empirical Fisher. Use a GGN back end, or gridsearch."
+        )
+        raise UnsupportedError(msg)
+
+
 SCORES: Mapping[TuningMethod, Callable[..., Callable[[Tensor], Tensor]]] = {
     TuningMethod.GRIDSEARCH: _on_validation_data,
     TuningMethod.LOO: partial(_left_out, TuningMethod.LOO),
@@ -177,11 +211,12 @@ SCORES: Mapping[TuningMethod, Callable[..., Callable[[Tensor], Tensor]]] = {
 }
 """From problem, settings, data, score and grid to the score of each point."""
 
-METHODS: Mapping[TuningMethod, Callable[[Problem, Settings, Collect], Tuning]] = {
+METHODS: Mapping[TuningMethod, Callable[[Problem, Settings, Collect], Found]] = {
     TuningMethod.MARGLIK: by_evidence,
+    TuningMethod.ELBO: by_elbo,
     **{method: partial(by_grid, method) for method in SCORES},
 }
-"""The methods of ``optimize_prior_precision``."""
+"""The methods of ``optimize_prior_precision``; each finds hyperparameters, and the fit that belongs to them."""
 
 
 def by_validation(
@@ -190,6 +225,8 @@ def by_validation(
     collect: Collect,
     output_temperature: Any,
     limits: Mapping[str, tuple[float, float]],
+    *,
+    leave_out: bool = False,
 ) -> Tuning:
     """Prior precision and noise, or output temperature, together, by a proper score of validation data (``tune``)."""
     second, n_values = beside_prior(problem, asked.noise, output_temperature)
@@ -211,7 +248,9 @@ def by_validation(
     mean = problem.fit.mean
     with torch.no_grad(), full_precision(mean.device):
         joint = Joint(problem, data, measure, asked.repeated(mean.device), mean.dtype, second, n_values)
-        return tune(joint, n_precisions, limits, n_steps=asked.n_steps, progress_bar=asked.progress_bar)
+        return tune(
+            joint, n_precisions, limits, n_steps=asked.n_steps, progress_bar=asked.progress_bar, leave_out=leave_out
+        )
 
 
 def beside_prior(problem: Problem, noise: Any, output_temperature: Any) -> tuple[str | None, int]:
@@ -325,8 +364,6 @@ def refuse_temperature(temperature: Any) -> None:
 
 __all__ = [
     "METHODS",
-    "Noise",
-    "Settings",
     "by_validation",
     "checked_grid",
     "checked_limits",

@@ -64,21 +64,37 @@ class Head:
         weight = (outputs.T @ self.phi).flatten()
         return weight if len(self.shapes) == 1 else torch.cat([weight, outputs.sum(0)])
 
-    def objective(self, theta: Float[Tensor, " params"]) -> Scalar:
-        """The regularized loss, in nats."""
-        f = self.outputs(theta)
+    def objective(self, theta: Float[Tensor, " params"], f: Outputs | None = None) -> Scalar:
+        """The regularized loss, in nats; with the outputs at these weights where they are known."""
+        f = self.outputs(theta) if f is None else f
         return self.likelihood.scaled_nll(f, self.y) + 0.5 * self.prior.scatter(theta)
+
+    def output_gradient(self, f: Outputs) -> Outputs:
+        """The gradient of its first term in the outputs."""
+        return self.likelihood.scale.to(f) * self.likelihood.gradient(f, self.y)
 
     def gradient(self, theta: Float[Tensor, " params"], f: Outputs) -> Float[Tensor, " params"]:
         """Its gradient, with the outputs at these weights."""
-        data = self.pull_back(self.likelihood.scale.to(f) * self.likelihood.gradient(f, self.y))
-        return data + self.prior.diagonal() * (theta - self.prior.mean)
+        return self.pull_back(self.output_gradient(f)) + self.prior.diagonal() * (theta - self.prior.mean)
+
+    def output_hessian(self, f: Outputs) -> OutputHessian:
+        """The Hessians of its first term in the outputs."""
+        return scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
 
     def newton_direction(
-        self, f: Outputs, gradient: Float[Tensor, " params"], tolerance: float
+        self, hessian: OutputHessian, gradient: Float[Tensor, " params"], tolerance: float
     ) -> Float[Tensor, " params"]:
-        """``−H⁻¹ g`` by a Cholesky factor, or nearly by conjugate gradients where there are many weights."""
-        hessian = scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
+        """``−H⁻¹ g`` by a Cholesky factor, or nearly by conjugate gradients where there are many weights.
+
+        Parameters
+        ----------
+        hessian
+            Of the rows, at the noise and temperature of the likelihood.
+        gradient
+            Of the regularized loss.
+        tolerance
+            Of conjugate gradients, relative to the gradient.
+        """
         delta = self.prior.diagonal()
         if len(gradient) <= DENSE_PARAMS:
             matrix = last_layer.full(self.blocks(self.phi), hessian) + torch.diag(delta)
@@ -150,9 +166,7 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
     """
     theta = head.prior.mean.expand(head.prior.n_params).to(head.phi) if initial is None else initial
     value = head.objective(theta)
-    if not bool(torch.isfinite(value)):
-        msg = f"The loss of the head is {float(value)} where Newton's method starts; check the features and targets."
-        raise InputError(msg)
+    check_start(value)
     eps, first, left = torch.finfo(theta.dtype).eps, 0.0, float("inf")
     for _ in range(MAX_STEPS):
         f = head.outputs(theta)
@@ -162,7 +176,7 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
         if norm == 0:
             return theta
         # Solved more exactly the nearer the optimum is: the convergence is superlinear then.
-        direction = head.newton_direction(f, gradient, min(0.1, (norm / first) ** 0.5))
+        direction = head.newton_direction(head.output_hessian(f), gradient, min(0.1, (norm / first) ** 0.5))
         slope = float(gradient @ direction)
         left = -0.5 * slope
         if left <= ROUNDINGS * eps * max(1.0, abs(float(value))):
@@ -172,12 +186,24 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
             break
         theta, value = found
     if left > eps**0.5 * max(1.0, abs(float(value))):
-        msg = (
-            f"Newton's method for the weights of the head stopped about {left:.2e} nats above the optimum. A larger "
-            "prior precision, features of unit size or float64 help."
-        )
-        warn(msg, NumericalWarning)
+        warn_of_rest(left)
     return theta
+
+
+def check_start(value: Scalar) -> None:
+    """Raise unless the loss is finite where a method starts."""
+    if not bool(torch.isfinite(value)):
+        msg = f"The loss of the head is {float(value)} where its weights start; check the features and targets."
+        raise InputError(msg)
+
+
+def warn_of_rest(left: float) -> None:
+    """Say how far above the optimum a method ended."""
+    msg = (
+        f"The weights of the head are about {left:.2e} nats above the optimum, and steps end there. A larger prior "
+        "precision, features of unit size or float64 help."
+    )
+    warn(msg, NumericalWarning)
 
 
 def _descend(

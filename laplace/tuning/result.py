@@ -22,9 +22,10 @@ class Tuning:
     Attributes
     ----------
     method
-        ``"marglik"``, ``"gridsearch"``, ``"loo"``, ``"cv"`` or ``"validation"``.
+        ``"marglik"``, ``"gridsearch"``, ``"loo"``, ``"elbo"``, ``"cv"`` or ``"validation"``.
     score
-        What was optimized: ``"log marginal likelihood"`` (more is better), or the name of a loss (less is better).
+        What was optimized: ``"log marginal likelihood"`` or ``"evidence lower bound"`` (more is better), or the name of
+        a loss (less is better).
     value
         The score at the choice.
     hyperparameters
@@ -36,6 +37,10 @@ class Tuning:
         Scores of what the choice was compared with, by name; less is better.
     n_clipped
         How many values were clipped to the stated bounds.
+    notes
+        What was done and what was left out, in sentences.
+    uses_variance
+        Whether predictions are best with the posterior's variance.
     """
 
     method: str
@@ -46,6 +51,8 @@ class Tuning:
     values: Tensor
     candidates: Mapping[str, float] = field(default_factory=dict)
     n_clipped: int = 0
+    notes: tuple[str, ...] = ()
+    uses_variance: bool = True
 
     def __str__(self) -> str:
         """One line."""

@@ -124,3 +124,37 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(method):
     with pytest.raises(UnsupportedError, match="empirical Fisher"):
         fitted(case, "diag", backend=AutogradEF).optimize_prior_precision(**tune, train_loader=case.batches(4))
     assert (float(la.prior_precision), la.tuning_) == (2.5, None)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_leave_one_out_predicts_with_the_mode_under_the_prior_that_it_chose(structure):
+    la, X, Y = problem(structure)
+    own, model = la.mean, la.model
+    loader = [(X[:5], Y[:5]), (X[5:], Y[5:])]
+    with model_untouched(model):
+        la.optimize_prior_precision(method="loo", train_loader=loader, **GRID)
+    mean, _ = ridge(float(la.prior_precision), X, Y, 0.8)
+    assert_close(la.mean, torch.cat([mean[:2].T.flatten(), mean[2]]))
+    assert_close(la(X)[0], torch.cat([X, torch.ones(12, 1, dtype=F64)], 1) @ mean)
+    assert_close(la.head_.weight.detach(), mean[:2].T.contiguous())
+    chosen = float(la.prior_precision)
+    la.optimize_prior_precision(method="loo", train_loader=loader, **GRID)  # from the head of the model again
+    assert float(la.prior_precision) == chosen
+    assert_close(la._fit.trained, own)
+    la.optimize_prior_precision(method="loo", train_loader=loader, refit=False, **GRID)
+    assert_close(la.mean, own)
+    assert la._fit.trained is None
+
+
+@pytest.mark.filterwarnings("ignore:The weights of the last layer have changed")
+def test_a_refit_needs_the_data_of_the_fit():
+    la, X, Y = problem("full")
+    with pytest.raises(InputError, match="other data than fit had"):
+        la.optimize_prior_precision(method="loo", train_loader=[(X[:5], Y[:5])], **GRID)
+    la.optimize_prior_precision(method="loo", train_loader=[(X[:5], Y[:5])], refit=False, **GRID)
+    la.mean = la.mean + 1
+    with pytest.raises(UnsupportedError, match="assigned by hand"):
+        la.optimize_prior_precision(method="loo", train_loader=[(X, Y)], refit=True, **GRID)
+    moved = la.mean
+    la.optimize_prior_precision(method="loo", train_loader=[(X, Y)], **GRID)
+    assert torch.equal(la.mean, moved)

@@ -1,4 +1,4 @@
-"""Hyperparameters chosen together, on validation data."""
+"""Hyperparameters chosen together, on validation data, for the head that the model has; `test_recipe.py` has the rest."""
 
 import math
 
@@ -15,7 +15,13 @@ from tests.estimators import basic_cases, every_structure, fitted
 from tests.tools import assert_close
 
 F64 = torch.float64
-pytestmark = pytest.mark.filterwarnings("ignore:The validation score is best", "ignore:The best .* stays at its limits")
+ALONE = {"refit": False, "distance_aware": False}
+"""Hyperparameters and nothing else."""
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The validation score is best",
+    "ignore:The best .* stays at its limits",
+    "ignore:Classes of the validation data",
+)
 
 
 def validation(case, n_rows=60, shift=3):
@@ -58,7 +64,7 @@ def test_the_result_is_never_worse_than_the_network_at_its_best_temperature_or_n
     model = case.model()
     la, loader = fitted(case, structure, model), validation(case)
     with model_untouched(model):
-        found = la.tune(loader)
+        found = la.tune(loader, **ALONE)
     score = validation_score(la, case, loader)
     assert score == pytest.approx(found.value, abs=1e-6)
     values = torch.logspace(-2, 2, 400, dtype=F64).tolist()
@@ -72,7 +78,7 @@ def test_the_result_is_never_worse_than_the_network_at_its_best_temperature_or_n
 @basic_cases
 def test_no_point_nearby_is_better(case, structure):
     la, loader = fitted(case, structure), validation(case)
-    found = la.tune(loader)
+    found = la.tune(loader, **ALONE)
     name = "sigma_noise" if case.likelihood == "regression" else "output_temperature"
     precision, second = float(la.prior_precision), float(getattr(la, name))
     for factor in (0.9, 1.1):
@@ -86,7 +92,7 @@ def test_no_point_nearby_is_better(case, structure):
 def test_every_kind_of_data_can_be_tuned_on(case):
     la = fitted(case, "kron")
     x, y = case.data(shift=3)
-    found = la.tune([case.batch(x, y)])
+    found = la.tune([case.batch(x, y)], **ALONE)
     assert math.isfinite(found.value)
     assert found.value <= found.candidates["MAP"] + 1e-9
 
@@ -98,7 +104,7 @@ def test_all_weights_are_tuned_by_the_predictions_of_the_linearized_network(name
     la = Laplace(network.model(), network.likelihood, "all", structure)
     x, y = network.data()
     la.fit([(x, y)])
-    found = la.tune([(x, y)])
+    found = la.tune([(x, y)], **ALONE)
     assert validation_score(la, network, [(x, y)]) == pytest.approx(found.value, abs=1e-6)
     assert found.value <= found.candidates["MAP"] + 1e-9
 
@@ -107,7 +113,7 @@ def test_layerwise_precisions_reach_at_least_what_one_reaches():
     for case in BASIC:
         for structure in ("kron", "diag"):
             la, loader = fitted(case, structure), validation(case)
-            one, two = la.tune(loader).value, la.tune(loader, prior_structure="layerwise").value
+            one, two = la.tune(loader, **ALONE).value, la.tune(loader, prior_structure="layerwise", **ALONE).value
             assert la.prior_precision.shape in ((2,), (1,))
             assert two <= one + 1e-6
 
@@ -115,17 +121,17 @@ def test_layerwise_precisions_reach_at_least_what_one_reaches():
 @pytest.mark.parametrize("score", ["brier", lambda p, y: -(p.gather(1, y[:, None]).log().mean())], ids=["brier", "own"])
 def test_other_differentiable_scores_are_minimized(score):
     la, loader = fitted(BASIC[0], "kron"), validation(BASIC[0])
-    found = la.tune(loader, score=score)
+    found = la.tune(loader, score=score, **ALONE)
     assert found.value <= min(found.candidates.values()) + 1e-12
     if callable(score):
-        assert found.value == pytest.approx(la.tune(loader).value, abs=1e-6)
+        assert found.value == pytest.approx(la.tune(loader, **ALONE).value, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"link_approx": "mc"}, {"link_approx": "bridge"}, {"pred_type": "nn"}])
 def test_other_predictions_are_tuned_with_the_same_random_numbers_at_every_step(options):
     la, loader = fitted(BASIC[0], "kron"), validation(BASIC[0])
-    first = la.tune(loader, n_samples=20, generator=generator(1), **options)
-    second = la.tune(loader, n_samples=20, generator=generator(1), **options)
+    first = la.tune(loader, n_samples=20, generator=generator(1), **options, **ALONE)
+    second = la.tune(loader, n_samples=20, generator=generator(1), **options, **ALONE)
     assert first.value == second.value
     assert_close(first.hyperparameters["prior_precision"], second.hyperparameters["prior_precision"])
 
@@ -142,14 +148,14 @@ def test_brackets_extend_to_their_limits_and_stay_there_with_a_warning():
     la, loader = all_right()
     for low in (1e-3, 0.5):
         with pytest.warns(UserWarning, match="output temperature stays at its limits"):
-            la.tune(loader, limits={"output_temperature": (low, 2.0)})
+            la.tune(loader, limits={"output_temperature": (low, 2.0)}, **ALONE)
         assert la.output_temperature == pytest.approx(low)
 
 
 def test_data_without_an_error_sharpen_nothing():
     la, loader = all_right()
     with pytest.warns(UserWarning, match="no temperature is best, and none below 1 was tried") as warned:
-        found = la.tune(loader)
+        found = la.tune(loader, **ALONE)
     assert not [record for record in warned if "stays at its limits" in str(record.message)]
     assert la.output_temperature == pytest.approx(1.0)
     assert list(found.candidates) == ["MAP"]
@@ -165,17 +171,17 @@ def test_the_temperature_falls_no_further_than_the_network_alone_is_better_for_i
     # Rows with the largest features, where uncertain weights widen most, are wrong: a low temperature would make room.
     la = fitted(case, "diag", model)
     network = min(torch.logspace(-2, 2, 2000).tolist(), key=lambda t: map_score(case, model, [(x, y)], t))
-    found = la.tune([(x, y)])
+    found = la.tune([(x, y)], **ALONE)
     assert la.output_temperature >= min(1.0, network) - 2e-2
     assert found.value <= found.candidates["MAP with its output temperature"] + 1e-9
-    free = fitted(case, "diag", model).tune([(x, y)], limits={"output_temperature": (1e-3, 1e3)})
+    free = fitted(case, "diag", model).tune([(x, y)], limits={"output_temperature": (1e-3, 1e3)}, **ALONE)
     assert free.value <= found.value + 1e-6
 
 
 def test_the_network_alone_is_compared_with_but_not_chosen_where_limits_of_the_precision_exclude_it():
     la, loader = fitted(BASIC[0], "diag"), validation(BASIC[0])
-    plain = la.tune(loader).candidates
-    found = la.tune(loader, limits={"prior_precision": (1e-3, 0.1)})
+    plain = la.tune(loader, **ALONE).candidates
+    found = la.tune(loader, limits={"prior_precision": (1e-3, 0.1)}, **ALONE)
     assert 1e-3 <= float(la.prior_precision) <= 0.1 + 1e-9
     assert found.candidates == pytest.approx(plain)
 
@@ -183,10 +189,10 @@ def test_the_network_alone_is_compared_with_but_not_chosen_where_limits_of_the_p
 def test_what_is_not_asked_for_is_left_alone():
     la, loader = fitted(BASIC[0], "diag", temperature=1.3), validation(BASIC[0])
     la.output_temperature = 1.7
-    la.tune(loader, output_temperature=False)
+    la.tune(loader, output_temperature=False, **ALONE)
     assert (la.output_temperature, float(la.temperature)) == (1.7, 1.3)
     la = fitted(BASIC[1], "diag", prior_mean=0.2)
-    la.tune(validation(BASIC[1]), noise="keep")
+    la.tune(validation(BASIC[1]), noise="keep", **ALONE)
     assert float(la.sigma_noise) == pytest.approx(BASIC[1].sigma)
     assert float(la.prior_mean) == pytest.approx(0.2)
 
@@ -234,7 +240,7 @@ def test_a_score_without_a_gradient_is_refused_before_any_search():
 
     la = fitted(BASIC[0], "diag")
     with pytest.raises(InputError, match="without a gradient"):
-        la.tune(validation(BASIC[0]), score=score)
+        la.tune(validation(BASIC[0]), score=score, **ALONE)
     assert len(asked) == 1
 
 
@@ -270,7 +276,7 @@ def test_a_failure_while_assigning_brings_all_hyperparameters_back(monkeypatch):
 
 def test_the_result_prints_as_one_line_and_draws_its_curve(capsys):
     la = fitted(BASIC[0], "kron")
-    found = la.tune(validation(BASIC[0]), verbose=True)
+    found = la.tune(validation(BASIC[0]), verbose=True, **ALONE)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert "prior precision" in out

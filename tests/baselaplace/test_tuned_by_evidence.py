@@ -9,6 +9,7 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.errors import InputError, UnsupportedError
+from laplace.tuning.marglik import effective_parameters
 from tests import reference
 from tests.cases import BASIC, STRUCTURES
 from tests.contracts import generator
@@ -148,3 +149,56 @@ def test_warnings_are_silent_where_the_optimum_is_inside():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         la.optimize_prior_precision(noise="scalar")
+
+
+def regression(width, n_rows, n_inputs, steps):
+    """A network trained on targets of which a share is noise."""
+    X = torch.randn(n_rows, n_inputs, dtype=F64, generator=generator(0))
+    Y = X[:, :1].sin() + torch.randn(n_rows, 1, dtype=F64, generator=generator(1))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(n_inputs, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(X) - Y).square().mean().backward()
+        optimizer.step()
+    return model, X, Y
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_noise_chosen_by_a_network_that_interpolates_is_warned_of(subset):
+    model, X, Y = regression(30, 20, 5, 600)
+    la = Laplace(model, "regression", subset, "full")
+    la.fit([(X, Y)])
+    with pytest.warns(UserWarning, match=r"interpolates its training data.*tune\(val_loader\)"):
+        la.optimize_prior_precision(noise="scalar")
+
+
+def test_noise_far_below_the_targets_is_warned_of_where_the_last_layer_has_few_weights():
+    model, X, _ = regression(6, 60, 1, 20)
+    la = Laplace(model, "regression", hessian_structure="full")
+    noise = torch.randn(60, 1, dtype=F64, generator=generator(2))
+    for size in (0.02, 0.2):
+        la.fit([(X, model(X).detach() * (1 + size * noise))])
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            la.optimize_prior_precision(noise="scalar")
+        assert ["standard deviation of the targets" in str(each.message) for each in seen] == [True] * (size < 0.05)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_noise_of_a_network_that_leaves_residuals_is_no_reason_to_warn(subset):
+    model, X, Y = regression(4, 60, 1, 100)
+    la = Laplace(model, "regression", subset, "full")
+    la.fit([(X, Y)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.optimize_prior_precision(noise="scalar")
+
+
+@every_structure
+def test_effective_parameters_are_those_of_the_dense_covariance(structure):
+    la = fitted(BASIC[1], structure)
+    found = effective_parameters(la._problem(), torch.tensor([0.7], dtype=F64), torch.tensor(0.5, dtype=F64))
+    la.prior_precision, la.sigma_noise = 0.7, 0.5
+    assert found == pytest.approx(la.n_params - 0.7 * float(la._posterior.to_dense().inverse().trace()), rel=1e-6)

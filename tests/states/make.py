@@ -3,7 +3,7 @@
     python -m tests.states.make FOLDER
 
 Writes ``FOLDER/<situation>.pt`` and ``FOLDER/expected.json``. What is in ``v3`` was made by the last release whose states
-have schema version 3, and is never made again; a new schema gets a new folder.
+have schema version 3, in ``v4`` by the last of version 4; neither is ever made again: a new schema gets a new folder.
 """
 
 import json

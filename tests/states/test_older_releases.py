@@ -1,5 +1,6 @@
 """States that earlier releases saved load ever after, and give the numbers that were seen then."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,8 @@ SAVED = [pytest.param(folder, name, id=f"{folder.name}-{name}") for folder in FO
 @pytest.mark.parametrize(("folder", "name"), SAVED)
 def test_a_state_of_an_earlier_release_gives_the_numbers_that_were_seen(folder, name):
     la = build(name)
-    with pytest.warns(UserWarning, match=r"no digest.*la\.save"):
+    without_digest = pytest.warns(UserWarning, match=r"no digest.*la\.save")
+    with without_digest if folder.name == "v3" else contextlib.nullcontext():
         la.load(folder / f"{name}.pt")
     expected = json.loads((folder / "expected.json").read_text())[name]
     found = seen(la, name)

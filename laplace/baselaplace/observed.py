@@ -1,0 +1,107 @@
+"""What ``fit`` keeps of the training data beside the curvature: sums of features, and the features themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from laplace.density import Accumulator, ClassSums, reason_against
+from laplace.errors import UnsupportedError
+from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.tuning import HeadData
+
+KEPT_FEATURES = 2**27
+"""Numbers of features that are kept for ``tune``: 512 MB in float32."""
+UNSEEN = "The back end runs the model in a way of its own, in which features are not seen."
+NOT_A_HEAD = "The head is refitted where it alone is random (subset_of_weights='last_layer')."
+
+
+@dataclass
+class Observed:
+    """Features of the batches of a fit, as they come."""
+
+    likelihood: AbstractLikelihood
+    left: int = field(default_factory=lambda: KEPT_FEATURES)
+    """How many more numbers are kept."""
+    why_no_density: str = UNSEEN
+    why_not_kept: str = UNSEEN
+    _shapes: Sequence[tuple[int, ...]] = ()
+    _sums: Accumulator | None = None
+    _phi: list[Tensor] = field(default_factory=list)
+    _y: list[Tensor] = field(default_factory=list)
+    _datum: list[Tensor] = field(default_factory=list)
+    _n_data: int = 0
+
+    wanted: bool = True
+    """Whether batches that come are new ones, and it is known what they are good for."""
+
+    def stop(self) -> None:
+        """What comes now was seen before."""
+        self.wanted = False
+
+    def miss(self) -> None:
+        """A batch whose features nobody saw: what is known of the others is not known of the data."""
+        self._phi.clear()
+        self.why_not_kept = UNSEEN
+        self.give_up(UNSEEN)
+
+    def give_up(self, reason: str) -> None:
+        """There is no density of features."""
+        self.wanted, self._sums, self.why_no_density = False, None, reason
+
+    def add(self, f: Tensor, phi: Tensor, y: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
+        """One batch: outputs, features and targets; of a head with the shapes of its parameter groups."""
+        if not self.wanted:
+            return
+        try:
+            self.likelihood.check_rows()
+        except UnsupportedError:
+            self.why_not_kept = "Items that are compared have no targets of their own."
+            self.give_up(self.why_not_kept)
+            return
+        positions, n_groups = self.likelihood.flatten(f, y), self.likelihood.n_groups(f.shape[-1])
+        rows = positions.select(phi.detach().reshape(-1, phi.shape[-1]))
+        if shapes is None:
+            self.why_not_kept = NOT_A_HEAD
+        else:
+            self._keep(rows, positions, shapes, len(y))
+        why_not = reason_against(phi.shape[-1])
+        if not n_groups:
+            why_not = f"Targets of likelihood={self.likelihood.name!r} are neither classes nor those of a regression."
+        if why_not is not None:
+            self.why_no_density = why_not
+            return
+        self._sums = Accumulator(n_groups) if self._sums is None else self._sums
+        self._sums.add(rows, self.likelihood.group_of(positions.y))
+
+    def _keep(self, rows: Tensor, positions: Positions, shapes: Sequence[tuple[int, ...]], n_data: int) -> None:
+        """Keep a batch; where there is no room for it, nothing is kept."""
+        self.left -= rows.numel()
+        if self.left < 0:
+            self._phi.clear()
+            self.why_not_kept = f"The features of the training data are more than {KEPT_FEATURES:,} numbers."
+            return
+        index = torch.arange(len(rows), device=rows.device) if positions.datum is None else positions.datum
+        self._shapes = shapes
+        self._phi.append(rows.clone())
+        self._y.append(positions.y.detach().clone())
+        self._datum.append(index + self._n_data)
+        self._n_data += n_data
+
+    @property
+    def density(self) -> ClassSums | None:
+        """The sums; ``None`` where there are none."""
+        return None if self._sums is None else self._sums.finish()
+
+    @property
+    def kept(self) -> HeadData | None:
+        """The data after their forward pass; ``None`` where they are not all there."""
+        if not self._phi:
+            return None
+        return HeadData(torch.cat(self._phi), torch.cat(self._y), self._shapes, torch.cat(self._datum))
+
+
+__all__ = ["KEPT_FEATURES", "Observed"]

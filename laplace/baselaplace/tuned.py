@@ -1,0 +1,76 @@
+"""What tuning sees of an estimator's data, and what it assigns."""
+
+# Functions of an estimator, in its own room:
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from laplace import tuning
+from laplace.baselaplace import states, untuned
+from laplace.baselaplace.adjustments import Adjustments
+from laplace.enums import TuningMethod
+from laplace.errors import UnsupportedError
+from laplace.network import evaluating
+from laplace.predictive import Linearization
+from laplace.types import Inputs
+
+if TYPE_CHECKING:
+    from laplace.baselaplace.fitted import FittedLaplace
+
+
+def by_method(
+    la: FittedLaplace, method: TuningMethod | None, asked: tuning.Settings, *further: Any, verbose: bool
+) -> tuning.Tuning:
+    """Choose by a method, or by validation data, and assign what was found: all of it or nothing."""
+    problem, collect = la._problem(), partial(collected, la, asked)
+    if method is None:
+        found, fit = tuning.by_validation(problem, asked, collect, *further), problem.fit
+    else:
+        found, fit = tuning.METHODS[method](problem, asked, collect)
+    with states.all_or_nothing(la):
+        if fit is not problem.fit:
+            likelihood = la._unit_likelihood
+            # A classifier is predicted best by the refitted mode alone.
+            alone = method is TuningMethod.LOO and "output_temperature" in likelihood.hyperparameters
+            adjustments = Adjustments(not alone, contrasts=fit.averaged and likelihood.ignores_shifts)
+            vars(la).update(_fit=fit, _adjustments=adjustments)
+        elif method is not None and hasattr(la, "weight_uncertainty"):
+            la.weight_uncertainty = True  # pyright: ignore[reportAttributeAccessIssue] - for which it was chosen
+        return assign(la, found, verbose=verbose)
+
+
+def collected(la: FittedLaplace, asked: tuning.Settings, loader: Iterable[Any] | None, what: str) -> tuning.CachedData:
+    """Linearized data of a loader, after their one pass; without one, features that ``fit`` kept."""
+    if loader is None:
+        kept: tuning.HeadData | None = getattr(la, "_kept", None)
+        if kept is None:
+            reason = getattr(la, "_why_not", ("", "A posterior over functions keeps none."))[1]
+            msg = f"The features of the {what} data are needed. {reason} Pass train_loader=, the loader that fit had."
+            raise UnsupportedError(msg)
+        return kept.at(kept.outputs(la._fitted.mean))
+
+    def linearize(x: Inputs) -> Linearization:
+        with evaluating(la.model):
+            return la._for_tuning(asked.options.pred_type, x)
+
+    with evaluating(la.model):
+        batches = la._iterate(loader, asked.progress_bar, f"[Linearizing at {what} data]")
+        return tuning.CachedData.collect(batches, linearize, la._frozen_likelihood, what)
+
+
+def assign(la: FittedLaplace, found: tuning.Tuning, *, verbose: bool) -> tuning.Tuning:
+    """Take over what tuning chose; the caller brings all back where it fails."""
+    for name, value in found.hyperparameters.items():
+        setattr(la, name, value.detach())
+    la.tuning_ = found
+    if verbose:
+        print(f"Optimized {found}")
+    untuned.hint_once(found.method, la._unit_likelihood)
+    return found
+
+
+__all__ = ["assign", "by_method", "collected"]
