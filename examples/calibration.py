@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,10 +134,11 @@ def train_network(seed: int) -> nn.Module:
 # %% [markdown]
 # ## Laplace in three lines
 #
-# `fit` takes one pass over the training data. How wide the Gaussian is hangs on one number, the prior precision, and
-# there are two ways to choose it: by the predictions on validation data (`tune`, which gets the same information as
-# temperature scaling and chooses an output temperature together with the precision), or by the evidence of the training
-# data (`optimize_prior_precision`, which needs no validation data).
+# `fit` takes one pass over the training data. What predictions are then made of can be chosen in two ways: by the
+# predictions on validation data (`tune`, which gets the same information as temperature scaling; it fits the last layer
+# again under several priors, and averages these heads, their temperatures and how much predictions widen where features
+# are unlike those of the training data), or by the evidence of the training data (`optimize_prior_precision`, which
+# chooses the prior precision alone and needs no validation data).
 
 
 # %%
@@ -150,7 +150,7 @@ def laplace(model: nn.Module, structure: str, method: str) -> tuple[LLLaplace, d
     fitted = time.perf_counter()
     if method == "tuned":
         la.tune(val_loader)
-    elif method == "precision alone":
+    elif method == "T = 1":
         la.tune(val_loader, output_temperature=False)
     else:
         la.optimize_prior_precision()
@@ -159,10 +159,8 @@ def laplace(model: nn.Module, structure: str, method: str) -> tuple[LLLaplace, d
 
 
 METHODS = {f"Laplace {structure}, tuned": (structure, "tuned") for structure in ("full", "kron", "diag")}
-METHODS["Laplace kron, precision alone"] = ("kron", "precision alone")
+METHODS["Laplace kron, T = 1"] = ("kron", "T = 1")
 METHODS |= {f"Laplace {structure}, evidence": (structure, "evidence") for structure in ("full", "kron", "diag")}
-# Where the posterior's variance does not help on validation data, tune says so once; the table shows it, too.
-warnings.filterwarnings("ignore", message="The validation score is best without weight uncertainty")
 
 # %% [markdown]
 # ## Side by side
@@ -242,11 +240,10 @@ record = {
 # The predictions of all networks together, in ten bins of confidence (so the calibration errors of the legends differ a
 # little from those of the table, which are means over networks). Left and middle: a method whose points lie on the
 # diagonal can be taken at its word; below the diagonal it is overconfident, above it too modest. Right: the share of
-# errors that remains when the least certain predictions are left to someone else. Temperature scaling would lie under
-# the tuned approximation.
+# errors that remains when the least certain predictions are left to someone else.
 
 # %%
-SHOWN = ["MAP", "Laplace kron, tuned", "Laplace kron, precision alone", "Laplace kron, evidence"]
+SHOWN = ["MAP", "MAP, temperature T", "Laplace kron, tuned", "Laplace kron, evidence"]
 
 
 def pooled(data: DataLoader) -> dict[str, tuple[Tensor, Tensor]]:
@@ -271,20 +268,21 @@ print(f"\nWritten to {arguments.output}: calibration.md, calibration.json, calib
 # ## What it shows
 #
 # * **Upright digits.** Temperature scaling and `tune` repair the network equally well: the calibration error falls from
-#   about 6 % to below 2 %, the negative log-likelihood by more than a third, and accuracy stays. They are the same
-#   here: `tune` contains temperature scaling as a candidate, finds that the variance of these last layers adds nothing
-#   on validation images, and drives the prior precision to its limit. Temperature scaling wins by being simpler.
-# * **The precision alone** (`tune(val_loader, output_temperature=False)`). Now the variance has to repair the
-#   overconfidence that a temperature repaired before. It does that as well on upright digits.
-# * **Rotated digits.** Both help, neither is enough: at 30° every method that was tuned on upright images is still far
-#   too sure of itself, and temperature scaling is slightly ahead of the precision alone.
+#   about 6 % to about 2 %, the negative log-likelihood by more than a third, and accuracy stays. Where that is all you
+#   need, a temperature is simpler.
+# * **Without a temperature** (`tune(val_loader, output_temperature=False)`) heads under stronger priors do what a
+#   temperature does: on upright digits the difference is small.
+# * **Rotated digits.** Both help, neither is enough: at 30° every method that was tuned on upright images is still too
+#   sure of itself. `tune` is ahead of the temperature, because the features of turned digits are unlike those it knows.
 # * **Photographs.** A temperature hardly changes which of two images is the more certain one, so it hardly helps to
-#   recognize foreign inputs. A variance can, because it depends on the image: the precision alone gains a little,
-#   within the noise of five networks; with the full structure and the precision of the evidence the gain is beyond it.
+#   recognize foreign inputs. `tune` widens predictions where features are far from those of the training images. The
+#   variance of the posterior alone (the evidence with the full structure) helps less. `la.ood_score` looks at the
+#   features directly.
 # * **The evidence.** It needs no validation data, and here it is far too cautious on upright digits: right nine times
 #   in ten, and sure of almost nothing. The training data hardly curve the loss of a network that is sure of all of
 #   them, so few directions of the weights count as known. At 45°, where the network is wrong three times in four, the
 #   same caution makes it the best calibrated by far.
-# * **Structures.** Where the variance is switched off or the prior outweighs the curvature, full, kron and diag predict
-#   alike.
-# * **Cost.** Fitting is one pass over the training data, and predicting costs about as much as the network itself.
+# * **Structures.** After a refit of the head predictions of a classifier do not use the posterior's variance, so that
+#   full, kron and diag predict alike; their samples and evidence differ.
+# * **Cost.** Fitting is one pass over the training data. `tune` is one pass over the validation data and nine small
+#   convex problems, and predicting costs a little more than the network itself.

@@ -70,7 +70,8 @@ def trained() -> nn.Module:
 # %% [markdown]
 # ## Every posterior
 #
-# `tune` chooses the prior precision of each, together with the output temperature, on the validation images.
+# `tune` chooses, on the validation images, the prior precision of each, the output temperature and how much predictions
+# widen where features are unlike those of the training images. A last layer is fitted again first.
 
 # %%
 model = trained()
