@@ -50,10 +50,22 @@ class Fit:
     averaged: bool = False
     """Whether the curvature is averaged over a Gaussian around the mean, by variational inference."""
 
-    @cached_property
+    @property
     def feature_density(self) -> FeatureDensity | None:
         """The density that the sums say, with its factors; never copied or saved."""
-        return None if self.density is None else FeatureDensity(self.density)
+        return self._density[0]
+
+    @property
+    def why_no_density(self) -> str | None:
+        """Why sums make no density, in words."""
+        return self._density[1]
+
+    @cached_property
+    def _density(self) -> tuple[FeatureDensity | None, str | None]:
+        try:
+            return None if self.density is None else FeatureDensity(self.density), None
+        except UnsupportedError as error:
+            return None, str(error)
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields."""

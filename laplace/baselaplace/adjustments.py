@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace.density import Excess, FeatureDensity, Reference
 from laplace.errors import StateError, UnsupportedError
+from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood
 from laplace.predictive import Linearization, Options, compare, predict
 from laplace.predictive.adjusted import Adjusted, Contrasts
@@ -131,26 +132,27 @@ class Adjustments:
         return Adjusted(inputs, extra, self.weight_uncertainty)
 
     def excess_of(
-        self, inputs: Linearization, found: FeatureDensity | None, likelihood: AbstractLikelihood
+        self, inputs: Linearization, fit: Fit, likelihood: AbstractLikelihood
     ) -> Float[Tensor, " rows"] | None:
         """How far rows lie beyond those of the data; ``None`` where that changes nothing, or is not known."""
         wide = self.scale if self.mixture is None else max(self.mixture.scales)
-        if not wide or self.excess is None or found is None:
+        found = fit.feature_density if wide and self.excess is not None else None  # which takes O(C · D³) once
+        features = None if found is None else inputs.features
+        if self.excess is None or found is None or features is None:
             return None
-        features = inputs.features
-        return None if features is None else self.excess(distance(found, features, likelihood))
+        return self.excess(distance(found, features, likelihood))
 
     def predict(
         self,
         inputs: Linearization,
-        found: FeatureDensity | None,
+        fit: Fit,
         precision: AbstractPrecision,
         likelihood: AbstractLikelihood,
         options: Options,
         dtype: torch.dtype,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predictions at linearized inputs."""
-        e, mixture = self.excess_of(inputs, found, likelihood), self.mixture
+        e, mixture = self.excess_of(inputs, fit, likelihood), self.mixture
         if mixture is None:
             inputs = self.applied(inputs, e, likelihood)
             return predict(compare(inputs) if options.fitting else inputs, precision, likelihood, options, dtype)

@@ -58,7 +58,8 @@ def score(la: ParametricLaplace, x: Inputs, kind: Any, options: Options) -> Floa
         with full_precision(la._device):
             features = None if found is None else inputs.features
             if found is None or features is None:
-                msg = f"kind={chosen.value!r} needs a density of the features of the training data. {la._why_not[0]}"
+                reason = fit.why_no_density or la._why_not[0]
+                msg = f"kind={chosen.value!r} needs a density of the features of the training data. {reason}"
                 raise UnsupportedError(msg)
             if chosen is ForeignScore.RELATIVE:
                 values = found.relative(features)

@@ -522,8 +522,7 @@ class ParametricLaplace(FittedLaplace):
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
-                density = self._fit.feature_density
-                found = self._adjustments.predict(inputs, density, posterior, likelihood, options, self._dtype)
+                found = self._adjustments.predict(inputs, self._fit, posterior, likelihood, options, self._dtype)
         return self._compared(inputs.f, found, likelihood) if self._is_untuned else found
 
     @property
@@ -534,7 +533,7 @@ class ParametricLaplace(FittedLaplace):
     def _adjusted(self, inputs: Linearization) -> Linearization:
         """Inputs as predictions see them: with or without the posterior's variance, wider where they are foreign."""
         adjustments, likelihood = self._adjustments, self._frozen_likelihood
-        e = adjustments.excess_of(inputs, self._fit.feature_density, likelihood)
+        e = adjustments.excess_of(inputs, self._fit, likelihood)
         return adjustments.applied(inputs, e, likelihood)
 
     @property

@@ -58,6 +58,7 @@ def tune(
     la: ParametricLaplace, asked: Settings, wanted: Recipe, temperature: Any, limits: Mapping[str, tuple[float, float]]
 ) -> Outcome:
     """Choose by validation data; nothing is assigned."""
+    methods.check_val_loader(asked)
     kept, fit = _TrainingData(la, asked, wanted.train_loader), la._fitted
     if fit.trained is not None:  # start from the head of the model
         training = kept.found("tune starts from the head of the model.")
@@ -157,7 +158,8 @@ class _Tuner:
         if self.wanted.distance_aware is False:
             self.notes.append("No width for foreign inputs: distance_aware=False.")
             return rows
-        far, reason = self._distances(), self.la._why_not[0]
+        far = self._distances()
+        reason = self.problem.fit.why_no_density or self.la._why_not[0]
         if self.asked.loss != "nll":
             far, reason = None, "It is chosen by score='nll'."
         if far is not None and (excess := Excess.of(far)).reason is None:
@@ -347,7 +349,8 @@ class _Tuner:
         likelihood, reference = self.problem.likelihood(output_temperature=values.get("output_temperature")), None
         if likelihood.n_groups(rows.positions.f.shape[-1]) > 1:
             reference = Reference.of(likelihood.log_doubt(rows.outputs(theta)), far)
-        self.notes.extend(self.problem.fit.feature_density.notes if self.problem.fit.feature_density else ())
+        density = self.problem.fit.feature_density
+        self.notes.extend(() if density is None else density.notes)
         return replace(adjustments, excess=Excess.of(far), reference=reference)
 
 

@@ -219,6 +219,13 @@ METHODS: Mapping[TuningMethod, Callable[[Problem, Settings, Collect], Found]] = 
 """The methods of ``optimize_prior_precision``; each finds hyperparameters, and the fit that belongs to them."""
 
 
+def check_val_loader(asked: Settings) -> None:
+    """Raise where there are no validation data."""
+    if asked.val_loader is None:
+        msg = "tune scores hyperparameters on validation data: pass val_loader=."
+        raise InputError(msg)
+
+
 def by_validation(
     problem: Problem,
     asked: Settings,
@@ -239,9 +246,7 @@ def by_validation(
         raise UnsupportedError(msg)
     n_precisions = 1 if asked.structure is PriorStructure.SCALAR else len(problem.sizes)
     problem.check_prior(problem.prior(problem.fit.mean.new_ones(n_precisions)))
-    if asked.val_loader is None:
-        msg = "tune scores hyperparameters on validation data: pass val_loader=."
-        raise InputError(msg)
+    check_val_loader(asked)
     data = collect(asked.val_loader, "validation")
     if n_values > 1:
         n_values = problem.fit.n_outputs

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from laplace import Laplace
 from laplace.errors import UnsupportedError
-from tests.baselaplace.recipes import classification, features, joined, logits, regression, tuned
+from tests.baselaplace.recipes import C, D, classification, features, joined, logits, regression, tuned
 from tests.contracts import generator
 from tests.density import brute_force
 from tests.tools import assert_close
 
 near = torch.testing.assert_close
-
-NARROW = {"distance_aware": False}
 
 
 def excess_of(data, x):
@@ -118,3 +118,19 @@ def test_where_no_width_is_possible_it_is_said():
     assert la.distance_scale == 0
     with pytest.raises(UnsupportedError, match="distance_aware=True"):
         la.tune([(same, y)], distance_aware=True)
+
+
+def test_features_without_a_density_leave_predictions_as_they_are():
+    data = classification()
+    body = nn.Sequential(nn.Linear(3, D), nn.Hardtanh()).double()
+    with torch.no_grad():
+        body[0].weight.zero_()
+    model = nn.Sequential(body, nn.Linear(D, C).double())
+    la = Laplace(model, "classification")
+    la.fit(data.train)
+    la.accept_untuned()
+    assert torch.isfinite(la(data.test)).all()
+    with pytest.raises(UnsupportedError, match="constant within every class"):
+        la.ood_score(data.test, "density")
+    la.tune(data.val)
+    assert any("constant within every class" in note for note in la.tuning_.notes)
