@@ -101,7 +101,7 @@ class Fit:
         if torch.equal(mean, self.mean):
             return self
         unknown = torch.full_like(self.nll, torch.nan)
-        return replace(self, mean=mean, nll=unknown, output_nll=None, trained=None)
+        return replace(self, mean=mean, nll=unknown, output_nll=None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled, also where it said of a head only whether it has a bias."""

@@ -21,7 +21,7 @@ def fit(la, **shown):
 
 
 def tune(la, **shown):
-    la.tune(BATCHES, n_steps=3, **shown)
+    la.tune(BATCHES, n_steps=3, refit=False, **shown)
 
 
 def marglik(la, **shown):

@@ -67,10 +67,6 @@ class Mixture:
             raise StateError(msg)
         return cls(state["heads"], head, *others)
 
-    def moved(self, like: Tensor) -> Mixture:
-        """Where a tensor is, in its precision."""
-        return self if self.heads is None else replace(self, heads=self.heads.to(like))
-
 
 @dataclass(frozen=True)
 class Adjustments:
@@ -86,6 +82,8 @@ class Adjustments:
     """What scores of foreign inputs are compared with."""
     mixture: Mixture | None = None
     """Predictions that are averaged; ``None``: there is one."""
+    temperature: float = 1.0
+    """Output temperature of the probabilities in ``reference``."""
     contrasts: bool = False
     """Whether variances are those of outputs less their mean: what all outputs of a row share changes no prediction."""
 
@@ -95,6 +93,7 @@ class Adjustments:
         "excess": optional(nested(Excess.entries)),
         "reference": optional(nested(Reference.entries)),
         "mixture": optional(nested(Mixture.entries)),
+        "temperature": finite(above=0),
         "contrasts": flag,
     }
 
@@ -102,7 +101,7 @@ class Adjustments:
         """Plain values and tensors."""
         parts = {name: getattr(self, name) for name in ("excess", "reference", "mixture")}
         values = {name: None if part is None else part.state() for name, part in parts.items()}
-        plain = {name: getattr(self, name) for name in ("weight_uncertainty", "scale", "contrasts")}
+        plain = {name: getattr(self, name) for name in ("weight_uncertainty", "scale", "temperature", "contrasts")}
         return {**plain, **values}
 
     @classmethod
@@ -112,7 +111,8 @@ class Adjustments:
         parts: dict[str, Any] = {
             name: None if state[name] is None else kind.from_state(state[name]) for name, kind in types.items()
         }
-        return cls(state["weight_uncertainty"], state["scale"], **parts, contrasts=state["contrasts"])
+        plain = {name: state[name] for name in ("weight_uncertainty", "scale", "temperature", "contrasts")}
+        return cls(**plain, **parts)
 
     def scaled(self, scale: float) -> Adjustments:
         """With another s², of all points of a mixture."""
@@ -122,6 +122,12 @@ class Adjustments:
         mixture = self.mixture
         mixture = None if mixture is None else replace(mixture, scales=(scale,) * len(mixture.scales))
         return replace(self, scale=scale, mixture=mixture)
+
+    def without_rows(self) -> Adjustments:
+        """Where rows that were looked at belong to another density or another head: without widths and references."""
+        mixture = self.mixture
+        mixture = None if mixture is None else replace(mixture, scales=(0.0,) * len(mixture.scales))
+        return replace(self, scale=0.0, excess=None, reference=None, mixture=mixture)
 
     def applied(self, inputs: Linearization, e: Tensor | None, likelihood: AbstractLikelihood) -> Linearization:
         """Inputs as predictions see them, with the excess of each row."""
@@ -157,7 +163,9 @@ class Adjustments:
             inputs = self.applied(inputs, e, likelihood)
             return predict(compare(inputs) if options.fitting else inputs, precision, likelihood, options, dtype)
         heads = mixture.heads
-        moved = [inputs] if heads is None else [inputs.with_weights(theta) for theta in heads.to(dtype)]
+        moved = (
+            [inputs] if heads is None else [inputs.with_weights(theta) for theta in heads.to(inputs.f.device, dtype)]
+        )
         total = torch.zeros(())
         points = zip(mixture.head, mixture.shares, mixture.temperatures, mixture.scales, strict=True)
         for head, share, temperature, scale in points:

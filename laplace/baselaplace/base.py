@@ -116,7 +116,7 @@ class BaseLaplace(ABC):
         self.sigma_noise = options.said_once(self._unit_likelihood, "sigma_noise", sigma_noise)
         self.temperature = options.said_once(self._unit_likelihood, "temperature", temperature)
         self.output_temperature = options.said_once(self._unit_likelihood, "output_temperature", 1.0)
-        self._is_untuned = self._prior_precision.numel() == 1 and float(self._prior_precision.detach()) == 1
+        self._is_untuned = untuned.seems(self)
 
     @property
     def likelihood_(self) -> AbstractLikelihood:

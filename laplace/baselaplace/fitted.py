@@ -238,10 +238,11 @@ class FittedLaplace(BaseLaplace):
         """
         fit = self._fitted
         # Both are checked before either is assigned.
-        sigma_noise = self._sigma_noise if sigma_noise is None else self._checked_sigma_noise(sigma_noise)
+        sigma = None if sigma_noise is None else self._checked_sigma_noise(sigma_noise)
         if prior_precision is not None:
             self.prior_precision = prior_precision
-        self.sigma_noise = sigma_noise
+        if sigma is not None:
+            self.sigma_noise = sigma
         likelihood, kind = self._output_likelihood, self.backend.kind
         return tuning.log_marginal_likelihood(fit, self._prior, likelihood, kind, **self._posterior_options())
 

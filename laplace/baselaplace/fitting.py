@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.observed import Observed
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
-from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
@@ -92,7 +93,9 @@ class Training:
                 observed.add(*seen[-1], batch.y, weights.head)
             except (ShapeError, InputError):  # a pass of the back end over something else
                 observed.miss()
-        elif weights.sees_features and observed.wanted:
+        elif not weights.sees_features:
+            observed.give_up("Features are not looked at for a subnetwork.")
+        elif observed.wanted:
             try:
                 observed.add(*weights.outputs_and_features(batch.x), batch.y)
             except (UnsupportedError, ShapeError) as error:
@@ -144,4 +147,27 @@ class Training:
             backend.output_likelihood, backend.loss_by_output = before, False
 
 
-__all__ = ["Learned", "Training"]
+def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
+    """Assign a fit, and drop what was chosen for another head or compared with rows under another density."""
+    earlier, now = vars(la).get("_fit"), la._adjustments
+    la._fit = fit
+    if again:
+        la._adjustments = Adjustments()
+        if earlier is not None and earlier.trained is not None:
+            if "output_temperature" in la._unit_likelihood.hyperparameters:
+                la.output_temperature = 1.0
+            msg = (
+                "fit starts from the head of the model: the head, temperature and width that were chosen before are "
+                "gone. Call tune(val_loader) again."
+            )
+            warn(msg, UserWarning)
+    elif now.scale or now.mixture is not None or now.reference is not None:
+        la._adjustments = now.without_rows()
+        msg = (
+            "More data change the density of the features: widths of predictions at foreign inputs, and what ood_score "
+            "compares with, are gone. Call tune(val_loader) again."
+        )
+        warn(msg, UserWarning)
+
+
+__all__ = ["Learned", "Training", "take_fit"]

@@ -67,7 +67,8 @@ def score(la: ParametricLaplace, x: Inputs, kind: Any, options: Options) -> Floa
                 values = distance(found, features, likelihood)
             else:
                 reference = _reference(la, found, likelihood)
-                values = reference.fisher(likelihood.log_doubt(inputs.f).flatten(), found.g(features))
+                at = likelihood.tempered(la._adjustments.temperature / la._output_temperature)
+                values = reference.fisher(at.log_doubt(inputs.f).flatten(), found.g(features))
             return values.reshape(inputs.f.shape[:-1]).to(inputs.f.dtype)
 
 
@@ -85,7 +86,7 @@ def _reference(la: ParametricLaplace, found: FeatureDensity, likelihood: Abstrac
     doubt = likelihood.log_doubt(kept.outputs(la._fitted.mean))
     known = Reference.of(doubt, found.g(kept.phi), "training")
     warn(" ".join(known.notes), UserWarning)
-    la._adjustments = replace(la._adjustments, reference=known)
+    la._adjustments = replace(la._adjustments, reference=known, temperature=la._output_temperature)
     return known
 
 

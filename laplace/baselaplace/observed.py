@@ -35,6 +35,8 @@ class Observed:
     _datum: list[Tensor] = field(default_factory=list)
     _n_data: int = 0
 
+    wanted_rows: bool = True
+    """Whether features are kept."""
     wanted: bool = True
     """Whether batches that come are new ones, and it is known what they are good for."""
 
@@ -84,12 +86,22 @@ class Observed:
             self._phi.clear()
             self.why_not_kept = f"The features of the training data are more than {KEPT_FEATURES:,} numbers."
             return
+        if self._y and (self._y[0].dim() != positions.y.dim() or self._y[0].dtype != positions.y.dtype):
+            self.wanted_rows = False
+            self._phi.clear()
+            self.why_not_kept = "The training data have targets of two kinds, such as hard and soft labels."
+        if not self.wanted_rows:
+            return
         index = torch.arange(len(rows), device=rows.device) if positions.datum is None else positions.datum
         self._shapes = shapes
         self._phi.append(rows.clone())
         self._y.append(positions.y.detach().clone())
         self._datum.append(index + self._n_data)
         self._n_data += n_data
+
+    def reasons(self, added: bool) -> tuple[str, str]:
+        """Why there is no density, and why no features are there, where that is so."""
+        return self.why_no_density, "Those of the data before are gone." if added and self._phi else self.why_not_kept
 
     @property
     def density(self) -> ClassSums | None:

@@ -17,7 +17,7 @@ from laplace.baselaplace import foreign, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
-from laplace.baselaplace.fitting import Training
+from laplace.baselaplace.fitting import Training, take_fit
 from laplace.baselaplace.observed import Observed
 from laplace.baselaplace.options import check_marginals, check_model_keywords, checked_weights
 from laplace.enums import ForeignScore, LinkApprox, PredType
@@ -26,7 +26,7 @@ from laplace.fit import FIT_ENTRIES, HEAD_ENTRIES, Fit
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
-from laplace.predictive import Linearization, Options, functional_samples
+from laplace.predictive import Linearization, Options, compare, functional_samples
 from laplace.predictive.adjusted import NO_POSTERIOR
 from laplace.schema import Table, nested
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision
@@ -98,12 +98,10 @@ class ParametricLaplace(FittedLaplace):
             fit = self._at_head(fit, kept, previous.mean)
         fit = fit if previous is None else previous.merge(fit)
         with states.all_or_nothing(self):
-            self._fit = fit
-            if previous is None:
-                self._adjustments = Adjustments()
-            else:
-                kept = None if kept is None or self._kept is None else self._kept.followed_by(kept)
-            self._kept, self._why_not = kept, (observed.why_no_density, observed.why_not_kept)
+            take_fit(self, fit, again=previous is None)
+            if previous is not None and kept is not None:
+                kept = None if self._kept is None else self._kept.followed_by(kept)
+            self._kept, self._why_not = kept, observed.reasons(previous is not None)
             self._hyperparameters_changed()
 
     def _fit_options(self) -> dict[str, Any]:
@@ -212,7 +210,10 @@ class ParametricLaplace(FittedLaplace):
         if self._is_prior:
             self._mean_by_hand = mean
         else:
-            self._fit = self._fitted.at(mean)
+            self._fit, self._adjustments = (
+                self._fitted.at(mean),
+                replace(self._adjustments, mixture=None, reference=None),
+            )
         self._hyperparameters_changed()
 
     @property
@@ -522,8 +523,10 @@ class ParametricLaplace(FittedLaplace):
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
-                found = self._adjustments.predict(inputs, self._fit, posterior, likelihood, options, self._dtype)
-        return self._compared(inputs.f, found, likelihood) if self._is_untuned else found
+                found = self._adjustments.predict(inputs, self._fitted, posterior, likelihood, options, self._dtype)
+        if not self._is_untuned:
+            return found
+        return self._compared((compare(inputs) if options.fitting else inputs).f, found, likelihood)
 
     @property
     def _predicting_posterior(self) -> AbstractPrecision:
@@ -533,7 +536,7 @@ class ParametricLaplace(FittedLaplace):
     def _adjusted(self, inputs: Linearization) -> Linearization:
         """Inputs as predictions see them: with or without the posterior's variance, wider where they are foreign."""
         adjustments, likelihood = self._adjustments, self._frozen_likelihood
-        e = adjustments.excess_of(inputs, self._fit, likelihood)
+        e = adjustments.excess_of(inputs, self._fitted, likelihood)
         return adjustments.applied(inputs, e, likelihood)
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from laplace.baselaplace.adjustments import Adjustments, Mixture, distance
+from laplace.baselaplace.training_data import TrainingData
 from laplace.baselaplace.tuned import collected
 from laplace.density import Excess, Reference
-from laplace.enums import CurvatureKind, PriorStructure
+from laplace.enums import CurvatureKind, LinkApprox, PriorStructure
 from laplace.errors import InputError, UnsupportedError, warn
 from laplace.fit import Fit
 from laplace.network import full_precision
@@ -31,7 +32,6 @@ from laplace.tuning import (
     Settings,
     Tuning,
     Validation,
-    check_same_data,
     methods,
     recipe,
     refitted_heads,
@@ -59,7 +59,7 @@ def tune(
 ) -> Outcome:
     """Choose by validation data; nothing is assigned."""
     methods.check_val_loader(asked)
-    kept, fit = _TrainingData(la, asked, wanted.train_loader), la._fitted
+    kept, fit = TrainingData(la, asked, wanted.train_loader), la._fitted
     if fit.trained is not None:  # start from the head of the model
         training = kept.found("tune starts from the head of the model.")
         fit = replace(la._at_head(fit, training, fit.trained), trained=None)
@@ -72,35 +72,6 @@ def tune(
 
 
 @dataclass
-class _TrainingData:
-    """Features and targets of the training data: those of a loader, or those that ``fit`` kept."""
-
-    la: ParametricLaplace
-    asked: Settings
-    loader: Iterable[Any] | None
-    _read: HeadData | None = None
-
-    def found(self, why: str) -> HeadData:
-        """The data; raise where there are none."""
-        if self.loader is None:
-            if self.la._kept is None:
-                msg = f"{why} That takes the features of the training data. {self.la._why_not[1]} Pass train_loader=."
-                raise UnsupportedError(msg)
-            return self.la._kept
-        if self._read is None:
-            la, fit = self.la, self.la._fitted
-            data = HeadData.collect(collected(la, self.asked, self.loader, "training"), la._dtype)
-            check_same_data(fit, data, la._unit_likelihood)
-            self._read = data
-        return self._read
-
-    @property
-    def are_there(self) -> bool:
-        """Whether there are some."""
-        return self.loader is not None or self.la._kept is not None
-
-
-@dataclass
 class _Tuner:
     """One call of ``tune``."""
 
@@ -109,14 +80,19 @@ class _Tuner:
     """At the model's own head."""
     asked: Settings
     wanted: Recipe
-    kept: _TrainingData
+    kept: TrainingData
     val: CachedData
     temperature: Any
     limits: Mapping[str, tuple[float, float]]
     notes: list[str] = field(default_factory=list)
+    why_not: str = ""
+    """Why the head is not refitted."""
 
     def __call__(self) -> Outcome:
         """Choose."""
+        if self.wanted.average == "mixture" and not self._classes:
+            msg = "average='mixture' averages probabilities of classes; others average parameters (the default)."
+            raise UnsupportedError(msg)
         rows = self._rows()
         reason = self._why_no_refit()
         if reason is None:
@@ -125,6 +101,7 @@ class _Tuner:
             msg = f"refit=True is not possible here. {reason}"
             raise UnsupportedError(msg)
         self.notes.append(f"Head of the model: {reason}")
+        self.why_not = reason
         return self._as_it_is(rows)
 
     def _why_no_refit(self) -> str | None:
@@ -162,6 +139,8 @@ class _Tuner:
         reason = self.problem.fit.why_no_density or self.la._why_not[0]
         if self.asked.loss != "nll":
             far, reason = None, "It is chosen by score='nll'."
+        if self.asked.options.link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
+            far, reason = None, "The Laplace bridge does not see a variance that all logits share."
         if far is not None and (excess := Excess.of(far)).reason is None:
             return replace(rows, excess=excess(far).to(rows.positions.f))
         reason = reason if far is None else Excess.of(far).reason
@@ -188,8 +167,9 @@ class _Tuner:
 
     def _as_it_is(self, rows: Validation) -> Outcome:
         """The hyperparameters; then width for foreign inputs, with temperature or noise once more."""
+        self._refuse_for_refits()
         found = methods.by_validation(
-            self.problem, self.asked, lambda *_: self.val, self.temperature, self.limits, leave_out=True
+            self.problem, self.asked, lambda *_: self.val, self.temperature, self.limits, leave_out=self._classes
         )
         uses, precision = found.uses_variance, self._precision
         values = {"prior_precision": precision, **found.hyperparameters}
@@ -203,8 +183,10 @@ class _Tuner:
             own = Candidate(self.problem.fit.mean, variance=variance)
             chosen = recipe.choose(rows, [own], limits, self.wanted.average, unit)
             values |= self._values(chosen, unit, name, precision)
-            adjustments = Adjustments(uses, chosen.scale, mixture=self._mixture(chosen, None, unit))
+            adjustments = Adjustments(uses, chosen.scale, mixture=self._mixture(chosen, None))
             found = replace(found, value=chosen.value)
+        elif self.wanted.average == "mixture":
+            self.notes.append("No mixture: one head, one temperature and no width are nothing to average.")
         found = replace(found, hyperparameters=values, notes=tuple(self.notes))
         return Outcome(self.problem.fit, self._looked(adjustments, self.problem.fit.mean, rows, values), found)
 
@@ -222,22 +204,26 @@ class _Tuner:
         within = self.limits.get("prior_precision", (0.0, math.inf))
         heads = refitted_heads(problem, training, shape, at, max_rows, within)
         own = [Candidate(fit.mean)]
-        if unit is not None:  # of a regression the posterior's variance counts, and depends on the prior alone
+        if not self._classes:  # the posterior's variance counts; it is that around the head of the model
             heads = [replace(h, variance=rows.variance(h.precision, at)) for h in heads if h.precision is not None]
             own += [replace(h, theta=fit.mean) for h in heads]
         chosen = recipe.choose(rows, [*own, *heads], limits, self.wanted.average, unit)
         values = self._values(chosen, unit, name, precision if chosen.precision is None else chosen.precision)
         thetas = torch.stack([c.theta for c in [*own, *heads]])
-        adjustments = Adjustments(unit is not None, chosen.scale, mixture=self._mixture(chosen, thetas, unit))
+        adjustments = Adjustments(not self._classes, chosen.scale, mixture=self._mixture(chosen, thetas))
         n_rows = min(len(training.phi), max_rows or len(training.phi))
         self.notes.append(f"Heads refitted on {n_rows:,} rows of training features.")
-        alone = {
-            "MAP": rows.nll(rows.positions.f, None, at) / len(rows.positions.f),
-            f"MAP with its {'output temperature' if unit is None else 'sigma noise'}": chosen.by_candidate[0],
-        }
+        alone = {"MAP": rows.nll(rows.positions.f, None, at) / len(rows.positions.f)}
+        if name is not None:
+            alone[f"MAP with its {name.replace('_', ' ')}"] = chosen.by_candidate[0]
+        value = chosen.value
+        if not self._classes:  # with the variance of the precision that was averaged
+            likelihood = problem.likelihood(values.get("sigma_noise"))
+            variance = rows.variance(values["prior_precision"], likelihood)
+            value = rows.nll(rows.outputs(chosen.theta), variance, likelihood, chosen.scale) / len(rows.positions.f)
         points = torch.stack([h.precision.reshape(-1)[0] for h in heads if h.precision is not None])
         curve = points.cpu(), torch.tensor(chosen.by_candidate[len(own) :])
-        tuned = Tuning("validation", "nll", chosen.value, values, *curve, alone, notes=tuple(self.notes))
+        tuned = Tuning("validation", "nll", value, values, *curve, alone, notes=tuple(self.notes))
         new = self.la._at_head(fit, training, chosen.theta)
         if self.asked.structure is not PriorStructure.SCALAR:
             tuned, adjustments = self._refined(new, values, tuned, adjustments)
@@ -250,11 +236,12 @@ class _Tuner:
         sigma = values.get("sigma_noise", self.problem.sigma_noise)
         output_temperature = values.get("output_temperature", self.problem.output_temperature)
         problem = replace(self.problem, fit=fit, sigma_noise=sigma, output_temperature=float(output_temperature))
-        asked = replace(self.asked, start=values["prior_precision"], noise="keep" if "sigma_noise" in values else None)
-        val = self.val.with_weights(fit.mean)
-        fixed = False if "output_temperature" in values else None
-        found = methods.by_validation(problem, asked, lambda *_: val, fixed, {}, leave_out=True)
-        values |= {name: value for name, value in found.hyperparameters.items() if name == "prior_precision"}
+        hyperparameters = problem.likelihood().hyperparameters
+        noise, fixed = "keep" if "sigma_noise" in hyperparameters else None, False if self._classes else None
+        asked = replace(self.asked, start=values["prior_precision"], noise=noise)
+        val, within = self.val.with_weights(fit.mean), {k: v for k, v in self.limits.items() if k == "prior_precision"}
+        found = methods.by_validation(problem, asked, lambda *_: val, fixed, within, leave_out=self._classes)
+        values |= found.hyperparameters
         return replace(tuned, hyperparameters=values), replace(adjustments, weight_uncertainty=found.uses_variance)
 
     def _check_labels(self, training: HeadData, rows: Validation) -> None:
@@ -272,8 +259,8 @@ class _Tuner:
             )
         if len(rows.positions.f) < n_groups:
             self._say(
-                f"There are {len(rows.positions.f)} validation rows for {n_groups} classes: what they choose is "
-                "uncertain. Use more."
+                f"Validation rows: {len(rows.positions.f)}, for {n_groups} classes. What they choose is uncertain; use "
+                "more."
             )
 
     def _tell(self, training: HeadData) -> None:
@@ -290,6 +277,18 @@ class _Tuner:
         """Warn, and keep it."""
         warn(message, UserWarning)
         self.notes.append(message)
+
+    @property
+    def _classes(self) -> bool:
+        """Whether probabilities of classes are predicted, which need no variance."""
+        return "output_temperature" in self.problem.likelihood().hyperparameters
+
+    def _refuse_for_refits(self) -> None:
+        """Raise where something was passed that goes with a refit alone."""
+        given = self.wanted.max_rows is not None or self.wanted.train_loader is not None
+        if self.wanted.refit is None and given:
+            msg = f"train_loader= and max_rows= go with a refit, which is not possible here. {self.why_not}"
+            raise UnsupportedError(msg)
 
     @property
     def _precision(self) -> Tensor:
@@ -330,14 +329,9 @@ class _Tuner:
             return values if name is None else {**values, name: precision.new_tensor(width)}
         return {"prior_precision": precision / width**2, **({} if name is None else {name: unit * width})}
 
-    def _mixture(self, chosen: Chosen, heads: Tensor | None, unit: Tensor | None) -> Mixture | None:
+    def _mixture(self, chosen: Chosen, heads: Tensor | None) -> Mixture | None:
         """The points of ``average="mixture"``."""
-        if not chosen.points:
-            return None
-        if unit is not None:
-            msg = "average='mixture' averages probabilities of classes; a regression averages parameters (the default)."
-            raise UnsupportedError(msg)
-        return Mixture.of(chosen.points, heads, math.exp(chosen.log_width))
+        return Mixture.of(chosen.points, heads, math.exp(chosen.log_width)) if chosen.points else None
 
     def _looked(
         self, adjustments: Adjustments, theta: Tensor, rows: Validation, values: Mapping[str, Any]
@@ -351,7 +345,8 @@ class _Tuner:
             reference = Reference.of(likelihood.log_doubt(rows.outputs(theta)), far)
         density = self.problem.fit.feature_density
         self.notes.extend(() if density is None else density.notes)
-        return replace(adjustments, excess=Excess.of(far), reference=reference)
+        temperature = float(values.get("output_temperature", self.problem.output_temperature))
+        return replace(adjustments, excess=Excess.of(far), reference=reference, temperature=temperature)
 
 
 __all__ = ["Outcome", "tune"]

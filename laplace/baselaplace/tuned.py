@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from laplace import tuning
 from laplace.baselaplace import states, untuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.enums import TuningMethod
-from laplace.errors import UnsupportedError
+from laplace.errors import UnsupportedError, warn
 from laplace.network import evaluating
 from laplace.predictive import Linearization
 from laplace.types import Inputs
@@ -27,6 +28,9 @@ def by_method(
 ) -> tuning.Tuning:
     """Choose by a method, or by validation data, and assign what was found: all of it or nothing."""
     problem, collect = la._problem(), partial(collected, la, asked)
+    classes = "output_temperature" in la._unit_likelihood.hyperparameters
+    if method in tuning.REFITS and classes and (asked.refit is not False or problem.fit.trained is not None):
+        problem = replace(problem, output_temperature=1.0)  # another head: a temperature of the present one is not its
     if method is None:
         found, fit = tuning.by_validation(problem, asked, collect, *further), problem.fit
     else:
@@ -35,11 +39,17 @@ def by_method(
         if fit is not problem.fit:
             likelihood = la._unit_likelihood
             # A classifier is predicted best by the refitted mode alone.
-            alone = method is TuningMethod.LOO and "output_temperature" in likelihood.hyperparameters
+            alone = method is TuningMethod.LOO and fit.trained is not None and classes
             adjustments = Adjustments(not alone, contrasts=fit.averaged and likelihood.ignores_shifts)
             vars(la).update(_fit=fit, _adjustments=adjustments)
-        elif method is not None and hasattr(la, "weight_uncertainty"):
-            la.weight_uncertainty = True  # pyright: ignore[reportAttributeAccessIssue] - for which it was chosen
+        if problem.output_temperature != la._output_temperature:
+            la.output_temperature = problem.output_temperature
+        if method not in (None, *tuning.REFITS) and not getattr(la, "weight_uncertainty", True):
+            msg = (
+                f"method={method.value!r} chose a prior precision, but predictions leave the posterior's variance out, "
+                "as tune chose. They change with la.weight_uncertainty = True."
+            )
+            warn(msg, UserWarning)
         return assign(la, found, verbose=verbose)
 
 

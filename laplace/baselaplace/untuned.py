@@ -21,6 +21,12 @@ _SAID = threading.Lock()
 """Held for good once the hint was printed."""
 
 
+def seems(la: Any) -> bool:
+    """Whether hyperparameters are the defaults."""
+    precision = la.prior_precision.detach()
+    return precision.numel() == 1 and float(precision) == 1 and la.output_temperature == 1
+
+
 def compare(outputs: Tensor, predicted: Any, likelihood: AbstractLikelihood) -> None:
     """Warn if the first predictions of an untuned classifier are far from those of the network."""
     if not isinstance(predicted, Tensor):  # of a regression
@@ -54,4 +60,4 @@ def hint_once(method: str, likelihood: AbstractLikelihood) -> None:
         )
 
 
-__all__ = ["HYPERPARAMETERS", "compare", "hint_once"]
+__all__ = ["HYPERPARAMETERS", "compare", "hint_once", "seems"]

@@ -36,7 +36,11 @@ PENALTIES = (0.001, 0.01, 0.1, 0.2, 0.5)
 """λ of ``raps`` that are tried: those of the paper."""
 CHOOSING = 5
 """``raps`` chooses its two numbers on one of so many calibration rows, and the threshold on the others."""
-_HYPERPARAMETERS = ("prior_precision", "sigma_noise", "temperature", "output_temperature")
+_WATCHED = (
+    "prior_precision", "prior_mean", "sigma_noise", "temperature", "output_temperature", "weight_uncertainty",
+    "distance_scale", "mean", "n_data", "loss",
+)  # fmt: skip
+"""What predictions depend on: these must be what they were, where the estimator has them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class ConformalPredictor:
     penalty: float
     n_free: int
     options: Mapping[str, Any]
-    _hyperparameters: Mapping[str, Any]
+    _watched: Mapping[str, Any]
 
     def __call__(self, x: Inputs) -> Bool[Tensor, "batch classes"] | tuple[Tensor, Tensor]:
         """Sets or intervals at a batch of inputs.
@@ -90,10 +94,10 @@ class ConformalPredictor:
         Raises
         ------
         InputError
-            If the hyperparameters of ``la`` are others than at calibration, or its outputs are not finite.
+            If fit, hyperparameters or settings of ``la`` are others than at calibration, or its outputs are not finite.
         """
-        for name, before in self._hyperparameters.items():
-            now = _plain(getattr(self.la, name))
+        for name, before in self._watched.items():
+            now = _plain(getattr(self.la, name, 0.0))
             if not torch.equal(now, before):
                 msg = (
                     f"{name} of the estimator is no longer what it was when conformal(...) was called, so the coverage "
@@ -220,9 +224,9 @@ def conformal(
         scores = _of_target(SETS[method](predicted, penalty, n_free), compared)
     else:
         scores = INTERVALS[method].score(compared, predicted, _normal_quantile(level))
-    hyperparameters = {name: _plain(getattr(la, name)) for name in _HYPERPARAMETERS}
+    watched = {name: _plain(getattr(la, name, 0.0)) for name in _WATCHED}
     threshold = _smallest(scores, _rank(len(scores), level))
-    return ConformalPredictor(la, level, method, threshold, len(scores), penalty, n_free, options, hyperparameters)
+    return ConformalPredictor(la, level, method, threshold, len(scores), penalty, n_free, options, watched)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -408,4 +412,4 @@ def _check_options(options: Mapping[str, Any], *, of_classes: bool) -> None:
 
 def _plain(value: Any) -> Tensor:
     """A hyperparameter as a tensor that can be compared wherever the estimator is."""
-    return torch.as_tensor(value).detach().cpu()
+    return torch.as_tensor(value).detach().cpu().nan_to_num()

@@ -43,7 +43,10 @@ class Adjusted(Linearization):
 
     def covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "rows outputs outputs"]:
         """On the diagonal."""
-        extra = torch.diag_embed(self._extra(self.mean(dtype)))
+        extra = self._extra(self.mean(dtype))
+        if extra.requires_grad and not self.uses_posterior:  # zeros have roots without a gradient
+            extra = extra.clamp(min=1e-30)
+        extra = torch.diag_embed(extra)
         return self.inner.covariance(precision, dtype) + extra if self.uses_posterior else extra
 
     def joint_covariance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "joint joint"]:

@@ -7,7 +7,7 @@ from laplace.tuning.joint import LIMITS, Joint, tune
 from laplace.tuning.kfold import cross_validation_scores
 from laplace.tuning.loo import leave_one_out_score, refitted_leave_one_out_scores
 from laplace.tuning.marglik import BOUNDS, maximize_evidence, optimize
-from laplace.tuning.methods import METHODS, by_validation
+from laplace.tuning.methods import METHODS, REFITS, by_validation
 from laplace.tuning.metrics import RunningNLLMetric, get_nll, validate
 from laplace.tuning.problem import Problem, log_likelihood, log_marginal_likelihood
 from laplace.tuning.recipe import Candidate, Chosen, Recipe, Validation, checked_recipe, refitted_heads
@@ -19,6 +19,7 @@ __all__ = [
     "BOUNDS",
     "LIMITS",
     "METHODS",
+    "REFITS",
     "CachedData",
     "Candidate",
     "Chosen",

@@ -63,8 +63,10 @@ class HeadData:
             n_data = int(index[-1].max()) + 1 if len(index[-1]) else n_data
         return cls(torch.cat(phis), torch.cat(targets), shapes, torch.cat(index))
 
-    def followed_by(self, other: HeadData) -> HeadData:
-        """The rows of both."""
+    def followed_by(self, other: HeadData) -> HeadData | None:
+        """The rows of both; ``None`` where targets are of two kinds."""
+        if (self.y.dim(), self.y.dtype) != (other.y.dim(), other.y.dtype):
+            return None
         start = 0 if self.datum is None or not len(self.datum) else int(self.datum.max()) + 1
         indices = [torch.arange(len(d.phi), device=d.phi.device) if d.datum is None else d.datum for d in (self, other)]
         datum = torch.cat([indices[0], indices[1] + start])

@@ -122,9 +122,11 @@ def refitted(problem: Problem, data: HeadData, prior: GaussianPrior, wanted: boo
             msg = "refit=True: weights or curvature were assigned by hand, which another head would replace. Fit again."
             raise UnsupportedError(msg)
         return fit
+    if wanted is False and fit.trained is None:
+        return fit
+    check_same_data(fit, data, likelihood)
     if wanted is False:
         return fit_at_own(fit, data, likelihood, problem.structure)
-    check_same_data(fit, data, likelihood)
     data = data.to(fit.mean)
     theta = mode(Head(data.phi, data.y, data.shapes, likelihood, prior), fit.mean)
     return fit_at(fit, data, theta, likelihood, problem.structure)

@@ -16,6 +16,7 @@ from laplace import checks
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Ask, Positions
+from laplace.likelihoods.base import Link
 from laplace.predictive import Options
 from laplace.predictive.pushforward import asked, moments
 from laplace.prior import GaussianPrior
@@ -177,6 +178,25 @@ class Validation:
 
     def nll(self, f: Tensor, variance: Tensor | None, likelihood: AbstractLikelihood, scale: float = 0.0) -> float:
         """Negative log predictive density of all rows, in nats."""
+        return float(likelihood.for_targets().predictive_nll(f, *self._seen(f, variance, likelihood, scale)))
+
+    def nll_of_mixture(self, points: Sequence[tuple[float, Tensor, Tensor | None, float, float]]) -> float:
+        """The same of average probabilities: share, outputs, variance, T and s² of each point."""
+        total, likelihood = torch.zeros(()), self.problem.likelihood()
+        for share, f, variance, t, scale in points:
+            at = self.problem.likelihood(output_temperature=t)
+            spread, _, link = self._seen(f, variance, at, scale)
+            found = at.predict(f, spread, link)
+            assert isinstance(found, Tensor), "of classes"
+            total = total.to(found) + share * likelihood.probabilities(found)
+        label, logs = likelihood.label(self.positions.y), total.clamp(min=torch.finfo(total.dtype).tiny).log()
+        chosen = logs.gather(1, label.unsqueeze(1)) if label.dim() == 1 else label.to(logs) * logs
+        return -float(chosen.sum())
+
+    def _seen(
+        self, f: Tensor, variance: Tensor | None, likelihood: AbstractLikelihood, scale: float
+    ) -> tuple[Tensor, Tensor, Link]:
+        """(Co)variance as predictions have it, targets and link."""
         likelihood, options = likelihood.for_targets(), self.options()
         spread = torch.zeros_like(f) if variance is None else variance
         if scale and self.excess is not None:
@@ -184,8 +204,7 @@ class Validation:
             spread = spread + (extra if spread.dim() == f.dim() else torch.diag_embed(extra))
         if spread.dim() == f.dim() and asked(likelihood, options) is Ask.COVARIANCE:
             spread = torch.diag_embed(spread)
-        link = likelihood.link(options.link, options.n_samples, options.generator)
-        return float(likelihood.predictive_nll(f, spread, self.positions.y, link))
+        return spread, self.positions.y, likelihood.link(options.link, options.n_samples, options.generator)
 
 
 def choose(
@@ -229,13 +248,18 @@ def choose(
     thetas = [candidate.theta for candidate in candidates]
     theta, log_width, scale = averaging.averaged(found, shares, thetas, divided=unit is None)
     theta = theta if len(thetas) > 1 else thetas[0]
+    mixture = averaging.most_likely(found, shares) if average == "mixture" else ()
+    if mixture:
+        value = rows.nll_of_mixture([(w, outputs[k], candidates[k].variance, t, s2) for w, k, t, s2 in mixture])
+    else:
+        value = predicted(rows.outputs(theta), candidates[best.candidate].variance, log_width, scale)
     return Chosen(
         theta,
         log_width,
         scale,
         _precision(found, shares, candidates),
-        predicted(rows.outputs(theta), candidates[best.candidate].variance, log_width, scale) / n_rows,
-        averaging.most_likely(found, shares) if average == "mixture" else (),
+        value / n_rows,
+        mixture,
         tuple(
             min((p.criterion for p in every if p.candidate == k and not p.scale), default=math.inf) / n_rows
             for k in range(len(candidates))

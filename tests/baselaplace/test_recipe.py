@@ -131,6 +131,35 @@ def test_fewer_rows_stand_for_all(monkeypatch, capsys):
     assert "max_rows=" in capsys.readouterr().err
 
 
+def test_limits_of_the_precision_are_those_of_the_heads():
+    data = classification()
+    la = tuned(data, limits={"prior_precision": (2.0, 3.0)})
+    assert 2.0 <= float(la.prior_precision) <= 3.0
+
+
+def test_targets_of_two_kinds_are_fitted_and_not_kept():
+    data = classification()
+    x, y = joined(data.train)
+    la = Laplace(data.model, "classification")
+    la.fit([(x[:40], y[:40]), (x[40:], nn.functional.one_hot(y[40:], C).double())])
+    with pytest.warns(UserWarning, match="two kinds"):
+        la.tune(data.val)
+
+
+def test_the_value_is_that_of_predictions():
+    data = classification()
+    x, y = joined(data.val)
+    for average in ("parameters", "mixture", False):
+        la = tuned(data, average=average)
+        nll = -la(x).gather(1, y[:, None]).log().mean()
+        assert la.tuning_.value == pytest.approx(float(nll), abs=1e-9)
+    la = tuned(data := regression(), likelihood="regression")
+    mean, cov = la(joined(data.val)[0])
+    total = cov + la.sigma_noise.square() * torch.eye(2)
+    nll = -torch.distributions.MultivariateNormal(mean, total).log_prob(joined(data.val)[1]).mean()
+    assert la.tuning_.value == pytest.approx(float(nll), abs=1e-9)
+
+
 def test_data_can_be_forgotten():
     data = classification()
     la = tuned(data)
@@ -160,5 +189,5 @@ def test_odd_classes_are_said():
         la.tune([(x, y)])
     la = Laplace(data.model, "classification")
     la.fit(data.train)
-    with pytest.warns(UserWarning, match="2 validation rows for 3 classes"):
+    with pytest.warns(UserWarning, match="Validation rows: 2, for 3 classes"):
         la.tune([(x[rows][:2], y[rows][:2])])

@@ -60,18 +60,23 @@ def test_assigning_hyperparameters_keeps_the_head_and_fitting_again_does_not():
     assert torch.equal(la.mean, head)
     for method in ("marglik", "gridsearch"):
         temperature, scale = la.output_temperature, la.distance_scale
-        la.optimize_prior_precision(method=method, val_loader=data.val)
+        with pytest.warns(UserWarning, match="leave the posterior's variance out"):
+            la.optimize_prior_precision(method=method, val_loader=data.val)
+        assert not la.weight_uncertainty
         assert torch.equal(la.mean, head)
         assert (la.output_temperature, la.distance_scale) == (temperature, scale)
-    la.fit(data.train)
+    with pytest.warns(UserWarning, match="fit starts from the head of the model"):
+        la.fit(data.train)
     assert_close(la.mean, head_vector(data.model))
-    assert la.distance_scale == 0
+    assert (la.distance_scale, la.output_temperature, la.weight_uncertainty) == (0, 1.0, True)
 
 
 def test_more_data_are_added_at_the_chosen_head():
     data = classification()
     la = tuned(data, "full")
-    la.fit(data.val, override=False)
+    with pytest.warns(UserWarning, match=r"Call tune\(val_loader\) again"):
+        la.fit(data.val, override=False)
+    assert la.distance_scale == 0
     other = copy.deepcopy(data.model)
     other.head.load_state_dict(la.head_.state_dict())
     both = Laplace(other, "classification", hessian_structure="full")
@@ -120,6 +125,39 @@ def test_what_cannot_be_refitted_says_why():
     assert_close(la.mean, torch.cat([p.detach().flatten() for p in data.model.parameters()]))
     with pytest.raises(UnsupportedError, match="last_layer"):
         la.tune(data.val, refit=True)
+
+
+def test_an_assigned_mean_is_what_predicts():
+    data = classification()
+    for average in ("parameters", "mixture"):
+        la = tuned(data, average=average)
+        la.mean = torch.zeros_like(la.mean)
+        assert_close(la(data.test), torch.full((7, 3), 1 / 3))
+
+
+def test_a_head_that_goes_takes_its_temperature_along():
+    data = classification()
+    grid = {"train_loader": data.train, "grid_size": 5}
+    fresh, la = Laplace(data.model, "classification", hessian_structure="full"), tuned(data, "full")
+    fresh.fit(data.train)
+    for options in ({"method": "loo"}, {"method": "loo", "refit": False}, {"method": "elbo"}):
+        fresh.optimize_prior_precision(**options, **grid)
+        la.tune(data.val)
+        la.optimize_prior_precision(**options, **grid)
+        assert la.output_temperature == fresh.output_temperature == 1
+        assert la.weight_uncertainty == fresh.weight_uncertainty
+        assert_close(la.prior_precision, fresh.prior_precision)
+        assert_close(la(data.test), fresh(data.test))
+
+
+def test_counts_keep_the_posteriors_variance():
+    data = classification()
+    model = nn.Sequential(data.model.body, nn.Linear(recipes.D, 1).double())
+    loaders = [[(x, y.double()[:, None]) for x, y in loader] for loader in (data.train, data.val)]
+    la = Laplace(model, "poisson")
+    la.fit(loaders[0])
+    la.tune(loaders[1])
+    assert (la(data.test)[1] > 0).all()
 
 
 def test_functions_of_processes_are_tuned_as_before():

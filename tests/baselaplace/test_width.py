@@ -134,3 +134,23 @@ def test_features_without_a_density_leave_predictions_as_they_are():
         la.ood_score(data.test, "density")
     la.tune(data.val)
     assert any("constant within every class" in note for note in la.tuning_.notes)
+
+
+def test_gradients_in_the_inputs_are_finite():
+    data = classification()
+    la = Laplace(data.model, "classification", enable_backprop=True)
+    la.fit(data.train)
+    la.tune(data.val)
+    la.distance_scale = 3.0
+    for link in ("probit", "mf1", "mf2", "mc"):
+        x = (4 * data.test).requires_grad_()
+        (gradient,) = torch.autograd.grad(la(x, link_approx=link, n_samples=16)[:, 0].sum(), x)
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().max() > 0
+
+
+def test_the_score_does_not_depend_on_a_temperature_that_is_assigned_later():
+    la = tuned(data := classification())
+    before = la.ood_score(data.test)
+    la.output_temperature = 5.0
+    assert_close(la.ood_score(data.test), before)

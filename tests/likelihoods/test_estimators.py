@@ -138,6 +138,10 @@ def check_situation(name: str, structure: str, subset: str, pred_type: str, meth
     la = build(kind, subset, structure)
     la.fit(cut(*data(kind)))
     tuned_by(la, kind, structure, subset, method)
+    if not getattr(la, "weight_uncertainty", True):  # as tune chose
+        la.weight_uncertainty = True
+    if getattr(la, "distance_scale", 0):
+        la.distance_scale = 0
     check_prediction(la, kind, subset, structure, pred_type)
 
 

@@ -170,7 +170,10 @@ def odd_values(value: Any) -> dict[str, Any]:
 
 FREE = {"mean", "prior_mean", "vectors", "directions", "root", "phi", "inputs", "inducing_locations"}
 """Entries whose numbers may be negative."""
-OPTIONAL = {"loss", "output_loss", "noise_shape", "trace", "rank", "captured_trace", "feature_reduction"}
+OPTIONAL = {
+    "loss", "output_loss", "noise_shape", "trace", "rank", "captured_trace", "feature_reduction", "trained", "density",
+    "excess", "reference", "mixture",
+}  # fmt: skip
 
 
 def plausible(path: tuple[Any, ...], kind: str, before: Any) -> bool:
