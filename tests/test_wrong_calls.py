@@ -236,7 +236,7 @@ def test_there_are_more_than_four_hundred() -> None:
 def test_no_public_method_and_no_keyword_is_forgotten() -> None:
     for subject in SUBJECTS:
         functions = {n: f for n, f in inspect.getmembers(takes(subject), inspect.isfunction) if not n.startswith("_")}
-        assert functions.keys() <= {*METHODS, "save", "load", "state_dict"}
+        assert functions.keys() <= {*METHODS, "save", "load", "state_dict", "accept_untuned", "forget_data"}
         for function in (*functions.values(), takes(subject), takes(subject).__call__):
             assert set(keywords_of(function)) <= SORTS.keys()
 

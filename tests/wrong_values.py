@@ -195,6 +195,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "bounds": {"none": None, "text": "ab", "number": 3, "reversed": (2.0, 1.0), "one": (1.0,), "nan": (NAN, 1.0), "negative": (-1.0, 1.0), "true": True, "flags": (True, 2.0)},
     "locations": {"none": None, "text": "nope", "number": 3, "empty": inputs()[:0], "list": [1.0], "wide": torch.ones(3, N_IN + 2), "mapping": {}, "scalar": torch.tensor(1.0), "array": inputs(3).numpy(), "nan": torch.full((3, N_IN), NAN)},
     "classes": {"floats": torch.ones(3), "negative": torch.tensor([-1, 0, 0]), "short": torch.zeros(1, dtype=torch.long), "text": "abc", "number": 3, "bools": [True, False, True], "outside": [9, 0, 0]},
+    "average": {"nope": "nope", "number": 3, "none": None, "true": True, "list": []},
     "structure": {"nope": "nope", "number": 3, "none": None, "true": True},
     "optimizer": {"text": "adam", "none": None, "number": 3, "module": nn.Linear},
     "keywords": {"text": "x", "list": [1], "number": 3, "unknown": {"nope": 1}, "true": True},
@@ -222,7 +223,9 @@ SORTS = {
     "subnet_samples": "samples", "method": "name", "n_steps": "count or zero", "init_prior_prec": "positive",
     "prior_structure": "name", "loss": "loss", "score": "loss", "log_prior_prec_min": "number",
     "log_prior_prec_max": "number", "grid_size": "count", "log_prior_prec_base": "positive number", "verbose": "flag",
-    "noise": "name", "bounds": "bounds", "n_folds": "folds", "refit": "flag or none", "output_temperature": "flag or none", "limits": "limits",
+    "noise": "name", "bounds": "bounds", "n_folds": "folds", "refit": "flag or none", "average": "average",
+    "distance_aware": "flag or none", "max_rows": "count or none", "kind": "name or none",
+    "output_temperature": "flag or none", "limits": "limits",
     "grid": "grid", "optimizer_cls": "optimizer", "optimizer_kwargs": "keywords", "scheduler_cls": "scheduler",
     "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",
@@ -235,6 +238,7 @@ EXCEPTIONS = {
     ("log_marginal_likelihood", "sigma_noise"): "positive or none",
     ("fit", "val_loader"): "loader or none",
     ("tune", "noise"): "name or none",
+    ("tune", "train_loader"): "loader or none",
     ("marglik_training", "scheduler_cls"): "scheduler",
     ("optimize_prior_precision", "loss"): "loss",
 }
@@ -247,7 +251,7 @@ UNREAD = {"marglik": ("val_loader", "train_loader", "loss"), "gridsearch": ("tra
 METHODS = (
     "__call__", "assemble_full_samples", "fit", "functional_covariance", "functional_samples", "functional_variance",
     "functional_variance_fast", "load_state_dict", "log_marginal_likelihood", "log_prob", "optimize_hyperparameters",
-    "optimize_prior_precision", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm", "to",
+    "ood_score", "optimize_prior_precision", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm", "to",
     "tune",
 )  # fmt: skip
 
