@@ -37,7 +37,7 @@ def actions(la: Any, loader: DataLoader, config: dict[str, Any], peer: bool) -> 
         "steps": steps,
         "evidence": lambda: la.optimize_prior_precision(method="marglik", n_steps=config["evidence_steps"]),
     }
-    return timed if peer else timed | {"tune": lambda: la.tune(loader)}
+    return timed if peer else timed | {"tune": lambda: la.tune(loader, refit=False, distance_aware=False)}
 
 
 def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> None:
