@@ -56,8 +56,8 @@ COLUMNS = {
 
 
 def by_tune(la: Any, data: Split) -> None:
-    """The default recipe."""
-    la.tune(data.validation, refit=False, distance_aware=False)  # around the head that all rows share
+    """Prior precision, and temperature or noise, around the head that all rows share."""
+    la.tune(data.validation, refit=False, distance_aware=False)
 
 
 def by_grid(la: Any, data: Split) -> None:
