@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a program of its own
 EXAMPLE = Path(__file__).parents[2] / "examples" / "calibration.py"
 STRUCTURES = ("full", "kron", "diag")
 REPAIRED = [*(f"Laplace {structure}, tuned" for structure in STRUCTURES), "Laplace kron, T = 1"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a program of its own
 EXAMPLE = Path(__file__).parents[2] / "examples" / "function_space.py"
 
 
