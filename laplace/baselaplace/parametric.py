@@ -210,10 +210,8 @@ class ParametricLaplace(FittedLaplace):
         if self._is_prior:
             self._mean_by_hand = mean
         else:
-            self._fit, self._adjustments = (
-                self._fitted.at(mean),
-                replace(self._adjustments, mixture=None, reference=None),
-            )
+            self._fit = self._fitted.at(mean)
+            self._adjustments = replace(self._adjustments, mixture=None, reference=None)
         self._hyperparameters_changed()
 
     @property

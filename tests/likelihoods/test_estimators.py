@@ -53,7 +53,8 @@ def tuned_by(la, kind, structure: str, subset: str, method: str) -> None:
         return
     if method == "tune":
         # Where brute force keeps its digits.
-        la.tune(validation, n_steps=10, limits={"prior_precision": (0.1, 50.0)})
+        alone = {"refit": False, "distance_aware": False}  # around the weights that brute force knows
+        la.tune(validation, n_steps=10, limits={"prior_precision": (0.1, 50.0)}, **alone)
     elif method == "gridsearch":
         la.optimize_prior_precision(method=method, val_loader=validation, **GRID)
     elif method == "marglik":
@@ -62,7 +63,7 @@ def tuned_by(la, kind, structure: str, subset: str, method: str) -> None:
         allowed = subset == "last_layer" and structure != "gp" and not kind.pairs
         allowed &= method == "cv" or structure in ("full", "diag")
         options = {"method": method, "train_loader": training, **GRID}
-        options |= {"n_folds": 3} if method == "cv" else {}
+        options |= {"n_folds": 3} if method == "cv" else {"refit": False}
         if not allowed:
             options = {} if structure == "gp" else options
             with pytest.raises((UnsupportedError, InputError)):
