@@ -47,7 +47,7 @@ def by_method(
         if method not in (None, *tuning.REFITS) and not getattr(la, "weight_uncertainty", True):
             msg = (
                 f"method={method.value!r} chose a prior precision, but predictions leave the posterior's variance out, "
-                "as tune chose. They change with la.weight_uncertainty = True."
+                "as tune or loo chose. They change with la.weight_uncertainty = True."
             )
             warn(msg, UserWarning)
         return assign(la, found, verbose=verbose)
