@@ -132,6 +132,8 @@ def base_arguments(subject: Subject, method: str) -> list[dict[str, Any]]:
     parameters = inspect.signature(getattr(takes(subject), method)).parameters
     needed = {name: given[name] for name, p in parameters.items() if p.default is p.empty and name in given}
     if method == "ood_score":
+        if subject.likelihood == "reward_modeling" or (subject.likelihood == "regression" and "subnet" in subject.name):
+            return []  # there is no score
         return [{**needed, "kind": "max_prob" if subject.likelihood == "classification" else "density"}]
     if method == "tune":
         return [{**needed, "n_steps": 2}]
