@@ -94,7 +94,7 @@ def heads_along(
                 start = mode(Head(data.phi, data.y, data.shapes, likelihood, prior), start)
                 found.append(start)
         else:
-            found += _in_basis(Basis.of(data, _ratio(run[0])), data, likelihood, run, start, share)
+            found += _in_basis(Coordinates.of(data, _ratio(run[0])), data, likelihood, run, start, share)
     return found
 
 
@@ -122,7 +122,7 @@ def _ratio(prior: GaussianPrior) -> float:
 
 
 @dataclass(frozen=True)
-class Basis:
+class Coordinates:
     """Coordinates of a head in which second moments of features are diagonal, and all weights have one prior precision.
 
     Weights are ``[W, b / r] U``, with U the eigenvectors of ``Σ φ̃ φ̃ᵀ``, ``φ̃ = [φ, r]``. Where r² is the ratio of the
@@ -139,7 +139,7 @@ class Basis:
     """C."""
 
     @classmethod
-    def of(cls, data: HeadData, ratio: float) -> Basis:
+    def of(cls, data: HeadData, ratio: float) -> Coordinates:
         """That of some features; second moments are summed in float64."""
         phi, bias = data.phi, len(data.shapes) > 1
         if bias:
@@ -177,8 +177,8 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Weights in the coordinates of a basis, and what is known there."""
+class Iterate:
+    """Weights in some coordinates, and what is known there."""
 
     theta: Float[Tensor, " params"]
     f: Outputs
@@ -189,7 +189,7 @@ class Point:
     """The regularized loss."""
 
     @classmethod
-    def at(cls, head: Head, theta: Float[Tensor, " params"], f: Outputs) -> Point:
+    def at(cls, head: Head, theta: Float[Tensor, " params"], f: Outputs) -> Iterate:
         """At weights whose outputs are known."""
         return cls(theta, f, head.output_gradient(f), float(head.objective(theta, f)))
 
@@ -207,7 +207,7 @@ class Move:
 
 
 def _in_basis(
-    basis: Basis,
+    basis: Coordinates,
     data: HeadData,
     likelihood: AbstractLikelihood,
     priors: Sequence[GaussianPrior],
@@ -220,7 +220,7 @@ def _in_basis(
     known = [Move(theta, basis.phi @ theta.view(basis.n_outputs, -1).T)]
     for prior in priors:
         head = basis.head(data.y, likelihood, prior)
-        point = Point.at(head, known[-1].theta, known[-1].f)
+        point = Iterate.at(head, known[-1].theta, known[-1].f)
         check_start(torch.tensor(point.value))
         moves = [Move(b.theta - a.theta, b.f - a.f) for a, b in pairwise(known)]
         point = _minimize(head, _in_span(head, point, moves, share), share)
@@ -228,12 +228,12 @@ def _in_basis(
         yield basis.rotate_back(point.theta)
 
 
-def _enough(point: Point, share: float) -> float:
+def _enough(point: Iterate, share: float) -> float:
     """Nats that may be left."""
     return share * abs(point.value) + ROUNDING * torch.finfo(point.f.dtype).eps * len(point.f)
 
 
-def _in_span(head: Head, point: Point, moves: Sequence[Move], share: float) -> Point:
+def _in_span(head: Head, point: Iterate, moves: Sequence[Move], share: float) -> Iterate:
     """Newton's method in the span of a few moves."""
     if not moves:
         return point
@@ -282,7 +282,7 @@ class Scaling:
         return (self.width * (self.vectors.T @ gradient.view_as(self.width))).flatten()
 
 
-def _minimize(head: Head, point: Point, share: float) -> Point:
+def _minimize(head: Head, point: Iterate, share: float) -> Iterate:
     """L-BFGS in coordinates in which the Hessian at the start is nearly the identity."""
     scaling = Scaling.of(head, point.f)
     memory, gradient, left = Memory(HISTORY), scaling.gradient(point.gradient(head)), math.inf
@@ -305,7 +305,7 @@ def _minimize(head: Head, point: Point, share: float) -> Point:
     return point
 
 
-def _search(head: Head, origin: Point, move: Move, slope: float) -> tuple[Point, float]:
+def _search(head: Head, origin: Iterate, move: Move, slope: float) -> tuple[Iterate, float]:
     """A point along a direction where the slope is a share of the first one, and how far; 0 if rounding hides all gain.
 
     The loss is convex, so that slopes tell where the minimum is: unlike differences of losses, they do not cancel. A
@@ -321,7 +321,7 @@ def _search(head: Head, origin: Point, move: Move, slope: float) -> tuple[Point,
         found = float((slopes * move.f).sum()) + first + step * decay
         if abs(found) <= -FLAT * slope:
             theta = origin.theta + step * move.theta
-            point = Point(theta, f, slopes, float(head.objective(theta, f)))
+            point = Iterate(theta, f, slopes, float(head.objective(theta, f)))
             if found <= 0 or point.value <= origin.value + slack:
                 return point, step
         if found < 0:
@@ -338,7 +338,7 @@ def _search(head: Head, origin: Point, move: Move, slope: float) -> tuple[Point,
         step = min(max(inner, low + 0.1 * width), high - 0.1 * width)
     if low == 0:
         return origin, 0.0
-    return Point.at(head, origin.theta + low * move.theta, origin.f + low * move.f), low
+    return Iterate.at(head, origin.theta + low * move.theta, origin.f + low * move.f), low
 
 
 __all__ = ["cost", "heads_along"]

@@ -200,7 +200,7 @@ def test_no_priors_have_no_heads():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_coordinates_are_turned_back(bias):
     data, _ = problem("classification", bias=bias)
-    basis = path.Basis.of(data, 0.3)
+    basis = path.Coordinates.of(data, 0.3)
     theta = torch.randn(sum(int(np.prod(shape)) for shape in data.shapes), generator=generator(1))
     assert_close(basis.rotate_back(basis.rotate(theta)), theta)
     (prior,) = priors_of(data, deltas=(1.0,))
