@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace.baselaplace.adjustments import Adjustments
-from laplace.baselaplace.observed import Observed
+from laplace.baselaplace.observed import UNSEEN, Observed
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError, warn
@@ -87,12 +87,12 @@ class Training:
             return
         if weights.head is not None:
             if not seen:
-                observed.miss()
+                observed.give_up(UNSEEN)
                 return
             try:
                 observed.add(*seen[-1], batch.y, weights.head)
             except (ShapeError, InputError):  # a pass of the back end over something else
-                observed.miss()
+                observed.give_up(UNSEEN)
         elif not weights.sees_features:
             observed.give_up("Features are not looked at for a subnetwork.")
         elif observed.wanted:
@@ -154,8 +154,7 @@ def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
     if again:
         la._adjustments = Adjustments()
         if earlier is not None and earlier.trained is not None:
-            if "output_temperature" in la._unit_likelihood.hyperparameters:
-                la.output_temperature = 1.0
+            la.output_temperature = 1.0
             msg = (
                 "fit starts from the head of the model: the head, temperature and width that were chosen before are "
                 "gone. Call tune(val_loader) again."

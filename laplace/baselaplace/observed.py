@@ -25,7 +25,7 @@ class Observed:
 
     likelihood: AbstractLikelihood
     left: int = field(default_factory=lambda: KEPT_FEATURES)
-    """How many more numbers are kept."""
+    """How many more numbers are kept; below 0 none are any more."""
     why_no_density: str = UNSEEN
     why_not_kept: str = UNSEEN
     _shapes: Sequence[tuple[int, ...]] = ()
@@ -35,8 +35,6 @@ class Observed:
     _datum: list[Tensor] = field(default_factory=list)
     _n_data: int = 0
 
-    wanted_rows: bool = True
-    """Whether features are kept."""
     wanted: bool = True
     """Whether batches that come are new ones, and it is known what they are good for."""
 
@@ -44,15 +42,15 @@ class Observed:
         """What comes now was seen before."""
         self.wanted = False
 
-    def miss(self) -> None:
-        """A batch whose features nobody saw: what is known of the others is not known of the data."""
-        self._phi.clear()
-        self.why_not_kept = UNSEEN
-        self.give_up(UNSEEN)
-
     def give_up(self, reason: str) -> None:
-        """There is no density of features."""
+        """There is no density of features, and none are kept: what is known of some batches is not known of all."""
         self.wanted, self._sums, self.why_no_density = False, None, reason
+        self._keep_none(reason)
+
+    def _keep_none(self, reason: str) -> None:
+        for part in (self._phi, self._y, self._datum):
+            part.clear()
+        self.left, self.why_not_kept = -1, reason
 
     def add(self, f: Tensor, phi: Tensor, y: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
         """One batch: outputs, features and targets; of a head with the shapes of its parameter groups."""
@@ -61,13 +59,12 @@ class Observed:
         try:
             self.likelihood.check_rows()
         except UnsupportedError:
-            self.why_not_kept = "Items that are compared have no targets of their own."
-            self.give_up(self.why_not_kept)
+            self.give_up("Items that are compared have no targets of their own.")
             return
         positions, n_groups = self.likelihood.flatten(f, y), self.likelihood.n_groups(f.shape[-1])
         rows = positions.select(phi.detach().reshape(-1, phi.shape[-1]))
         if shapes is None:
-            self.why_not_kept = NOT_A_HEAD
+            self._keep_none(NOT_A_HEAD)
         else:
             self._keep(rows, positions, shapes, len(y))
         why_not = reason_against(phi.shape[-1])
@@ -75,22 +72,21 @@ class Observed:
             why_not = f"Targets of likelihood={self.likelihood.name!r} are neither classes nor those of a regression."
         if why_not is not None:
             self.why_no_density = why_not
+            self.wanted = shapes is not None  # for a head it is kept nevertheless
             return
         self._sums = Accumulator(n_groups) if self._sums is None else self._sums
         self._sums.add(rows, self.likelihood.group_of(positions.y))
 
     def _keep(self, rows: Tensor, positions: Positions, shapes: Sequence[tuple[int, ...]], n_data: int) -> None:
         """Keep a batch; where there is no room for it, nothing is kept."""
+        if self.left < 0:
+            return
         self.left -= rows.numel()
         if self.left < 0:
-            self._phi.clear()
-            self.why_not_kept = f"The features of the training data are more than {KEPT_FEATURES:,} numbers."
+            self._keep_none(f"The features of the training data are more than {KEPT_FEATURES:,} numbers.")
             return
-        if self._y and (self._y[0].dim() != positions.y.dim() or self._y[0].dtype != positions.y.dtype):
-            self.wanted_rows = False
-            self._phi.clear()
-            self.why_not_kept = "The training data have targets of two kinds, such as hard and soft labels."
-        if not self.wanted_rows:
+        if self._y and (self._y[0].dim(), self._y[0].dtype) != (positions.y.dim(), positions.y.dtype):
+            self._keep_none("The training data have targets of two kinds, such as hard and soft labels.")
             return
         index = torch.arange(len(rows), device=rows.device) if positions.datum is None else positions.datum
         self._shapes = shapes
@@ -116,4 +112,4 @@ class Observed:
         return HeadData(torch.cat(self._phi), torch.cat(self._y), self._shapes, torch.cat(self._datum))
 
 
-__all__ = ["KEPT_FEATURES", "Observed"]
+__all__ = ["KEPT_FEATURES", "UNSEEN", "Observed"]

@@ -9,13 +9,13 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from laplace.baselaplace.adjustments import Adjustments, Mixture, distance
-from laplace.baselaplace.training_data import TrainingData
 from laplace.baselaplace.tuned import collected
 from laplace.density import Excess, Reference
 from laplace.enums import CurvatureKind, LinkApprox, PriorStructure
@@ -32,6 +32,7 @@ from laplace.tuning import (
     Settings,
     Tuning,
     Validation,
+    check_same_data,
     methods,
     recipe,
     refitted_heads,
@@ -59,16 +60,29 @@ def tune(
 ) -> Outcome:
     """Choose by validation data; nothing is assigned."""
     methods.check_val_loader(asked)
-    kept, fit = TrainingData(la, asked, wanted.train_loader), la._fitted
-    if fit.trained is not None:  # start from the head of the model
-        training = kept.found("tune starts from the head of the model.")
-        fit = replace(la._at_head(fit, training, fit.trained), trained=None)
+    now, asked = la._fitted, replace(asked, train_loader=wanted.train_loader)
+    fit, training = now, None
+    if now.trained is not None:  # start from the head of the model
+        training = _training_data(la, asked, "tune starts from the head of the model.")
+        fit = replace(la._at_head(now, training, now.trained), trained=None)
     problem = replace(la._problem(), fit=fit)
     asked = replace(asked, start=la._prior_precision.detach())
     val = collected(la, asked, asked.val_loader, "validation")
-    val = val if fit is la._fitted else val.with_weights(fit.mean)
+    val = val if fit is now else val.with_weights(fit.mean)
     with torch.no_grad(), full_precision(fit.mean.device):
-        return _Tuner(la, problem, asked, wanted, kept, val, temperature, limits)()
+        return _Tuner(la, problem, asked, wanted, training, val, temperature, limits)()
+
+
+def _training_data(la: ParametricLaplace, asked: Settings, why: str) -> HeadData:
+    """Features and targets of the training data: of a loader, which must yield the data of the fit, or those kept."""
+    if asked.train_loader is not None:
+        data = HeadData.collect(collected(la, asked, asked.train_loader, "training"), la._dtype)
+        check_same_data(la._fitted, data, la._unit_likelihood)
+        return data
+    if la._kept is None:
+        msg = f"{why} That takes the features of the training data. {la._why_not[1]} Pass train_loader=."
+        raise UnsupportedError(msg)
+    return la._kept
 
 
 @dataclass
@@ -80,13 +94,12 @@ class _Tuner:
     """At the model's own head."""
     asked: Settings
     wanted: Recipe
-    kept: TrainingData
+    training: HeadData | None
+    """Where they were needed before."""
     val: CachedData
     temperature: Any
     limits: Mapping[str, tuple[float, float]]
     notes: list[str] = field(default_factory=list)
-    why_not: str = ""
-    """Why the head is not refitted."""
 
     def __call__(self) -> Outcome:
         """Choose."""
@@ -96,12 +109,15 @@ class _Tuner:
         rows = self._rows()
         reason = self._why_no_refit()
         if reason is None:
-            return self._refitted(self.kept.found("The head is refitted."), rows)
+            return self._refitted(self.training or _training_data(self.la, self.asked, "The head is refitted."), rows)
         if self.wanted.refit:
             msg = f"refit=True is not possible here. {reason}"
             raise UnsupportedError(msg)
+        given = self.wanted.max_rows is not None or self.wanted.train_loader is not None
+        if self.wanted.refit is None and given:
+            msg = f"train_loader= and max_rows= go with a refit, which is not possible here. {reason}"
+            raise UnsupportedError(msg)
         self.notes.append(f"Head of the model: {reason}")
-        self.why_not = reason
         return self._as_it_is(rows)
 
     def _why_no_refit(self) -> str | None:
@@ -120,7 +136,7 @@ class _Tuner:
             self.problem.likelihood().check_rows()
         except UnsupportedError:
             return "Items that are compared have no targets of their own."
-        if not self.kept.are_there:
+        if self.wanted.train_loader is None and self.la._kept is None:
             reason = f"{self.la._why_not[1]} Pass train_loader=, the loader that fit had."
             if self.wanted.refit is None:
                 warn(f"tune keeps the head of the model. {reason}", UserWarning)
@@ -135,39 +151,39 @@ class _Tuner:
         if self.wanted.distance_aware is False:
             self.notes.append("No width for foreign inputs: distance_aware=False.")
             return rows
-        far = self._distances()
-        reason = self.problem.fit.why_no_density or self.la._why_not[0]
+        far, excess = self._far
+        reason = self.problem.fit.why_no_density or self.la._why_not[0] if excess is None else excess.reason
         if self.asked.loss != "nll":
-            far, reason = None, "It is chosen by score='nll'."
+            reason = "It is chosen by score='nll'."
         if self.asked.options.link in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
-            far, reason = None, "The Laplace bridge does not see a variance that all logits share."
-        if far is not None and (excess := Excess.of(far)).reason is None:
+            reason = "The Laplace bridge does not see a variance that all logits share."
+        if far is not None and excess is not None and reason is None:
             return replace(rows, excess=excess(far).to(rows.positions.f))
-        reason = reason if far is None else Excess.of(far).reason
         if self.wanted.distance_aware:
             msg = f"distance_aware=True is not possible here. {reason}"
             raise UnsupportedError(msg)
         self.notes.append(f"No width for foreign inputs: {reason}")
         return rows
 
-    def _distances(self) -> Tensor | None:
-        """g, or the Mahalanobis distance, of validation rows; ``None`` where there is no density."""
+    @cached_property
+    def _far(self) -> tuple[Tensor, Excess] | tuple[None, None]:
+        """g, or the Mahalanobis distance, of validation rows, and its quantiles; ``None`` where there is no density."""
         density, likelihood = self.problem.fit.feature_density, self.problem.likelihood()
         if density is None:
-            return None
+            return None, None
         parts = []
         for get, positions in self.val.batches:
             features = get().features
             if features is None:
-                return None
+                return None, None
             parts.append(distance(density, positions.select(features), likelihood))
-        return torch.cat(parts)
+        far = torch.cat(parts)
+        return far, Excess.of(far)
 
     # -- the head of the model ----------------------------------------------------------------------------------------
 
     def _as_it_is(self, rows: Validation) -> Outcome:
         """The hyperparameters; then width for foreign inputs, with temperature or noise once more."""
-        self._refuse_for_refits()
         found = methods.by_validation(
             self.problem, self.asked, lambda *_: self.val, self.temperature, self.limits, leave_out=self._classes
         )
@@ -283,13 +299,6 @@ class _Tuner:
         """Whether probabilities of classes are predicted, which need no variance."""
         return "output_temperature" in self.problem.likelihood().hyperparameters
 
-    def _refuse_for_refits(self) -> None:
-        """Raise where something was passed that goes with a refit alone."""
-        given = self.wanted.max_rows is not None or self.wanted.train_loader is not None
-        if self.wanted.refit is None and given:
-            msg = f"train_loader= and max_rows= go with a refit, which is not possible here. {self.why_not}"
-            raise UnsupportedError(msg)
-
     @property
     def _precision(self) -> Tensor:
         """The present prior precision."""
@@ -337,7 +346,7 @@ class _Tuner:
         self, adjustments: Adjustments, theta: Tensor, rows: Validation, values: Mapping[str, Any]
     ) -> Adjustments:
         """With distances and doubts of the validation rows, which later ones are compared with."""
-        far = self._distances()
+        far, excess = self._far
         if far is None:
             return adjustments
         likelihood, reference = self.problem.likelihood(output_temperature=values.get("output_temperature")), None
@@ -346,7 +355,7 @@ class _Tuner:
         density = self.problem.fit.feature_density
         self.notes.extend(() if density is None else density.notes)
         temperature = float(values.get("output_temperature", self.problem.output_temperature))
-        return replace(adjustments, excess=Excess.of(far), reference=reference, temperature=temperature)
+        return replace(adjustments, excess=excess, reference=reference, temperature=temperature)
 
 
 __all__ = ["Outcome", "tune"]

@@ -28,8 +28,7 @@ def by_method(
 ) -> tuning.Tuning:
     """Choose by a method, or by validation data, and assign what was found: all of it or nothing."""
     problem, collect = la._problem(), partial(collected, la, asked)
-    classes = "output_temperature" in la._unit_likelihood.hyperparameters
-    if method in tuning.REFITS and classes and (asked.refit is not False or problem.fit.trained is not None):
+    if method in tuning.REFITS and (asked.refit is not False or problem.fit.trained is not None):
         problem = replace(problem, output_temperature=1.0)  # another head: a temperature of the present one is not its
     if method is None:
         found, fit = tuning.by_validation(problem, asked, collect, *further), problem.fit
@@ -39,6 +38,7 @@ def by_method(
         if fit is not problem.fit:
             likelihood = la._unit_likelihood
             # A classifier is predicted best by the refitted mode alone.
+            classes = "output_temperature" in likelihood.hyperparameters
             alone = method is TuningMethod.LOO and fit.trained is not None and classes
             adjustments = Adjustments(not alone, contrasts=fit.averaged and likelihood.ignores_shifts)
             vars(la).update(_fit=fit, _adjustments=adjustments)
