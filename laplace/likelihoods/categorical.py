@@ -54,8 +54,8 @@ class CategoricalLikelihood(PredictsProbabilities):
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
         """Softmax(f) minus the (soft) label, ``[rows, C]``."""
-        label = y if y.is_floating_point() else F.one_hot(y, f.shape[-1]).to(f.dtype)
-        return f.softmax(-1) - label
+        p = f.softmax(-1)
+        return p - y if y.is_floating_point() else p.scatter_add(-1, y.unsqueeze(-1), -torch.ones_like(p[..., :1]))
 
     def hessian(self, f: Outputs) -> OutputHessian:
         """``diag(p) − p pᵀ``; singular, since probabilities sum to one.
