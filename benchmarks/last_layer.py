@@ -25,6 +25,7 @@ COLUMNS = [
     "C",
     "D",
     "fit / bare pass",
+    "of that: density",
     "bare pass",
     "factorize",
     "first call",
@@ -45,11 +46,17 @@ def ratio(part: dict[str, float] | None, name: str) -> str:
     return f"{part[name] / part['bare']:.2f} ({part[name] - part['bare']:+.1f} ms)"
 
 
+def share(part: dict[str, float] | None, name: str) -> str:
+    """Time in units of bare time."""
+    return "–" if part is None else f"{part[name] / part['bare']:.3f}"
+
+
 def within(row: dict[str, Any]) -> str:
     """Whether a row keeps the bounds of its case in the configuration: ratios, milliseconds and megabytes."""
     r = row["result"]
     measured = {
         "fit": r["fit"]["fit"] / r["fit"]["bare"],
+        "density": r["density"]["density"] / r["density"]["bare"],
         "predict": r["predict"]["predict"] / r["predict"]["bare"],
         "predict_ms": r["predict"]["predict"] - r["predict"]["bare"],
         "fit_mb": r["fit_mb"],
@@ -74,6 +81,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 row["n_outputs"],
                 row["n_features"],
                 ratio(fit, "fit"),
+                share(r.get("density"), "density"),
                 number(fit and fit["bare"], "ms"),
                 number(r.get("factorize"), "ms"),
                 number(r.get("first"), "ms"),

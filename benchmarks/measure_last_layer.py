@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,22 @@ from networks import convolutional
 from torch.utils.data import DataLoader, TensorDataset
 
 warnings.filterwarnings("ignore")
+
+
+def density_of(model: Any, loader: DataLoader, n_classes: int) -> Callable[[], object]:
+    """What sums up the features of all batches, as ``fit`` does for their density: the features are there already."""
+    from laplace.density import Accumulator
+
+    with torch.inference_mode():
+        batches = [(model[:-1](x), y) for x, y in loader]
+
+    def density() -> object:
+        sums = Accumulator(n_classes)
+        for phi, y in batches:
+            sums.add(phi, y)
+        return sums.finish()
+
+    return density
 
 
 def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[str, Any]:
@@ -55,6 +72,9 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
     # The peer takes minutes for some rows: fewer repeats there, and a limit enforced by the caller.
     fits = interleave({"bare": bare_pass, "fit": fit}, 1 if peer else config["repeats"])
     print(json.dumps({"fit": fits}), flush=True)
+    if not peer:
+        actions = {"bare": bare_pass, "density": density_of(model, loader, case["n_outputs"])}
+        print(json.dumps({"density": interleave(actions, config["repeats"])}), flush=True)
     la = fit()
     factorized = {"full": "posterior_covariance", "kron": "posterior_precision", "diag": "posterior_variance"}
     factorize_ms = 1e3 * seconds(lambda: getattr(la, factorized[case["structure"]]))
