@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 warnings.filterwarnings("ignore")
 
 
-def density_of(model: Any, loader: DataLoader, n_classes: int) -> Callable[[], object]:
+def density_of(model: Any, loader: DataLoader[Any], n_classes: int) -> Callable[[], object]:
     """What sums up the features of all batches, as ``fit`` does for their density: the features are there already."""
     from laplace.density import Accumulator
 
@@ -73,8 +73,11 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
     fits = interleave({"bare": bare_pass, "fit": fit}, 1 if peer else config["repeats"])
     print(json.dumps({"fit": fits}), flush=True)
     if not peer:
-        actions = {"bare": bare_pass, "density": density_of(model, loader, case["n_outputs"])}
-        print(json.dumps({"density": interleave(actions, config["repeats"])}), flush=True)
+        sums: dict[str, Callable[[], object]] = {
+            "bare": bare_pass,
+            "density": density_of(model, loader, case["n_outputs"]),
+        }
+        print(json.dumps({"density": interleave(sums, config["repeats"])}), flush=True)
     la = fit()
     factorized = {"full": "posterior_covariance", "kron": "posterior_precision", "diag": "posterior_variance"}
     factorize_ms = 1e3 * seconds(lambda: getattr(la, factorized[case["structure"]]))
@@ -85,7 +88,7 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
     print(json.dumps({"factorize": factorize_ms, "first": first[0], "first_mb": first_mb}), flush=True)
     predict_mb = peak_mb(lambda: la(inputs)) - forward_mb
     print(json.dumps({"predict_mb": predict_mb}), flush=True)
-    actions = {"bare": bare_forward, "predict": lambda: la(inputs)}
+    actions: dict[str, Callable[[], object]] = {"bare": bare_forward, "predict": lambda: la(inputs)}
     return {"predict": interleave(actions, 1 if peer else config["predict_repeats"])}
 
 

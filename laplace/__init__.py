@@ -40,6 +40,7 @@ from laplace.lllaplace import (
     LLLaplace,
     LowRankLLLaplace,
 )
+from laplace.predictive import Prediction
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 # Last: each shares its name with the module it lives in, which it stands before from here on.
@@ -78,6 +79,7 @@ __all__ = [
     "LowRankLaplace",
     "ParametricLaplace",
     "PredType",
+    "Prediction",
     "PriorStructure",
     "SubnetLaplace",
     "SubsetOfWeights",

@@ -23,6 +23,7 @@ from laplace.baselaplace import (
 )
 from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
+from laplace.likelihoods import AbstractLikelihood
 from laplace.lllaplace import (
     BlockDiagLLLaplace,
     DiagLLLaplace,
@@ -65,7 +66,7 @@ FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLapla
 
 def Laplace(
     model: nn.Module,
-    likelihood: Likelihood | str,
+    likelihood: Likelihood | str | AbstractLikelihood,
     subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
     hessian_structure: HessianStructure | str = HessianStructure.KRON,
     *args: Any,

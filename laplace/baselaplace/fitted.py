@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import statefile, states, tuned
+from laplace.baselaplace import explained, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
@@ -46,6 +46,8 @@ class FittedLaplace(BaseLaplace):
     _fit: Fit
     """There once it was fitted."""
     _posterior_cache: dict[str, AbstractPrecision]
+
+    predict = explained.predict
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._random_weights.subset

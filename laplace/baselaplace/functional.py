@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, tuning
+from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.options import check_model_keywords
@@ -27,6 +28,7 @@ from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
 from laplace.prior import GaussianPrior
+from laplace.structures import AbstractPrecision
 from laplace.types import Inputs
 
 
@@ -42,6 +44,9 @@ class BaseFunctionalLaplace(FittedLaplace):
         Class that computes derivatives, for a generalized Gauss–Newton matrix; ``AutogradGGN`` when ``None``. Of an
         object its class and options are taken.
     """
+
+    _adjustments: ClassVar[Adjustments] = Adjustments()
+    """None: predictions are the posterior's."""
 
     @abstractmethod
     def _functions_at(self, x: Inputs, **model_kwargs: Any) -> Linearization:
@@ -108,6 +113,19 @@ class BaseFunctionalLaplace(FittedLaplace):
             )
             raise UnsupportedError(msg)
         return self._options(PredType.GLM, *arguments, **keywords)
+
+    @property
+    def _predicting_posterior(self) -> AbstractPrecision:
+        """The posterior: its variance is always used."""
+        return self._frozen_posterior
+
+    def _adjusted(self, inputs: Linearization) -> Linearization:
+        """Inputs as predictions see them: as they are."""
+        return inputs
+
+    def _checked_linearization(self, x: Inputs, **model_kwargs: Any) -> Linearization:
+        """At inputs of a user."""
+        return self._checked_functions(x, Options(), **model_kwargs)
 
     def _checked_functions(self, x: Inputs, options: Options, **model_kwargs: Any) -> Linearization:
         """At inputs of a user, whose outputs must be finite."""
@@ -265,9 +283,13 @@ class BaseFunctionalLaplace(FittedLaplace):
             with full_precision(self._device):
                 if joint or options.diagonal_output:
                     return functional_samples(inputs, posterior, options, self._dtype)
-                covariance = inputs.covariance(posterior, self._dtype)
-                parts = draw(inputs.mean(self._dtype), covariance, options.n_samples, options.generator)
-                return torch.cat([inputs.restore(part, 1) for part in parts])
+                return self._drawn(inputs, posterior, options)
+
+    def _drawn(self, inputs: Linearization, posterior: AbstractPrecision, options: Options) -> Tensor:
+        """Samples of the outputs of each input."""
+        covariance = inputs.covariance(posterior, self._dtype)
+        parts = draw(inputs.mean(self._dtype), covariance, options.n_samples, options.generator)
+        return torch.cat([inputs.restore(part, 1) for part in parts])
 
     def predictive_samples(
         self,

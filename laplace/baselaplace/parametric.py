@@ -522,8 +522,6 @@ class ParametricLaplace(FittedLaplace):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
                 found = self._adjustments.predict(inputs, self._fitted, posterior, likelihood, options, self._dtype)
-        if not self._is_untuned:
-            return found
         return self._compared((compare(inputs) if options.fitting else inputs).f, found, likelihood)
 
     @property
@@ -688,8 +686,11 @@ class ParametricLaplace(FittedLaplace):
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
-                inputs = self._adjusted(inputs) if adjusted else inputs
-                return functional_samples(inputs, posterior, options, self._dtype)
+                return self._drawn(self._adjusted(inputs) if adjusted else inputs, posterior, options)
+
+    def _drawn(self, inputs: Linearization, posterior: AbstractPrecision, options: Options) -> Tensor:
+        """Samples of the outputs at inputs."""
+        return functional_samples(inputs, posterior, options, self._dtype)
 
     def predictive_samples(
         self,

@@ -132,7 +132,8 @@ def diagonal_in(hessian: OutputHessian, basis: Tensor | None) -> Float[Tensor, "
         parts.append(hessian.diagonal.expand(-1, hessian.n_outputs) @ basis.square())
     if hessian.root is not None:
         rows, _, width = hessian.root.shape
-        rotated = hessian.root.mT.reshape(rows * width, -1) @ basis  # one product; of batches it takes four times as long
+        # One product: a product of each row takes four times as long.
+        rotated = hessian.root.mT.reshape(rows * width, -1) @ basis
         parts.append(hessian.sign * rotated.view(rows, width, -1).square().sum(1))
     # A difference of two sums of squares may come out below zero by rounding.
     return torch.stack(parts).sum(0).clamp(min=0)

@@ -401,6 +401,20 @@ class AbstractLikelihood(ABC):
         """One column per class, of predictions."""
         return self._refuse("class probabilities")
 
+    def entropy(self, prediction: Tensor) -> Tensor:  # noqa: ARG002
+        """Of predicted probabilities ``[..., C]``, in nats: ``[...]``, or of independent labels ``[..., C]``."""
+        return self._refuse("entropy of its predictions")
+
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> Float[Tensor, "rows outputs"] | None:  # noqa: ARG002
+        """Expected variance of targets whose outputs are known, in target units squared; ``None``: there are no such.
+
+        Parameters
+        ----------
+        mean, variance
+            Of the outputs, ``[rows, C]``.
+        """
+        return self._refuse("variance of its targets (write noise_variance)")
+
     def label(self, y: Targets) -> Tensor:  # noqa: ARG002
         """Class indices ``[rows]``, or soft labels ``[rows, classes]``, of targets."""
         return self._refuse("classes")

@@ -152,6 +152,9 @@ class BradleyTerryLikelihood(PredictsMoments):
         y = torch.multinomial(f.softmax(-1), n_samples, replacement=True, generator=generator).T
         return self.gradient(f.expand(n_samples, *f.shape).flatten(0, 1), y.flatten()).unflatten(0, y.shape)
 
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> None:
+        """None: targets are no scores."""
+
     def expectation(self, f: Tensor) -> Tensor:
         """The scores themselves."""
         return f

@@ -119,6 +119,10 @@ class GaussianLikelihood(PredictsMoments):
         """σ² s² e² of each output."""
         return (self.sigma_noise.to(excess) ** 2).reshape(-1) * (scale * excess.square()).unsqueeze(-1)
 
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> Float[Tensor, "rows outputs"]:  # noqa: ARG002
+        """σ²."""
+        return (self.sigma_noise.to(mean) ** 2).expand_as(mean)
+
     def expectation(self, f: Tensor) -> Tensor:
         """The outputs themselves."""
         return f

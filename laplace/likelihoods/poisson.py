@@ -68,6 +68,10 @@ class PoissonLikelihood(PredictsMoments):
         """The rate, e^f."""
         return f.exp()
 
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> Float[Tensor, "rows outputs"]:
+        """The expected rate."""
+        return (mean + variance / 2).exp()
+
     def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:  # noqa: ARG002
         """Mean and (co)variance of the rate, which is log-normal: exact."""
         return log_normal

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.density import log_one_minus_max
+from laplace.density import entropy, log_one_minus_max
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
 from laplace.likelihoods import softmax
@@ -159,6 +159,11 @@ class PredictsProbabilities(AbstractLikelihood):
     def probabilities(self, prediction: Tensor) -> Float[Tensor, "rows classes"]:
         """The predictions themselves."""
         return prediction
+
+    def entropy(self, prediction: Tensor) -> Float[Tensor, "*rows"]:
+        """−Σ p log p over classes."""
+        rows = self.probabilities(prediction.reshape(-1, prediction.shape[-1]))
+        return entropy(rows).reshape(prediction.shape[:-1])
 
     def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
         """At the output temperature."""

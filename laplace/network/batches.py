@@ -112,6 +112,26 @@ def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
     return Batch(x, y)
 
 
+def is_loader(x: Any) -> bool:
+    """Whether something is to be looped over, and not an input: a tensor or a nest of tuples, lists and mappings."""
+    return isinstance(x, Iterable) and not isinstance(x, (Tensor, Mapping, tuple, list, str)) and not _is_array(x)
+
+
+def inputs_of(batch: Any, device: torch.device) -> Inputs:
+    """The inputs of a batch that a loader yielded, with or without targets, on a device."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            msg = "The loader yields an empty batch: expected inputs, or (x, y)."
+            raise InputError(msg)
+        batch = batch[0] if len(batch) <= 2 else tuple(batch[:-1])
+    return to_device(batch, device)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether it is an array of NumPy or another library."""
+    return hasattr(x, "__array__")
+
+
 def iterate(
     loader: Any,
     *,

@@ -2,12 +2,14 @@
 
 from laplace.predictive.linearization import Linearization, NetworkLinearization
 from laplace.predictive.pairs import compare
+from laplace.predictive.prediction import Prediction
 from laplace.predictive.pushforward import Options, functional_samples, predict
 
 __all__ = [
     "Linearization",
     "NetworkLinearization",
     "Options",
+    "Prediction",
     "compare",
     "functional_samples",
     "predict",
