@@ -133,8 +133,8 @@ def diagonal_in(hessian: OutputHessian, basis: Tensor | None) -> Float[Tensor, "
     if hessian.root is not None:
         rows, _, width = hessian.root.shape
         # One product: a product of each row takes four times as long.
-        rotated = hessian.root.mT.reshape(rows * width, -1) @ basis
-        parts.append(hessian.sign * rotated.view(rows, width, -1).square().sum(1))
+        rotated = hessian.root.mT.reshape(rows * width, hessian.n_outputs) @ basis
+        parts.append(hessian.sign * rotated.view(rows, width, basis.shape[1]).square().sum(1))
     # A difference of two sums of squares may come out below zero by rounding.
     return torch.stack(parts).sum(0).clamp(min=0)
 
