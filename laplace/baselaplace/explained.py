@@ -95,7 +95,7 @@ def _at(la: Any, x: Inputs, options: Options, model_kwargs: dict[str, Any]) -> P
             seen = la._adjusted(inputs)
             seen, of = (compare(seen), likelihood.for_targets()) if options.fitting else (seen, likelihood)
             told = explain(
-                found, seen, posterior, of, lambda: of.expectation(la._drawn(seen, posterior, options)), la._dtype
+                found, seen, posterior, of, lambda: of.expectation(la._samples_at(seen, posterior, options)), la._dtype
             )
     if la._is_untuned:
         la._compared(seen.f, found, likelihood)

@@ -283,9 +283,9 @@ class BaseFunctionalLaplace(FittedLaplace):
             with full_precision(self._device):
                 if joint or options.diagonal_output:
                     return functional_samples(inputs, posterior, options, self._dtype)
-                return self._drawn(inputs, posterior, options)
+                return self._samples_at(inputs, posterior, options)
 
-    def _drawn(self, inputs: Linearization, posterior: AbstractPrecision, options: Options) -> Tensor:
+    def _samples_at(self, inputs: Linearization, posterior: AbstractPrecision, options: Options) -> Tensor:
         """Samples of the outputs of each input."""
         covariance = inputs.covariance(posterior, self._dtype)
         parts = draw(inputs.mean(self._dtype), covariance, options.n_samples, options.generator)

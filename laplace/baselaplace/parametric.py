@@ -686,9 +686,9 @@ class ParametricLaplace(FittedLaplace):
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
-                return self._drawn(self._adjusted(inputs) if adjusted else inputs, posterior, options)
+                return self._samples_at(self._adjusted(inputs) if adjusted else inputs, posterior, options)
 
-    def _drawn(self, inputs: Linearization, posterior: AbstractPrecision, options: Options) -> Tensor:
+    def _samples_at(self, inputs: Linearization, posterior: AbstractPrecision, options: Options) -> Tensor:
         """Samples of the outputs at inputs."""
         return functional_samples(inputs, posterior, options, self._dtype)
 
