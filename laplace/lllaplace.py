@@ -5,6 +5,7 @@ Their formulas are in ``curvature/last_layer.py`` (fit) and ``structures/head_bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,8 +86,21 @@ class LLLaplace(ParametricLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
-        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
+        extractor = as_extractor(
+            model,
+            last_layer_name,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            output_key,
+            output_fn,
+            output_dim,
+        )
         super().__init__(
             extractor,
             likelihood,
@@ -159,6 +173,9 @@ class KronLLLaplace(LLLaplace, KronLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -176,6 +193,9 @@ class KronLLLaplace(LLLaplace, KronLaplace):
             backend_kwargs,
             asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self.damping = damping
 
@@ -205,6 +225,9 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
         rank: int | None = None,
         captured_trace: float | None = None,
     ) -> None:
@@ -224,6 +247,9 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
             backend_kwargs,
             asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self._truncation = checked_truncation(rank, captured_trace)
 
@@ -267,8 +293,21 @@ class FunctionalLLLaplace(FunctionalLaplace):
         *,
         diagonal_hessian: bool = False,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
-        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
+        extractor = as_extractor(
+            model,
+            last_layer_name,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            output_key,
+            output_fn,
+            output_dim,
+        )
         super().__init__(
             extractor,
             likelihood,

@@ -5,6 +5,7 @@ Which weights to choose is said by the masks of ``network/subnetmask.py``, or by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +82,9 @@ class SubnetLaplace(ParametricLaplace):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
         if subnetwork_indices is None:  # pyright: ignore[reportUnnecessaryComparison] - what users pass
             msg = (
@@ -104,12 +108,15 @@ class SubnetLaplace(ParametricLaplace):
             backend_kwargs=backend_kwargs,
             asdl_fisher_kwargs=asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self._indices = self._indices.to(self._device)
 
     @cached_property
     def _random_weights(self) -> Subnetwork:
-        return Subnetwork(self.model, self.dict_key_x, self.dict_key_y, self._indices)
+        return Subnetwork(self.model, self.dict_key_x, self.dict_key_y, self._reading, self._indices)
 
     def _checked(self, name: str, value: Any, *, positive: bool = False) -> Tensor:
         """As for all weights; of values for each weight of the network those of the subnetwork are kept."""

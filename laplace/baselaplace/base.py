@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -25,7 +25,8 @@ from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, Tuni
 from laplace.errors import NotFittedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen
-from laplace.network import ParameterSubset
+from laplace.network import FeatureExtractor, ParameterSubset
+from laplace.network.outputs import Reading
 from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.tuning import Noise, methods
@@ -55,7 +56,8 @@ class BaseLaplace(ABC):
     enable_backprop
         Keep predictions differentiable with respect to the inputs.
     dict_key_x, dict_key_y
-        Entries of mapping batches that hold the main input and the targets.
+        Entries of mapping batches that hold the main input and the targets. Where ``dict_key_x`` is left at its default
+        and a batch has no such entry, it is the ``main_input_name`` that models of Hugging Face have.
     backend
         Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     backend_kwargs
@@ -64,6 +66,16 @@ class BaseLaplace(ABC):
         Options passed to the methods of an ASDL back end; any other back end raises.
     curvature_dtype
         Precision of curvature or kernels, factorizations and evidence; that of the model by default, at least float32.
+    output_key
+        Where the outputs are in what the model returns, if that is no tensor: the key of a mapping (``"logits"`` by
+        default), the index in a tuple, or the name of an attribute.
+    output_fn
+        The same as a function from what the model returns to its outputs. States do not hold it.
+    output_dim
+        The axis of the outputs that holds classes, or outputs of a regression: 1 for ``[batch, C, H, W]``. By default
+        it is found by the first pass (a convolution puts channels after the batch), and refused where nothing tells.
+        Predictions have the layout of the model; covariances have both axes of C where the outputs have one,
+        ``[batch, C, C, H, W]``, and joint ones are matrices over positions, C innermost.
 
     Raises
     ------
@@ -73,6 +85,8 @@ class BaseLaplace(ABC):
         If a hyperparameter is not finite or not positive.
     """
 
+    _reading: Reading
+    """What the outputs are in what the model returns, and where predictions put them."""
     _unit_likelihood: AbstractLikelihood
     _prior_precision: Tensor
     _prior_mean: Tensor
@@ -100,7 +114,12 @@ class BaseLaplace(ABC):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
+        told = isinstance(model, FeatureExtractor)
+        self._reading = model.reading if told else Reading.of(output_key, output_fn, output_dim)
         self.model = model
         self._unit_likelihood = chosen(likelihood)
         self.likelihood = self._unit_likelihood.name
@@ -156,6 +175,7 @@ class BaseLaplace(ABC):
         if name == "enable_backprop" or value == vars(self)[name]:
             return value
         value = options.replaced(self._random_weights, name, vars(self)[name], value)
+        self._reading.seen.clear()
         self._backend = None
         vars(self).pop("_random_weights", None)
         self._hyperparameters_changed()
@@ -164,7 +184,7 @@ class BaseLaplace(ABC):
     @cached_property
     def _random_weights(self) -> AllWeights:
         """The random weights; made again where the model is replaced."""
-        return self._weights_type(self.model, self.dict_key_x, self.dict_key_y)
+        return self._weights_type(self.model, self.dict_key_x, self.dict_key_y, self._reading)
 
     # -- where and in which precision ---------------------------------------------------------------------------------
 
@@ -375,6 +395,22 @@ class BaseLaplace(ABC):
     def asdl_fisher_kwargs(self) -> dict[str, Any]:
         """What methods of an ASDL back end are given, a copy."""
         return dict(self._asdl_fisher_kwargs)
+
+    @property
+    def output_key(self) -> str | int | None:
+        """Where the outputs are in what the model returns; ``None``: the tensor itself, or ``"logits"``."""
+        return self._reading.key
+
+    @property
+    def output_fn(self) -> Callable[[Any], Tensor] | None:
+        """The function from what the model returns to its outputs, if there is one."""
+        return self._reading.function
+
+    @property
+    def output_dim(self) -> int | None:
+        """The axis of the outputs that holds the C outputs, as given or, after a pass, as seen; ``None`` before."""
+        found = set(self._reading.seen.values())
+        return found.pop() if self._reading.dim is None and len(found) == 1 else self._reading.dim
 
     @property
     def curvature_dtype(self) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +85,9 @@ class ELLA(FeatureLaplace):
         seed: int = 1234,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -99,6 +102,9 @@ class ELLA(FeatureLaplace):
             backend,
             backend_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self._check_kind()
         self.subsample_size = checks.whole("subsample_size", subsample_size)
@@ -441,8 +447,21 @@ class LLELLA(ELLA):
         seed: int = 1234,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
-        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
+        extractor = as_extractor(
+            model,
+            last_layer_name,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            output_key,
+            output_fn,
+            output_dim,
+        )
         super().__init__(
             extractor,
             likelihood,

@@ -63,6 +63,8 @@ class FittedLaplace(BaseLaplace):
         dtype = {} if self._curvature_dtype is None else {"curvature_dtype": self._curvature_dtype}
         options: dict[str, Any] = {**dtype, **self._backend_kwargs, **keys, **self._random_weights.backend_options()}
         backend = self._backend_cls(self.model, self.likelihood, **options)
+        if backend.network is not None:
+            backend.network.reading = self._reading
         self._check_backend(backend)
         return backend
 
@@ -86,7 +88,8 @@ class FittedLaplace(BaseLaplace):
     ) -> Iterator[Batch]:
         """Batches of a user's loader, on the device of the model."""
         keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
-        return iterate(loader, **keys, device=self._device, progress_bar=progress_bar, description=description)
+        batches = iterate(loader, **keys, device=self._device, progress_bar=progress_bar, description=description)
+        return map(self._random_weights.aligned, batches)
 
     def _checked_jacobians(self, jacobians: Any) -> Tensor:
         """Jacobians of a user in the precision of the posterior; their shape is checked where they are used."""

@@ -49,7 +49,10 @@ def score(la: ParametricLaplace, x: Inputs, kind: Any, options: Options) -> Floa
         flat = likelihood.probabilities(samples.reshape(-1, samples.shape[-1]))
         return density.mutual_information(flat.reshape(*samples.shape[:-1], -1))
     if chosen in OF_PROBABILITIES:
-        of, predicted = density.max_prob if chosen is ForeignScore.MAX_PROB else density.entropy, la(x)
+        of, predicted = (
+            density.max_prob if chosen is ForeignScore.MAX_PROB else density.entropy,
+            la._predicted(x, la._options(PredType.GLM)),
+        )
         assert isinstance(predicted, Tensor), "of classes"
         return of(likelihood.probabilities(predicted.reshape(-1, predicted.shape[-1]))).reshape(predicted.shape[:-1])
     found = fit.feature_density

@@ -189,7 +189,8 @@ class BaseFunctionalLaplace(FittedLaplace):
             inputs = self._checked_functions(x, options, **model_kwargs)
             with full_precision(self._device):
                 found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)
-        return self._compared(inputs.f, found, likelihood) if self._is_untuned else found
+        found = self._compared(inputs.f, found, likelihood) if self._is_untuned else found
+        return self._reading.returned(found)
 
     def predictive_moments(self, x: Inputs, *, joint: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs, before any link and without observation noise.
@@ -220,7 +221,8 @@ class BaseFunctionalLaplace(FittedLaplace):
                 if joint:
                     covariance = inputs.joint_covariance(posterior, self._dtype)
                     return inputs.f.flatten(), covariance.to(inputs.f.dtype)
-                return inputs.f, inputs.restore(inputs.covariance(posterior, self._dtype))
+                covariance = inputs.restore(inputs.covariance(posterior, self._dtype))
+                return self._reading.returned((inputs.f, covariance))
 
     def functional_samples(
         self,
@@ -266,6 +268,12 @@ class BaseFunctionalLaplace(FittedLaplace):
         -----
         ``joint`` may need a matrix ``[batch·C, batch·C]`` and its root.
         """
+        return self._reading.returned(self._drawn(x, pred_type, n_samples, diagonal_output, generator, joint), 1)
+
+    def _drawn(
+        self, x: Inputs, pred_type: Any, n_samples: Any, diagonal_output: Any, generator: Any, joint: Any
+    ) -> Tensor:
+        """Samples of the outputs with C last; options are checked."""
         joint, diagonal_output = checks.flag("joint", joint), checks.flag("diagonal_output", diagonal_output)
         if joint and diagonal_output:
             msg = "joint=True asks for covariances across inputs, diagonal_output=True for none: pass one of them."
@@ -322,8 +330,8 @@ class BaseFunctionalLaplace(FittedLaplace):
             If options do not exist or do not go together.
         """
         if not checks.flag("fitting", fitting):
-            samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator, joint)
-            return self._output_likelihood.expectation(samples)
+            samples = self._drawn(x, pred_type, n_samples, diagonal_output, generator, joint)
+            return self._reading.returned(self._output_likelihood.expectation(samples), 1)
         options = self._function_options(
             pred_type, n_samples=n_samples, diagonal_output=diagonal_output, generator=generator, fitting=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +63,9 @@ class KronLaplace(ParametricLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -77,6 +81,9 @@ class KronLaplace(ParametricLaplace):
             backend_kwargs,
             asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self.damping = damping
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from laplace import checks
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import UnsupportedError
 from laplace.network import FeatureExtractor
 from laplace.network.failures import checked_model
+from laplace.network.outputs import Reading
 
 
 def as_extractor(
@@ -20,6 +22,9 @@ def as_extractor(
     feature_reduction: FeatureReduction | str | None,
     dict_key_x: str,
     dict_key_y: str,
+    output_key: str | int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    output_dim: int | None = None,
 ) -> FeatureExtractor:
     """A feature extractor around a model; what one was told before holds, unless the call says otherwise.
 
@@ -28,7 +33,8 @@ def as_extractor(
     model
         The trained network, or a ``FeatureExtractor`` around it. Its outputs must be those of its last linear layer.
     last_layer_name
-        Name of the last layer; found by one forward pass when ``None``.
+        Name of the last layer; found by one forward pass when ``None``. It may be a ``Linear``, a convolution (also
+        transposed), a ``Conv1D`` of transformers, or a linear layer with LoRA.
     feature_reduction
         How the model reduces features over positions: ``"pick_first"``, ``"pick_last"``, ``"average"``; ``None`` when
         it does not.
@@ -45,7 +51,9 @@ def as_extractor(
         raise UnsupportedError(msg)
     if feature_reduction is not None:
         feature_reduction = choose(FeatureReduction, feature_reduction, "feature_reduction")
+    reading = Reading.of(output_key, output_fn, output_dim)
     if isinstance(model, FeatureExtractor):
+        reading = model.reading if reading == Reading() else reading
         last_layer_name = last_layer_name or model.last_layer_name
         feature_reduction = feature_reduction or model.feature_reduction
         enable_backprop = enable_backprop or model.enable_backprop
@@ -59,6 +67,7 @@ def as_extractor(
         feature_reduction,
         dict_key_x=dict_key_x,
         dict_key_y=dict_key_y,
+        reading=reading,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -77,6 +77,9 @@ class LowRankLaplace(ParametricLaplace):
         *,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
         rank: int | None = None,
         captured_trace: float | None = None,
     ) -> None:
@@ -94,6 +97,9 @@ class LowRankLaplace(ParametricLaplace):
             backend_kwargs,
             asdl_fisher_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self._truncation = checked_truncation(rank, captured_trace)
 

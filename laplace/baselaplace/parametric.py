@@ -517,6 +517,10 @@ class ParametricLaplace(FittedLaplace):
         """
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
+        return self._reading.returned(self._predicted(x, options, **model_kwargs))
+
+    def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """A prediction with C last."""
         posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
         with evaluating(self.model, enable_backprop=self.enable_backprop):
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
@@ -670,7 +674,8 @@ class ParametricLaplace(FittedLaplace):
         -----
         Exact for the structure. Time O(n_samples · batch · C · D) beside the draws of the weights.
         """
-        return self._functions(x, self._sampling_options(pred_type, n_samples, diagonal_output, generator))
+        options = self._sampling_options(pred_type, n_samples, diagonal_output, generator)
+        return self._reading.returned(self._functions(x, options), 1)
 
     def _sampling_options(self, pred_type: Any, n_samples: Any, diagonal_output: Any, generator: Any) -> Options:
         """How to draw samples of outputs, checked."""
@@ -719,7 +724,9 @@ class ParametricLaplace(FittedLaplace):
             If options do not exist or do not go together.
         """
         options = self._sampling_options(pred_type, n_samples, diagonal_output, generator)
-        return self._output_likelihood.expectation(self._functions(x, options, adjusted=True))
+        return self._reading.returned(
+            self._output_likelihood.expectation(self._functions(x, options, adjusted=True)), 1
+        )
 
     # -- names that code written for laplace-torch calls --------------------------------------------------------------
 

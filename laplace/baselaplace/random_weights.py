@@ -18,8 +18,9 @@ from laplace.baselaplace.statefile import move
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
 from laplace.errors import StateError, UnsupportedError, warn
-from laplace.network import FeatureExtractor, ParameterSubset, WholeNetwork, evaluating
-from laplace.network.heads import KINDS, head_of, n_outputs
+from laplace.network import Batch, FeatureExtractor, ParameterSubset, WholeNetwork, evaluating
+from laplace.network.heads import head_of, is_head, n_outputs
+from laplace.network.outputs import Reading
 from laplace.network.threads import together
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.schema import Known, Table, check_entries, indices, optional, text
@@ -36,6 +37,8 @@ class AllWeights:
     model: nn.Module
     dict_key_x: str
     dict_key_y: str
+    reading: Reading
+    """What the outputs are, and which axis holds the C outputs."""
 
     of_head: ClassVar[bool] = False
     """Whether each weight belongs to one output, as those of a linear head do."""
@@ -48,7 +51,12 @@ class AllWeights:
     @cached_property
     def whole(self) -> WholeNetwork:
         """The network as a function of its weights."""
-        return WholeNetwork(self.model, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+        return WholeNetwork(self.model, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """How inputs enter the network, and outputs leave it."""
+        return {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, "reading": self.reading}
 
     @property
     def network(self) -> nn.Module:
@@ -106,9 +114,21 @@ class AllWeights:
         """Outputs of the model, ``[batch, *positions, C]``."""
         return self.whole(x, **model_kwargs)
 
+    def aligned(self, batch: Batch) -> Batch:
+        """A batch whose targets have their axes in the order of the outputs inside, ``[batch, *positions, C]``.
+
+        The model runs once where it is not known yet which axis holds the C outputs.
+        """
+        if batch.y.dim() < 3:
+            return batch
+        if not self.reading.seen and len(batch.y):
+            with torch.no_grad(), evaluating(self.network):
+                self.outputs(batch.x)
+        return Batch(batch.x, self.reading.targets(batch.y))
+
     @cached_property
     def _extractor(self) -> FeatureExtractor:
-        extractor = FeatureExtractor(self.model, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+        extractor = FeatureExtractor(self.model, **self._options)
         extractor.only_looks = True
         return extractor
 
@@ -198,8 +218,7 @@ class Subnetwork(AllWeights):
     @cached_property
     def whole(self) -> WholeNetwork:
         """The network as a function of the chosen weights."""
-        keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
-        return WholeNetwork(self.model, **keys, indices=self.indices)
+        return WholeNetwork(self.model, **self._options, indices=self.indices)
 
     def backend_options(self) -> dict[str, Any]:
         """Which weights are chosen."""
@@ -256,7 +275,7 @@ class LastLayer(AllWeights):
     def first(self) -> Tensor:
         """The head decides device and precision, once it is known: the backbone may have others."""
         layer = self.model.last_layer
-        return super().first if layer is None else layer.weight
+        return super().first if layer is None else next(layer.parameters())
 
     @property
     def layer(self) -> nn.Module:
@@ -321,6 +340,7 @@ class LastLayer(AllWeights):
                 kept.feature_reduction,
                 dict_key_x=kept.dict_key_x,
                 dict_key_y=kept.dict_key_y,
+                reading=kept.reading,
             )
         if model.last_layer_name is None and kept.last_layer_name is not None:
             model.set_last_layer(kept.last_layer_name)
@@ -380,7 +400,7 @@ class LastLayer(AllWeights):
             msg = f"The state was saved for the last layer {name!r}; this object was constructed with {known!r}."
             raise StateError(msg)
         layer = dict(self.network.named_modules()).get(name)
-        if not isinstance(layer, KINDS):
+        if not (isinstance(layer, nn.Module) and is_head(layer)):
             msg = f"The state was saved for the last layer {name!r}; the model has no linear layer of that name."
             raise StateError(msg)
         return layer

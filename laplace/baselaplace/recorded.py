@@ -22,7 +22,8 @@ def nn_functional_samples(
     **model_kwargs: Any,
 ) -> Float[Tensor, "samples batch ..."]:
     """As ``functional_samples`` with ``pred_type="nn"``."""
-    return self._functions(X, self._options(PredType.NN, n_samples=n_samples, generator=generator), **model_kwargs)
+    options = self._options(PredType.NN, n_samples=n_samples, generator=generator)
+    return self._reading.returned(self._functions(X, options, **model_kwargs), 1)
 
 
 def nn_predictive_samples(
@@ -34,13 +35,14 @@ def nn_predictive_samples(
 ) -> Float[Tensor, "samples batch ..."]:
     """As ``predictive_samples`` with ``pred_type="nn"``."""
     options = self._options(PredType.NN, n_samples=n_samples, generator=generator)
-    return self._output_likelihood.expectation(self._functions(X, options, adjusted=True, **model_kwargs))
+    samples = self._functions(X, options, adjusted=True, **model_kwargs)
+    return self._reading.returned(self._output_likelihood.expectation(samples), 1)
 
 
 def glm_predictive_distribution(
     self: Any, X: Inputs, joint: bool = False, diagonal_output: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Outputs before any link and their covariances (variances with ``diagonal_output``), or the joint ones."""
+    """Outputs before any link, C last, and their covariances (variances with ``diagonal_output``), or the joint ones."""
     posterior = self._predicting_posterior
     with evaluating(self.model, enable_backprop=self.enable_backprop):
         inputs = self._checked_linearization(X)

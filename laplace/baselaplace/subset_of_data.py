@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -94,6 +94,9 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         *,
         diagonal_hessian: bool = False,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -108,6 +111,9 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             backend,
             backend_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self.independent_outputs = checks.flag("independent_outputs", independent_outputs)
         self.diagonal_hessian = checks.flag("diagonal_hessian", diagonal_hessian)

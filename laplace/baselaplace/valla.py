@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -114,6 +114,9 @@ class VaLLA(FeatureLaplace):
         mc_softmax_samples: int = 0,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -128,6 +131,9 @@ class VaLLA(FeatureLaplace):
             backend,
             backend_kwargs,
             curvature_dtype=curvature_dtype,
+            output_key=output_key,
+            output_fn=output_fn,
+            output_dim=output_dim,
         )
         self._check_kind()
         self.num_inducing = inducing.count_inducing(inducing_locations, num_inducing)
@@ -456,8 +462,21 @@ class LLVaLLA(VaLLA):
         mc_softmax_samples: int = 0,
         *,
         curvature_dtype: torch.dtype | None = None,
+        output_key: str | int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        output_dim: int | None = None,
     ) -> None:
-        extractor = as_extractor(model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y)
+        extractor = as_extractor(
+            model,
+            last_layer_name,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            output_key,
+            output_fn,
+            output_dim,
+        )
         super().__init__(
             extractor,
             likelihood,

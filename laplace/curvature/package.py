@@ -38,6 +38,7 @@ from laplace.curvature.structured import check_count, without_count
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import Positions, with_loss
+from laplace.network import heads
 from laplace.network.batches import differentiable, rows_of
 from laplace.network.modes import full_precision
 from laplace.optional import require
@@ -256,7 +257,8 @@ class PackageInterface(CurvatureInterface):
         positions, likelihood = self.positions(f, y), self.output_likelihood
         rows, constant = likelihood.head_rows(positions, phi.to(self._compute_dtype))
         # The package would take a bias that cancels for one that is added.
-        layer = private_head(self._head.weight, self._head.bias if constant else None, self._compute_dtype)
+        weight, *bias = heads.head_of(self._head).parameters(self._head)
+        layer = private_head(weight, bias[0] if bias and constant else None, self._compute_dtype)
         return positions, self._batch(PrivateHead(layer, likelihood.of_head), layer, rows, positions, len(f))
 
     def _private_network(

@@ -74,7 +74,9 @@ class PrivateNetwork(nn.Module):
         self.model = structural_copy(network.model, dtype)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in network.names)
-        twin = WholeNetwork(self.model, dict_key_x=network.dict_key_x, dict_key_y=network.dict_key_y)
+        twin = WholeNetwork(
+            self.model, dict_key_x=network.dict_key_x, dict_key_y=network.dict_key_y, reading=network.reading
+        )
         # In a tuple, so that its submodules are not registered a second time.
         self._network = (twin,)
 

@@ -89,6 +89,8 @@ def predict(
         start = time.perf_counter()
         p = predictor(x).detach().cpu()  # the copy to the CPU waits for an accelerator to finish
         seconds += time.perf_counter() - start
+        axis = getattr(predictor, "output_dim", None) or -1  # where an estimator puts classes
+        p = p.movedim(axis, -1) if p.dim() > 2 else p
         probs.append(p.reshape(-1, p.shape[-1]).double())
         targets.append(y.cpu().reshape(-1).long())
     if not targets:

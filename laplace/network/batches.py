@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from laplace.errors import InputError, MissingKeyError, UnsupportedError, numbered
 from laplace.network.failures import explained, leaves
-from laplace.network.signatures import takes_keyword, takes_several
+from laplace.network.signatures import innermost, takes_keyword, takes_several
 from laplace.network.targets import check_targets, may_be_copied
 from laplace.network.threads import together
 from laplace.types import Inputs
@@ -207,7 +207,8 @@ def arguments(
 
     A mapping is unpacked into keyword arguments when ``forward`` has a parameter named ``dict_key_x`` (the targets
     under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes several inputs.
-    Everything else is passed as one argument.
+    Everything else is passed as one argument. Where ``dict_key_x`` was left at its default and a mapping has no such
+    entry, it is the ``main_input_name`` of the model, which those of Hugging Face have.
 
     Raises
     ------
@@ -215,6 +216,7 @@ def arguments(
         If a mapping has no entry ``dict_key_x``.
     """
     if isinstance(x, Mapping):
+        dict_key_x = main_input(model, x, dict_key_x)
         if dict_key_x not in x:
             keys = ", ".join(repr(key) for key in x)
             msg = (
@@ -227,6 +229,12 @@ def arguments(
     elif isinstance(x, (tuple, list)) and takes_several(model):
         return tuple(x), {}
     return (x,), {}
+
+
+def main_input(model: nn.Module, x: Mapping[str, Any], dict_key_x: str) -> str:
+    """The entry of a mapping that is the main input: that which was said, or which the model says."""
+    said = getattr(innermost(model), "main_input_name", None)
+    return said if dict_key_x == "input_ids" and dict_key_x not in x and isinstance(said, str) else dict_key_x
 
 
 def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:
@@ -303,28 +311,3 @@ def require_rows(x: Inputs) -> None:
 def differentiable(x: Inputs) -> Inputs:
     """Inputs that may be saved for a backward pass: tensors made under ``torch.inference_mode`` are copied."""
     return _map(x, lambda value: value.clone() if isinstance(value, Tensor) and value.is_inference() else value)
-
-
-def output_tensor(outputs: Any) -> Tensor:
-    """The real-valued tensor in what a model returned: that itself, or the entry ``logits`` of a mapping."""
-    if isinstance(outputs, Mapping):
-        if "logits" not in outputs:
-            keys = ", ".join(repr(key) for key in outputs)
-            msg = f"The model returns a mapping without 'logits' (its keys: {keys}); return the outputs under it."
-            raise UnsupportedError(msg)
-        outputs = outputs["logits"]
-    if isinstance(outputs, Tensor) and outputs.is_meta:
-        msg = (
-            "The outputs of the model are on the meta device, as inputs or weights are: they have no values. Load them."
-        )
-        raise UnsupportedError(msg)
-    if not isinstance(outputs, Tensor):
-        msg = (
-            "The model must return a tensor, or a mapping with the tensor 'logits'; "
-            f"it returns {type(outputs).__name__}."
-        )
-        raise UnsupportedError(msg)
-    if not outputs.is_floating_point():
-        msg = f"The model must return real numbers [batch, ..., outputs]; it returns a tensor of {outputs.dtype}."
-        raise UnsupportedError(msg)
-    return outputs

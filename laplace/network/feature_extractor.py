@@ -1,7 +1,9 @@
 """Features before the last linear layer (``last_layer_name=``, ``feature_reduction=``), read by one forward pass.
 
 Hooks live for the length of a call and nothing is stored on the user's model. What the extractor relies on, that the
-outputs *are* the last layer applied to the features, is checked on the first pass and explained when it fails.
+outputs *are* the last layer applied to the features, is checked on the first pass and explained when it fails. A layer
+of another name than asked for is never taken; without a name it is that which ran last, or else the one whose outputs
+are those of the model.
 """
 
 from __future__ import annotations
@@ -12,20 +14,24 @@ from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from laplace.attributes import check_attribute
 from laplace.enums import FeatureReduction, choose
 from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, warn
-from laplace.network.batches import call, one_row, output_tensor
+from laplace.network import heads
+from laplace.network.batches import call, one_row
 from laplace.network.failures import check_weights
-from laplace.network.heads import HEADS, KINDS, head_of, n_outputs
+from laplace.network.heads import Head, head_of, is_head
 from laplace.network.modes import full_precision
+from laplace.network.outputs import Reading
 from laplace.network.threads import together
 from laplace.types import Inputs
 
@@ -33,6 +39,8 @@ _HOOKS = threading.RLock()
 """Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
 
 
+LISTED = 5
+"""How many layers a message lists."""
 _SEEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("_SEEN", default=None)
 
 
@@ -45,6 +53,17 @@ def seeing_features() -> Generator[list[tuple[Tensor, Tensor]]]:
         yield seen
     finally:
         _SEEN.reset(token)
+
+
+@dataclass
+class Pass:
+    """What one forward pass showed."""
+
+    calls: Counter[str | None] = field(default_factory=Counter)
+    seen: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Input and output of layers, in the order in which they ran last."""
+    f: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Outputs, in the layout of the model."""
 
 
 class FeatureExtractor(nn.Module):
@@ -65,6 +84,8 @@ class FeatureExtractor(nn.Module):
     dict_key_x, dict_key_y
         Entries of a mapping input that hold the main input and the targets; the mapping is unpacked when ``forward``
         has a parameter ``dict_key_x``, without the targets.
+    reading
+        Which part of what the model returns are its outputs, and which axis holds the C outputs.
 
     Raises
     ------
@@ -85,6 +106,7 @@ class FeatureExtractor(nn.Module):
         *,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         if isinstance(model, torch.jit.ScriptModule):
@@ -105,6 +127,7 @@ class FeatureExtractor(nn.Module):
         )
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
+        self.reading = Reading() if reading is None else reading
         self.last_layer_name: str | None = None
         self._verified = False
         if last_layer_name is not None:
@@ -134,7 +157,7 @@ class FeatureExtractor(nn.Module):
             return None
         # What get_submodule finds; every prediction asks several times.
         layer = attrgetter(self.last_layer_name)(self.model) if self.last_layer_name else self.model
-        assert isinstance(layer, KINDS), "set_last_layer checks this"
+        assert is_head(layer), "set_last_layer checks this"
         return layer
 
     @last_layer.setter
@@ -161,7 +184,7 @@ class FeatureExtractor(nn.Module):
         MissingModuleError
             If there is no such module; an ``UnsupportedError`` and a ``KeyError``.
         UnsupportedError
-            If it is no ``torch.nn.Linear``; the message lists the candidates.
+            If it is of no kind of ``HEADS``, or quantized; the message says what there is, or what to do.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if last_layer_name not in modules:
@@ -170,9 +193,9 @@ class FeatureExtractor(nn.Module):
             msg = f"The model has no module {last_layer_name!r}.{hint} {self._candidates()}"
             raise MissingModuleError(msg)
         layer = modules[last_layer_name]
-        if not isinstance(layer, KINDS):
-            kinds = " or ".join(head.called for head in HEADS.values())
-            msg = f"The last layer must be a {kinds}; {last_layer_name!r} is a {type(layer).__name__}. "
+        heads.check_head(last_layer_name, layer)
+        if not is_head(layer):
+            msg = f"The last layer must be a {heads.kinds()}; {last_layer_name!r} is a {type(layer).__name__}. "
             raise UnsupportedError(msg + self._candidates())
         self.last_layer_name = last_layer_name
         self._verified = False
@@ -232,70 +255,125 @@ class FeatureExtractor(nn.Module):
 
     def _watched_pass(self, x: Inputs, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The forward pass of ``forward_with_features``, while no thread has other weights in place."""
-        known, here = self.last_layer, threading.get_ident()
-        watched = {self.last_layer_name: known} if known is not None else self._linear_layers()
-        calls: Counter[str | None] = Counter()
-        seen: dict[str | None, tuple[Tensor, Tensor]] = {}
+        known = self.last_layer
+        if known is not None:
+            passed = self._run(x, model_kwargs, {self.last_layer_name: known})
+            if not passed.seen:
+                self._explain_unseen()
+            return self._accepted(self._read(passed, self.last_layer_name, known, x))
+        layers = self._linear_layers()
+        passed = self._run(x, model_kwargs, layers)
+        if not passed.seen:
+            self._explain_unseen()
+        (name,) = passed.seen
+        try:
+            found = self._read(passed, name, layers[name], x)
+        except (ShapeError, UnsupportedError):
+            others = self._producer(x, model_kwargs, {key: layer for key, layer in layers.items() if key != name})
+            if others is None:
+                raise
+            name, found = others
+        return self._accepted(found, name)
+
+    def _producer(
+        self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module]
+    ) -> tuple[str | None, tuple[Tensor, Tensor]] | None:
+        """Of several layers that which produces the outputs, the latest; by another pass that keeps what all made."""
+        passed = self._run(x, model_kwargs, layers, keep=True)
+        for name in reversed(passed.seen):
+            try:
+                return name, self._read(passed, name, layers[name], x)
+            except (ShapeError, UnsupportedError):
+                continue
+        return None
+
+    def _run(
+        self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module], *, keep: bool = False
+    ) -> Pass:
+        """One pass of the model, with the input and output of the layer that ran last, or of all."""
+        here, passed = threading.get_ident(), Pass()
 
         def watch(name: str | None) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
                 if threading.get_ident() != here:
                     return  # the pass of another thread; it may find half of a hook that is just removed
                 kwargs, output = others
-                calls[name] += 1
-                seen.clear()
-                seen[name] = (args[0] if args else kwargs["input"], output)
+                passed.calls[name] += 1
+                if not keep:
+                    passed.seen.clear()
+                passed.seen.pop(name, None)
+                passed.seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
 
             return hook
 
         handles: list[RemovableHandle] = []
         try:
             with _HOOKS:
-                for name, layer in watched.items():
+                for name, layer in layers.items():
                     handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
-            outputs = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
+            returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
         finally:
             with _HOOKS:
                 for handle in handles:
                     handle.remove()
-        f = output_tensor(outputs)
-        if not seen:
-            self._explain_unseen()
-        ((name, (phi, head_outputs)),) = seen.items()
-        if calls[name] > 1:
-            msg = (
-                f"The last linear layer {name!r} runs {calls[name]} times in one forward pass, so its features are "
-                "not one tensor. Call it once on stacked inputs. " + self._candidates()
-            )
-            raise UnsupportedError(msg)
-        if not self.enable_backprop:
-            phi = phi.detach()
-        layer = watched[name]
-        if one_row(x):
-            f, phi = unsqueezed(f, phi, layer)
-        f, phi = self._align(f, phi, layer, name)
-        self._verify(f, phi, head_outputs, layer, name)
+        passed.f = self.reading.tensor(returned)
+        return passed
+
+    def _accepted(self, found: tuple[Tensor, Tensor], name: str | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and features of a layer that is the last from now on."""
         if not self._verified:
-            if self.last_layer_name is None:
-                assert name is not None, "unnamed only when the layer was known"
+            if name is not None and self.last_layer_name is None:
                 self.last_layer_name = name
-                self._check_head(layer)
+                self._check_head(self.last_layer)
             self._verified = True
-        return f, phi
+        return found
 
     # -- what the outputs are -----------------------------------------------------------------------------------------
 
-    def _align(self, f: Tensor, phi: Tensor, layer: nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
+    def _read(self, passed: Pass, name: str | None, layer: nn.Module, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs and features of a pass, if the outputs are those of a layer; else raises."""
+        heads.check_head(name, layer)
+        if passed.calls[name] > 1:
+            msg = (
+                f"The last linear layer {name!r} runs {passed.calls[name]} times in one forward pass, so its features "
+                "are not one tensor. Call it once on stacked inputs. " + self._candidates()
+            )
+            raise UnsupportedError(msg)
+        head, (entered, made) = head_of(layer), passed.seen[name]
+        if not self.enable_backprop:
+            entered = entered.detach()
+        phi = head.features(layer, entered)
+        if head.channels == 1:
+            made = (made if made.dim() == phi.dim() else made.unsqueeze(0)).movedim(1, -1)
+        f = passed.f
+        if one_row(x):
+            f, phi = unsqueezed(f, phi, layer)
+        f = self._channels_last(f, made, head)
+        f, phi = self._align(f, phi, made, layer, name)
+        self._verify(f, phi, made, layer, name)
+        return f, phi
+
+    def _channels_last(self, f: Tensor, made: Tensor, head: Head) -> Tensor:
+        """Outputs with the C outputs last: which axis these are on is seen by comparing them with those of the head."""
+        if f.dim() > 2 and self.reading.axis(f.dim()) is None and f.numel() == made.numel():
+            last = f.dim() - 1
+            for axis in (1, last) if head.channels == 1 else (last, 1):
+                moved = f.movedim(axis, -1)
+                if moved.shape[-1] == made.shape[-1] and close(moved, made.reshape(moved.shape), f.dtype):
+                    self.reading.see(f.dim(), axis)
+                    break
+        return self.reading.last(f)
+
+    def _align(self, f: Tensor, phi: Tensor, made: Tensor, layer: nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
         """Give outputs and features the same leading axes."""
-        n_outputs, width = head_of(layer).groups(layer)[0]
+        n_outputs, width = head_of(layer).shape(layer)
         if f.shape == (*phi.shape[:-1], n_outputs):
             if self.feature_reduction is not None and not self._verified:
                 self._explain_useless_reduction(phi)
             return f, phi
-        if self.feature_reduction is not None and phi.dim() >= 3:
-            phi = reduce(phi, self.feature_reduction)
-            if f.shape == (*phi.shape[:-1], n_outputs):
-                return f, phi
+        pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
+        if self.feature_reduction is not None and pooled:
+            return f, reduce(phi, self.feature_reduction, picked(f, made, self.feature_reduction))
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
@@ -307,10 +385,14 @@ class FeatureExtractor(nn.Module):
             f"The last linear layer {name!r} maps features {list(phi.shape)} to {n_outputs} outputs, but the "
             f"model returns {list(f.shape)}. "
         )
-        if phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs):
-            fits = [repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r), layer)]
+        if pooled:
+            fits = [repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r, picked(f, made, r)), layer)]
             found = f"; {' and '.join(fits)} reproduces its outputs on this batch" if fits else ""
             msg += f"It reduces positions: pass feature_reduction='pick_first', 'pick_last' or 'average'{found}. "
+        elif head_of(layer).channels == 1 and f.shape[-1] == n_outputs:
+            msg += (
+                "If they are interpolated, interpolate what enters a 1×1 convolution instead: the outputs are the same."
+            )
         raise ShapeError(msg + self._candidates())
 
     def _explain_useless_reduction(self, phi: Tensor) -> None:
@@ -327,7 +409,7 @@ class FeatureExtractor(nn.Module):
         )
         warn(msg, UserWarning)
 
-    def _verify(self, f: Tensor, phi: Tensor, head_outputs: Tensor, layer: nn.Module, name: str | None) -> None:
+    def _verify(self, f: Tensor, phi: Tensor, made: Tensor, layer: nn.Module, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
 
         On the first pass the layer is applied again; later its outputs are compared with those of the model, which
@@ -339,9 +421,9 @@ class FeatureExtractor(nn.Module):
             If they are not.
         """
         if self._verified:
-            if f.numel() != head_outputs.numel():
-                head_outputs = reduce(head_outputs, self.feature_reduction) if self.feature_reduction else head_outputs
-            if f.numel() == head_outputs.numel() and close(f, head_outputs.reshape(f.shape), f.dtype):
+            if f.numel() != made.numel() and self.feature_reduction:
+                made = reduce(made, self.feature_reduction, picked(f, made, self.feature_reduction))
+            if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
                 return
         elif matches(f, phi, layer):
             return
@@ -356,14 +438,23 @@ class FeatureExtractor(nn.Module):
     # -- which layers there are ---------------------------------------------------------------------------------------
 
     def _linear_layers(self) -> dict[str | None, nn.Module]:
-        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, KINDS)}
+        """Those that may be the last, and quantized ones, which are refused by name."""
+        return {
+            name: layer for name, layer in self.model.named_modules() if is_head(layer) or heads.is_quantized(layer)
+        }
 
     def _candidates(self) -> str:
-        sizes = {name: head_of(layer).groups(layer)[0] for name, layer in self._linear_layers().items()}
-        layers = [f"{name!r} ({width} → {n})" for name, (n, width) in sizes.items()]
+        layers = {name: layer for name, layer in self._linear_layers().items() if is_head(layer)}
         if not layers:
-            return "The model has no linear layer; a last-layer approximation needs one."
-        return f"Linear layers of the model: {', '.join(layers)}."
+            return (
+                "The model has no linear layer; a last-layer approximation needs one. What there can be "
+                f"(last_layer_name=): {heads.kinds()}."
+            )
+        shown = list(layers.items())[-LISTED:]
+        sizes = {name: head_of(layer).shape(layer) for name, layer in shown}
+        listed = ", ".join(f"{name!r} ({width} → {n})" for name, (n, width) in sizes.items())
+        which = f"The last {len(shown)} of {len(layers)} linear" if len(layers) > len(shown) else "Linear"
+        return f"{which} layers of the model, one of which last_layer_name= may choose: {listed}."
 
     def _explain_unseen(self) -> None:
         """Raise an error that says why no linear layer was seen."""
@@ -375,7 +466,9 @@ class FeatureExtractor(nn.Module):
 
     def _check_head(self, layer: nn.Module) -> None:
         """Raise if the head has no values; warn when its weight is used elsewhere, too."""
-        weight = head_of(layer).parameters(layer)[0]
+        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        if not isinstance(weight, Tensor):
+            return
         check_weights({f"{self.last_layer_name}.weight": weight})
         owners = [
             f"{name}.{key}"
@@ -394,18 +487,39 @@ class FeatureExtractor(nn.Module):
 def unsqueezed(f: Tensor, phi: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Outputs and features of one row with the axis of the batch, where the model squeezes all axes of one entry."""
     phi = phi.unsqueeze(0) if phi.dim() == 1 else phi
-    squeezed = tuple(size for size in (*phi.shape[:-1], n_outputs(layer)) if size != 1)
-    return (f.unsqueeze(0) if tuple(f.shape) == squeezed and len(phi) == 1 else f), phi
+    n, (batch, *positions) = heads.n_outputs(layer), phi.shape[:-1]
+    orders = ((batch, *positions, n), (batch, n, *positions))
+    squeezed = [tuple(size for size in sizes if size != 1) for sizes in orders]
+    return (f.unsqueeze(0) if tuple(f.shape) in squeezed and len(phi) == 1 else f), phi
 
 
-def reduce(phi: Tensor, reduction: FeatureReduction) -> Tensor:
-    """Reduce features ``[batch, *positions, features]`` to ``[batch, features]``."""
+def reduce(phi: Tensor, reduction: FeatureReduction, position: Tensor | None = None) -> Float[Tensor, "batch features"]:
+    """Reduce features ``[batch, *positions, features]`` to one row each: the average, or those of one position."""
     flat = phi.flatten(1, -2)
-    if reduction is FeatureReduction.PICK_FIRST:
-        return flat[:, 0]
-    if reduction is FeatureReduction.PICK_LAST:
-        return flat[:, -1]
-    return flat.mean(1)
+    if reduction is FeatureReduction.AVERAGE:
+        return flat.mean(1)
+    if position is None:
+        return flat[:, 0 if reduction is FeatureReduction.PICK_FIRST else -1]
+    return flat[torch.arange(len(flat), device=flat.device), position]
+
+
+def picked(f: Tensor, made: Tensor, reduction: FeatureReduction) -> Tensor | None:
+    """Which position a model picks for each row, ``[batch]``, where it is not the first or last of all rows.
+
+    Found by value: that whose outputs of the head ``[batch, *positions, C]`` are the outputs ``[batch, C]``; of equal
+    ones that nearest to the end that is asked for. Padding moves the position, and no mask is asked for it.
+    """
+    if reduction is FeatureReduction.AVERAGE or made.dim() < 3 or made.shape[0] != f.shape[0]:
+        return None
+    with torch.no_grad():
+        flat = made.detach().flatten(1, -2)
+        fixed = flat[:, 0 if reduction is FeatureReduction.PICK_FIRST else -1]
+        if fixed.shape != f.shape or close(f, fixed, f.dtype):
+            return None
+        distance = (flat - f.detach().unsqueeze(1)).abs().amax(-1)
+        if reduction is FeatureReduction.PICK_FIRST:
+            return distance.argmin(1)
+        return distance.shape[1] - 1 - distance.flip(1).argmin(1)
 
 
 def matches(f: Tensor, phi: Tensor, layer: nn.Module) -> bool:

@@ -31,7 +31,7 @@ class ParameterSubset:
 
     @classmethod
     def last_layer(cls, layer: nn.Module) -> ParameterSubset:
-        """The weight and, where there is one, the bias of the last linear layer.
+        """The weight, as a matrix, and, where there is one, the bias of the last linear layer.
 
         Read as attributes, so that a parametrized weight (weight norm, say) is the one that multiplies the features.
         """

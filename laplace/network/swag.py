@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from laplace import checks
 from laplace.errors import InputError, UnsupportedError, numbered
 from laplace.linalg import lasting
-from laplace.network.batches import Batch, arguments, differentiable, iterate, output_tensor
+from laplace.network.batches import Batch, arguments, differentiable, iterate
 from laplace.network.failures import explained
 from laplace.network.modes import attributes_restored, training
+from laplace.network.outputs import AS_RETURNED
 from laplace.network.threads import alone
 from laplace.network.whole_network import unwrap
 from laplace.optimizers import SGD
@@ -96,7 +97,7 @@ def fit_diagonal_swag_var(
         x = differentiable(batch.x)
         args, kwargs = arguments(module, x, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
         with alone(module), attributes_restored(module), explained(module, x, args, kwargs):
-            f = output_tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
+            f = AS_RETURNED.tensor(torch.func.functional_call(module, (weights, buffers), args, kwargs))
         loss = criterion(f, differentiable(batch.y))
         if not bool(torch.isfinite(loss)):
             value = float(loss.detach())

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.axes import Axes
-from laplace.network.batches import arguments, call, count_rows, one_row, output_tensor
+from laplace.network.batches import arguments, call, count_rows, one_row
 from laplace.network.failures import check_weights, explained
 from laplace.network.modes import attributes_restored
+from laplace.network.outputs import Reading
 from laplace.network.parameters import ParameterSubset
 from laplace.network.threads import alone, together
 from laplace.types import Inputs
@@ -32,9 +33,11 @@ class WholeNetwork:
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         indices: Any = None,
+        reading: Reading | None = None,
     ) -> None:
         self.model = unwrap(model)
-        self._seen: tuple[int, int | None] | None = None
+        self._looked = False
+        self.reading = Reading() if reading is None else reading
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         with together(self.model):
@@ -85,18 +88,18 @@ class WholeNetwork:
             msg = f"The inputs are a tensor of layout {x.layout}; derivatives of all weights need x.to_dense()."
             raise UnsupportedError(msg)
         keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
-        axes = Axes() if self._seen is None else None
+        axes = None if self._looked else Axes()
         # Alone: layers may assign tensors made of their weights to themselves, and derivatives go through their graph.
         with alone(self.model), axes or nullcontext():
-            f = output_tensor(call(self.model, x, **keys, **model_kwargs))
+            f = self.reading.tensor(call(self.model, x, **keys, **model_kwargs))
         if axes is not None and f.dim() > 1:
-            self._seen = (f.dim(), axes.of(f))
-        return with_axes(f, x)
+            self._looked = True
+            self.reading.see(f.dim(), axes.of(f))
+        return with_axes(self.reading.last(f), x)
 
     def channels(self, f: Tensor) -> int | None:
-        """The axis of outputs that holds their channels, as far as it was seen in the first pass; see ``Axes``."""
-        n_axes, axis = self._seen or (0, None)
-        return axis if n_axes == f.dim() else None
+        """The axis of outputs that holds the C outputs, the last, if it was given or seen in a pass; see ``Axes``."""
+        return None if self.reading.axis(f.dim()) is None else f.dim() - 1
 
     def at(self, theta: Float[Tensor, " params"], x: Inputs, **model_kwargs: Any) -> Float[Tensor, "batch ..."]:
         """Outputs with the random weights ``theta``, by a functional call: the model is not touched."""
@@ -105,7 +108,7 @@ class WholeNetwork:
         kwargs = {**kwargs, **model_kwargs}
         with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs):
             outputs = torch.func.functional_call(self.model, weights, args, kwargs)
-        return with_axes(output_tensor(outputs), x)
+        return with_axes(self.reading.last(self.reading.tensor(outputs)), x)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
