@@ -29,6 +29,7 @@ from laplace.baselaplace.random_weights import LastLayer
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
 from laplace.network import FeatureExtractor
+from laplace.network.heads import head_of
 
 
 @described_by(as_extractor)
@@ -52,17 +53,16 @@ class LLLaplace(ParametricLaplace):
     model: FeatureExtractor
 
     @property
-    def head_(self) -> nn.Linear:
-        """The last layer at ``mean``, a new module: after ``tune`` the head that it chose, else that of the model."""
-        shapes, mean = self._fitted.head, self.mean
-        assert shapes is not None, "of a last layer"
-        (n_outputs, width), bias = shapes[0], len(shapes) > 1
-        layer = nn.Linear(width, n_outputs, bias, device=mean.device, dtype=self._random_weights.first.dtype)
-        with torch.no_grad():
-            layer.weight.copy_(mean[: n_outputs * width].reshape(n_outputs, width))
-            if bias:
-                layer.bias.copy_(mean[n_outputs * width :])
-        return layer
+    def head_(self) -> nn.Module:
+        """The last layer at ``mean``, a new module: after ``tune`` the head that it chose, else that of the model.
+
+        A plain layer of the same kind (of one with adapters or a parametrization that of what multiplies features).
+        """
+        shapes, mean = self._fitted.head, self.mean.to(self._random_weights.first.dtype)
+        assert shapes is not None and isinstance(self._random_weights, LastLayer), "of a last layer"
+        (n_outputs, width), layer = shapes[0], self._random_weights.layer
+        bias = mean[n_outputs * width :] if len(shapes) > 1 else None
+        return head_of(layer).at(layer, mean[: n_outputs * width].reshape(n_outputs, width), bias)
 
     last_layer_name = last_layer.last_layer_name
     feature_reduction = last_layer.feature_reduction

@@ -92,6 +92,18 @@ class Reduced(Net):
         return {"pick_first": f[:, 0], "pick_last": f[:, -1], "average": f.mean(1)}[self.reduction]
 
 
+class Pixels(Net):
+    """A head that is a convolution, whose channels are moved to the end."""
+
+    def __init__(self, n_channels: int, n_features: int, n_outputs: int):
+        nn.Module.__init__(self)
+        self.body = nn.Sequential(nn.Conv2d(n_channels, n_features, 2), nn.Tanh())
+        self.head = nn.Conv2d(n_features, n_outputs, (3, 2), padding=(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).movedim(1, -1)
+
+
 class Compared(Net):
     """A reward model: scores [B, 1] of single inputs, and [B, 2] of pairs, which run through the layers as 2B rows."""
 
@@ -226,6 +238,7 @@ CASES = (
     Case("squeezed_positions", "regression", lambda: Squeezed(3, 4, 1), normal(3, 3), normal(3), 1, n_rows=5, seed=15, sigma=0.9),
     Case("soft_positions", "classification", lambda: Net(3, 4, 3), normal(2, 3), soft_labels(2, 3), 3, n_rows=5, seed=16),
     Case("image_positions", "classification", lambda: Net(2, 4, 3), normal(2, 2, 2), labels(3, 2, 2, masked=True), 3, n_rows=5, seed=17),
+    Case("pixels", "classification", lambda: Pixels(1, 2, 3), normal(1, 3, 4), labels(3, 2, 2, masked=True), 3, n_rows=5, seed=23),
     Case("nested_inputs", "classification", lambda: NestedInputs(5, 4, 3), lambda n: (normal(2)(n), {"deep": [normal(3)(n)]}), labels(3), 3,
          seed=18, forward=lambda model, x: model(*x), batch=lambda x, y: (*x, y)),
     Case("two_inputs", "regression", lambda: TwoInputs(5, 4, 3), lambda n: (normal(2)(n), normal(3)(n)), normal(3), 3, seed=11,

@@ -163,7 +163,7 @@ class Problem:
 
         A pair counts once, with its margin for an output and the difference of its features.
         """
-        C, D = self.n_outputs, self.model.get_parameter(self.names[0]).shape[1]
+        C, D = self.n_outputs, self.model.get_parameter(self.names[0]).numel() // self.n_outputs
         G, A = torch.zeros(C, C).to(self.theta()), torch.zeros(D, D).to(self.theta())
         for datum in self.data:
             g, Lambda = datum.gradient, datum.output_hessian

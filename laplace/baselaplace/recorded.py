@@ -42,7 +42,7 @@ def nn_predictive_samples(
 def glm_predictive_distribution(
     self: Any, X: Inputs, joint: bool = False, diagonal_output: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Outputs before any link, C last, and their covariances (variances with ``diagonal_output``), or the joint ones."""
+    """Outputs before any link, C last, and their covariances (``diagonal_output``: variances), or the joint ones."""
     posterior = self._predicting_posterior
     with evaluating(self.model, enable_backprop=self.enable_backprop):
         inputs = self._checked_linearization(X)

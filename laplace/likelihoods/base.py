@@ -591,30 +591,19 @@ class AbstractLikelihood(ABC):
         shape
             Shape of the outputs, ``[batch, *positions, C]``.
         axis
-            The one where channels were seen; ``None`` if that is not known.
+            The one that was given, or where channels were seen; ``None`` if that is not known.
 
         Raises
         ------
         UnsupportedError
-            If channels are elsewhere, or were not seen and the shape of targets cannot tell.
+            If it was neither given nor seen, and the shape of targets cannot tell.
         """
         n_axes = len(shape)
-        if n_axes < 3 or axis == n_axes - 1:
-            return
-        if axis is not None:
-            msg = (
-                f"The outputs of the model are {list(shape)} with their channels on axis {axis}, where convolutions put"
-                " them. Outputs are read as [batch, *positions, C]: the last axis holds classes, or outputs of a "
-                f"regression. Wrap the model in a module that returns outputs.movedim({axis}, -1), and give soft labels"
-                " or regression targets the same order of axes."
-            )
-            raise UnsupportedError(msg)
-        if not self.tells_axis(shape):
+        if n_axes >= 3 and axis is None and not self.tells_axis(shape):
             msg = (
                 f"The outputs of the model are {list(shape)}, and neither their shape nor the functions that made them "
-                "tell which axis holds the classes or the outputs of a regression. Outputs are read as [batch, "
-                "*positions, C]. Wrap the model in a module that returns outputs.movedim(1, -1) if channels come after "
-                "the batch, and outputs.movedim(-1, -1) if they are last: that says so."
+                "tell which axis holds the classes or the outputs of a regression. Say so: output_dim=1 if channels "
+                "come after the batch, output_dim=-1 if they are last."
             )
             raise UnsupportedError(msg)
 

@@ -373,7 +373,7 @@ class FeatureExtractor(nn.Module):
             return f, phi
         pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
         if self.feature_reduction is not None and pooled:
-            return f, reduce(phi, self.feature_reduction, picked(f, made, self.feature_reduction))
+            return f, reduce(phi, self.feature_reduction, self._picked(f, made, self.feature_reduction))
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
@@ -383,10 +383,12 @@ class FeatureExtractor(nn.Module):
                 return f, phi.reshape(*f.shape[:-1], width)
         msg = (
             f"The last linear layer {name!r} maps features {list(phi.shape)} to {n_outputs} outputs, but the "
-            f"model returns {list(f.shape)}. "
+            f"model returns {list(f.shape)}. {self._said_axis(f)}"
         )
         if pooled:
-            fits = [repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r, picked(f, made, r)), layer)]
+            fits = [
+                repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r, self._picked(f, made, r)), layer)
+            ]
             found = f"; {' and '.join(fits)} reproduces its outputs on this batch" if fits else ""
             msg += f"It reduces positions: pass feature_reduction='pick_first', 'pick_last' or 'average'{found}. "
         elif head_of(layer).channels == 1 and f.shape[-1] == n_outputs:
@@ -394,6 +396,14 @@ class FeatureExtractor(nn.Module):
                 "If they are interpolated, interpolate what enters a 1×1 convolution instead: the outputs are the same."
             )
         raise ShapeError(msg + self._candidates())
+
+    def _picked(self, f: Tensor, made: Tensor, reduction: FeatureReduction) -> Tensor | None:
+        """The positions that are picked; on the first pass not all of them at the other end than was said."""
+        position = picked(f, made, reduction)
+        if position is None or self._verified:
+            return position
+        other_end = made[0, ..., 0].numel() - 1 if reduction is FeatureReduction.PICK_FIRST else 0
+        return None if bool((position == other_end).all()) else position
 
     def _explain_useless_reduction(self, phi: Tensor) -> None:
         assert self.feature_reduction is not None
@@ -422,7 +432,7 @@ class FeatureExtractor(nn.Module):
         """
         if self._verified:
             if f.numel() != made.numel() and self.feature_reduction:
-                made = reduce(made, self.feature_reduction, picked(f, made, self.feature_reduction))
+                made = reduce(made, self.feature_reduction, self._picked(f, made, self.feature_reduction))
             if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
                 return
         elif matches(f, phi, layer):
@@ -433,7 +443,13 @@ class FeatureExtractor(nn.Module):
             "order: something follows that layer (a softmax, a scaling: return the logits instead), another layer is "
             "the last one (pass last_layer_name=), the features are reduced in another way (feature_reduction=). "
         )
-        raise UnsupportedError(msg + self._candidates())
+        raise UnsupportedError(msg + self._said_axis(f) + self._candidates())
+
+    def _said_axis(self, f: Tensor) -> str:
+        """What may be wrong about an axis that was given."""
+        if self.reading.dim is None or f.dim() < 3:
+            return ""
+        return f"Maybe output_dim={self.reading.dim} is another axis than that of the outputs of the layer. "
 
     # -- which layers there are ---------------------------------------------------------------------------------------
 

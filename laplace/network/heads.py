@@ -2,7 +2,7 @@
 
 The outputs of every kind are ``W φ + b`` at each position: of a convolution φ is the patch of its input under the
 kernel. The order of the weights is that of ``W``, row by row, then the bias: of most kinds that of the parameters
-themselves, of those that keep inputs first (transposed convolutions, ``Conv1D`` of transformers) that of the transposed.
+themselves, of those that keep inputs first (transposed convolutions, ``Conv1D`` of transformers) of the transposed.
 """
 
 from __future__ import annotations

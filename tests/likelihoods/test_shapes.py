@@ -26,9 +26,6 @@ def test_channels_are_read_from_the_last_axis_alone(likelihood):
     for shape, axis in (((4, 3), 1), ((4, 3), None), ((4, 5, 3), 2), ((4, 5, 6, 3), 3)):
         likelihood.check_axes(shape, axis)
         assert likelihood.count_outputs(shape) == 3
-    for shape in ((4, 3, 5), (4, 3, 3), (4, 3, 5, 6)):
-        with pytest.raises(UnsupportedError, match="on axis 1, where convolutions put"):
-            likelihood.check_axes(shape, 1)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +43,7 @@ def test_channels_that_were_not_seen_are_told_by_targets_of_another_shape(likeli
     if told:
         likelihood.check_axes(shape, None)
         return
-    with pytest.raises(UnsupportedError, match="tell which axis"):
+    with pytest.raises(UnsupportedError, match=r"tell which axis.*output_dim=1 if"):
         likelihood.check_axes(shape, None)
 
 

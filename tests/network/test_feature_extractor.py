@@ -7,6 +7,7 @@ from torch import nn
 from laplace.enums import FeatureReduction
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.feature_extractor import FeatureExtractor
+from laplace.network.heads import head_of
 from tests.cases import CASES, KeywordInputs, Net, Reduced, Squeezed
 from tests.contracts import model_untouched
 from tests.tools import assert_close
@@ -62,7 +63,7 @@ def test_outputs_are_the_head_applied_to_the_features(case):
     assert extractor.last_layer is model.head
     assert_close(f, expected.reshape(*f.shape), "outputs")
     assert f.shape[:-1] == phi.shape[:-1]
-    assert_close(model.head(phi), f, "head applied to the features")
+    assert_close(head_of(model.head).outputs(model.head, phi), f, "head applied to the features")
     assert_close(extractor(x), f)
 
 
@@ -74,10 +75,11 @@ def test_the_last_layer_is_the_last_to_run_not_the_last_registered():
     assert_close(f, extractor.model(X))
 
 
-def test_a_name_chooses_the_layer_when_another_runs_last():
+def test_the_layer_that_produces_the_outputs_is_found_when_another_runs_last():
     model = TwoHeads().double()
-    with pytest.raises(UnsupportedError, match="last_layer_name"):
-        FeatureExtractor(model).find_last_layer(X)
+    extractor = FeatureExtractor(model)
+    assert_close(extractor.find_last_layer(X), model(X))
+    assert extractor.last_layer_name == "head"
     assert_close(FeatureExtractor(model, last_layer_name="head")(X), model(X))
 
 
@@ -113,7 +115,7 @@ def test_outputs_that_are_not_those_of_the_head_are_refused(function):
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Sequential(nn.Conv1d(3, 2, 1)), nn.Sequential(nn.Linear(3, 5), nn.Conv1d(5, 2, 1)), nn.Identity()],
+    [nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.Linear(3, 5), nn.Conv1d(5, 2, 1)), nn.Identity()],
     ids=["no linear layer", "convolution after it", "nothing"],
 )
 def test_models_without_a_linear_last_layer_are_refused(model):
@@ -157,13 +159,29 @@ class LastToken(Net):
         return super().forward(x)[torch.arange(len(x)), last]
 
 
-def test_a_reduction_that_stops_being_the_models_own_is_noticed_on_a_later_batch():
-    extractor = FeatureExtractor(LastToken(3, 5, 2).double(), feature_reduction="pick_last")
-    extractor.find_last_layer(SEQUENCE)
+@pytest.mark.parametrize("first", ["whole", "padded"])
+def test_the_position_that_is_picked_is_found_by_value(first):
+    """Padding moves it, on the first batch as on later ones."""
+    model = LastToken(3, 5, 2).double()
     padded = SEQUENCE.clone()
-    padded[0, -1] = 0.0
+    padded[0, -1], padded[2, 2:] = 0.0, 0.0
+    extractor = FeatureExtractor(model, feature_reduction="pick_last")
+    extractor.find_last_layer(SEQUENCE if first == "whole" else padded)
+    f, phi = extractor.forward_with_features(padded)
+    tokens = model.body(padded)
+    assert_close(phi, torch.stack([tokens[0, -2], tokens[1, -1], tokens[2, 1], *tokens[3:, -1]]))
+    assert_close(f, model.head(phi))
+    padded[:, 1:] = 0.0  # a token each: the first is the last
+    assert_close(extractor.forward_with_features(padded)[1], model.body(padded)[:, 0])
+
+
+def test_a_reduction_that_stops_being_the_models_own_is_noticed_on_a_later_batch():
+    model = Reduced("pick_last", 3, 5, 2).double()
+    extractor = FeatureExtractor(model, feature_reduction="pick_last")
+    extractor.find_last_layer(SEQUENCE)
+    model.reduction = "average"
     with pytest.raises(UnsupportedError, match="feature_reduction"):
-        extractor.forward_with_features(padded)
+        extractor.forward_with_features(SEQUENCE)
 
 
 def test_a_reduction_without_anything_to_reduce_is_reported():

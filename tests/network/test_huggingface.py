@@ -13,10 +13,12 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from laplace import Laplace
-from laplace.errors import UnsupportedError
+from laplace.errors import MissingKeyError
 from laplace.network.feature_extractor import FeatureExtractor
 from tests import reference
 from tests.cases import EVERYTHING, STRUCTURES
@@ -86,6 +88,7 @@ MODELS = {
     "distilbert": (distilbert, "classifier", row_labels, True, {}),
     "bert": (bert, "classifier", row_labels, True, {}),
     "gpt2": (gpt2, "score", row_labels, False, {"feature_reduction": "pick_last"}),
+    "gpt2 with padding": (gpt2, "score", row_labels, True, {"feature_reduction": "pick_last"}),
     "token classifier": (lambda: distilbert(DistilBertForTokenClassification), "classifier", token_labels, True, {}),
 }
 rows = pytest.mark.parametrize(("build", "head", "labels", "padded", "options"), MODELS.values(), ids=MODELS)
@@ -130,11 +133,18 @@ def test_hugging_face_models_predict_on_encodings_with_and_without_labels(build,
     assert_close(la(BatchEncoding({**x, "labels": labels()[:4]})), probabilities)
 
 
-def test_padding_that_moves_the_last_token_is_noticed():
-    """GPT-2 classifies the last token that is not padding, which is not always the last position."""
-    la = Laplace(gpt2(), "classification", feature_reduction="pick_last")
-    with pytest.raises(UnsupportedError, match="feature_reduction"):
-        la.fit(batches(row_labels(), padded=True))
+def test_the_main_input_is_what_the_model_calls_so():
+    """Of image models ``pixel_values``; ``dict_key_x=`` is left alone."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ViTConfig(image_size=4, patch_size=2, num_channels=1, num_labels=CLASSES, **sizes)
+    model = seeded(ViTForImageClassification, config)
+    images = torch.randn(ROWS, 1, 4, 4, dtype=torch.float64)
+    la = Laplace(model, "classification")
+    la.fit([{"pixel_values": images, "labels": row_labels()}])
+    assert la.last_layer_name == "classifier"
+    assert_close(la({"pixel_values": images}).sum(-1), torch.ones(ROWS, dtype=torch.float64))
+    with pytest.raises(MissingKeyError, match=r"'pixel_values'.*expected under 'images'"):
+        Laplace(model, "classification", dict_key_x="images").fit([{"pixel_values": images, "labels": row_labels()}])
 
 
 def test_a_language_model_with_a_tied_head_warns():
