@@ -30,6 +30,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
 from laplace.network import FeatureExtractor
 from laplace.network.heads import head_of
+from laplace.network.outputs import Reading
 
 
 @described_by(as_extractor)
@@ -90,16 +91,9 @@ class LLLaplace(ParametricLaplace):
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
     ) -> None:
+        how = Reading.of(output_key, output_fn, output_dim)
         extractor = as_extractor(
-            model,
-            last_layer_name,
-            enable_backprop,
-            feature_reduction,
-            dict_key_x,
-            dict_key_y,
-            output_key,
-            output_fn,
-            output_dim,
+            model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y, how
         )
         super().__init__(
             extractor,
@@ -297,16 +291,9 @@ class FunctionalLLLaplace(FunctionalLaplace):
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
     ) -> None:
+        how = Reading.of(output_key, output_fn, output_dim)
         extractor = as_extractor(
-            model,
-            last_layer_name,
-            enable_backprop,
-            feature_reduction,
-            dict_key_x,
-            dict_key_y,
-            output_key,
-            output_fn,
-            output_dim,
+            model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y, how
         )
         super().__init__(
             extractor,

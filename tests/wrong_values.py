@@ -201,6 +201,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "keywords": {"text": "x", "list": [1], "number": 3, "unknown": {"nope": 1}, "true": True},
     "scheduler": {"text": "step", "number": 3, "module": nn.Linear},
     "device": {"none": None, "text": "nowhere", "number": -7, "list": [], "true": True, "float": 0.5, "meta": "meta"},
+    "output key": {"list": [0], "true": True, "float": 1.0, "class": dict, "tensor": torch.ones(1)},
+    "output function": {"text": "logits", "number": 3, "list": [], "true": True, "no tensor": lambda f: None, "integers": lambda f: f.long()},
+    "axis": {"zero": 0, "text": "1", "true": True, "float": 1.0, "list": [1], "far": 9, "before": -9},
     "state": {"none": None, "text": "x", "empty": {}, "list": [], "number": 3, "other keys": {"a": 1}},
 }  # fmt: skip
 """Wrong values by the sort of keyword."""
@@ -230,6 +233,7 @@ SORTS = {
     "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",
     "sigma_noise_init": "positive", "fix_sigma_noise": "flag", "device": "device", "state_dict": "state",
+    "output_key": "output key", "output_fn": "output function", "output_dim": "axis",
 }  # fmt: skip
 """The sort of each keyword, wherever it stands; exceptions follow."""
 EXCEPTIONS = {

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
 from laplace.attributes import check_attribute
-from laplace.baselaplace import options, untuned
+from laplace.baselaplace import options, properties, untuned
 from laplace.baselaplace.described import described
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
-from laplace.errors import NotFittedError
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen
-from laplace.network import FeatureExtractor, ParameterSubset
+from laplace.network import ParameterSubset
 from laplace.network.outputs import Reading
 from laplace.predictive import Options
 from laplace.prior import GaussianPrior
@@ -85,6 +84,12 @@ class BaseLaplace(ABC):
         If a hyperparameter is not finite or not positive.
     """
 
+    backend_kwargs = properties.backend_kwargs
+    asdl_fisher_kwargs = properties.asdl_fisher_kwargs
+    curvature_dtype = properties.curvature_dtype
+    output_key = properties.output_key
+    output_fn = properties.output_fn
+    output_dim = properties.output_dim
     _reading: Reading
     """What the outputs are in what the model returns, and where predictions put them."""
     _unit_likelihood: AbstractLikelihood
@@ -118,8 +123,7 @@ class BaseLaplace(ABC):
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
     ) -> None:
-        told = isinstance(model, FeatureExtractor)
-        self._reading = model.reading if told else Reading.of(output_key, output_fn, output_dim)
+        self._reading = properties.reading_of(model, output_key, output_fn, output_dim)
         self.model = model
         self._unit_likelihood = chosen(likelihood)
         self.likelihood = self._unit_likelihood.name
@@ -337,14 +341,7 @@ class BaseLaplace(ABC):
 
     def _known(self, what: str) -> ParameterSubset:
         """The random weights, for something that needs them."""
-        subset = self._random_weights.subset
-        if subset is None:
-            msg = (
-                f"{what} needs the last layer, which is found by the first batch: name it (last_layer_name=), or call "
-                "fit(train_loader) first."
-            )
-            raise NotFittedError(msg)
-        return subset
+        return options.known(self._random_weights.subset, what)
 
     @property
     def params(self) -> list[Tensor]:
@@ -385,37 +382,6 @@ class BaseLaplace(ABC):
             self._backend = self._make_backend()
             self._backend.output_likelihood = self._unit_likelihood.at(torch.ones(()), 1.0, 1.0)
         return self._backend
-
-    @property
-    def backend_kwargs(self) -> dict[str, Any]:
-        """What the back end is constructed with, a copy."""
-        return dict(self._backend_kwargs)
-
-    @property
-    def asdl_fisher_kwargs(self) -> dict[str, Any]:
-        """What methods of an ASDL back end are given, a copy."""
-        return dict(self._asdl_fisher_kwargs)
-
-    @property
-    def output_key(self) -> str | int | None:
-        """Where the outputs are in what the model returns; ``None``: the tensor itself, or ``"logits"``."""
-        return self._reading.key
-
-    @property
-    def output_fn(self) -> Callable[[Any], Tensor] | None:
-        """The function from what the model returns to its outputs, if there is one."""
-        return self._reading.function
-
-    @property
-    def output_dim(self) -> int | None:
-        """The axis of the outputs that holds the C outputs, as given or, after a pass, as seen; ``None`` before."""
-        found = set(self._reading.seen.values())
-        return found.pop() if self._reading.dim is None and len(found) == 1 else self._reading.dim
-
-    @property
-    def curvature_dtype(self) -> torch.dtype | None:
-        """The precision that was asked for; ``None`` for that of the model, at least float32."""
-        return self._curvature_dtype
 
     @abstractmethod
     def _make_backend(self) -> CurvatureInterface:

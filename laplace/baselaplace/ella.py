@@ -10,21 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import last_layer
-from laplace.baselaplace.described import described, described_by
+from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
-from laplace.baselaplace.last_layer import as_extractor
-from laplace.baselaplace.random_weights import LastLayer
 from laplace.baselaplace.tuned import collected
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace.errors import InputError, numbered
 from laplace.fit import Fit
 from laplace.gp.feature_curvature import NystromCurvature
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions
 from laplace.gp.posterior import FeatureMap, FunctionLinearization
 from laplace.gp.subsample import Drawn, Reservoir, choose_columns
-from laplace.network import Batch, FeatureExtractor, full_precision
+from laplace.network import Batch, full_precision
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, finite, listed, nested, real, whole
@@ -417,68 +414,4 @@ class ELLA(FeatureLaplace):
     }
 
 
-@described_by(as_extractor)
-class LLELLA(ELLA):
-    """ELLA of a last layer: from features alone, without a Jacobian and without a backward pass."""
-
-    _weights_type = LastLayer
-    model: FeatureExtractor
-    last_layer_name = last_layer.last_layer_name
-    feature_reduction = last_layer.feature_reduction
-    enable_backprop = last_layer.enable_backprop
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood | str,
-        subsample_size: int,
-        n_eigenvalues: int,
-        sigma_noise: float | Tensor = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
-        seed: int = 1234,
-        *,
-        curvature_dtype: torch.dtype | None = None,
-        output_key: str | int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        output_dim: int | None = None,
-    ) -> None:
-        extractor = as_extractor(
-            model,
-            last_layer_name,
-            enable_backprop,
-            feature_reduction,
-            dict_key_x,
-            dict_key_y,
-            output_key,
-            output_fn,
-            output_dim,
-        )
-        super().__init__(
-            extractor,
-            likelihood,
-            subsample_size,
-            n_eigenvalues,
-            sigma_noise,
-            prior_precision,
-            prior_mean,
-            temperature,
-            extractor.enable_backprop,
-            extractor.dict_key_x,
-            extractor.dict_key_y,
-            backend,
-            backend_kwargs,
-            seed,
-            curvature_dtype=curvature_dtype,
-        )
-
-
-__all__ = ["ELLA", "LLELLA"]
+__all__ = ["ELLA"]

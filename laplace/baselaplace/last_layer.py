@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from laplace import checks
 from laplace.enums import FeatureReduction, choose
@@ -22,9 +21,7 @@ def as_extractor(
     feature_reduction: FeatureReduction | str | None,
     dict_key_x: str,
     dict_key_y: str,
-    output_key: str | int | None = None,
-    output_fn: Callable[[Any], Tensor] | None = None,
-    output_dim: int | None = None,
+    reading: Reading,
 ) -> FeatureExtractor:
     """A feature extractor around a model; what one was told before holds, unless the call says otherwise.
 
@@ -51,7 +48,6 @@ def as_extractor(
         raise UnsupportedError(msg)
     if feature_reduction is not None:
         feature_reduction = choose(FeatureReduction, feature_reduction, "feature_reduction")
-    reading = Reading.of(output_key, output_fn, output_dim)
     if isinstance(model, FeatureExtractor):
         reading = model.reading if reading == Reading() else reading
         last_layer_name = last_layer_name or model.last_layer_name

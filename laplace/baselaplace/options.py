@@ -14,8 +14,9 @@ from laplace import checks
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import AutogradGGN, CurvatureInterface
 from laplace.enums import LinkApprox, PredType, choose
-from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.errors import InputError, NotFittedError, ShapeError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, name_of
+from laplace.network import ParameterSubset
 from laplace.network.failures import checked_model
 from laplace.network.signatures import innermost
 from laplace.predictive import Options
@@ -63,6 +64,17 @@ def chosen_backend(
         )
         raise UnsupportedError(msg)
     return cls, own
+
+
+def known(subset: ParameterSubset | None, what: str) -> ParameterSubset:
+    """The random weights, for something that needs them."""
+    if subset is None:
+        msg = (
+            f"{what} needs the last layer, which is found by the first batch: name it (last_layer_name=), or call "
+            "fit(train_loader) first."
+        )
+        raise NotFittedError(msg)
+    return subset
 
 
 def one_number(name: str, value: Tensor) -> Tensor:

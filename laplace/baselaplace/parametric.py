@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import foreign, recipe, recorded, states, tuned
+from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
@@ -539,32 +539,8 @@ class ParametricLaplace(FittedLaplace):
         e = adjustments.excess_of(inputs, self._fitted, likelihood)
         return adjustments.applied(inputs, e, likelihood)
 
-    @property
-    def weight_uncertainty(self) -> bool:
-        """Whether predictions use the posterior's variance; ``tune`` chooses, and it may be assigned.
-
-        Samples of weights and functions, covariances and the evidence are those of the posterior in any case.
-        """
-        return self._adjustments.weight_uncertainty
-
-    @weight_uncertainty.setter
-    def weight_uncertainty(self, value: bool) -> None:
-        self._adjustments = replace(self._adjustments, weight_uncertainty=checks.flag("weight_uncertainty", value))
-
-    @property
-    def distance_scale(self) -> float:
-        """s²: how much wider predictions are where inputs are foreign, in units of them; ``tune`` chooses it.
-
-        Logits divided by the output temperature get the variance s² e(x), a regression σ² s² e(x)², with e the excess
-        of the distance of features over that of 95 % of the validation rows. May be assigned: 0 turns it off. Another
-        value must be positive (``InputError``) and needs a ``tune`` before, which looks at validation rows
-        (``UnsupportedError``).
-        """
-        return self._adjustments.scale
-
-    @distance_scale.setter
-    def distance_scale(self, value: float) -> None:
-        self._adjustments = self._adjustments.scaled(checks.number("distance_scale", value, from_zero=True))
+    weight_uncertainty = properties.weight_uncertainty
+    distance_scale = properties.distance_scale
 
     def ood_score(
         self,

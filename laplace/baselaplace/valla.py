@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import inducing, last_layer
-from laplace.baselaplace.described import described, described_by
+from laplace.baselaplace import inducing
+from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
-from laplace.baselaplace.last_layer import as_extractor
-from laplace.baselaplace.random_weights import LastLayer
 from laplace.baselaplace.variational import Source, scored
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood, LinkApprox, PredType
+from laplace.enums import Likelihood, LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
 from laplace.fit import Fit
 from laplace.gp.feature_curvature import NO_EVIDENCE, InducingCurvature
@@ -27,7 +25,7 @@ from laplace.gp.training import Parameters, Validation, train
 from laplace.gp.variational import InducingMap, Objective, kernel_factor, triangular_root
 from laplace.likelihoods import AbstractLikelihood
 from laplace.likelihoods.base import check_outputs
-from laplace.network import FeatureExtractor, evaluating, full_precision
+from laplace.network import evaluating, full_precision
 from laplace.network.batches import copied, count_rows, to_device
 from laplace.predictive import Linearization
 from laplace.schema import Known, Table, finite, listed, real, refuse, whole
@@ -429,74 +427,4 @@ class VaLLA(FeatureLaplace):
         return {**super().__getstate__(), "_map_cache": None}
 
 
-@described_by(as_extractor)
-class LLVaLLA(VaLLA):
-    """VaLLA of a last layer: from features alone, without a Jacobian and without a backward pass."""
-
-    _weights_type = LastLayer
-    model: FeatureExtractor
-    last_layer_name = last_layer.last_layer_name
-    feature_reduction = last_layer.feature_reduction
-    enable_backprop = last_layer.enable_backprop
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood | str,
-        inducing_locations: Inputs,
-        num_inducing: int | None = None,
-        inducing_classes: Tensor | Sequence[int] | None = None,
-        sigma_noise: float | Tensor = 1.0,
-        prior_precision: float | Tensor = 1.0,
-        prior_mean: float | Tensor = 0.0,
-        temperature: float = 1.0,
-        enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
-        seed: int = 0,
-        alpha: float = 1.0,
-        mc_softmax_samples: int = 0,
-        *,
-        curvature_dtype: torch.dtype | None = None,
-        output_key: str | int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        output_dim: int | None = None,
-    ) -> None:
-        extractor = as_extractor(
-            model,
-            last_layer_name,
-            enable_backprop,
-            feature_reduction,
-            dict_key_x,
-            dict_key_y,
-            output_key,
-            output_fn,
-            output_dim,
-        )
-        super().__init__(
-            extractor,
-            likelihood,
-            inducing_locations,
-            num_inducing,
-            inducing_classes,
-            sigma_noise,
-            prior_precision,
-            prior_mean,
-            temperature,
-            extractor.enable_backprop,
-            extractor.dict_key_x,
-            extractor.dict_key_y,
-            backend,
-            backend_kwargs,
-            seed,
-            alpha,
-            mc_softmax_samples,
-            curvature_dtype=curvature_dtype,
-        )
-
-
-__all__ = ["LLVaLLA", "VaLLA"]
+__all__ = ["VaLLA"]

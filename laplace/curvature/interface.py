@@ -150,7 +150,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         if self.network is not None:
             return list(self.network.subset.parameters)
         layer = self._head
-        return list(heads.head_of(layer).parameters(layer))
+        return list(heads.head_of(layer).tensors(layer))
 
     @property
     def params_dict(self) -> dict[str, Tensor]:
@@ -162,6 +162,13 @@ class CurvatureInterface(StructuredInterface, ABC):
     def buffers_dict(self) -> dict[str, Tensor]:
         """The buffers of the model by their names."""
         return dict(self.model.named_buffers())
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the parameter groups as structures see them: of a last layer ``(C, D)`` and ``(C,)``."""
+        if self.network is not None:
+            return [tuple(parameter.shape) for parameter in self.params]
+        return heads.head_of(self._head).groups(self._head)
 
     def zeros(self) -> Float[Tensor, " params"]:
         """As many zeros as there are random weights, ``[P]``, where curvature is computed and in its precision."""

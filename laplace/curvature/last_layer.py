@@ -299,7 +299,7 @@ class LastLayerEngine:
             f, phi = self.features(x)
             with full_precision(f.device):
                 positions = self.backend.positions(f, y)
-                likelihood, shapes = self.backend.output_likelihood, [tuple(p.shape) for p in self.backend.params]
+                likelihood, shapes = self.backend.output_likelihood, self.backend.shapes
                 phi, constant = likelihood.head_rows(positions, phi.to(positions.f.dtype))
                 of_bias = phi.new_full((len(phi), 1), constant)
                 blocks = [HeadBlock((phi if len(shape) > 1 else of_bias,), (shape,)) for shape in shapes]

@@ -115,7 +115,8 @@ class PackageInterface(CurvatureInterface):
         check_count(N)
         with self._private(x, y, HessianStructure.KRON, kwargs) as (loss, batch):
             if not len(batch.y):
-                return loss, Kron.init_from_model(self.params, loss.device, batch.f.dtype)
+                matrices = [part.reshape(shape) for part, shape in zip(self.params, self.shapes, strict=True)]
+                return loss, Kron.init_from_model(matrices, loss.device, batch.f.dtype)
             factors = self._kron(batch)
             left_out = [parameter.numel() for parameter in self.params[len(factors) :]]
             factors += [[batch.f.new_zeros(size, size)] for size in left_out]

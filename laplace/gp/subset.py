@@ -115,7 +115,7 @@ class Subset:
         features, constant = backend.output_likelihood.head_rows(positions, phi)
         datum = positions.datum if positions.datum is not None else torch.arange(len(features), device=features.device)
         here = torch.isin(datum, rows.to(datum.device))
-        features, shapes = features[here], tuple(tuple(parameter.shape) for parameter in backend.params)
+        features, shapes = features[here], tuple(backend.shapes)
         phis = (features, features.new_full((len(features), 1), constant))[: len(shapes)]
         self._note(datum[here] + self.n_seen, sum(phi.numel() for phi in phis))
         return SubsetKernel.of_head(HeadBlock(phis, shapes)), root[here]

@@ -19,7 +19,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,9 +27,10 @@ from laplace.enums import FeatureReduction, choose
 from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, warn
 from laplace.network import heads
 from laplace.network.batches import call, one_row
+from laplace.network.candidates import candidates, listed
 from laplace.network.failures import check_weights
 from laplace.network.heads import Head, head_of, is_head
-from laplace.network.modes import full_precision
+from laplace.network.matching import check_useful, close, matches, picked, reduce, unsqueezed
 from laplace.network.outputs import Reading
 from laplace.network.threads import together
 from laplace.types import Inputs
@@ -39,8 +39,6 @@ _HOOKS = threading.RLock()
 """Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
 
 
-LISTED = 5
-"""How many layers a message lists."""
 _SEEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("_SEEN", default=None)
 
 
@@ -369,11 +367,11 @@ class FeatureExtractor(nn.Module):
         n_outputs, width = head_of(layer).shape(layer)
         if f.shape == (*phi.shape[:-1], n_outputs):
             if self.feature_reduction is not None and not self._verified:
-                self._explain_useless_reduction(phi)
+                check_useful(self.feature_reduction, phi)
             return f, phi
         pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
         if self.feature_reduction is not None and pooled:
-            return f, reduce(phi, self.feature_reduction, self._picked(f, made, self.feature_reduction))
+            return f, reduce(phi, self.feature_reduction, self._position(f, made, self.feature_reduction))
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
@@ -387,7 +385,7 @@ class FeatureExtractor(nn.Module):
         )
         if pooled:
             fits = [
-                repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r, self._picked(f, made, r)), layer)
+                repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r, self._position(f, made, r)), layer)
             ]
             found = f"; {' and '.join(fits)} reproduces its outputs on this batch" if fits else ""
             msg += f"It reduces positions: pass feature_reduction='pick_first', 'pick_last' or 'average'{found}. "
@@ -399,25 +397,7 @@ class FeatureExtractor(nn.Module):
 
     def _picked(self, f: Tensor, made: Tensor, reduction: FeatureReduction) -> Tensor | None:
         """The positions that are picked; on the first pass not all of them at the other end than was said."""
-        position = picked(f, made, reduction)
-        if position is None or self._verified:
-            return position
-        other_end = made[0, ..., 0].numel() - 1 if reduction is FeatureReduction.PICK_FIRST else 0
-        return None if bool((position == other_end).all()) else position
-
-    def _explain_useless_reduction(self, phi: Tensor) -> None:
-        assert self.feature_reduction is not None
-        if phi.dim() >= 3:
-            msg = (
-                f"feature_reduction={self.feature_reduction.value!r} was given, but the model returns one output for "
-                "each position; leave it out to treat positions as they are."
-            )
-            raise UnsupportedError(msg)
-        msg = (
-            f"feature_reduction={self.feature_reduction.value!r} has nothing to reduce: the features of the last layer "
-            f"have the shape {list(phi.shape)} already."
-        )
-        warn(msg, UserWarning)
+        return picked(f, made, reduction, first=not self._verified)
 
     def _verify(self, f: Tensor, phi: Tensor, made: Tensor, layer: nn.Module, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
@@ -432,7 +412,7 @@ class FeatureExtractor(nn.Module):
         """
         if self._verified:
             if f.numel() != made.numel() and self.feature_reduction:
-                made = reduce(made, self.feature_reduction, self._picked(f, made, self.feature_reduction))
+                made = reduce(made, self.feature_reduction, self._position(f, made, self.feature_reduction))
             if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
                 return
         elif matches(f, phi, layer):
@@ -454,23 +434,10 @@ class FeatureExtractor(nn.Module):
     # -- which layers there are ---------------------------------------------------------------------------------------
 
     def _linear_layers(self) -> dict[str | None, nn.Module]:
-        """Those that may be the last, and quantized ones, which are refused by name."""
-        return {
-            name: layer for name, layer in self.model.named_modules() if is_head(layer) or heads.is_quantized(layer)
-        }
+        return candidates(self.model)
 
     def _candidates(self) -> str:
-        layers = {name: layer for name, layer in self._linear_layers().items() if is_head(layer)}
-        if not layers:
-            return (
-                "The model has no linear layer; a last-layer approximation needs one. What there can be "
-                f"(last_layer_name=): {heads.kinds()}."
-            )
-        shown = list(layers.items())[-LISTED:]
-        sizes = {name: head_of(layer).shape(layer) for name, layer in shown}
-        listed = ", ".join(f"{name!r} ({width} → {n})" for name, (n, width) in sizes.items())
-        which = f"The last {len(shown)} of {len(layers)} linear" if len(layers) > len(shown) else "Linear"
-        return f"{which} layers of the model, one of which last_layer_name= may choose: {listed}."
+        return listed(self.model)
 
     def _explain_unseen(self) -> None:
         """Raise an error that says why no linear layer was seen."""
@@ -498,67 +465,3 @@ class FeatureExtractor(nn.Module):
                 "It is treated as the weight of the last layer alone: features do not change with it."
             )
             warn(msg, UserWarning)
-
-
-def unsqueezed(f: Tensor, phi: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Outputs and features of one row with the axis of the batch, where the model squeezes all axes of one entry."""
-    phi = phi.unsqueeze(0) if phi.dim() == 1 else phi
-    n, (batch, *positions) = heads.n_outputs(layer), phi.shape[:-1]
-    orders = ((batch, *positions, n), (batch, n, *positions))
-    squeezed = [tuple(size for size in sizes if size != 1) for sizes in orders]
-    return (f.unsqueeze(0) if tuple(f.shape) in squeezed and len(phi) == 1 else f), phi
-
-
-def reduce(phi: Tensor, reduction: FeatureReduction, position: Tensor | None = None) -> Float[Tensor, "batch features"]:
-    """Reduce features ``[batch, *positions, features]`` to one row each: the average, or those of one position."""
-    flat = phi.flatten(1, -2)
-    if reduction is FeatureReduction.AVERAGE:
-        return flat.mean(1)
-    if position is None:
-        return flat[:, 0 if reduction is FeatureReduction.PICK_FIRST else -1]
-    return flat[torch.arange(len(flat), device=flat.device), position]
-
-
-def picked(f: Tensor, made: Tensor, reduction: FeatureReduction) -> Tensor | None:
-    """Which position a model picks for each row, ``[batch]``, where it is not the first or last of all rows.
-
-    Found by value: that whose outputs of the head ``[batch, *positions, C]`` are the outputs ``[batch, C]``; of equal
-    ones that nearest to the end that is asked for. Padding moves the position, and no mask is asked for it.
-    """
-    if reduction is FeatureReduction.AVERAGE or made.dim() < 3 or made.shape[0] != f.shape[0]:
-        return None
-    with torch.no_grad():
-        flat = made.detach().flatten(1, -2)
-        fixed = flat[:, 0 if reduction is FeatureReduction.PICK_FIRST else -1]
-        if fixed.shape != f.shape or close(f, fixed, f.dtype):
-            return None
-        distance = (flat - f.detach().unsqueeze(1)).abs().amax(-1)
-        if reduction is FeatureReduction.PICK_FIRST:
-            return distance.argmin(1)
-        return distance.shape[1] - 1 - distance.flip(1).argmin(1)
-
-
-def matches(f: Tensor, phi: Tensor, layer: nn.Module) -> bool:
-    """Whether ``f`` equals ``layer`` applied to ``phi``, to the square root of the coarsest dtype's precision."""
-    with torch.no_grad(), full_precision(f.device):
-        head = head_of(layer)
-        dtype = head.parameters(layer)[0].dtype
-        return close(
-            f, head.outputs(layer, phi.to(dtype)), max(f.dtype, dtype, phi.dtype, key=lambda d: torch.finfo(d).eps)
-        )
-
-
-def close(f: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether outputs agree, relative to the largest and to the square root of a dtype's precision.
-
-    NaN equals NaN here: what is not finite is reported by whoever uses the outputs, in its own words.
-    """
-    if expected.shape != f.shape:
-        return False
-    if expected.dtype is f.dtype and torch.equal(f, expected):
-        return True
-    with torch.no_grad():
-        f, expected = f.detach().double(), expected.detach().double()
-        finite = expected[torch.isfinite(expected)].abs()
-        size = float(finite.max()) if finite.numel() else 0.0
-        return torch.allclose(f, expected, rtol=0.0, atol=torch.finfo(dtype).eps ** 0.5 * size, equal_nan=True)

@@ -37,8 +37,16 @@ class Head:
     """From ``W`` to the shape in which the new layer keeps it."""
     channels: int = -1
     """The axis of its outputs that holds the C outputs."""
+    in_order: bool = True
+    """Whether the layer keeps the entries of ``W`` row by row."""
     objection: Callable[[Any], str | None] = lambda _: None
     """Why a layer of this kind cannot be taken, and what to do; ``None`` when it can."""
+
+    def tensors(self, layer: Any) -> tuple[Tensor, ...]:
+        """The tensors that hold its weights in that order, in which outputs can be differentiated if there are such."""
+        weight, *bias = self.parameters(layer)
+        own = getattr(layer, "weight", None) if self.in_order else None
+        return (own if isinstance(own, Tensor) else weight, *bias)
 
     def groups(self, layer: Any) -> list[tuple[int, ...]]:
         """Shapes of its parameter groups: ``(C, D)`` and, with a bias, ``(C,)``."""
@@ -79,9 +87,9 @@ def _as_it_comes(_: Any, x: Tensor) -> Tensor:
 def _linear(shape: Callable[[Any], tuple[int, int]], weight: Callable[[Any], Tensor], called: str) -> Head:
     """A kind whose features are its inputs."""
 
-    def plain(layer: Any, bias: bool) -> nn.Module:
+    def plain(layer: Any, with_bias: bool) -> nn.Module:
         n, width = shape(layer)
-        return nn.Linear(width, n, bias)
+        return nn.Linear(width, n, with_bias)
 
     return Head(called, shape, weight, _as_it_comes, plain, lambda _, weight: weight)
 
@@ -106,9 +114,9 @@ def _against_adapter(layer: Any) -> str | None:
     return objection(layer.base_layer)
 
 
-def _transformers_conv1d(layer: Any, bias: bool) -> nn.Module:
+def _transformers_conv1d(layer: Any, with_bias: bool) -> nn.Module:
     new = type(layer)(layer.weight.shape[1], layer.weight.shape[0])
-    if not bias:  # it has always one
+    if not with_bias:  # it has always one
         new.bias = None
     return new
 
@@ -182,17 +190,17 @@ def _convolution(kind: type[Any], *, transposed: bool) -> Head:
     def weight(layer: Any) -> Tensor:
         return (layer.weight.transpose(0, 1) if transposed else layer.weight).flatten(1)
 
-    def plain(layer: Any, bias: bool) -> nn.Module:
+    def plain(layer: Any, with_bias: bool) -> nn.Module:
         options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         more = {"output_padding": layer.output_padding} if transposed else {}
-        return kind(layer.in_channels, layer.out_channels, layer.kernel_size, bias=bias, **options, **more)
+        return kind(layer.in_channels, layer.out_channels, layer.kernel_size, bias=with_bias, **options, **more)
 
     def own(new: Any, weight: Tensor) -> Tensor:
         size = (new.out_channels, new.in_channels, *new.kernel_size)
         return weight.reshape(size).transpose(0, 1) if transposed else weight.reshape(size)
 
     features = _reached if transposed else _patches
-    return Head(f"torch.nn.{kind.__name__}", shape, weight, features, plain, own, 1, _against_groups)
+    return Head(f"torch.nn.{kind.__name__}", shape, weight, features, plain, own, 1, not transposed, _against_groups)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -222,6 +230,7 @@ HEADS: Mapping[str, Head] = {
         _as_it_comes,
         _transformers_conv1d,
         lambda _, weight: weight.T,
+        in_order=False,
     ),
     ADAPTED: Head(
         "a linear layer with LoRA",
@@ -230,6 +239,7 @@ HEADS: Mapping[str, Head] = {
         _as_it_comes,
         lambda layer, bias: HEADS[LINEAR].plain(layer.base_layer, bias),
         lambda _, weight: weight,
+        in_order=False,
         objection=_against_adapter,
     ),
 }

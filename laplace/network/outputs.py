@@ -105,6 +105,12 @@ class Reading:
             raise ShapeError(msg)
         return axis
 
+    @property
+    def found(self) -> int | None:
+        """The axis of the C outputs, as given, or as seen where all passes agree."""
+        axes = set(self.seen.values())
+        return axes.pop() if self.dim is None and len(axes) == 1 else self.dim
+
     def see(self, n_axes: int, axis: int | None) -> None:
         """Take note of the axis that a pass has shown; one that was given holds."""
         axis = axis if self.dim is None else self.axis(n_axes)
