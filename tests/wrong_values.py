@@ -202,8 +202,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "scheduler": {"text": "step", "number": 3, "module": nn.Linear},
     "device": {"none": None, "text": "nowhere", "number": -7, "list": [], "true": True, "float": 0.5, "meta": "meta"},
     "output key": {"list": [0], "true": True, "float": 1.0, "class": dict, "tensor": torch.ones(1)},
-    "output function": {"text": "logits", "number": 3, "list": [], "true": True, "no tensor": lambda f: None, "integers": lambda f: f.long()},
-    "axis": {"zero": 0, "text": "1", "true": True, "float": 1.0, "list": [1], "far": 9, "before": -9},
+    "output function": {"text": "logits", "number": 3, "list": [], "true": True},
+    "axis": {"zero": 0, "text": "1", "true": True, "float": 1.0, "list": [1]},
     "state": {"none": None, "text": "x", "empty": {}, "list": [], "number": 3, "other keys": {"a": 1}},
 }  # fmt: skip
 """Wrong values by the sort of keyword."""

@@ -371,7 +371,9 @@ class FeatureExtractor(nn.Module):
             return f, phi
         pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
         if self.feature_reduction is not None and pooled:
-            return f, reduce(phi, self.feature_reduction, self._position(f, made, self.feature_reduction))
+            return f, reduce(
+                phi, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
+            )
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
@@ -385,7 +387,9 @@ class FeatureExtractor(nn.Module):
         )
         if pooled:
             fits = [
-                repr(r.value) for r in FeatureReduction if matches(f, reduce(phi, r, self._position(f, made, r)), layer)
+                repr(r.value)
+                for r in FeatureReduction
+                if matches(f, reduce(phi, r, picked(f, made, r, first=not self._verified)), layer)
             ]
             found = f"; {' and '.join(fits)} reproduces its outputs on this batch" if fits else ""
             msg += f"It reduces positions: pass feature_reduction='pick_first', 'pick_last' or 'average'{found}. "
@@ -412,7 +416,9 @@ class FeatureExtractor(nn.Module):
         """
         if self._verified:
             if f.numel() != made.numel() and self.feature_reduction:
-                made = reduce(made, self.feature_reduction, self._position(f, made, self.feature_reduction))
+                made = reduce(
+                    made, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
+                )
             if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
                 return
         elif matches(f, phi, layer):

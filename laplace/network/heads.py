@@ -87,9 +87,9 @@ def _as_it_comes(_: Any, x: Tensor) -> Tensor:
 def _linear(shape: Callable[[Any], tuple[int, int]], weight: Callable[[Any], Tensor], called: str) -> Head:
     """A kind whose features are its inputs."""
 
-    def plain(layer: Any, with_bias: bool) -> nn.Module:
+    def plain(layer: Any, biased: bool) -> nn.Module:
         n, width = shape(layer)
-        return nn.Linear(width, n, with_bias)
+        return nn.Linear(width, n, biased)
 
     return Head(called, shape, weight, _as_it_comes, plain, lambda _, weight: weight)
 
@@ -114,9 +114,9 @@ def _against_adapter(layer: Any) -> str | None:
     return objection(layer.base_layer)
 
 
-def _transformers_conv1d(layer: Any, with_bias: bool) -> nn.Module:
+def _transformers_conv1d(layer: Any, biased: bool) -> nn.Module:
     new = type(layer)(layer.weight.shape[1], layer.weight.shape[0])
-    if not with_bias:  # it has always one
+    if not biased:  # it has always one
         new.bias = None
     return new
 
@@ -190,10 +190,10 @@ def _convolution(kind: type[Any], *, transposed: bool) -> Head:
     def weight(layer: Any) -> Tensor:
         return (layer.weight.transpose(0, 1) if transposed else layer.weight).flatten(1)
 
-    def plain(layer: Any, with_bias: bool) -> nn.Module:
+    def plain(layer: Any, biased: bool) -> nn.Module:
         options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         more = {"output_padding": layer.output_padding} if transposed else {}
-        return kind(layer.in_channels, layer.out_channels, layer.kernel_size, bias=with_bias, **options, **more)
+        return kind(layer.in_channels, layer.out_channels, layer.kernel_size, bias=biased, **options, **more)
 
     def own(new: Any, weight: Tensor) -> Tensor:
         size = (new.out_channels, new.in_channels, *new.kernel_size)
