@@ -2,7 +2,7 @@
 # # Where a segmentation network may be wrong
 #
 # A network says of each pixel what it belongs to: here digits lie on photographs, and it knows zeros, ones and sevens.
-# At which pixels is it wrong? And does it notice a digit that it has never seen? (The first works, the second does not.)
+# At which pixels is it wrong? And does it notice a digit that it has never seen? (It does not.)
 #
 # The network returns class scores `[batch, C, H, W]`, as segmentation networks do, in a dictionary beside something
 # else. Nothing has to be said about the axis of the classes: the last layer is a convolution. Where the scores are is
@@ -64,7 +64,7 @@ def scenes(digits: np.ndarray, labels: np.ndarray, photo: np.ndarray, noise: np.
 def data() -> dict[str, TensorDataset]:
     """Images to train on, to choose the temperature on, to test on, and some with a digit that was never seen."""
     noise = np.random.default_rng(0)
-    digits, labels = load_digits(return_X_y=True)
+    digits, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     digits = digits.reshape(-1, 8, 8)
     temple, flower = (image.mean(-1)[::2, ::2] / 255 for image in load_sample_images().images)
     known = noise.permutation(np.flatnonzero(np.isin(labels, KNOWN)))
@@ -190,7 +190,9 @@ def main(output: Path, steps: int) -> None:
     assert probabilities.shape == plain.shape == (len(x), len(CLASSES), SIZE, SIZE)
     table = {"network": scores(plain, y), "Laplace": scores(probabilities, y)}
     lines = ["| | " + " | ".join(table["network"]) + " |", "|---" * 5 + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |" for name, row in table.items()]
+    lines += [
+        f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |" for name, row in table.items()
+    ]
     doubt, doubt_foreign = 1 - probabilities.amax(1), 1 - la(foreign).amax(1)
     far, far_foreign = la.ood_score(x, "density"), la.ood_score(foreign, "density")
     lines += [

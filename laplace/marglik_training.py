@@ -25,6 +25,7 @@ from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOf
 from laplace.errors import InputError, UnsupportedError
 from laplace.laplace import Laplace
 from laplace.network import WholeNetwork, iterate
+from laplace.network.outputs import Reading
 from laplace.prior import GaussianPrior, fix_prior_prec_structure
 from laplace.tuning.weights import (
     MAPObjective,
@@ -67,6 +68,9 @@ def marglik_training(
     backend_kwargs: dict[str, Any] | None = None,
     asdl_fisher_kwargs: dict[str, Any] | None = None,
     curvature_dtype: torch.dtype | None = None,
+    output_key: str | int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    output_dim: int | None = None,
 ) -> tuple[ParametricLaplace, nn.Module, list[float], list[float]]:
     """Train weights and hyperparameters together, by the log marginal likelihood of the training data alone.
 
@@ -182,6 +186,9 @@ def marglik_training(
         backend=backend,
         backend_kwargs=backend_kwargs,
         curvature_dtype=curvature_dtype,
+        output_key=output_key,
+        output_fn=output_fn,
+        output_dim=output_dim,
         **further,
     )
     # Estimators and back end check the options: here, before anything is trained.
@@ -189,7 +196,8 @@ def marglik_training(
     hyper = _Hyperparameters(la, prior_structure, lr_hyp, fix_sigma_noise)
     la = approximation(**hyper.named())
     device = la.backend.params[0].device
-    network = WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+    reading = Reading.of(output_key, output_fn, output_dim)
+    network = WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y, reading=reading)
     batches = partial(iterate, train_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, device=device)
     optimizer = make_optimizer(network.subset.parameters, optimizer_cls, optimizer_kwargs)
     scheduler = make_scheduler(optimizer, scheduler_cls, scheduler_kwargs)

@@ -252,6 +252,9 @@ ELSEWHERE = {
     "dict_key_y",
     "curvature_dtype",
     "asdl_fisher_kwargs",
+    "output_key",
+    "output_fn",
+    "output_dim",
 }
 """Keywords with a test of their own."""
 
@@ -286,6 +289,32 @@ def test_batches_may_be_mappings_under_other_keys():
         short(REGRESSION, Named(REGRESSION.model()), loader, dict_key_x="pixels")
     with pytest.raises(InputError, match="dict_key_x"):
         short(REGRESSION, Named(REGRESSION.model()), loader, dict_key_y="truth")
+
+
+def test_outputs_may_be_anywhere_in_what_the_model_returns():
+    class Returns(nn.Module):
+        """Outputs with positions, as the model has them or with channels first, beside something else."""
+
+        def __init__(self, axis: int):
+            super().__init__()
+            self.axis, self.layer = axis, nn.Linear(3, 2).double()
+            with torch.no_grad():
+                self.layer.weight.fill_(0.1)
+                self.layer.bias.zero_()
+
+        def forward(self, x: Tensor) -> Any:
+            f = self.layer(x)
+            return f if self.axis == -1 else (x, f.movedim(-1, self.axis))
+
+    x = torch.linspace(-1, 1, 60).double().reshape(5, 4, 3)
+    y = x[..., :2].square()
+    options: dict[str, Any] = {"n_epochs": 3, "n_epochs_burnin": 1, "marglik_frequency": 1, "n_hypersteps": 2}
+    plain = marglik_training(Returns(-1), [(x, y)], "regression", **options)
+    for told in ({"output_key": 1}, {"output_fn": lambda returned: returned[1], "output_dim": 1}):
+        found = marglik_training(Returns(1), [(x, y.movedim(-1, 1))], "regression", **options, **told)
+        assert found[2:] == pytest.approx(plain[2:])
+        assert torch.allclose(found[0].mean, plain[0].mean)
+        assert torch.allclose(found[0](x)[0], plain[0](x)[0].movedim(-1, 1))
 
 
 def test_predictions_are_differentiable_on_request():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from laplace.network import heads
 from laplace.network.heads import head_of, is_head
@@ -31,4 +31,15 @@ def listed(model: nn.Module) -> str:
     return f"{which} layers of the model: {text}; last_layer_name= chooses one."
 
 
-__all__ = ["candidates", "listed"]
+def sharing(model: nn.Module, layer: nn.Module, weight: Tensor) -> list[str]:
+    """Names under which modules outside a layer hold its weight."""
+    inside = set(layer.modules())
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter is weight and module not in inside
+    ]
+
+
+__all__ = ["candidates", "listed", "sharing"]

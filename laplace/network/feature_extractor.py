@@ -27,7 +27,7 @@ from laplace.enums import FeatureReduction, choose
 from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, warn
 from laplace.network import heads
 from laplace.network.batches import call, one_row
-from laplace.network.candidates import candidates, listed
+from laplace.network.candidates import candidates, listed, sharing
 from laplace.network.failures import check_weights
 from laplace.network.heads import Head, head_of, is_head
 from laplace.network.matching import check_useful, close, matches, picked, reduce, unsqueezed
@@ -459,12 +459,7 @@ class FeatureExtractor(nn.Module):
         if not isinstance(weight, Tensor):
             return
         check_weights({f"{self.last_layer_name}.weight": weight})
-        owners = [
-            f"{name}.{key}"
-            for name, module in self.model.named_modules()
-            for key, parameter in module.named_parameters(recurse=False)
-            if parameter is weight and module is not layer
-        ]
+        owners = sharing(self.model, layer, weight)
         if owners and not self.only_looks:
             msg = (
                 f"The weight of the last layer {self.last_layer_name!r} is tied to {', '.join(map(repr, owners))}. "

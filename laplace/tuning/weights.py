@@ -47,7 +47,7 @@ class MAPObjective:
         _check_finite(penalty, "weights")
         x, y = differentiable((batch.x, batch.y))
         f = self.network(x)
-        positions = self.likelihood.flatten(f, y)
+        positions = self.likelihood.flatten(f, self.network.reading.targets(y))
         positions = positions.to(torch.promote_types(f.dtype, torch.float32))
         nll = self.likelihood.nll(positions.f, positions.y)
         loss = nll / len(y) + penalty / self.n_rows

@@ -114,3 +114,34 @@ def test_adapters_that_scale_activations_get_their_exact_block():
     kron = engine.kron(encode(), row_labels(), N=1)[1].to_matrix()
     size = next(p.numel() for p in model.parameters() if p.requires_grad)
     assert_close(kron[:size, :size], truth.ggn()[:size, :size])
+
+
+class Adaptable(torch.nn.Module):
+    """A head that adapters can wrap."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(3, 5), torch.nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_an_adapted_head_is_the_head_that_it_is_merged_into(structure):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["head"], r=2, init_lora_weights=False)
+        model = get_peft_model(Adaptable(), config).double().eval()
+        x, y = torch.randn(9, 3).double(), torch.arange(9) % CLASSES
+    adapted = Laplace(model, "classification", hessian_structure=structure)
+    with model_untouched(model):
+        adapted.fit([(x, y)])
+    assert adapted.last_layer_name == "base_model.model.head"
+    found, mean, head = adapted(x), adapted.mean, adapted.head_
+    merged = Laplace(model.merge_and_unload(), "classification", hessian_structure=structure)
+    merged.fit([(x, y)])
+    assert_close(mean, merged.mean)
+    assert_close(found, merged(x))
+    phi = merged.model.model.body(x).tanh()
+    assert_close(head(phi), merged.model.model(x))
