@@ -117,6 +117,19 @@ def test_predictions_are_those_of_the_network_that_moves_its_channels(kind, like
     compare(drawn[0], drawn[1].movedim(-1, 2))
 
 
+@pytest.mark.parametrize("kind", ["last_layer kron", "all diag", "process last_layer"])
+@pytest.mark.parametrize("name", ["labels", "numbers"])
+def test_parts_of_a_prediction_have_the_layout_of_the_model(kind, name):
+    found, truth = both(kind, *TARGETS[name])
+    seed = torch.Generator().manual_seed
+    told, expected = (la.predict(NEW, generator=seed(0)) for la in (found, truth))
+    compare(told.mean, found(NEW) if name == "labels" else found(NEW)[0])
+    for one, other in zip(told.as_tuple(), expected.as_tuple(), strict=True):
+        compare(one, other.movedim(-1, 1) if other.dim() == 4 else other)
+    parts = [found.predict(part, generator=seed(0)).mean for part in NEW.split(1)]
+    compare(torch.cat(parts), told.mean)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_the_posterior_of_a_convolution_is_that_of_brute_force(structure, likelihood):

@@ -51,6 +51,9 @@ CONSTRUCTOR = {
     "backend_kwargs": {"backend_kwargs": {"stochastic": True, "generator": "seeded"}},
     "asdl_fisher_kwargs": {"asdl_fisher_kwargs": {"fisher_type": "mc"}},
     "curvature_dtype": {"curvature_dtype": torch.float32},
+    "output_key": {"output_key": 0},
+    "output_fn": {"output_fn": len},
+    "output_dim": {"output_dim": 2},
 }
 
 
@@ -60,7 +63,9 @@ def test_the_table_covers_every_keyword_of_the_constructors(cls):
     assert keywords <= set(CONSTRUCTOR)
 
 
-SIMPLE = sorted(set(CONSTRUCTOR) - {"likelihood", "feature_reduction", "dict_key_x", "dict_key_y", "last_layer_name"})
+ABOUT_MODELS = {"likelihood", "feature_reduction", "dict_key_x", "dict_key_y", "last_layer_name"}
+ABOUT_OUTPUTS = {"output_key", "output_fn", "output_dim"}
+SIMPLE = sorted(set(CONSTRUCTOR) - ABOUT_MODELS - ABOUT_OUTPUTS)
 
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
@@ -74,6 +79,12 @@ def test_every_keyword_of_the_constructor_has_an_effect_or_an_error(keyword, str
             outcome(REGRESSION, structure, **options)
     else:
         assert differs(outcome(REGRESSION, structure, **options), outcome(REGRESSION, structure))
+
+
+@pytest.mark.parametrize("keyword", sorted(ABOUT_OUTPUTS))
+def test_the_keywords_about_outputs_are_not_passed_over(keyword):
+    with pytest.raises((UnsupportedError, ValueError), match=keyword):
+        outcome(REGRESSION, "full", **CONSTRUCTOR[keyword])
 
 
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])

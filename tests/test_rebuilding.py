@@ -29,6 +29,7 @@ COMMON = {
     "dict_key_x": "pixels",
     "dict_key_y": "truth",
     "curvature_dtype": torch.float64,
+    "output_dim": 1,
     "backend": CurvlinopsGGN,
     "backend_kwargs": {"stochastic": True, "num_samples": 3},
 }
@@ -51,7 +52,7 @@ OTHERS = {
     "asdl_fisher_kwargs": {"data_size": 2},
 }
 """Those that not every class has."""
-TWO_ITEM = {"captured_trace", "feature_reduction", "mc_softmax_samples", "last_layer_name", "model"}
+TWO_ITEM = {"captured_trace", "output_fn", "output_key", "feature_reduction", "mc_softmax_samples", "last_layer_name", "model"}
 """What another option excludes, or regression does; see the tests below."""
 
 

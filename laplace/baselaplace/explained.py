@@ -99,7 +99,7 @@ def _at(la: Any, x: Inputs, options: Options, model_kwargs: dict[str, Any]) -> P
             )
     if la._is_untuned:
         la._compared(seen.f, found, likelihood)
-    return told
+    return told.with_each(la._reading.returned)
 
 
 __all__ = ["predict"]

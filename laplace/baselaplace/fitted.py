@@ -63,8 +63,7 @@ class FittedLaplace(BaseLaplace):
         dtype = {} if self._curvature_dtype is None else {"curvature_dtype": self._curvature_dtype}
         options: dict[str, Any] = {**dtype, **self._backend_kwargs, **keys, **self._random_weights.backend_options()}
         backend = self._backend_cls(self.model, self.likelihood, **options)
-        if backend.network is not None:
-            backend.network.reading = self._reading
+        self._random_weights.tell(backend)
         self._check_backend(backend)
         return backend
 

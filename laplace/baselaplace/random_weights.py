@@ -86,6 +86,11 @@ class AllWeights:
         """What a back end is told about them."""
         return {"last_layer": False}
 
+    def tell(self, backend: CurvatureInterface) -> None:
+        """Let a back end read outputs as this object does; what one of them sees, both know."""
+        if backend.network is not None:
+            backend.network.reading = self.reading
+
     def check_unchanged(self) -> None:
         """Raise if other weights require a gradient than when this object was made."""
         self.whole.check_still_random()

@@ -114,7 +114,7 @@ class Reading:
     def see(self, n_axes: int, axis: int | None) -> None:
         """Take note of the axis that a pass has shown; one that was given holds."""
         axis = axis if self.dim is None else self.axis(n_axes)
-        if axis is not None:
+        if axis is not None and n_axes > 2:
             self.seen[n_axes] = axis
 
     def last(self, f: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Reading:
         axis = self.axis(f.dim())
         if axis is None:
             return f
-        self.seen[f.dim()] = axis
+        self.see(f.dim(), axis)
         return f if axis == f.dim() - 1 else f.movedim(axis, -1)
 
     def targets(self, y: Tensor) -> Tensor:

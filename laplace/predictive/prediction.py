@@ -25,7 +25,7 @@ class Prediction:
     ----------
     mean
         Of classes their probabilities, else the expected target (of a reward model the score), ``[batch, *positions,
-        C]``.
+        C]``, or with C where the model has it.
     epistemic_variance
         Of E[y | weights], in target units squared, in the shape of ``mean``.
     aleatoric_variance
@@ -47,13 +47,20 @@ class Prediction:
     (torch.Size([32, 10]), torch.Size([32]))
     """
 
-    mean: Float[Tensor, "*rows outputs"]
-    epistemic_variance: Float[Tensor, "*rows outputs"] | None = None
-    aleatoric_variance: Float[Tensor, "*rows outputs"] | None = None
-    total_variance: Float[Tensor, "*rows outputs"] | None = None
-    entropy: Float[Tensor, "*rows"] | None = None
-    expected_entropy: Float[Tensor, "*rows"] | None = None
-    mutual_information: Float[Tensor, "*rows"] | None = None
+    mean: Float[Tensor, "*rows"]
+    epistemic_variance: Float[Tensor, "*rows"] | None = None
+    aleatoric_variance: Float[Tensor, "*rows"] | None = None
+    total_variance: Float[Tensor, "*rows"] | None = None
+    entropy: Float[Tensor, "..."] | None = None
+    expected_entropy: Float[Tensor, "..."] | None = None
+    mutual_information: Float[Tensor, "..."] | None = None
+
+    def with_each(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        """With a function of each part in the shape of ``mean``, such as another order of axes."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        n_axes = self.mean.dim()
+        changed = {name: function(v) for name, v in parts.items() if v is not None and v.dim() == n_axes}
+        return Prediction(**{**parts, **changed})
 
     def as_tuple(self) -> tuple[Tensor, ...]:
         """The parts that are there, in the order of the attributes: the mean first."""
