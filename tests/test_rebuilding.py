@@ -52,7 +52,15 @@ OTHERS = {
     "asdl_fisher_kwargs": {"data_size": 2},
 }
 """Those that not every class has."""
-TWO_ITEM = {"captured_trace", "output_fn", "output_key", "feature_reduction", "mc_softmax_samples", "last_layer_name", "model"}
+TWO_ITEM = {
+    "captured_trace",
+    "output_fn",
+    "output_key",
+    "feature_reduction",
+    "mc_softmax_samples",
+    "last_layer_name",
+    "model",
+}
 """What another option excludes, or regression does; see the tests below."""
 
 

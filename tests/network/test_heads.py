@@ -96,13 +96,15 @@ def test_a_layer_at_other_weights_is_of_the_same_kind(layer, x):
     assert_close(head_of(new).weight(new), weight)
 
 
-@every_layer
-def test_derivatives_in_the_weights_are_features(layer, x):
-    """By autograd, in the order of the weight as a matrix: of plain layers that of the parameter itself."""
+IN_ORDER = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@pytest.mark.parametrize("name", [name for name, (layer, _) in EXAMPLES.items() if type(layer) in IN_ORDER])
+def test_derivatives_in_the_weights_are_features(name):
+    """By autograd, in the order of the parameter itself."""
+    layer, x = EXAMPLES[name][0], EXAMPLES[name][1].double()
     head = head_of(layer)
     phi, weight = head.features(layer, x), head.weight(layer)
-    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or hasattr(layer, "parametrizations"):
-        pytest.skip("the parameter is another one than the weight")
     made = torch.autograd.functional.jacobian(
         lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)).movedim(head.channels, -1),
         layer.weight.detach(),
