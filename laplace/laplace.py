@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,7 @@ from laplace.lllaplace import (
     KronLLLaplace,
     LowRankLLLaplace,
 )
+from laplace.several import SeveralHeads
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
@@ -66,7 +68,7 @@ FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLapla
 
 def Laplace(
     model: nn.Module,
-    likelihood: Likelihood | str | AbstractLikelihood,
+    likelihood: Likelihood | str | AbstractLikelihood | Mapping[str | int, str | AbstractLikelihood],
     subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
     hessian_structure: HessianStructure | str = HessianStructure.KRON,
     *args: Any,
@@ -124,6 +126,17 @@ def Laplace(
             f"functional_approximation: {processes}."
         )
         raise UnsupportedError(msg)
+    if isinstance(likelihood, Mapping):
+        fixed = {"functional_approximation": approximation} if functional else {}
+
+        def make(one: Any, **own: Any) -> Any:
+            if clash := sorted({"output_key", "output_fn", "output_dim"} & kwargs.keys()):
+                msg = f"{', '.join(clash)}: the outputs of several heads are found by the keys of likelihood=."
+                raise UnsupportedError(msg)
+            return Laplace(model, one, subset, structure, *args, **fixed, **kwargs, **own)
+
+        is_joint = subset is not SubsetOfWeights.LAST_LAYER
+        return SeveralHeads(model, likelihood, make, is_joint=is_joint, dict_key_y=kwargs.get("dict_key_y", "labels"))
     options = [name for name in checks.options_of(cls) if name != "model"]
     checks.known_options(cls.__name__, kwargs, options)
     return cls(model, likelihood, *args, **kwargs)
