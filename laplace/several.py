@@ -31,7 +31,7 @@ from laplace.types import Inputs, Scalar
 
 Key = str | int
 LOADERS = ("val_loader", "train_loader")
-Make = Callable[..., FittedLaplace]
+Make = Callable[..., Any]
 """Constructs an estimator from a likelihood and options."""
 
 
@@ -135,13 +135,15 @@ class SeveralHeads:
         self.model, self.dict_key_y = model, dict_key_y
         self.likelihoods = {key: chosen(likelihood) for key, likelihood in likelihoods.items()}
         for key, likelihood in self.likelihoods.items():
-            if likelihood.compares:
+            try:
+                likelihood.check_rows()
+            except UnsupportedError as error:
                 msg = f"Head {key!r}: likelihood={likelihood.name!r} compares inputs, and has no place among heads."
-                raise UnsupportedError(msg)
+                raise UnsupportedError(msg) from error
         self._make, self._is_joint = make, is_joint
-        self._heads: dict[Key, FittedLaplace] = {}
+        self._heads: dict[Key, Any] = {}
         self._parts: tuple[Part, ...] = ()
-        self._joint: FittedLaplace | None = None
+        self._joint: Any = None
         if not is_joint:
             self._heads = {key: make(one, output_key=key) for key, one in likelihoods.items()}
         else:
@@ -190,7 +192,7 @@ class SeveralHeads:
         return self._joint
 
     @property
-    def _estimators(self) -> list[FittedLaplace]:
+    def _estimators(self) -> list[Any]:
         return [self.joint] if self._is_joint else list(self._heads.values())
 
     # -- learning -----------------------------------------------------------------------------------------------------
@@ -357,11 +359,11 @@ class SeveralHeads:
             if isinstance(x, Iterator):
                 self._check_readable(x)
             return {key: la.predict(x, **options) for key, la in self._heads.items()}
-        batches = [inputs_of(batch, self.joint._device) for batch in x] if is_loader(x) else [x]
+        la: Any = self.joint
+        batches = [inputs_of(batch, la._device) for batch in x] if is_loader(x) else [x]
         if not batches:
             msg = "The loader yields no batch: there is nothing to predict."
             raise InputError(msg)
-        la = self.joint
 
         def told(found: Any, view: SomeOutputs, likelihood: AbstractLikelihood, how: Any) -> Prediction:
             posterior = la._frozen_posterior
@@ -370,7 +372,7 @@ class SeveralHeads:
                 view,
                 posterior,
                 likelihood,
-                lambda: likelihood.expectation(la._samples_at(view, posterior, how)),  # pyright: ignore
+                lambda: likelihood.expectation(la._samples_at(view, posterior, how)),
                 la._dtype,
             )
 
@@ -379,7 +381,7 @@ class SeveralHeads:
 
     def _at(self, x: Inputs, asked: dict[str, Any], then: Callable[..., Any]) -> dict[Key, Any]:
         """What is made of each head's prediction, of one pass of the model."""
-        la = self.joint
+        la: Any = self.joint
         posterior, results = la._frozen_posterior, {}
         options = {part.key: part_options(part.likelihood, la._device, asked) for part in self._parts}
         kinds = {how.pred_type for how in options.values()}
@@ -481,7 +483,8 @@ def part_options(likelihood: AbstractLikelihood, device: torch.device, asked: Ma
     """How to predict a head, checked."""
     known = [name for name in checks.options_of(prediction_options) if name not in ("likelihood", "device")]
     checks.known_options("__call__", asked, known)
-    return prediction_options(likelihood, device, **{"pred_type": PredType.GLM, **asked})
+    given: dict[str, Any] = {"pred_type": PredType.GLM, **asked}
+    return prediction_options(likelihood, device, **given)
 
 
 __all__ = ["SeveralHeads"]

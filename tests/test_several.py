@@ -93,7 +93,7 @@ def parts(found: Any) -> tuple[Tensor, ...]:
 
 def dense(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of both heads side by side and their Jacobians, by reverse mode."""
-    weights = dict(model.named_parameters())
+    weights: dict[str, Tensor] = dict(model.named_parameters())
 
     def outputs(given: dict[str, Tensor]) -> Tensor:
         found = functional_call(model, given, (x,))
@@ -113,13 +113,14 @@ def test_all_weights_are_those_of_both_heads(structure: str) -> None:
     curvature = torch.zeros(30, 5, 5, dtype=torch.float64)
     curvature[:, :3, :3] = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     curvature[:, 3:, 3:] = torch.eye(2) / SIGMA**2
-    H = torch.einsum("nap,nab,nbq->pq", J, curvature, J)
-    if structure == "diag":
-        H = torch.diag(H.diagonal())
-    if structure == "blockdiag":
-        sizes = [weight.numel() for weight in model.parameters()]
-        H = H * torch.block_diag(*(torch.ones(n, n, dtype=torch.float64) for n in sizes))
-    precision = H + 0.7 * torch.eye(len(H))
+    whole = torch.einsum("nap,nab,nbq->pq", J, curvature, J)
+    sizes = [weight.numel() for weight in model.parameters()]
+    kept = {
+        "full": torch.ones_like(whole),
+        "diag": torch.eye(len(whole)),
+        "blockdiag": torch.block_diag(*(torch.ones(n, n) for n in sizes)),
+    }
+    precision = whole * kept[structure] + 0.7 * torch.eye(len(whole))
     covariance = J @ torch.linalg.inv(precision) @ J.mT
     mean, cov = la(X)["size"]
     torch.testing.assert_close(mean, f[:, 3:])
@@ -129,7 +130,7 @@ def test_all_weights_are_those_of_both_heads(structure: str) -> None:
     nll = -p.gather(1, Y["kind"][:, None]).log().sum()
     nll = nll - torch.distributions.Normal(f[:, 3:], SIGMA).log_prob(Y["size"]).sum()
     theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    logs = torch.linalg.slogdet(precision)[1] - len(H) * torch.log(torch.tensor(0.7, dtype=torch.float64))
+    logs = torch.linalg.slogdet(precision)[1] - len(whole) * torch.log(torch.tensor(0.7, dtype=torch.float64))
     torch.testing.assert_close(la.log_marginal_likelihood(), -nll - 0.5 * (logs + 0.7 * theta.square().sum()))
 
 
