@@ -90,8 +90,9 @@ class LLLaplace(ParametricLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
-        how = Reading.of(output_key, output_fn, output_dim)
+        how = Reading.of(output_key, output_fn, output_dim, shift_labels)
         extractor = as_extractor(
             model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y, how
         )
@@ -170,6 +171,7 @@ class KronLLLaplace(LLLaplace, KronLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -190,6 +192,7 @@ class KronLLLaplace(LLLaplace, KronLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self.damping = damping
 
@@ -222,6 +225,7 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
         rank: int | None = None,
         captured_trace: float | None = None,
     ) -> None:
@@ -244,6 +248,7 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self._truncation = checked_truncation(rank, captured_trace)
 
@@ -290,8 +295,9 @@ class FunctionalLLLaplace(FunctionalLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
-        how = Reading.of(output_key, output_fn, output_dim)
+        how = Reading.of(output_key, output_fn, output_dim, shift_labels)
         extractor = as_extractor(
             model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y, how
         )

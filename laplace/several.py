@@ -261,7 +261,9 @@ class SeveralHeads:
         """
         with all_or_nothing(*self._estimators):
             for key, la in self._heads.items() if not self._is_joint else [(None, self.joint)]:
-                own = {name: self._of(value, key) if name in LOADERS else value for name, value in options.items()}
+                own: dict[str, Any] = {
+                    name: self._of(value, key) if name in LOADERS else value for name, value in options.items()
+                }
                 la.optimize_prior_precision(method=method, **own)
 
     def log_marginal_likelihood(self) -> Scalar:

@@ -85,6 +85,7 @@ class SubnetLaplace(ParametricLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
         if subnetwork_indices is None:  # pyright: ignore[reportUnnecessaryComparison] - what users pass
             msg = (
@@ -111,6 +112,7 @@ class SubnetLaplace(ParametricLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self._indices = self._indices.to(self._device)
 

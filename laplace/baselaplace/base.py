@@ -75,6 +75,9 @@ class BaseLaplace(ABC):
         it is found by the first pass (a convolution puts channels after the batch), and refused where nothing tells.
         Predictions have the layout of the model; covariances have both axes of C where the outputs have one,
         ``[batch, C, C, H, W]``, and joint ones are matrices over positions, C innermost.
+    shift_labels
+        Causal language models: whether labels ``[batch, positions]`` belong to the outputs one position before, as in
+        the loss of the model. By default those are shifted that are the tokens of the inputs, with a warning.
 
     Raises
     ------
@@ -90,6 +93,7 @@ class BaseLaplace(ABC):
     output_key = properties.output_key
     output_fn = properties.output_fn
     output_dim = properties.output_dim
+    shift_labels = properties.shift_labels
     _reading: Reading
     """What the outputs are in what the model returns, and where predictions put them."""
     _unit_likelihood: AbstractLikelihood
@@ -122,8 +126,9 @@ class BaseLaplace(ABC):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
-        self._reading = properties.reading_of(model, output_key, output_fn, output_dim)
+        self._reading = properties.reading_of(model, output_key, output_fn, output_dim, shift_labels)
         self.model = model
         self._unit_likelihood = chosen(likelihood)
         self.likelihood = self._unit_likelihood.name

@@ -86,8 +86,8 @@ class FittedLaplace(BaseLaplace):
         self, loader: Iterable[Any], progress_bar: bool = False, description: str = "[Fitting]"
     ) -> Iterator[Batch]:
         """Batches of a user's loader, on the device of the model."""
-        keys: dict[str, Any] = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
-        batches = iterate(loader, **keys, device=self._device, progress_bar=progress_bar, description=description)
+        told = {name: getattr(self, name) for name in ("dict_key_x", "dict_key_y", "shift_labels")}
+        batches = iterate(loader, **told, device=self._device, progress_bar=progress_bar, description=description)
         return map(self._random_weights.aligned, batches)
 
     def _checked_jacobians(self, jacobians: Any) -> Tensor:

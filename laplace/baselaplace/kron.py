@@ -66,6 +66,7 @@ class KronLaplace(ParametricLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -84,6 +85,7 @@ class KronLaplace(ParametricLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self.damping = damping
 

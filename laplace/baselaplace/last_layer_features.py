@@ -54,8 +54,9 @@ class LLELLA(ELLA):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
-        how = Reading.of(output_key, output_fn, output_dim)
+        how = Reading.of(output_key, output_fn, output_dim, shift_labels)
         extractor = as_extractor(
             model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y, how
         )
@@ -114,8 +115,9 @@ class LLVaLLA(VaLLA):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
-        how = Reading.of(output_key, output_fn, output_dim)
+        how = Reading.of(output_key, output_fn, output_dim, shift_labels)
         extractor = as_extractor(
             model, last_layer_name, enable_backprop, feature_reduction, dict_key_x, dict_key_y, how
         )

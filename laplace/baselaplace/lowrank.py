@@ -80,6 +80,7 @@ class LowRankLaplace(ParametricLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
         rank: int | None = None,
         captured_trace: float | None = None,
     ) -> None:
@@ -100,6 +101,7 @@ class LowRankLaplace(ParametricLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self._truncation = checked_truncation(rank, captured_trace)
 

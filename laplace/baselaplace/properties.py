@@ -15,9 +15,9 @@ from laplace.network import FeatureExtractor
 from laplace.network.outputs import Reading
 
 
-def reading_of(model: nn.Module, key: Any, function: Any, dim: Any) -> Reading:
+def reading_of(model: nn.Module, key: Any, function: Any, dim: Any, shift: Any) -> Reading:
     """How the outputs of a model are read, checked; a ``FeatureExtractor`` knows."""
-    return model.reading if isinstance(model, FeatureExtractor) else Reading.of(key, function, dim)
+    return model.reading if isinstance(model, FeatureExtractor) else Reading.of(key, function, dim, shift)
 
 
 backend_kwargs = property(lambda self: dict(self._backend_kwargs), doc="What the back end is constructed with, a copy.")
@@ -39,6 +39,10 @@ output_fn = property(
 output_dim = property(
     lambda self: self._reading.found,
     doc="The axis of the outputs that holds the C outputs, as given or, after a pass, as seen; ``None`` before.",
+)
+shift_labels = property(
+    lambda self: self._reading.shift,
+    doc="Whether labels are those of the positions after; ``None``: the labels of each loader tell.",
 )
 
 
@@ -79,5 +83,6 @@ __all__ = [
     "output_fn",
     "output_key",
     "reading_of",
+    "shift_labels",
     "weight_uncertainty",
 ]

@@ -97,6 +97,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -114,6 +115,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self.independent_outputs = checks.flag("independent_outputs", independent_outputs)
         self.diagonal_hessian = checks.flag("diagonal_hessian", diagonal_hessian)

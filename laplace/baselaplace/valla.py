@@ -115,6 +115,7 @@ class VaLLA(FeatureLaplace):
         output_key: str | int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         output_dim: int | None = None,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -132,6 +133,7 @@ class VaLLA(FeatureLaplace):
             output_key=output_key,
             output_fn=output_fn,
             output_dim=output_dim,
+            shift_labels=shift_labels,
         )
         self._check_kind()
         self.num_inducing = inducing.count_inducing(inducing_locations, num_inducing)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from laplace.errors import InputError, MissingKeyError, UnsupportedError, numbered
 from laplace.network.failures import explained, leaves
 from laplace.network.signatures import innermost, takes_keyword, takes_several
-from laplace.network.targets import check_targets, may_be_copied
+from laplace.network.targets import Shift, check_targets
 from laplace.network.threads import together
 from laplace.types import Inputs
 
@@ -140,16 +140,18 @@ def iterate(
     dict_key_x: str = "input_ids",
     progress_bar: bool = False,
     description: str = "",
+    shift_labels: bool | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of a loader: a ``DataLoader``, a list of batches, anything that can be looped over.
 
     The loader needs neither a length nor a ``dataset``. Batches without rows are left out: there is nothing to learn
-    from them.
+    from them. Labels that are the tokens of the inputs are those of the positions after, unless ``shift_labels`` says
+    otherwise.
 
     Raises
     ------
     InputError
-        If it is no iterable or yields something else than batches, or targets are the tokens of the inputs.
+        If it is no iterable or yields something else than batches, or it is open whether labels are to be shifted.
     """
     if not isinstance(loader, Iterable) or isinstance(loader, Tensor) or hasattr(loader, "__array__"):
         msg = (
@@ -159,11 +161,11 @@ def iterate(
         raise InputError(msg)
     # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
     bar = tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar)
-    look = True
+    shift = Shift(shift_labels)
     for index, batch in enumerate(bar):
         with numbered(index):
             found = split(batch, dict_key_y, device)
-            look = look and may_be_copied(found.x, found.y, dict_key_x)
+            found = found._replace(y=shift(found.x, found.y, dict_key_x))
         if len(found.y) or count_rows(found.x):
             yield found
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace.checks import shown
+from laplace.checks import flag, shown
 from laplace.errors import InputError, MissingKeyError, ShapeError, UnsupportedError
 
 KEYS = (str, int)
@@ -31,11 +31,13 @@ class Reading:
     """From what the model returns to its outputs."""
     dim: int | None = None
     """The axis of the C outputs; ``None``: it is found, and the last one where nothing says otherwise."""
+    shift: bool | None = None
+    """Whether labels are those of the positions after; ``None``: found by the labels themselves."""
     seen: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
     """That axis by the number of axes of the outputs, once a pass has shown it."""
 
     @classmethod
-    def of(cls, key: Any, function: Any, dim: Any) -> Reading:
+    def of(cls, key: Any, function: Any, dim: Any, shift: Any = None) -> Reading:
         """What a user says, checked.
 
         Raises
@@ -43,7 +45,7 @@ class Reading:
         UnsupportedError
             If a key is no name or number, a function cannot be called, or both are given.
         InputError
-            If the axis is no whole number, or that of the batch.
+            If the axis is no whole number, or that of the batch, or ``shift_labels`` is no flag.
         """
         if key is not None and function is not None:
             msg = "output_key= and output_fn= both say what the outputs are: give one of them."
@@ -60,7 +62,8 @@ class Reading:
                 f"channels come after the batch, -1 where they are last, never 0, the batch; got {shown(dim)}."
             )
             raise InputError(msg)
-        return cls(key, function, None if dim is None else int(dim))
+        shift = None if shift is None else flag("shift_labels", shift)
+        return cls(key, function, None if dim is None else int(dim), shift)
 
     # -- what comes in ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError
+from laplace.errors import InputError, warn
 from laplace.network.failures import described
 from laplace.types import Inputs
 
@@ -44,35 +44,94 @@ def check_targets(y: Any, batch: Any) -> None:
         raise InputError(msg)
 
 
-def may_be_copied(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> bool:
-    """Whether targets of later batches may be the tokens of their inputs; raise if these are, position by position.
+def are_tokens(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> bool | None:
+    """Whether labels are the tokens of the inputs, position by position; ``None`` where that is open.
 
-    Those of a causal language model are, but they belong to the outputs one position before. Everything that counts has
-    to agree, and enough of it (all positions, or ``COPIED`` of them, that hold ``BITS``) that it does not by chance.
-    Where something differs, labels are no copies, and later batches need not be checked.
-
-    Raises
-    ------
-    InputError
-        If they are; labels of another integer type than the inputs are taken as they come.
+    Those of a causal language model are. Everything that counts has to agree, and enough of it (all positions, or
+    ``COPIED`` of them, that hold ``BITS``) that it does not by chance. Labels of another integer type are none.
     """
     x = x[dict_key_x] if isinstance(x, Mapping) and dict_key_x in x else x
     x = x[0] if type(x) is tuple else x
     if not isinstance(x, Tensor) or y.dtype not in TOKENS or x.dtype != y.dtype or x.shape != y.shape:
-        return True
+        return False
     if y.dim() < 2 or y.shape[1] < 2:
-        return True
+        return False
     counts = y != IGNORED
     labels = y[counts]
     if not torch.equal(x[counts], labels):
         return False
     n_counts, n_tokens = len(labels), len(labels.unique())
-    if n_counts < min(COPIED, y.numel()) or n_counts * math.log2(max(n_tokens, 1)) < BITS:
-        return True
-    msg = (
-        f"The labels are the tokens of the inputs, position by position (at all {n_counts} that count). The outputs of "
-        "a causal language model at a position belong to the token after it: its own loss shifts the labels, this "
-        "library does not. Shift them in the loader: labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], "
-        f"{IGNORED})], 1). For a model that is to copy its inputs yield labels of another integer type: labels.int()."
-    )
-    raise InputError(msg)
+    few = n_counts < min(COPIED, y.numel()) or n_counts * math.log2(max(n_tokens, 1)) < BITS
+    return None if few else True
+
+
+class Shift:
+    """Whether the labels of a loader are those of the positions after: given, or found by the first batch that tells.
+
+    The outputs of a causal language model at a position belong to the token after it, and its own loss shifts labels.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.wanted = wanted
+        self._found: bool | None = None
+        self._open = False
+        """Whether there was a batch that did not tell."""
+
+    def __call__(self, x: Inputs, y: Tensor, dict_key_x: str) -> Tensor:
+        """The targets of one batch.
+
+        Raises
+        ------
+        InputError
+            If labels cannot be shifted, or batches do not agree on whether they are to be.
+        """
+        if self.wanted is not None:
+            return shifted(y) if self.wanted else y
+        if self._found is False:
+            return y
+        verdict = are_tokens(x, y, dict_key_x)
+        if self._found is None:
+            if verdict is None:
+                self._open = True
+                return y
+            if verdict and self._open:
+                msg = (
+                    "The labels of this batch are the tokens of its inputs, as those of a causal language model are; "
+                    "batches before were too small to tell, and were taken as they came. Say it: shift_labels=True, "
+                    "or shift_labels=False for a model that is to copy its inputs."
+                )
+                raise InputError(msg)
+            self._found = verdict
+            if verdict:
+                msg = (
+                    "The labels are the tokens of the inputs, as those of a causal language model are, whose outputs "
+                    "belong to the token after a position: they are shifted by one, as in the loss of the model. "
+                    "shift_labels=True says so without this warning; shift_labels=False takes labels as they come."
+                )
+                warn(msg, UserWarning)
+            return shifted(y) if verdict else y
+        if verdict is False:
+            msg = (
+                "The labels of earlier batches are the tokens of their inputs, and were shifted by one; those of this "
+                "batch are not. Say what they are: shift_labels=True or shift_labels=False."
+            )
+            raise InputError(msg)
+        return shifted(y)
+
+
+def shifted(y: Tensor) -> Tensor:
+    """Labels ``[batch, positions, ...]`` of the positions after; the last position has none and is masked.
+
+    Raises
+    ------
+    InputError
+        If they are no class indices with an axis for positions.
+    """
+    if y.dim() < 2 or y.dtype not in TOKENS:
+        msg = (
+            "shift_labels=True moves labels [batch, positions] of a causal language model by one position; got "
+            f"{list(y.shape)} of {y.dtype}. Leave it out for other targets."
+        )
+        raise InputError(msg)
+    y = y.long()
+    return torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORED)], 1)

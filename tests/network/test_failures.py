@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -338,28 +339,63 @@ def shifted(labels):
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
 
 
+SHIFTS = r"labels are the tokens of the inputs.*shifted by one.*shift_labels=True.*shift_labels=False"
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision")
 @every_kind
-def test_labels_that_are_the_tokens_of_the_inputs(kind):
-    la = estimator(kind, Language())
+def test_labels_that_are_the_tokens_of_the_inputs_are_shifted(kind):
+    told = estimator(kind, Language())
+    told.fit(3 * [{"input_ids": TOKENS, "labels": shifted(TOKENS)}])
     for batch in ((TOKENS, TOKENS.clone()), {"input_ids": TOKENS, "labels": TOKENS.clone()}):
-        with pytest.raises(
-            InputError, match=r"labels are the tokens.*at all 12.*labels\[:, 1:\].*-100.*labels\.int\(\)"
-        ):
+        la = estimator(kind, Language())
+        la.model.load_state_dict(told.model.state_dict())
+        with pytest.warns(UserWarning, match=SHIFTS):
             la.fit(3 * [batch])
-    good = [{"input_ids": TOKENS, "labels": shifted(TOKENS)}]
+        torch.testing.assert_close(la(TOKENS), told(TOKENS))
     if kind != "ella":
-        la.fit(3 * good)
-        with pytest.raises(InputError, match="labels are the tokens"):
+        with pytest.warns(UserWarning, match=SHIFTS):
             la.optimize_prior_precision(method="gridsearch", val_loader=[(TOKENS, TOKENS)], grid_size=3)
 
 
-def test_the_advice_is_the_loss_of_the_language_model_itself():
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wanted", [True, False])
+def test_who_says_it_is_not_warned(wanted):
     model = Language()
-    logits = model(TOKENS)
-    own = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 7), TOKENS[:, 1:].reshape(-1), reduction="sum")
-    la = Laplace(model, "classification", "all", "diag")
-    la.fit([(TOKENS, shifted(TOKENS))])
+    la = Laplace(model, "classification", "all", "diag", shift_labels=wanted)
+    la.fit([(TOKENS, TOKENS)])
+    at = model(TOKENS)
+    f, y = (at[:, :-1], TOKENS[:, 1:]) if wanted else (at, TOKENS)
+    own = nn.functional.cross_entropy(f.reshape(-1, 7), y.reshape(-1), reduction="sum")
     torch.testing.assert_close(la.loss, own.detach())
+    assert la.shift_labels is wanted
+    assert la.n_data == 2
+
+
+def test_the_loss_is_that_of_the_language_model_itself():
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(0, 11, (3, 8), generator=torch.Generator().manual_seed(2))
+    labels = tokens.where(torch.arange(8) < 6, -100)
+    la = Laplace(model, "classification", "last_layer", "diag", last_layer_name="lm_head", shift_labels=True)
+    batch = {"input_ids": tokens, "labels": labels}
+    la.fit([batch])
+    torch.testing.assert_close(float(la.loss), 15 * float(model(**batch).loss))
+
+
+def test_targets_that_cannot_be_shifted():
+    with pytest.raises(InputError, match="shift_labels=True moves labels"):
+        read((torch.zeros(3, 2), torch.arange(3)), shift_labels=True)
+    with pytest.raises(InputError, match="shift_labels=True moves labels"):
+        read((torch.zeros(3, 2), torch.zeros(3, 2)), shift_labels=True)
+    with (
+        pytest.raises(InputError, match="labels of earlier batches are the tokens"),
+        pytest.warns(UserWarning, match=SHIFTS),
+    ):
+        read((TOKENS, TOKENS.clone()), (TOKENS, shifted(TOKENS)))
+    with pytest.raises(InputError, match="shift_labels"):
+        Laplace(Language(), "classification", shift_labels="yes")
 
 
 def labels(**changes) -> torch.Tensor:
@@ -389,8 +425,9 @@ def test_labels_that_count_at_some_positions_of_padded_text():
     x = torch.cat([TOKENS, torch.zeros(2, 3, dtype=torch.long)], 1)
     y = torch.cat([TOKENS, torch.full((2, 3), -100)], 1)
     for batch in ((x, y), (x, (x != 0).long(), y), {"ids": x, "labels": y}, {"input_ids": x, "labels": y}):
-        with pytest.raises(InputError, match="at all 12 that count"):
-            read(batch, dict_key_x="ids" if isinstance(batch, dict) and "ids" in batch else "input_ids")
+        with pytest.warns(UserWarning, match=SHIFTS):
+            (found,) = read(batch, dict_key_x="ids" if isinstance(batch, dict) and "ids" in batch else "input_ids")
+        assert torch.equal(found.y, shifted(y))
 
 
 @pytest.mark.parametrize("x", [torch.arange(4), torch.arange(4).unsqueeze(1), TOKENS.float()])
@@ -405,5 +442,5 @@ def test_few_or_equal_tokens_are_the_labels_by_chance(x):
 
 def test_labels_that_differ_once_are_no_copies():
     assert len(read((TOKENS, shifted(TOKENS)), (TOKENS, TOKENS.clone()))) == 2
-    with pytest.raises(InputError, match=r"Batch 1 of.*labels are the tokens"):
+    with pytest.raises(InputError, match=r"Batch 1 of.*labels of this batch are the tokens"):
         read((torch.zeros_like(TOKENS), torch.zeros_like(TOKENS)), (TOKENS, TOKENS.clone()))
