@@ -17,6 +17,7 @@ import contextlib
 import io
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -63,7 +64,7 @@ train, validation = rows[:-40], rows[-40:]
 
 # %%
 torch.manual_seed(0)
-sizes = {"vocab_size": len(letters), "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
+sizes: dict[str, Any] = {"vocab_size": len(letters), "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
 config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
 model = GPT2LMHeadModel(config)
 optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -122,11 +123,11 @@ for axis, name in zip(axes, list(texts)[:2], strict=True):
     told = la.predict({"input_ids": part}, n_samples=20)
     assert told.entropy is not None
     shown = torch.cat([torch.full((len(part), 1), float("nan")), told.entropy[:, :-1]], 1)
-    image = axis.imshow(shown.numpy(), cmap="Oranges", vmin=0, vmax=4.5, aspect="auto")
+    axis.imshow(shown.numpy(), cmap="Oranges", vmin=0, vmax=4.5, aspect="auto")
     for row, line in enumerate(part.tolist()):
         for column, letter in enumerate(line):
             axis.text(column, row, letters[letter].strip(), ha="center", va="center", family="monospace", fontsize=8)
     axis.set(title=name, xticks=[], yticks=[])
-figure.colorbar(image, ax=axes, label="entropy (nats)")
+figure.colorbar(axes[0].images[0], ax=axes, label="entropy (nats)")
 figure.savefig(output / "tokens.png", dpi=120)
 print(f"Written to {output / 'tokens.png'}")
