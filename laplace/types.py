@@ -31,8 +31,8 @@ Outputs: TypeAlias = Float[Tensor, "rows outputs"]
 """Network outputs, one row per unmasked position."""
 Features: TypeAlias = Float[Tensor, "rows features"]
 """Inputs of the last layer, one row per unmasked position."""
-Targets: TypeAlias = Float[Tensor, "rows outputs"] | Int[Tensor, " rows"]
-"""Regression targets or soft labels ``[rows, outputs]``; class indices ``[rows]``."""
+Targets: TypeAlias = Float[Tensor, "rows ..."] | Int[Tensor, " rows"]
+"""Numbers or soft labels ``[rows, targets]``, counts and exposures ``[rows, targets, 2]``; class indices ``[rows]``."""
 Jacobians: TypeAlias = Float[Tensor, "batch outputs params"]
 """Derivatives of the outputs in the random weights, in output units per weight."""
 Inputs: TypeAlias = Any

@@ -51,9 +51,9 @@ class Prediction:
     epistemic_variance: Float[Tensor, "*rows outputs"] | None = None
     aleatoric_variance: Float[Tensor, "*rows outputs"] | None = None
     total_variance: Float[Tensor, "*rows outputs"] | None = None
-    entropy: Float[Tensor, "*rows"] | None = None
-    expected_entropy: Float[Tensor, "*rows"] | None = None
-    mutual_information: Float[Tensor, "*rows"] | None = None
+    entropy: Tensor | None = None
+    expected_entropy: Tensor | None = None
+    mutual_information: Tensor | None = None
 
     def as_tuple(self) -> tuple[Tensor, ...]:
         """The parts that are there, in the order of the attributes: the mean first."""
