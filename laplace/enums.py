@@ -65,8 +65,14 @@ class Likelihood(str, Enum):
     """The scores of a Bradley–Terry preference model."""
     BINARY = "binary"
     """One logit: the probability of 1, against 0."""
+    MULTILABEL = "multilabel"
+    """One logit for each label, several of which may be right."""
     POISSON = "poisson"
     """The log rate of a count."""
+    NEGATIVE_BINOMIAL = "negative_binomial"
+    """The log mean of a count that varies more than a Poisson one."""
+    HETEROSCEDASTIC_REGRESSION = "heteroscedastic_regression"
+    """Means of Gaussians, and after them the logs of their variances."""
 
     def __str__(self) -> str:
         return self.value

@@ -82,7 +82,8 @@ def Laplace(
     model
         The trained network.
     likelihood
-        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` or ``"poisson"``, or an object.
+        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"``, ``"multilabel"``, ``"poisson"``,
+        ``"negative_binomial"`` or ``"heteroscedastic_regression"``, or an object.
     subset_of_weights
         Which weights are random: those of the ``"last_layer"`` (one forward pass per batch), ``"all"`` that require a
         gradient (and a backward pass for each output of a datum), or a ``"subnetwork"`` (with ``subnetwork_indices=``).

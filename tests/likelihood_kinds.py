@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Normal, Poisson
+from torch.distributions import Bernoulli, Categorical, NegativeBinomial, Normal, Poisson
 
 PROBABILITY_LINKS = ("probit", "mc", "mf1", "mf2", "bridge", "bridge_norm")
 MOMENT_LINKS = ("probit", "mc")
@@ -35,7 +35,7 @@ class Kind:
     links: dict[str, float]
     """The links that there are, and by how much their predictions may be off: 0 where they are exact."""
     classes: Callable[[Tensor], Tensor] | None = None
-    """The class of a target, [...], where predictions are probabilities."""
+    """The class of a target, [...], where predictions are probabilities; of several labels one after the other."""
     of_logits: bool = False
     """Whether an output temperature has a meaning."""
     noise: bool = False
@@ -44,12 +44,20 @@ class Kind:
     """The links with which predictions may be joint."""
     diagonal: tuple[str, ...] = ("probit", "mc", "mf1", "mf2")
     """Those with which variances may be asked for."""
-    each_output: bool = False
-    """Whether densities are those of each output's marginal."""
+    each_output: int = 0
+    """How many outputs a target has whose marginal densities are summed; 0: those of a row are one density."""
+    exclusive: bool = True
+    """Whether one class of a row is right, where predictions are probabilities."""
+    canonical: bool = True
+    """Whether the second derivative of the density in the outputs is the same for every target."""
+    variance: Callable[[Tensor], Tensor] | None = None
+    """Var[y|f], [..., K], where it is said."""
     energy_error: float = 0.0
     """By how much the closed form of energies may be off, of a tenth of the covariance; 0 where it is exact."""
     pairs: bool = False
     """Whether a row holds two scores that are compared."""
+    refitted: bool = True
+    """Whether a head is fitted again: its loss is convex, and a target belongs to one row of features."""
     size: float = 1.0
     """Of outputs and of their standard deviations that are tried."""
     sampled_energy: bool = False
@@ -57,6 +65,10 @@ class Kind:
 
     def __str__(self) -> str:
         return self.name
+
+    def n_classes(self, n_outputs: int) -> int:
+        """Of which one is right."""
+        return max(n_outputs, 2) if self.exclusive else 2
 
     def outputs(self, rows: int, n_outputs: int, seed: int = 0) -> Tensor:
         """Random f, [rows, C]."""
@@ -127,6 +139,30 @@ def zero_and_one(f: Tensor) -> tuple[Tensor, Tensor]:
     return y, Bernoulli(logits=f.expand(2, 1)).log_prob(y).sum(-1).exp()
 
 
+def every_labeling(f: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * len(f)).reshape(-1, len(f))
+    return y, Bernoulli(logits=f.expand(len(y), -1)).log_prob(y).sum(-1).exp()
+
+
+def negative_binomial(f: Tensor) -> NegativeBinomial:
+    """Of mean e^f and variance e^f + e^2f: the number of successes of probability p before the first failure."""
+    return NegativeBinomial(1.0, f.exp() / (1 + f.exp()))
+
+
+def dispersed_counts(f: Tensor, largest: int = 150) -> tuple[Tensor, Tensor]:
+    y = torch.cartesian_prod(*[torch.arange(largest + 1.0)] * len(f)).reshape(-1, len(f))
+    weights = negative_binomial(f).log_prob(y).sum(-1).exp()
+    assert float(weights.sum()) > 1 - 1e-13, "larger counts have a weight, too"
+    kept = weights > 1e-17
+    return y[kept], weights[kept]
+
+
+def noisy_nodes(f: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_variance = f.chunk(2)
+    deviation, mass = hermite_grid(len(mean), 6)
+    return mean + (log_variance / 2).exp() * deviation, mass
+
+
 def counts(f: Tensor, largest: int = 40) -> tuple[Tensor, Tensor]:
     """All counts, where rates are small enough for those above to have no weight."""
     y = torch.cartesian_prod(*[torch.arange(largest + 1.0)] * len(f)).reshape(-1, len(f))
@@ -169,6 +205,7 @@ ROWS = (
         links=dict.fromkeys(MOMENT_LINKS, 0.0),
         noise=True,
         size=0.7,
+        variance=torch.ones_like,
     ),
     Kind(
         "classification",
@@ -199,6 +236,7 @@ ROWS = (
         diagonal=(),
         energy_error=0.05,
         pairs=True,
+        refitted=False,
         sampled_energy=True,
     ),
     Kind(
@@ -222,8 +260,51 @@ ROWS = (
         support=counts,
         n_outputs=(1, 2, 3),
         links=dict.fromkeys(MOMENT_LINKS, 0.0),
-        each_output=True,
+        each_output=1,
         size=0.6,
+        variance=lambda f: f.exp(),
+    ),
+    Kind(
+        "multilabel",
+        log_density=lambda f, y: Bernoulli(logits=f).log_prob(y).sum(-1),
+        mean=lambda f: 1 / (1 + (-f).exp()),
+        numbers=lambda y, _: y,
+        support=every_labeling,
+        n_outputs=(1, 3),
+        links={"probit": 0.02, "mc": 0.0},
+        classes=lambda y: y.flatten().long(),
+        of_logits=True,
+        joint=("mc",),
+        sampled_energy=True,
+        each_output=1,
+        exclusive=False,
+    ),
+    Kind(
+        "negative_binomial",
+        log_density=lambda f, y: negative_binomial(f).log_prob(y).sum(-1),
+        mean=lambda f: f.exp(),
+        numbers=lambda y, _: y,
+        support=dispersed_counts,
+        n_outputs=(1, 2),
+        links=dict.fromkeys(MOMENT_LINKS, 0.0),
+        each_output=1,
+        size=0.4,
+        canonical=False,
+        variance=lambda f: f.exp() * (1 + f.exp()),
+    ),
+    Kind(
+        "heteroscedastic_regression",
+        log_density=lambda f, y: Normal(f.chunk(2, -1)[0], f.chunk(2, -1)[1].exp().sqrt()).log_prob(y).sum(-1),
+        mean=lambda f: f.chunk(2, -1)[0],
+        numbers=lambda y, _: y,
+        support=noisy_nodes,
+        n_outputs=(2,),
+        links=dict.fromkeys(MOMENT_LINKS, 0.0),
+        each_output=2,
+        refitted=False,
+        size=0.4,
+        canonical=False,
+        variance=lambda f: f.chunk(2, -1)[1].exp(),
     ),
 )
 KINDS = {kind.name: kind for kind in ROWS}

@@ -18,6 +18,9 @@ from laplace.likelihoods import (
     BradleyTerryLikelihood,
     CategoricalLikelihood,
     GaussianLikelihood,
+    HeteroscedasticLikelihood,
+    MultiLabelLikelihood,
+    NegativeBinomialLikelihood,
     PoissonLikelihood,
     register,
 )
@@ -47,6 +50,9 @@ def counts():
         BradleyTerryLikelihood(),
         BernoulliLikelihood(),
         PoissonLikelihood(),
+        MultiLabelLikelihood(),
+        NegativeBinomialLikelihood(),
+        HeteroscedasticLikelihood(),
     ],
     ids=lambda likelihood: likelihood.name,
 )

@@ -41,8 +41,10 @@ class BaseLaplace(ABC):
     model
         The trained network; it is read, never written.
     likelihood
-        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` (one logit) or ``"poisson"`` (log
-        rates of counts); or an object of ``laplace.likelihoods``, such as one of your own.
+        ``"classification"``, ``"regression"``, ``"reward_modeling"``, ``"binary"`` (one logit), ``"multilabel"`` (a
+        logit for each label), ``"poisson"`` or ``"negative_binomial"`` (log rates of counts), or
+        ``"heteroscedastic_regression"`` (means, and then logs of variances); or an object of ``laplace.likelihoods``
+        with numbers of its own (exposures, a noise covariance), such as one of your own.
     sigma_noise
         Standard deviation of the observation noise, in target units, of all outputs or of each; regression only.
     prior_precision
@@ -384,8 +386,8 @@ class BaseLaplace(ABC):
     def backend(self) -> CurvatureInterface:
         """The object that computes the curvature; constructed on first use."""
         if self._backend is None:
-            self._backend = self._make_backend()
-            self._backend.output_likelihood = self._unit_likelihood.at(torch.ones(()), 1.0, 1.0)
+            unit = self._unit_likelihood.at(torch.ones(()), 1.0, 1.0)
+            self._backend = self._make_backend().with_likelihood(unit)
         return self._backend
 
     @abstractmethod

@@ -257,7 +257,7 @@ class ELLA(FeatureLaplace):
                 at, positions = self._jacobian_at(batch.x, batch.y)
             phi = features.features(at)
             phi = phi if positions.kept is None else phi[positions.kept]
-            gram = gram + feature_gram(phi, positions.f, likelihood)
+            gram = gram + feature_gram(phi, likelihood.observed(positions.f, positions.y), likelihood)
             nll = nll + likelihood.nll(positions.f, positions.y)
             counts = counts[0] + len(batch.y), counts[1] + len(positions.f)
             history["processed_examples"].append(counts[0])

@@ -58,8 +58,8 @@ class Observed:
             return
         try:
             self.likelihood.check_rows()
-        except UnsupportedError:
-            self.give_up("Items that are compared have no targets of their own.")
+        except UnsupportedError as error:
+            self.give_up(str(error))
             return
         positions, n_groups = self.likelihood.flatten(f, y), self.likelihood.n_groups(f.shape[-1])
         rows = positions.select(phi.detach().reshape(-1, phi.shape[-1]))

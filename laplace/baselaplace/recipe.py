@@ -134,8 +134,8 @@ class _Tuner:
             return "The curvature was assigned by hand, so that nothing is known of the data."
         try:
             self.problem.likelihood().check_rows()
-        except UnsupportedError:
-            return "Items that are compared have no targets of their own."
+        except UnsupportedError as error:
+            return str(error)
         if self.wanted.train_loader is None and self.la._kept is None:
             reason = f"{self.la._why_not[1]} Pass train_loader=, the loader that fit had."
             if self.wanted.refit is None:

@@ -76,7 +76,7 @@ class Source:
             n_data, n_positions = n_data + len(batch.y), n_positions + len(some.f)
             if not len(some.f):
                 continue
-            gram = gram + feature_gram(some.phi, some.f, self.likelihood)
+            gram = gram + feature_gram(some.phi, self.likelihood.observed(some.f, some.y), self.likelihood)
             nll = nll + self.likelihood.nll(some.f, some.y)
             left -= some.size
             kept = None if kept is None or left < 0 else [*kept, some]

@@ -109,11 +109,13 @@ class GGNInterface(ColumnsInterface):
         """The likelihood's Hessian, or the mean of ``num_samples`` outer products with that expectation."""
         if self.stochastic:
             return self._sampled(positions, self.num_samples)
-        return self.output_likelihood.hessian(positions.f)
+        return self.output_likelihood.hessian(self.output_likelihood.observed(positions.f, positions.y))
 
     def _sampled(self, positions: Positions, num_samples: int) -> OutputHessian:
         """The mean of outer products of gradients at sampled labels."""
-        draws = self.output_likelihood.sample_gradient(positions.f, num_samples, self.generator)
+        likelihood = self.output_likelihood
+        f = likelihood.observed(positions.f, positions.y)
+        draws = likelihood.sample_gradient(f, num_samples, self.generator)
         return OutputHessian(positions.f.shape[-1], root=draws.permute(1, 2, 0) / num_samples**0.5)
 
     def _jacobians_and_hessians(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -370,7 +370,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         positions
             Outputs and targets of the unmasked positions.
         """
-        return self.output_likelihood.hessian(positions.f)
+        return self.output_likelihood.hessian(self.output_likelihood.observed(positions.f, positions.y))
 
     def output_root(self, positions: Positions) -> Float[Tensor, "rows outputs columns"]:
         """Roots of the output Hessians, ``r rᵀ``.
@@ -384,7 +384,29 @@ class CurvatureInterface(StructuredInterface, ABC):
             root = self.output_hessian(positions).root
             assert root is not None, "gradients and samples are roots"
             return root
-        return self.output_likelihood.hessian_root(positions.f)
+        return self.output_likelihood.hessian_root(self.output_likelihood.observed(positions.f, positions.y))
+
+    def with_likelihood(self, likelihood: AbstractLikelihood) -> CurvatureInterface:
+        """Compute with a likelihood that may have numbers of its own, from now on; return the back end itself.
+
+        Parameters
+        ----------
+        likelihood
+            At unit noise and temperature.
+
+        Raises
+        ------
+        UnsupportedError
+            If a package computes, and no loss of PyTorch is that of the likelihood with these numbers.
+        """
+        if not self.weighs_outputs and likelihood.torch_loss() is None:
+            msg = (
+                f"{type(self).__name__} computes with a loss of PyTorch, and there is none for {likelihood.described}. "
+                "Use a built-in back end (backend=None)."
+            )
+            raise UnsupportedError(msg)
+        self.output_likelihood = likelihood
+        return self
 
     def positions(self, f: Tensor, y: Tensor) -> Positions:
         """Outputs and their targets, checked and flattened to unmasked rows, in the precision of the curvature.

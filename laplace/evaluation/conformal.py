@@ -350,7 +350,8 @@ def _moments(la: Any, x: Inputs, options: Mapping[str, Any]) -> tuple[Float[Tens
     """Means, and standard deviations of targets in float64: of weights and noise."""
     mean, variance = la(x, diagonal_output=True, **options)
     _check_no_positions(mean)
-    return mean, (variance.double() + la.sigma_noise.detach().double() ** 2).sqrt()
+    noise = la.likelihood_.noise_variance(mean.detach().double(), variance.detach().double())
+    return mean, (variance.double() + noise).sqrt()
 
 
 def _read_classes(la: Any, x: Inputs, y: Shaped[Tensor, "..."], options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -387,6 +388,12 @@ def _check_no_positions(prediction: Shaped[Tensor, "..."]) -> None:
 
 def _checked_method(method: str | None, likelihood: AbstractLikelihood, *, of_classes: bool) -> str:
     """The name of a method that the likelihood has."""
+    if isinstance(likelihood, PredictsProbabilities) and not likelihood.exclusive:
+        msg = (
+            f"likelihood={likelihood.name!r} has several right labels for a row; conformal makes sets of classes of "
+            "which one is right. Calibrate one label at a time, as likelihood='binary'."
+        )
+        raise UnsupportedError(msg)
     if not of_classes and "sigma_noise" not in likelihood.hyperparameters:
         msg = (
             f"likelihood={likelihood.name!r} has neither class probabilities nor an observation noise for each target; "

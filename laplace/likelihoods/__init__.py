@@ -14,6 +14,9 @@ from laplace.likelihoods.bernoulli import BernoulliLikelihood
 from laplace.likelihoods.bradley_terry import BradleyTerryLikelihood
 from laplace.likelihoods.categorical import CategoricalLikelihood
 from laplace.likelihoods.gaussian import GaussianLikelihood
+from laplace.likelihoods.heteroscedastic import HeteroscedasticLikelihood
+from laplace.likelihoods.multilabel import MultiLabelLikelihood
+from laplace.likelihoods.negative_binomial import NegativeBinomialLikelihood
 from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.likelihoods.poisson import PoissonLikelihood
 
@@ -22,7 +25,10 @@ LIKELIHOODS: dict[Likelihood, type[AbstractLikelihood]] = {
     Likelihood.CLASSIFICATION: CategoricalLikelihood,
     Likelihood.REWARD_MODELING: BradleyTerryLikelihood,
     Likelihood.BINARY: BernoulliLikelihood,
+    Likelihood.MULTILABEL: MultiLabelLikelihood,
     Likelihood.POISSON: PoissonLikelihood,
+    Likelihood.NEGATIVE_BINOMIAL: NegativeBinomialLikelihood,
+    Likelihood.HETEROSCEDASTIC_REGRESSION: HeteroscedasticLikelihood,
 }
 """Which class implements which name."""
 OF_USERS: dict[str, type[AbstractLikelihood]] = {}
@@ -94,7 +100,10 @@ __all__ = [
     "BradleyTerryLikelihood",
     "CategoricalLikelihood",
     "GaussianLikelihood",
+    "HeteroscedasticLikelihood",
     "Link",
+    "MultiLabelLikelihood",
+    "NegativeBinomialLikelihood",
     "OutputHessian",
     "PoissonLikelihood",
     "Positions",

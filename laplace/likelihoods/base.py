@@ -115,11 +115,10 @@ class AbstractLikelihood(ABC):
         now = cast("Any", self)
         return replace(now, output_temperature=now.output_temperature * factor)
 
-    @classmethod
-    def check_noise(cls, sigma_noise: Tensor) -> None:
+    def check_noise(self, sigma_noise: Tensor) -> None:
         """Raise where an observation noise other than 1 has no meaning."""
         if bool((sigma_noise.detach() != 1).any()):
-            msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {cls.name}."
+            msg = f"sigma_noise is the observation noise of regression; leave it at 1 for {self.name}."
             raise UnsupportedError(msg)
 
     @classmethod
@@ -129,8 +128,7 @@ class AbstractLikelihood(ABC):
             msg = f"output_temperature divides logits before the link; outputs of {cls.name} pass none. Leave it at 1."
             raise UnsupportedError(msg)
 
-    @classmethod
-    def beside_prior(cls, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
+    def beside_prior(self, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
         """The hyperparameter that ``tune`` chooses with the prior precision, and how many values it has (2: several).
 
         Parameters
@@ -146,12 +144,12 @@ class AbstractLikelihood(ABC):
             If one is asked for that the likelihood does not have.
         """
         if noise not in (None, "keep"):
-            msg = f"noise={noise!r} is the observation noise of regression; {cls.name} has none."
+            msg = f"noise={noise!r} is the observation noise of regression; {self.name} has none."
             raise UnsupportedError(msg)
-        if "output_temperature" in cls.hyperparameters:
+        if "output_temperature" in self.hyperparameters:
             return ("output_temperature", 1) if output_temperature in (None, True) else (None, 0)
         if output_temperature:
-            msg = f"output_temperature divides logits; {cls.name} has none. Leave it out."
+            msg = f"output_temperature divides logits; {self.name} has none. Leave it out."
             raise UnsupportedError(msg)
         return None, 0
 
@@ -168,7 +166,9 @@ class AbstractLikelihood(ABC):
         """The name, and numbers of its own: those that are no hyperparameters."""
         known = {"temperature", "sigma_noise", "output_temperature"}
         own = {field.name: getattr(self, field.name) for field in fields(cast("Any", self)) if field.name not in known}
-        numbers = ", ".join(f"{name}={value!r}" for name, value in own.items() if value is not None)
+        given = {name: value for name, value in own.items() if value is not None and value is not False}
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in given.items()}
+        numbers = ", ".join(f"{name}={value!r}" for name, value in plain.items())
         return f"{self.name}({numbers})" if numbers else str(self.name)
 
     def _refuse(self, what: str) -> NoReturn:
@@ -244,9 +244,23 @@ class AbstractLikelihood(ABC):
             Targets of the same rows.
         """
 
+    def observed(self, f: Outputs, y: Targets) -> Outputs:  # noqa: ARG002
+        """Outputs at which ``hessian``, ``hessian_root`` and ``sample_gradient`` hold of these rows.
+
+        Others than ``f`` where targets come with what is known of a row: its exposure, or that a label is missing.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        y
+            Targets of the same rows, whose random part does not count.
+        """
+        return f
+
     @abstractmethod
     def hessian(self, f: Outputs) -> OutputHessian:
-        """Hessian of the negative log-likelihood in ``f``; it does not depend on the targets.
+        """Fisher information in ``f``, which is the mean Hessian of the negative log-likelihood over targets.
 
         Parameters
         ----------
@@ -366,8 +380,8 @@ class AbstractLikelihood(ABC):
         Class probabilities ``[rows, C]``; or mean and (co)variance of E[y|f], without the noise of targets.
         """
 
-    def predict_joint(self, mean: Float[Tensor, " joint"], cov: Float[Tensor, "joint joint"]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The same for all outputs of all rows at once."""
+    def predict_joint(self, mean: Outputs, cov: Float[Tensor, "joint joint"]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """The same for all outputs of all rows at once, row by row, of their means ``[rows, C]`` and covariance."""
         return self._refuse("joint covariance of its predictions")
 
     @abstractmethod
@@ -405,8 +419,10 @@ class AbstractLikelihood(ABC):
         """Of predicted probabilities ``[..., C]``, in nats: ``[...]``, or of independent labels ``[..., C]``."""
         return self._refuse("entropy of its predictions")
 
-    def noise_variance(self, mean: Outputs, variance: Outputs) -> Float[Tensor, "rows outputs"] | None:  # noqa: ARG002
-        """Expected variance of targets whose outputs are known, in target units squared; ``None``: there are no such.
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> Tensor | None:  # noqa: ARG002
+        """E[Var(y|f)], of targets whose outputs are known, ``[rows, targets]``; ``None``: there are no such.
+
+        In target units squared. It and the variance of E[y|f] that ``predict`` gives add up to that of targets.
 
         Parameters
         ----------
@@ -479,7 +495,7 @@ class AbstractLikelihood(ABC):
         return inputs
 
     def check_rows(self) -> None:  # noqa: B027 - most have nothing to refuse
-        """Raise unless each target belongs to one row of features."""
+        """Raise unless a head can be trained again, by a convex loss with one row of features for each target."""
 
     @classmethod  # noqa: B027 - most have nothing to refuse
     def check_diagonal_hessian(cls) -> None:
@@ -564,8 +580,8 @@ class AbstractLikelihood(ABC):
             If they cannot; the message says what to use.
         """
         msg = (
-            f'method="elbo" is made for classes (likelihood="classification" or "binary"); this is {cls.name}. Use '
-            'method="marglik", or validation data: tune(val_loader).'
+            f'method="elbo" is made for classes (likelihood="classification", "binary" or "multilabel"); this is '
+            f'{cls.name}. Use method="marglik", or validation data: tune(val_loader).'
         )
         raise UnsupportedError(msg)
 
@@ -645,6 +661,11 @@ def datum_index(batch_size: int, n_rows: int, device: torch.device) -> Tensor | 
     if n_rows == batch_size:
         return None
     return torch.arange(batch_size, device=device).repeat_interleave(n_rows // max(batch_size, 1))
+
+
+def variance_of(mean: Tensor, cov: Tensor) -> Tensor:
+    """Variances of outputs, ``[..., C]``, of what is one or a covariance."""
+    return cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
 
 
 def check_outputs(f: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace.enums import Likelihood
+from laplace.density import log_one_minus_max
+from laplace.enums import Likelihood, LinkApprox
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.likelihoods.base import Positions, check_outputs, check_same_shape, datum_index
+from laplace.likelihoods import softmax
+from laplace.likelihoods.base import Ask, Link, Positions, check_outputs, check_same_shape, datum_index
 from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.types import Outputs, Scalar, Targets
@@ -42,6 +45,8 @@ class CategoricalLikelihood(PredictsProbabilities):
     output_temperature: float | Tensor = 1.0
 
     name: ClassVar[str] = Likelihood.CLASSIFICATION.value
+    links: ClassVar[Mapping[LinkApprox, Callable[..., Tensor]]] = softmax.LINKS
+    variance_links: ClassVar[frozenset[LinkApprox]] = softmax.VARIANCE_LINKS
     ignores_shifts: ClassVar[bool] = True
 
     @classmethod
@@ -109,13 +114,56 @@ class CategoricalLikelihood(PredictsProbabilities):
         """Class probabilities, ``[..., C]``."""
         return (f / self.output_temperature).softmax(-1)
 
+    def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:
+        """To log probabilities, ``[rows, classes]``, of logits divided by the output temperature."""
+        link = self.links[name]
+        if name is LinkApprox.MC:
+            link = partial(link, n_samples=n_samples, generator=generator)
+        T = self.output_temperature
+        if not isinstance(T, Tensor) and T == 1:
+            return link
+        return lambda mean, cov: link(mean / T, cov / T**2)
+
+    def average(
+        self,
+        functions: Iterable[Float[Tensor, "samples rows outputs"]],
+        n_samples: int,
+        center: Outputs,  # noqa: ARG002 - probabilities are averaged as they are
+    ) -> tuple[Tensor, Tensor, Link]:
+        """Log of the average probabilities, ``[rows, classes]``."""
+        logits = (f / self.output_temperature for f in functions)
+        found = softmax.average_softmax(logits, n_samples)
+        return found, torch.zeros_like(found), lambda mean, _cov: mean
+
+    def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
+        """At the output temperature."""
+        return log_one_minus_max(f / torch.as_tensor(self.output_temperature).to(f))
+
+    def energy_asks(self, alpha: float) -> Ask:
+        """Variances are enough for the probit approximation."""
+        return Ask.COVARIANCE if alpha * float(self.scale) < 1 else Ask.VARIANCE
+
+    def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
+        """In closed form, between a bound and the probit approximation: ``softmax.energy``."""
+        return softmax.energy(mean, cov, self.label(y), self.scale, alpha)
+
+    def sampled_energy(
+        self, samples: Float[Tensor, "samples rows outputs"], y: Targets, alpha: float
+    ) -> Float[Tensor, " rows"]:
+        """From samples of the logits."""
+        return softmax.sampled_energy(samples, self.label(y), self.scale, alpha)
+
+    @classmethod
+    def check_sampled_energy(cls) -> None:
+        """It may be."""
+
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check class indices ``[batch, *positions]`` (−100: masked) or soft labels; flatten unmasked positions."""
         n_outputs = f.shape[-1]
         if n_outputs == 1:
             msg = (
                 'likelihood="classification" is a softmax over one output per class, and the model has one output, '
-                "whose softmax is always 1. Give it two outputs (for a trained one-logit model: zero and the logit)."
+                'whose softmax is always 1. A model with one logit for two classes is likelihood="binary".'
             )
             raise UnsupportedError(msg)
         flat = f.reshape(-1, n_outputs)

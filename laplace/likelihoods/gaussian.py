@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laplace import linalg
 from laplace.enums import CurvatureKind, Likelihood, PredType
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.likelihoods.base import AbstractLikelihood, Link, Positions, check_outputs, check_same_shape, datum_index
 from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.likelihoods.predictions import PredictsMoments
@@ -33,24 +33,46 @@ class GaussianLikelihood(PredictsMoments):
     weights
         Relative precisions of the outputs, ``[C]``, where they are part of what is summed at unit noise; ``None`` for
         equal ones.
+    noise_covariance
+        Σ, the covariance of the noise of the outputs of a row where that of one output tells about another's,
+        ``[C, C]``, symmetric and positive definite; ``None`` for the identity. The noise has the covariance σ² Σ, of
+        which ``tune`` and the evidence may choose σ, one number: ``GaussianLikelihood(noise_covariance=Sigma)``.
+
+    Raises
+    ------
+    InputError
+        If Σ is not symmetric or not positive definite.
     """
 
     sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
     temperature: float | Tensor = 1.0
     weights: Tensor | None = None
+    noise_covariance: Tensor | None = None
 
     name: ClassVar[str] = Likelihood.REGRESSION.value
     hyperparameters: ClassVar[tuple[str, ...]] = ("sigma_noise",)
 
-    @classmethod
-    def check_noise(cls, sigma_noise: Tensor) -> None:
-        """Any noise is one."""
+    def __post_init__(self) -> None:
+        """Check the covariance."""
+        if self.noise_covariance is not None:
+            check_covariance(self.noise_covariance)
 
-    @classmethod
-    def beside_prior(cls, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
+    def check_noise(self, sigma_noise: Tensor) -> None:
+        """Any noise is one; beside a covariance one number is."""
+        if self.noise_covariance is not None and sigma_noise.numel() > 1:
+            msg = (
+                "sigma_noise is one number beside noise_covariance, whose diagonal says how outputs differ; got "
+                f"{sigma_noise.numel()} values. Put them into the covariance."
+            )
+            raise UnsupportedError(msg)
+
+    def beside_prior(self, noise: str | None, output_temperature: bool | None) -> tuple[str | None, int]:
         """The noise, one or one per output."""
         if output_temperature:
             msg = "output_temperature divides logits; regression has none. Its noise is chosen instead: noise='scalar'."
+            raise UnsupportedError(msg)
+        if noise == "per_output" and self.noise_covariance is not None:
+            msg = "noise='per_output' scales each output; beside noise_covariance there is one number: noise='scalar'."
             raise UnsupportedError(msg)
         return (None, 0) if noise == "keep" else ("sigma_noise", 2 if noise == "per_output" else 1)
 
@@ -62,6 +84,25 @@ class GaussianLikelihood(PredictsMoments):
         """The same at unit noise, with relative precisions of the outputs."""
         return GaussianLikelihood(weights=weights)
 
+    def _factor(self, like: Tensor) -> Float[Tensor, "outputs outputs"]:
+        """L with ``L Lᵀ = Σ``."""
+        assert self.noise_covariance is not None, "asked where there is one"
+        covariance = self.noise_covariance.detach().to(like.device, torch.float64)
+        return linalg.cholesky(covariance, "noise covariance").to(like.dtype)
+
+    def _whitened(self, values: Tensor) -> Tensor:
+        """L⁻¹ times each row, ``[rows, C]``."""
+        if self.noise_covariance is None:
+            return values
+        return torch.linalg.solve_triangular(self._factor(values), values.mT, upper=False).mT
+
+    def _spread(self, like: Tensor) -> Float[Tensor, " outputs"]:
+        """The variance of the noise of each output, ``[1]`` or ``[C]``: σ² diag Σ."""
+        variance = (self.sigma_noise**2).to(like).reshape(-1)
+        if self.noise_covariance is None:
+            return variance
+        return variance * self.noise_covariance.detach().diagonal().to(like)
+
     @property
     def scale(self) -> Tensor:
         """1/(σ² T), ``[]`` or ``[C]``."""
@@ -72,15 +113,20 @@ class GaussianLikelihood(PredictsMoments):
         return self.scale if kind is CurvatureKind.GGN else self.scale / self.sigma_noise**2
 
     def log_normalizer(self, n_positions: int, n_outputs: int) -> Scalar:
-        """N Σ_c log(σ_c √2π), in nats."""
-        return n_positions * n_outputs * (self.sigma_noise.log().mean() + 0.5 * math.log(2 * math.pi))
+        """N Σ_c log(σ_c √2π), in nats; with a covariance and N ½ log |Σ|."""
+        each = n_outputs * (self.sigma_noise.log().mean() + 0.5 * math.log(2 * math.pi))
+        if self.noise_covariance is not None:
+            each = each + self._factor(self.sigma_noise).diagonal().log().sum()
+        return n_positions * each
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
         """½ Σ w (y − f)²."""
         return 0.5 * ((f - y) * self.gradient(f, y)).sum()
 
-    def nll_by_output(self, f: Outputs, y: Targets) -> Float[Tensor, " outputs"]:
-        """½ Σ (y − f)² for each output, ``[C]``."""
+    def nll_by_output(self, f: Outputs, y: Targets) -> Tensor:
+        """½ Σ (y − f)² for each output, ``[C]``; with a covariance outputs have no noise of their own, ``[]``."""
+        if self.noise_covariance is not None:
+            return self.nll(f, y)
         return 0.5 * (f - y).square().sum(0)
 
     def scaled_nll(self, f: Outputs, y: Targets) -> Scalar:
@@ -93,22 +139,30 @@ class GaussianLikelihood(PredictsMoments):
         return 2 / n_outputs
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
-        """w (f − y), ``[rows, C]``."""
+        """w (f − y) or Σ⁻¹ (f − y), ``[rows, C]``."""
+        if self.noise_covariance is not None:
+            return torch.cholesky_solve((f - y).mT, self._factor(f)).mT
         return f - y if self.weights is None else self.weights.to(f) * (f - y)
 
     def hessian(self, f: Outputs) -> OutputHessian:
-        """The identity, one number for all outputs of a row; or diag(w)."""
+        """The identity, one number for all outputs of a row; or diag(w); or Σ⁻¹ by its root."""
+        if self.noise_covariance is not None:
+            return OutputHessian(f.shape[-1], root=self.hessian_root(f))
         diagonal = torch.ones_like(f[:, :1]) if self.weights is None else self.weights.to(f).expand_as(f)
         return OutputHessian(f.shape[-1], diagonal=diagonal)
 
     def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
-        """The identity, or diag(√w), ``[rows, C, C]``."""
+        """The identity, or diag(√w), or L⁻ᵀ, ``[rows, C, C]``."""
         eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+        if self.noise_covariance is not None:
+            return torch.linalg.solve_triangular(self._factor(f).mT, eye, upper=True).expand(len(f), -1, -1)
         return (eye if self.weights is None else eye * self.weights.to(f).sqrt()).expand(len(f), -1, -1)
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal numbers (times √w), ``[samples, rows, C]``."""
+        """Standard normal numbers (times √w, or L⁻ᵀ), ``[samples, rows, C]``."""
         noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+        if self.noise_covariance is not None:
+            return torch.einsum("ck,srk->src", self.hessian_root(f[:1])[0], noise)
         return noise if self.weights is None else self.weights.to(f).sqrt() * noise
 
     def n_groups(self, n_outputs: int) -> int:  # noqa: ARG002 - whatever it is
@@ -116,23 +170,27 @@ class GaussianLikelihood(PredictsMoments):
         return 1
 
     def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
-        """σ² s² e² of each output."""
-        return (self.sigma_noise.to(excess) ** 2).reshape(-1) * (scale * excess.square()).unsqueeze(-1)
-
-    def noise_variance(self, mean: Outputs, variance: Outputs) -> Float[Tensor, "rows outputs"]:  # noqa: ARG002
-        """σ²."""
-        return (self.sigma_noise.to(mean) ** 2).expand_as(mean)
+        """σ² s² e² of each output, by its noise."""
+        return self._spread(excess) * (scale * excess.square()).unsqueeze(-1)
 
     def expectation(self, f: Tensor) -> Tensor:
         """The outputs themselves."""
         return f
 
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> Outputs:  # noqa: ARG002 - the same everywhere
+        """σ² of each output."""
+        return self._spread(mean).expand_as(mean)
+
     def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:  # noqa: ARG002
         """Negative log density of N(mean, cov + σ²), summed, in nats; a variance scores each output by itself."""
-        noise = (self.sigma_noise**2).to(mean.dtype)
+        noise = self._spread(mean)
         if cov.dim() == mean.dim():
             return nn.functional.gaussian_nll_loss(mean, y, cov + noise, full=True, reduction="sum", eps=0.0)
-        noisy = 0.5 * (cov + cov.mT) + noise * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        if self.noise_covariance is None:
+            noise = noise * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        else:
+            noise = self.sigma_noise.to(mean) ** 2 * self.noise_covariance.detach().to(mean)
+        noisy = 0.5 * (cov + cov.mT) + noise
         factor = linalg.cholesky(noisy, "predictive covariance")
         # By hand: the first use of torch.distributions.MultivariateNormal imports a computer algebra system.
         whitened = torch.linalg.solve_triangular(factor, (y - mean).unsqueeze(-1), upper=False)
@@ -146,7 +204,7 @@ class GaussianLikelihood(PredictsMoments):
     def crps(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:  # noqa: ARG002
         """Of each output's marginal, noise included: Gneiting & Raftery (2007), equation 21."""
         var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
-        sigma = (var + (self.sigma_noise**2).to(var)).sqrt()
+        sigma = (var + self._spread(var)).sqrt()
         z = (y - mean) / sigma
         density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
         return (sigma * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))).sum()
@@ -165,7 +223,11 @@ class GaussianLikelihood(PredictsMoments):
 
     def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
         """Exactly: ``½ s rᵀ (I + α s V)⁻¹ r + (1/2α) log |I + α s V|`` with r = y − f."""
-        scale, r = self.scale, y - mean
+        scale, r = self.scale, self._whitened(y - mean)
+        if self.noise_covariance is not None:
+            root = self._factor(mean)
+            half = torch.linalg.solve_triangular(root, cov, upper=False)
+            cov = torch.linalg.solve_triangular(root, half.mT, upper=False)
         if alpha == 0:
             return 0.5 * scale * (r.square().sum(-1) + cov.diagonal(dim1=1, dim2=2).sum(-1))
         eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
@@ -190,22 +252,58 @@ class GaussianLikelihood(PredictsMoments):
         if y.shape == f.shape[:-1] and f.shape[-1] == 1:
             y = y.unsqueeze(-1)
         check_same_shape(f, y, "Regression targets")
+        self.check_head(f.shape[-1])
         check_outputs(f)
         linalg.check_finite(y, "Regression targets", "Leave those rows out of the data.")
         flat = f.reshape(-1, f.shape[-1])
         return Positions(flat, y.reshape(flat.shape).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
 
-    def training_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The squared error."""
-        return squared_error
+    def check_head(self, n_outputs: int) -> None:
+        """Raise unless the covariance is that of so many outputs."""
+        if self.noise_covariance is not None and len(self.noise_covariance) != n_outputs:
+            msg = (
+                f"noise_covariance is {list(self.noise_covariance.shape)}, and the model has {n_outputs} outputs. It "
+                "has one row and one column for each of them."
+            )
+            raise ShapeError(msg)
 
-    def torch_loss(self) -> tuple[nn.Module, float]:
-        """``MSELoss`` and ½."""
-        return nn.MSELoss(reduction="sum"), 0.5
+    def training_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The squared error, unless outputs share a noise."""
+        return squared_error if self.noise_covariance is None else None
+
+    def torch_loss(self) -> tuple[nn.Module, float] | None:
+        """``MSELoss`` and ½, unless outputs share a noise."""
+        return (nn.MSELoss(reduction="sum"), 0.5) if self.noise_covariance is None else None
 
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions: every one of them counts."""
         return y.numel() // n_outputs
+
+
+def check_covariance(covariance: Tensor) -> None:
+    """Raise unless a noise covariance is one.
+
+    Raises
+    ------
+    InputError
+        If it is not symmetric, or not positive definite.
+    """
+    what = "noise_covariance must be a symmetric positive definite matrix [C, C]"
+    if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1] or not covariance.is_floating_point():
+        msg = f"{what}; got {list(covariance.shape)} of {covariance.dtype}."
+        raise InputError(msg)
+    wide = covariance.detach().double()
+    rounding = 100 * torch.finfo(covariance.dtype).eps * wide.abs().max()
+    if not bool(((wide - wide.mT).abs() <= rounding).all()):
+        msg = f"{what}; entries differ from those on the other side of the diagonal, or are not finite."
+        raise InputError(msg)
+    if int(torch.linalg.cholesky_ex(wide).info):
+        least = float(torch.linalg.eigvalsh(wide)[0])
+        msg = (
+            f"{what}; its least eigenvalue is {least:.3g}. An estimate from few residuals is singular: shrink it, "
+            "(1 − a) Σ + a diag(Σ)."
+        )
+        raise InputError(msg)
 
 
 def squared_error(f: Tensor, y: Tensor) -> Tensor:

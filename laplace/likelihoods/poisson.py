@@ -12,9 +12,9 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.enums import Likelihood, LinkApprox
-from laplace.errors import InputError, NumericalWarning, warn
+from laplace.errors import InputError, NumericalWarning, ShapeError, warn
 from laplace.likelihoods import quadrature
-from laplace.likelihoods.base import Ask, Link, Positions, check_outputs, check_same_shape, datum_index
+from laplace.likelihoods.base import Ask, Link, Positions, check_outputs, check_same_shape, datum_index, variance_of
 from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.likelihoods.predictions import PredictsMoments, as_it_is
 from laplace.types import Outputs, Scalar, Targets
@@ -27,40 +27,77 @@ STIRLING = ((12, 1, 1.0), (360, 3, -1.0), (1260, 5, 1.0), (1680, 7, -1.0))
 
 @dataclass(frozen=True)
 class PoissonLikelihood(PredictsMoments):
-    """−log p(y|f) = e^f − y f + log y!, summed over outputs and tempered by 1/T.
+    """−log p(y|f) = E e^f − y (f + log E) + log y!, summed over outputs and tempered by 1/T; E is the exposure.
+
+    Targets are counts in the shape of the outputs, ``[batch, *positions, C]``, of exposure 1. With ``exposure=True``
+    they are counts and exposures side by side, ``[batch, *positions, C, 2]`` (of one output also
+    ``[batch, *positions, 2]``): a count of 3 in half a year is (3, 0.5), and its mean is half the rate of a year.
+    Predictions are mean and (co)variance of the rates, e^f, which are those of exposure 1.
 
     Attributes
     ----------
     temperature
         T.
+    exposure
+        Whether targets come with exposures.
     """
 
     temperature: float | Tensor = 1.0
+    exposure: bool = False
 
     name: ClassVar[str] = Likelihood.POISSON.value
+
+    # -- of each count, with the log of its mean: what a distribution says --------------------------------------------
+
+    def _nll(self, f: Tensor, y: Tensor) -> Tensor:
+        return f.exp() - y * f + torch.lgamma(y + 1)
+
+    def _slope(self, f: Tensor, y: Tensor) -> Tensor:
+        return f.exp() - y
+
+    def _curvature(self, f: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002 - the same for every count
+        return f.exp()
+
+    def _fisher(self, f: Tensor) -> Tensor:
+        return f.exp()
+
+    def _mean_nll(self, mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
+        return (mean + variance / 2).exp() - y * mean + torch.lgamma(y + 1)
+
+    def _draw(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.poisson(f.exp(), generator=generator)
+
+    @property
+    def _dispersion(self) -> float:
+        """α, with Var(y|f) = μ + α μ²."""
+        return 0.0
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
         """Of the counts, summed over rows and outputs."""
-        return _nll(f, y).sum()
+        return self._nll(self.observed(f, y), self._counts(y)).sum()
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
-        """e^f − y, ``[rows, C]``."""
-        return f.exp() - y
+        """Mean less count, ``[rows, C]``; of a dispersed count divided by 1 + α times the mean."""
+        return self._slope(self.observed(f, y), self._counts(y))
+
+    def observed(self, f: Outputs, y: Targets) -> Outputs:
+        """f + log E, the log of the mean of each count."""
+        return f + y[..., 1].to(f).log() if self.exposure else f
 
     def hessian(self, f: Outputs) -> OutputHessian:
-        """diag(e^f)."""
-        return OutputHessian(f.shape[-1], diagonal=f.exp())
+        """diag(e^f); of dispersed counts diag(e^f / (1 + α e^f))."""
+        return OutputHessian(f.shape[-1], diagonal=self._fisher(f))
 
     def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
-        """diag(e^(f/2)), ``[rows, C, C]``."""
-        return torch.diag_embed((f / 2).exp())
+        """Its root, ``[rows, C, C]``."""
+        return torch.diag_embed(self._fisher(f).sqrt())
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Gradients at counts drawn from the rates, ``[samples, rows, C]``."""
-        rate = f.exp().expand(n_samples, *f.shape)
-        return rate - torch.poisson(rate, generator=generator)
+        f = f.expand(n_samples, *f.shape)
+        return self._slope(f, self._draw(f, generator))
 
     # -- predicting ---------------------------------------------------------------------------------------------------
 
@@ -68,13 +105,13 @@ class PoissonLikelihood(PredictsMoments):
         """The rate, e^f."""
         return f.exp()
 
-    def noise_variance(self, mean: Outputs, variance: Outputs) -> Float[Tensor, "rows outputs"]:
-        """The expected rate."""
-        return (mean + variance / 2).exp()
-
     def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:  # noqa: ARG002
         """Mean and (co)variance of the rate, which is log-normal: exact."""
         return log_normal
+
+    def noise_variance(self, mean: Outputs, variance: Outputs) -> Outputs:
+        """E[e^f + α e^2f], of counts of exposure 1: in closed form."""
+        return (mean + variance / 2).exp() + self._dispersion * (2 * mean + 2 * variance).exp()
 
     def predictive_nll(self, mean: Outputs, cov: Tensor, y: Targets, link: Link) -> Scalar:
         """Of each count's marginal, summed: ``−log ∫ p(y|f) N(f) df`` by quadrature.
@@ -82,10 +119,13 @@ class PoissonLikelihood(PredictsMoments):
         To rounding for standard deviations of f up to 1, to 2e-4 nats at 3. Where functions were sampled, the rate is
         given a Gamma distribution with the moments of the samples, and the count a negative binomial one.
         """
-        variance = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
+        variance, count = variance_of(mean, cov), self._counts(y)
         if link is as_it_is:
-            return _negative_binomial_nll(mean, variance, y).sum()
-        return _marginal_nll(mean, variance, y, 1.0).sum()
+            exposure = y[..., 1].to(mean) if self.exposure else torch.ones_like(mean)
+            rate, spread = exposure * mean, exposure.square() * variance
+            spread = spread + self._dispersion * (rate.square() + spread)
+            return _negative_binomial_nll(rate, spread, count).sum()
+        return self._marginal_nll(self.observed(mean, y), variance, count, 1.0).sum()
 
     def scores(self) -> Mapping[str, Callable[..., Tensor] | None]:
         """The log density."""
@@ -98,34 +138,66 @@ class PoissonLikelihood(PredictsMoments):
         return Ask.VARIANCE
 
     def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
-        """Of each count's marginal, summed over outputs: at α = 0 in closed form, else by quadrature."""
-        variance = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
+        """Of each count's marginal, summed over outputs, by quadrature; at α = 0 of Poisson counts in closed form."""
+        mean, variance, count = self.observed(mean, y), variance_of(mean, cov), self._counts(y)
         if alpha == 0:
-            each = (mean + variance / 2).exp() - y * mean + torch.lgamma(y + 1)
-            return self.scale * each.sum(-1)
-        return _marginal_nll(mean, variance, y, alpha * self.scale).sum(-1) / alpha
+            return self.scale * self._mean_nll(mean, variance, count).sum(-1)
+        return self._marginal_nll(mean, variance, count, alpha * self.scale).sum(-1) / alpha
+
+    def _marginal_nll(self, mean: Tensor, variance: Tensor, y: Tensor, power: float | Tensor) -> Tensor:
+        """``−log E[p(y|f)^power]`` for each count."""
+        return -quadrature.log_mean_exp(
+            lambda f: -power * self._nll(f, y),
+            lambda f: -power * self._slope(f, y),
+            lambda f: power * self._curvature(f, y),
+            mean,
+            variance,
+        )
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets, counts in the shape of the outputs (or without the last axis, C = 1); flatten positions."""
-        if y.shape == f.shape[:-1] and f.shape[-1] == 1:
-            y = y.unsqueeze(-1)
-        check_same_shape(f, y, "Counts")
+        last = (2,) if self.exposure else ()
+        if f.shape[-1] == 1 and y.shape == (*f.shape[:-1], *last):
+            y = y.reshape(*f.shape, *last)
+        self._check_shape(f, y)
         check_outputs(f)
         if y.is_complex() or y.dtype is torch.bool:
             msg = f"Counts must be numbers; got {y.dtype}."
             raise InputError(msg)
         linalg.check_finite(y, "Counts", "Leave those rows out of the data.")
-        if bool((y < 0).any()) or (y.is_floating_point() and bool((y != y.round()).any())):
-            msg = 'likelihood="poisson" takes counts: 0, 1, 2, … of any type; others came.'
+        count = self._counts(y)
+        if bool((count < 0).any()) or (y.is_floating_point() and bool((count != count.round()).any())):
+            msg = f'likelihood="{self.name}" takes counts: 0, 1, 2, … of any type; others came.'
+            raise InputError(msg)
+        if self.exposure and not bool((y[..., 1] > 0).all()):
+            msg = (
+                f"Exposures must be greater than 0; the least is {float(y[..., 1].min()):g}. Where nothing was "
+                "observed there is no count: leave those rows out of the data."
+            )
             raise InputError(msg)
         flat = f.reshape(-1, f.shape[-1])
-        return Positions(flat, y.reshape(flat.shape).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
+        y = y.reshape(*flat.shape, *last).to(f.dtype)
+        return Positions(flat, y, datum=datum_index(len(f), len(flat), f.device))
+
+    def _check_shape(self, f: Tensor, y: Tensor) -> None:
+        if not self.exposure:
+            check_same_shape(f, y, "Counts")
+        elif y.shape != (*f.shape, 2):
+            msg = (
+                f"With exposure=True targets are counts and exposures side by side, {[*f.shape, 2]}; got "
+                f"{list(y.shape)}. Make them by torch.stack([counts, exposures], -1)."
+            )
+            raise ShapeError(msg)
+
+    def _counts(self, y: Tensor) -> Tensor:
+        """Targets without their exposures."""
+        return y[..., 0] if self.exposure else y
 
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions."""
-        return y.numel() // n_outputs
+        return y.numel() // (2 * n_outputs if self.exposure else n_outputs)
 
 
 def log_normal(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,31 +217,20 @@ def log_normal(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     return rate, spread
 
 
-def _nll(f: Tensor, y: Tensor) -> Tensor:
-    """Of each count."""
-    return f.exp() - y * f + torch.lgamma(y + 1)
-
-
-def _marginal_nll(mean: Tensor, variance: Tensor, y: Tensor, power: float | Tensor) -> Tensor:
-    """``−log E[p(y|f)^power]`` for each count."""
-    return -quadrature.log_mean_exp(
-        lambda f: -power * _nll(f, y),
-        lambda f: power * (y - f.exp()),
-        lambda f: power * f.exp(),
-        mean,
-        variance,
-    )
-
-
 def _negative_binomial_nll(rate: Tensor, variance: Tensor, y: Tensor) -> Tensor:
     """Of counts whose rate has a Gamma distribution with this mean and variance."""
     shape = rate.square() / variance.clamp(min=torch.finfo(rate.dtype).eps * rate.square())
-    # log Γ(s) − log Γ(s + y) + y log s, which tends to 0 as s grows: from 20 on by Stirling, without the difference.
+    # s log(1 + m/s) tends to the rate m.
+    return log_ways(shape, y) - y * rate.log() + (shape + y) * torch.log1p(rate / shape)
+
+
+def log_ways(shape: Tensor, y: Tensor) -> Tensor:
+    """``log y! + log Γ(s) − log Γ(s + y) + y log s`` of a negative binomial distribution.
+
+    But for log y! it tends to 0 as s grows: from 20 on by Stirling's series, without the difference.
+    """
     small, large = shape.clamp(max=LARGE), shape.clamp(min=LARGE)
     exact = torch.lgamma(small) - torch.lgamma(small + y) + y * small.log()
     series = [sign / (n * large**k) - sign / (n * (large + y) ** k) for n, k, sign in STIRLING]
     stirling = y - (large + y - 0.5) * torch.log1p(y / large) + sum(series)
-    ratio = rate / shape
-    growth = torch.where(shape < LARGE, exact, stirling)
-    # s log(1 + m/s) tends to the rate m.
-    return torch.lgamma(y + 1) + growth - y * rate.log() + (shape + y) * torch.log1p(ratio)
+    return torch.lgamma(y + 1) + torch.where(shape < LARGE, exact, stirling)

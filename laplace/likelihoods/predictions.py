@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.density import entropy, log_one_minus_max
+from laplace.density import entropy
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
-from laplace.likelihoods import softmax
 from laplace.likelihoods.base import AbstractLikelihood, Ask, Link
 from laplace.types import Outputs, Scalar, Targets
 
@@ -28,6 +26,19 @@ MAX_AVERAGED = 100
 def as_it_is(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     """The link of what is predicted already."""
     return mean, cov
+
+
+def moments_of(parts: Iterable[Tensor], n_samples: int, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of samples that come in parts, from numbers near which they are."""
+    if n_samples < 2:
+        msg = f"A variance over samples needs n_samples of at least 2; got {n_samples}."
+        raise InputError(msg)
+    total, squares = torch.zeros_like(center), torch.zeros_like(center)
+    for part in parts:
+        deviation = part - center
+        total, squares = total + deviation.sum(0), squares + deviation.square().sum(0)
+    shift = total / n_samples
+    return center + shift, (squares - n_samples * shift.square()) / (n_samples - 1)
 
 
 class PredictsMoments(AbstractLikelihood):
@@ -55,24 +66,15 @@ class PredictsMoments(AbstractLikelihood):
         self, functions: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int, center: Outputs
     ) -> tuple[Tensor, Tensor, Link]:
         """Mean and variance ``[rows, C]`` of E[y|f] over samples, without keeping all of them."""
-        if n_samples < 2:
-            msg = f"A variance over samples needs n_samples of at least 2; got {n_samples}."
-            raise InputError(msg)
-        center = self.expectation(center)
-        total, squares = torch.zeros_like(center), torch.zeros_like(center)
-        for f in functions:
-            deviation = self.expectation(f) - center
-            total, squares = total + deviation.sum(0), squares + deviation.square().sum(0)
-        shift = total / n_samples
-        return center + shift, (squares - n_samples * shift.square()) / (n_samples - 1), as_it_is
+        return *moments_of((self.expectation(f) for f in functions), n_samples, self.expectation(center)), as_it_is
 
     def predict(self, mean: Tensor, cov: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """Mean and (co)variance of E[y|f]."""
         return link(mean, cov)
 
-    def predict_joint(self, mean: Float[Tensor, " joint"], cov: Float[Tensor, "joint joint"]) -> tuple[Tensor, Tensor]:
+    def predict_joint(self, mean: Outputs, cov: Float[Tensor, "joint joint"]) -> tuple[Tensor, Tensor]:
         """The same across inputs."""
-        return self.link(LinkApprox.PROBIT, 1, None)(mean, cov)
+        return self.link(LinkApprox.PROBIT, 1, None)(mean.flatten(), cov)
 
 
 class PredictsProbabilities(AbstractLikelihood):
@@ -81,11 +83,14 @@ class PredictsProbabilities(AbstractLikelihood):
     hyperparameters: ClassVar[tuple[str, ...]] = ("output_temperature",)
     output_temperature: float | Tensor
     """What logits are divided by before the link: T > 1 softens, T < 1 sharpens."""
-    links: ClassVar[Mapping[LinkApprox, Callable[..., Tensor]]] = softmax.LINKS
-    variance_links: ClassVar[frozenset[LinkApprox]] = softmax.VARIANCE_LINKS
+    links: ClassVar[Any]
+    """Those that there are: a set, or functions by name."""
+    variance_links: ClassVar[frozenset[LinkApprox]]
     """Links that use variances alone."""
     unlinked: ClassVar[str] = "has no such link"
     """Why the other links are missing."""
+    exclusive: ClassVar[bool] = True
+    """Whether one class of a row is right, of those whose probabilities are predicted."""
 
     @classmethod
     def _problem_with(cls, kind: PredType, link: LinkApprox, *, joint: bool, diagonal_output: bool) -> str:
@@ -104,31 +109,6 @@ class PredictsProbabilities(AbstractLikelihood):
         if kind is PredType.NN or joint:
             return Ask.FUNCTIONS
         return Ask.VARIANCE if diagonal_output or link in self.variance_links else Ask.COVARIANCE
-
-    def link(self, name: LinkApprox, n_samples: int, generator: torch.Generator | None) -> Link:
-        """To log probabilities, ``[rows, classes]``, of logits divided by the output temperature."""
-        link = self.links[name]
-        if name is LinkApprox.MC:
-            link = partial(link, n_samples=n_samples, generator=generator)
-        T = self.output_temperature
-        if not isinstance(T, Tensor) and T == 1:
-            return link
-        return lambda mean, cov: link(mean / T, cov / T**2)
-
-    def average(
-        self,
-        functions: Iterable[Float[Tensor, "samples rows outputs"]],
-        n_samples: int,
-        center: Outputs,  # noqa: ARG002 - probabilities are averaged as they are
-    ) -> tuple[Tensor, Tensor, Link]:
-        """Log of the average probabilities, ``[rows, classes]``."""
-        logits = (self.logits(f / self.output_temperature) for f in functions)
-        found = softmax.average_softmax(logits, n_samples)
-        return found, torch.zeros_like(found), lambda mean, _cov: mean
-
-    def logits(self, f: Tensor) -> Tensor:
-        """Outputs as the logits of a softmax, ``[..., classes]``."""
-        return f
 
     def predict(self, mean: Tensor, cov: Tensor, link: Link) -> Tensor:
         """Class probabilities, ``[rows, C]``; rows sum to one."""
@@ -160,37 +140,15 @@ class PredictsProbabilities(AbstractLikelihood):
         """The predictions themselves."""
         return prediction
 
-    def entropy(self, prediction: Tensor) -> Float[Tensor, "*rows"]:
-        """−Σ p log p over classes."""
+    def entropy(self, prediction: Tensor) -> Tensor:
+        """−Σ p log p over classes, ``[...]``; of each label where several may be right, ``[..., C]``."""
         rows = self.probabilities(prediction.reshape(-1, prediction.shape[-1]))
-        return entropy(rows).reshape(prediction.shape[:-1])
-
-    def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
-        """At the output temperature."""
-        return log_one_minus_max(f / torch.as_tensor(self.output_temperature).to(f))
+        return entropy(rows).reshape(prediction.shape[:-1] if self.exclusive else prediction.shape)
 
     def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
         """T² s² e of each logit."""
         T = torch.as_tensor(self.output_temperature).to(excess)
         return (T**2 * scale * excess).unsqueeze(-1)
-
-    def energy_asks(self, alpha: float) -> Ask:
-        """Variances are enough for the probit approximation."""
-        return Ask.COVARIANCE if alpha * float(self.scale) < 1 else Ask.VARIANCE
-
-    def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
-        """In closed form, between a bound and the probit approximation: ``softmax.energy``."""
-        return softmax.energy(self.logits(mean), cov, self.label(y), self.scale, alpha)
-
-    def sampled_energy(
-        self, samples: Float[Tensor, "samples rows outputs"], y: Targets, alpha: float
-    ) -> Float[Tensor, " rows"]:
-        """From samples of the logits."""
-        return softmax.sampled_energy(self.logits(samples), self.label(y), self.scale, alpha)
-
-    @classmethod
-    def check_sampled_energy(cls) -> None:
-        """It may be."""
 
     @classmethod
     def check_variational_head(cls, n_outputs: int) -> None:

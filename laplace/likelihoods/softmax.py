@@ -216,9 +216,14 @@ def mc(
 
 def average_softmax(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int) -> LogProbabilities:
     """Log of the average softmax over samples that come in parts."""
+    return average((f.log_softmax(-1) for f in parts), n_samples)
+
+
+def average(parts: Iterable[Float[Tensor, "samples rows outputs"]], n_samples: int) -> LogProbabilities:
+    """Log of the average of probabilities, whose logs come in parts."""
     total: Tensor | None = None
-    for f in parts:
-        part = f.log_softmax(-1).logsumexp(0)
+    for log_p in parts:
+        part = log_p.logsumexp(0)
         total = part if total is None else torch.logaddexp(total, part)
     assert total is not None, "the caller checks that there are samples"
     return total - math.log(n_samples)
@@ -312,10 +317,14 @@ def sampled_energy(
 
     Converges with the number of samples S; for α > 0 with a bias of order 1/S.
     """
-    nll = -scale * _of_label(samples.log_softmax(-1), y)
+    return sampled(scale * _of_label(samples.log_softmax(-1), y), alpha)
+
+
+def sampled(log_p: Float[Tensor, "samples rows"], alpha: float) -> Float[Tensor, " rows"]:
+    """``−(1/α) log mean p^α``, and ``−mean log p`` at α = 0."""
     if alpha == 0:
-        return nll.mean(0)
-    return (math.log(len(samples)) - (-alpha * nll).logsumexp(0)) / alpha
+        return -log_p.mean(0)
+    return (math.log(len(log_p)) - (alpha * log_p).logsumexp(0)) / alpha
 
 
 def _of_label(values: Tensor, y: Targets) -> Tensor:

@@ -46,7 +46,7 @@ def predict(
     """Predict at linearized inputs: probabilities ``[batch, *positions, C]``, or mean and (co)variance."""
     likelihood = likelihood.for_targets() if options.fitting else likelihood
     if asked(likelihood, options) is Ask.JOINT:
-        mean, cov = likelihood.predict_joint(inputs.mean(dtype).flatten(), inputs.joint_covariance(precision, dtype))
+        mean, cov = likelihood.predict_joint(inputs.mean(dtype), inputs.joint_covariance(precision, dtype))
         return mean.to(inputs.f.dtype), cov.to(inputs.f.dtype)
     mean, cov, link = moments(inputs, precision, likelihood, options, dtype)
     result = likelihood.predict(mean, cov, link)

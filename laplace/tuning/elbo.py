@@ -186,7 +186,7 @@ class VariationalHead:
             y = y.repeat(n_points, *([1] * (y.dim() - 1)))
             nll = nll + self.likelihood.nll(f, y) / n_points
             gradients.append(self.likelihood.gradient(f, y).unflatten(0, (n_points, -1)).mean(0))
-            hessians.append(self.likelihood.hessian(f).averaged(n_points))
+            hessians.append(self.likelihood.hessian(self.likelihood.observed(f, y)).averaged(n_points))
         delta = prior.diagonal()
         kl = precision.logdet() - prior.logdet() - prior.n_params + (delta * precision.diagonal_of_inverse()).sum()
         kl = 0.5 * (kl + prior.scatter(q.mean))
@@ -208,7 +208,8 @@ class VariationalHead:
         """The mode, with the curvature where all classes are equally likely: more than anywhere."""
         head = self.head(prior)
         theta = mode(head)
-        hessian = self.likelihood.hessian(torch.zeros_like(head.outputs(theta)))
+        zeros = torch.zeros_like(head.outputs(theta))
+        hessian = self.likelihood.hessian(self.likelihood.observed(zeros, self.data.y))
         return Gaussian(theta, FAMILIES[self.structure.name].add_up(head.blocks(self.data.phi), hessian))
 
     def fit(

@@ -19,7 +19,7 @@ from laplace.curvature import last_layer
 from laplace.enums import CurvatureKind, HessianStructure
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.fit import Fit
-from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.likelihoods import AbstractLikelihood, OutputHessian, Positions
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, Kron
@@ -103,16 +103,20 @@ class HeadBackend:
     """The weights, ``[P]``."""
     is_sampled = False
 
+    def hessian(self, f: Outputs, y: Targets) -> OutputHessian:
+        """Of the rows in their outputs."""
+        return self.head.likelihood.hessian(self.head.likelihood.observed(f, y))
+
     def full(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, "params params"]]:
         """Negative log-likelihood and dense curvature."""
         f = self.head.outputs(self.theta, x)
-        matrix = last_layer.full(self.head.blocks(x), self.head.likelihood.hessian(f))
+        matrix = last_layer.full(self.head.blocks(x), self.hessian(f, y))
         return self.head.likelihood.nll(f, y), matrix
 
     def diag(self, x: Features, y: Targets) -> tuple[Scalar, Float[Tensor, " params"]]:
         """Negative log-likelihood and diagonal."""
         f = self.head.outputs(self.theta, x)
-        vector = last_layer.diag(self.head.blocks(x), self.head.likelihood.hessian(f))
+        vector = last_layer.diag(self.head.blocks(x), self.hessian(f, y))
         return self.head.likelihood.nll(f, y), vector
 
     def kron(self, x: Features, y: Targets, N: int) -> tuple[Scalar, Kron]:
@@ -120,13 +124,13 @@ class HeadBackend:
         assert N == 1, "structures ask for raw sums"
         f = self.head.outputs(self.theta, x)
         wide = x.dtype if x.device.type == "mps" else torch.float64  # which that device does not have
-        factors = last_layer.kron(self.head.blocks(x.to(wide)), self.head.likelihood.hessian(f.to(wide)))
+        factors = last_layer.kron(self.head.blocks(x.to(wide)), self.hessian(f.to(wide), y))
         return self.head.likelihood.nll(f, y), factors
 
     def blockdiag(self, x: Features, y: Targets) -> tuple[Scalar, list[Tensor]]:
         """Negative log-likelihood and the blocks of weight and bias."""
         f = self.head.outputs(self.theta, x)
-        blocks = last_layer.blockdiag(self.head.blocks(x), self.head.likelihood.hessian(f))
+        blocks = last_layer.blockdiag(self.head.blocks(x), self.hessian(f, y))
         return self.head.likelihood.nll(f, y), blocks
 
     def ekfac(
@@ -138,13 +142,13 @@ class HeadBackend:
     ) -> tuple[Scalar, list[Tensor]]:
         """Negative log-likelihood and the diagonal of the curvature in a basis."""
         f = self.head.outputs(self.theta, x)
-        diagonals = last_layer.ekfac(self.head.blocks(x), self.head.likelihood.hessian(f), basis)
+        diagonals = last_layer.ekfac(self.head.blocks(x), self.hessian(f, y), basis)
         return self.head.likelihood.nll(f, y), diagonals
 
     def lowrank(self, x: Features, y: Targets, directions: Tensor) -> tuple[Scalar, Tensor, Tensor | None]:
         """Negative log-likelihood, products of the curvature with directions ``[P, k]``, and its trace."""
         f = self.head.outputs(self.theta, x)
-        found = last_layer.lowrank(self.head.blocks(x), self.head.likelihood.hessian(f), directions)
+        found = last_layer.lowrank(self.head.blocks(x), self.hessian(f, y), directions)
         return self.head.likelihood.nll(f, y), *found
 
     def zeros(self) -> Float[Tensor, " params"]:

@@ -79,7 +79,7 @@ class Head:
 
     def output_hessian(self, f: Outputs) -> OutputHessian:
         """The Hessians of its first term in the outputs."""
-        return scaled(self.likelihood.hessian(f), self.likelihood.scale.to(f))
+        return scaled(self.likelihood.hessian(self.likelihood.observed(f, self.y)), self.likelihood.scale.to(f))
 
     def newton_direction(
         self, hessian: OutputHessian, gradient: Float[Tensor, " params"], tolerance: float

@@ -54,6 +54,10 @@ class Terms:
     def _scale(self) -> Tensor:
         return self.likelihood.curvature_scale(self.kind).to(self.rows.f)
 
+    @property
+    def _observed(self) -> Tensor:
+        return self.likelihood.observed(self.rows.f, self.rows.y)
+
     def _shaped(self, values: Tensor) -> Tensor:
         """From unmasked rows to ``[batch, positions, …]``."""
         n_data, n_positions, _ = self.gradient.shape
@@ -63,13 +67,13 @@ class Terms:
         """What multiplies φ² in the diagonal, ``s Λ_cc``; what multiplies φ before it is squared, if ``sums_first``."""
         if self.sums_first:
             return self._shaped(self._scale.sqrt() * self.likelihood.gradient(self.rows.f, self.rows.y))
-        return self._shaped(self._scale * self.likelihood.hessian(self.rows.f).diag())
+        return self._shaped(self._scale * self.likelihood.hessian(self._observed).diag())
 
     def roots(self) -> Float[Tensor, "batch positions outputs columns"]:
         """``r`` with ``r rᵀ = s Λ`` for each position; all those of a datum make one column each if ``sums_first``."""
         if self.sums_first:
             return self.strength().unsqueeze(-1)
-        return self._shaped(self._scale.sqrt().reshape(-1, 1) * self.likelihood.hessian_root(self.rows.f))
+        return self._shaped(self._scale.sqrt().reshape(-1, 1) * self.likelihood.hessian_root(self._observed))
 
     def joint_roots(
         self, roots: Float[Tensor, "data positions outputs columns"]

@@ -101,6 +101,9 @@ def _additive(name: str, likelihood: AbstractLikelihood, mean: Tensor, cov: Tens
 def _calibration_error(likelihood: AbstractLikelihood, prediction: Tensor, y: Tensor) -> float:
     """The expected calibration error; of soft labels the largest class counts."""
     probabilities, label = likelihood.probabilities(prediction).double(), likelihood.label(y)
+    if label.is_floating_point():
+        known = label.sum(-1) > 0  # of a missing label nothing is
+        probabilities, label = probabilities[known], label[known]
     return calibration_error(probabilities, label.argmax(-1) if label.is_floating_point() else label)
 
 

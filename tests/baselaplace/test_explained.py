@@ -31,8 +31,11 @@ TARGETS: dict[str, Tensor] = {
     "binary": torch.arange(40) % 2,
     "regression": torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
     "poisson": torch.arange(80).reshape(40, 2) % 5,
+    "multilabel": torch.arange(80).reshape(40, 2) // 3 % 2,
+    "negative_binomial": torch.arange(80).reshape(40, 2) % 7,
+    "heteroscedastic_regression": torch.randn(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
 }
-N_OUTPUTS = {"classification": 3, "binary": 1, "regression": 2, "poisson": 2}
+N_OUTPUTS = {"classification": 3, "binary": 1} | dict.fromkeys([*TARGETS][2:], 2)
 
 
 def fitted(likelihood: str, *options: str, **keywords: Any) -> Any:
@@ -106,6 +109,28 @@ def test_entropies_are_those_of_the_posterior(likelihood: str) -> None:
     torch.testing.assert_close(told.expected_entropy, entropies.mean(0), atol=0.01, rtol=0)
     torch.testing.assert_close(told.mutual_information, total - entropies.mean(0), atol=0.01, rtol=0)
     assert bool((told.mutual_information > 0.005).all())
+
+
+def test_each_label_has_entropies_of_its_own() -> None:
+    """Those of the likelihood of one logit, with the same mean and variance."""
+    la = fitted("multilabel", "last_layer", "diag", prior_precision=0.3)
+    told = la.predict(X[:6], n_samples=20000)
+    assert told.entropy.shape == told.mutual_information.shape == (6, 2)
+    p = la(X[:6])
+    torch.testing.assert_close(told.entropy, -(p * p.log() + (1 - p) * (1 - p).log()))
+    head = la.model.last_layer
+    for c in range(2):
+        one = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+        one[0].load_state_dict(la.model.model[0].state_dict())
+        with torch.no_grad():
+            one[2].weight.copy_(head.weight[c : c + 1])
+            one[2].bias.copy_(head.bias[c : c + 1])
+        single = Laplace(one, "binary", "last_layer", "diag", prior_precision=0.3)
+        single.fit([(X, TARGETS["multilabel"][:, c])])
+        single.accept_untuned()
+        torch.testing.assert_close(told.entropy[:, c], single.predict(X[:6]).entropy)
+        alone = single.predict(X[:6], n_samples=20000).mutual_information
+        torch.testing.assert_close(told.mutual_information[:, c], alone, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("link", ["probit", "mc", "mf2", "bridge"])

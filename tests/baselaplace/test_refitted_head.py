@@ -114,7 +114,7 @@ def test_what_cannot_be_refitted_says_why():
     la = fitted(case, "diag")
     x, y = case.data(n_rows=60, shift=3)
     la.tune([(x, y)])
-    assert any("compared" in note for note in la.tuning_.notes)
+    assert any("compare two inputs" in note for note in la.tuning_.notes)
     with pytest.raises(UnsupportedError, match="refit=True is not possible"):
         la.tune([(x, y)], refit=True)
     data = classification()
@@ -186,18 +186,23 @@ def test_all_weights_see_the_same_features():
     assert (wide.max(-1).values <= la(x).max(-1).values + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["soft_labels", "masked_positions", "poisson", "binary"])
+@pytest.mark.parametrize(
+    "name", ["soft_labels", "masked_positions", "poisson", "negative_binomial", "binary", "multilabel"]
+)
 def test_other_targets_are_refitted_too(name):
     case = (
         next(case for case in [*BASIC, named("soft_labels"), named("masked_positions")] if case.name == name)
-        if name not in ("poisson", "binary")
+        if name in ("soft_labels", "masked_positions")
         else None
     )
     if case is None:
         data = classification()
         model = nn.Sequential(data.model.body, nn.Linear(recipes.D, 1).double())
         loaders = [
-            [(x, (y > 0).double()[:, None] if name == "binary" else y.double()[:, None]) for x, y in loader]
+            [
+                (x, (y > 0).double()[:, None] if name in ("binary", "multilabel") else y.double()[:, None])
+                for x, y in loader
+            ]
             for loader in (data.train, data.val)
         ]
         la = Laplace(model, name)

@@ -376,10 +376,13 @@ def test_wrong_calls_are_explained() -> None:
         conformal(regression(), [(torch.randn(30, 2), torch.randn(30, 1))], method="lac")
 
 
-@pytest.mark.parametrize("likelihood", ["poisson", "reward_modeling"])
+@pytest.mark.parametrize(
+    "likelihood", ["poisson", "negative_binomial", "reward_modeling", "multilabel", "heteroscedastic_regression"]
+)
 def test_other_likelihoods_are_refused_by_name(likelihood: str) -> None:
-    la = Laplace(nn.Linear(2, 1), likelihood)
-    with pytest.raises(UnsupportedError, match=f"{likelihood}.*neither class probabilities"):
+    la = Laplace(nn.Linear(2, 2), likelihood)
+    says = "several right labels" if likelihood == "multilabel" else "neither class probabilities"
+    with pytest.raises(UnsupportedError, match=f"{likelihood}.*{says}"):
         conformal(la, [(torch.randn(30, 2), torch.ones(30, 1))])
 
 

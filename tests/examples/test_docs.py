@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,7 +33,9 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     monkeypatch.chdir(folder)
     torch.set_default_dtype(torch.float32)
     text = (DOCS / page).read_text(encoding="utf-8")
-    names: dict[str, Any] = {"__name__": page}
+    module = ModuleType(page)  # dataclasses look up where they are written
+    monkeypatch.setitem(sys.modules, page, module)
+    names = vars(module)
     for block in BLOCK.finditer(text):
         first_line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * first_line + block[1], str(DOCS / page), "exec"), names)

@@ -18,7 +18,9 @@ from tests.contracts import generator
 from tests.estimators import dense
 from tests.likelihood_kinds import KINDS, Kind
 
-N_OUTPUTS = {"regression": 2, "classification": 3, "reward_modeling": 1, "binary": 1, "poisson": 2}
+N_OUTPUTS = {"regression": 2, "classification": 3, "reward_modeling": 1, "binary": 1, "poisson": 2,
+    "multilabel": 3, "negative_binomial": 2, "heteroscedastic_regression": 4,
+}  # fmt: skip
 DELTA = 1.7
 N_TRAIN, N_TEST = 12, 3
 CHOSEN = torch.tensor([9, 0, 4, 11])

@@ -73,10 +73,14 @@ def test_packages_take_the_likelihoods_whose_loss_they_know():
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_only_likelihoods_of_one_score_or_logit_refuse_a_head_with_several_outputs(name):
+def test_only_likelihoods_of_one_output_or_of_pairs_refuse_a_head_with_three(name):
     likelihood = resolve(name)
-    likelihood.check_head(1)
-    refused = {"reward_modeling": r"one score each.*3 outputs.*Give it one output", "binary": r"one logit.*3 outputs"}
+    likelihood.check_head(2 if name == "heteroscedastic_regression" else 1)
+    refused = {
+        "reward_modeling": r"one score each.*3 outputs.*Give it one output",
+        "binary": r"one logit.*3 outputs",
+        "heteroscedastic_regression": r"two outputs for each target.*model has 3\. Double",
+    }
     if name in refused:
         with pytest.raises(UnsupportedError, match=refused[name]):
             likelihood.check_head(3)

@@ -20,9 +20,10 @@ from tests.networks import Applied
 from tests.tools import assert_close
 
 F64 = torch.float64
-BINARY, POISSON = KINDS["binary"], KINDS["poisson"]
+NEW = [KINDS[name] for name in ("binary", "poisson", "multilabel", "negative_binomial", "heteroscedastic_regression")]
+BINARY, POISSON = NEW[:2]
 every_kind = pytest.mark.parametrize("kind", ROWS, ids=str)
-new_kinds = pytest.mark.parametrize("kind", [BINARY, POISSON], ids=str)
+new_kinds = pytest.mark.parametrize("kind", NEW, ids=str)
 some_weights = pytest.mark.parametrize(
     ("subset", "structure"), [("all", "full"), ("all", "kron"), ("last_layer", "kron"), ("last_layer", "gp")]
 )
@@ -92,8 +93,23 @@ WRONG = {
         "no column": lambda y: y[:, 0],
         "too few": lambda y: y[:-1],
     },
+    "multilabel": {
+        "two": lambda y: 2 * torch.ones_like(y),
+        "minus one": lambda y: (2 * y - 1).long(),
+        "infinite": lambda y: y + torch.inf,
+        "one column": lambda y: y[:, :1],
+        "no column": lambda y: y[:, 0].long(),
+    },
+    "negative_binomial": {"fraction": lambda y: y + 0.5, "negative": lambda y: -1 - y},
+    "heteroscedastic_regression": {
+        "integers": lambda y: y.long(),
+        "nan": lambda y: y * torch.nan,
+        "one column": lambda y: y[:, :1],
+        "as many as outputs": lambda y: torch.cat([y, y], 1),
+        "too few": lambda y: y[:-1],
+    },
 }
-SHAPES = ("one-hot", "too few", "extra axis", "one column", "no column")
+SHAPES = ("one-hot", "too few", "extra axis", "one column", "no column", "as many as outputs")
 
 
 @some_weights
@@ -101,7 +117,7 @@ SHAPES = ("one-hot", "too few", "extra axis", "one column", "no column")
 def test_targets_without_a_meaning_are_refused_and_nothing_is_fitted(name, wrong, subset, structure):
     kind = KINDS[name]
     la, (x, y) = build(kind, subset, structure, **({"n_subset": 1} if structure == "gp" else {})), data(kind)
-    with pytest.raises(ShapeError if wrong in SHAPES else InputError, match=r"[tT]argets|[cC]ounts"):
+    with pytest.raises(ShapeError if wrong in SHAPES else InputError, match=r"[tT]argets|[cC]ounts|[lL]abels"):
         la.fit([(x, WRONG[name][wrong](y))])
     with pytest.raises(NotFittedError):
         la(inputs(kind, N_TEST, 3))
@@ -124,10 +140,10 @@ def test_noise_and_output_temperature_without_a_meaning_are_refused(kind):
         la.sigma_noise = 0.5
     with pytest.raises(UnsupportedError, match=f"{kind.name}.*observation noise|noise.*{kind.name}"):
         la.tune([data(kind)], noise="scalar")
-    if kind is POISSON:
-        with pytest.raises(UnsupportedError, match=r"output_temperature.*poisson"):
+    if kind.classes is None:
+        with pytest.raises(UnsupportedError, match=f"output_temperature.*{kind.name}"):
             la.output_temperature = 2.0
-        with pytest.raises(UnsupportedError, match=r"output_temperature.*poisson"):
+        with pytest.raises(UnsupportedError, match=f"output_temperature.*{kind.name}"):
             la.tune([data(kind)], output_temperature=True)
     for options in ({"link_approx": "bridge"}, {"link_approx": "bridge_norm"}, {"fitting": True}):
         with pytest.raises(UnsupportedError, match=r"bridge|fitting"):
@@ -249,8 +265,8 @@ def test_positions_are_data_of_their_own(kind, subset, structure):
     la.fit([(x3[:2], y3[:2]), (x3[2:], y3[2:, ..., 0] if kind is BINARY else y3[2:])])
     assert_close(la.log_marginal_likelihood(), flat.log_marginal_likelihood())
     found, expected = la(x3), flat(x)
-    if kind is BINARY:
-        assert_close(found, expected.reshape(4, 3, 1))
+    if kind.classes is not None:
+        assert_close(found, expected.reshape(4, 3, -1))
     else:
         assert_close(found[0], expected[0].reshape(4, 3, 2))
         assert_close(found[1], expected[1].reshape(4, 3, 2, 2))
@@ -327,7 +343,7 @@ def check_predictions(la, kind, S, x) -> None:
     expected = likelihood.predict(mean, cov, likelihood.link(LinkApprox.PROBIT, 1, None))
     compare(la(x, **options_of(kind)), expected)
     if kind.classes is None:
-        compare(la(x, joint=True), likelihood.predict_joint(mean.flatten(), joint))
+        compare(la(x, joint=True), likelihood.predict_joint(mean, joint))
 
 
 @every_kind

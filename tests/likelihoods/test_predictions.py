@@ -54,7 +54,7 @@ def integral(mean: Tensor, spread: Tensor, function) -> Tensor:
 
 def log_integral(kind: Kind, mean: Tensor, spread: Tensor, y: Tensor, power: float) -> Tensor:
     """log E[p(y|f)^power] row by row, or at power 0 E[log p(y|f)]; of marginals where densities are those."""
-    if kind.each_output and mean.shape[1] > 1:
+    if kind.each_output and mean.shape[1] > kind.each_output:
         variances = spread if spread.dim() == 2 else spread.diagonal(dim1=1, dim2=2)
         each = [slice(c, c + 1) for c in range(mean.shape[1])]
         return sum(log_integral(kind, mean[:, c], variances[:, c], y[:, c], power) for c in each)
@@ -116,10 +116,10 @@ def test_variances_are_asked_for_only_where_they_are_enough(kind, n_outputs):
 
 @pytest.mark.parametrize("kind", [kind for kind in ROWS if kind.classes is None], ids=str)
 def test_joint_predictions_are_integrals_over_all_outputs_at_once(kind):
-    mean, cov = kind.moments(1, 3)
+    mean, cov = kind.moments(1, kind.n_outputs[-1])
     likelihood = resolve(kind.name)
     assert asked(likelihood, "probit", joint=True) is Ask.JOINT
-    found = likelihood.predict_joint(mean[0], cov[0])
+    found = likelihood.predict_joint(mean, cov[0])
     truth = integral(mean, cov, kind.mean)[0]
     square = integral(mean, cov, lambda f: torch.einsum("src,srk->srck", g := kind.mean(f), g))[0]
     assert_close(found[0], truth)
@@ -155,6 +155,24 @@ def test_a_variance_needs_two_samples_and_a_probability_one(kind, n_outputs):
         assert_close(likelihood.predict(*likelihood.average(iter([f.unsqueeze(0)]), 1, f)), kind.mean(f))
 
 
+@everyone
+def test_the_variance_around_means_is_an_integral(kind, n_outputs):
+    mean, cov = kind.moments(ROWS_OF_F, n_outputs)
+    likelihood = resolve(kind.name)
+    variance = cov.diagonal(dim1=1, dim2=2)
+    if kind.pairs:
+        assert likelihood.noise_variance(mean, variance) is None
+        return
+    if kind.variance is None:
+        with pytest.raises(UnsupportedError, match=f"{kind.name}.*variance of its targets"):
+            likelihood.noise_variance(mean, variance)
+        return
+    f = kind.outputs(2, n_outputs)
+    numbers = kind.expect(f, lambda _, y: kind.numbers(y, n_outputs) ** 2) - kind.mean(f) ** 2
+    assert_close(kind.variance(f), numbers, "variance of the table, by the density")
+    assert_close(likelihood.noise_variance(mean, variance), integral(mean, variance, kind.variance))
+
+
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +189,7 @@ def test_the_predictive_density_is_an_integral_or_the_predicted_probability(kind
                 torch.testing.assert_close(found, -log_integral(kind, mean, spread, y, 1.0).sum(), rtol=1e-7, atol=0)
                 continue
             probabilities = likelihood.probabilities(likelihood.predict(mean, spread, links[1]))
-            assert_close(probabilities.sum(-1), torch.ones(ROWS_OF_F))
+            assert_close(probabilities.sum(-1), torch.ones(len(probabilities)))
             assert_close(found, -probability_of(kind, probabilities, y).log().sum())
 
 
@@ -203,7 +221,10 @@ def test_every_score_is_that_of_its_definition(kind, n_outputs):
     for name, score in scores.items():
         if name == "ece":
             assert score is None
-            assert likelihood.probabilities(likelihood.predict(mean, cov, link)).shape == (ROWS_OF_F, max(n_outputs, 2))
+            assert likelihood.probabilities(likelihood.predict(mean, cov, link)).shape == (
+                kind.classes(y).numel(),
+                kind.n_classes(n_outputs),
+            )
         elif name == "brier":
             probabilities = likelihood.probabilities(likelihood.predict(mean, cov, link))
             assert_close(score(mean, cov, y, link), brier(kind, probabilities, y))

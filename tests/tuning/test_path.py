@@ -22,6 +22,8 @@ KINDS = {
     "soft labels": (3, {}),
     "binary": (1, {"temperature": 0.7}),
     "poisson": (2, {}),
+    "multilabel": (3, {"temperature": 1.3}),
+    "negative_binomial": (2, {}),
     "regression": (3, {"sigma_noise": 0.6, "temperature": 0.8}),
     "noise per output": (3, {"sigma_noise": NOISES}),
 }
@@ -46,6 +48,8 @@ def problem(kind, *, bias=True, n=N, n_features=D, seed=0):
         "soft labels": lambda: (f + torch.randn(n, C, generator=noise)).softmax(-1),
         "binary": lambda: (f > 0).to(f),
         "poisson": lambda: torch.poisson(f.exp().clamp(max=50), generator=noise),
+        "negative_binomial": lambda: torch.poisson(f.exp().clamp(max=50), generator=noise),
+        "multilabel": lambda: (f > 0).to(f).masked_fill(torch.rand(f.shape, generator=noise) < 0.2, torch.nan),
     }.get(kind, lambda: f + torch.randn(n, C, generator=noise))()
     return HeadData(phi, y, shapes_of(C, n_features, bias)), resolve(NAMES.get(kind, kind), **options)
 
