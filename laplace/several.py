@@ -135,11 +135,9 @@ class SeveralHeads:
         self.model, self.dict_key_y = model, dict_key_y
         self.likelihoods = {key: chosen(likelihood) for key, likelihood in likelihoods.items()}
         for key, likelihood in self.likelihoods.items():
-            try:
-                likelihood.check_rows()
-            except UnsupportedError as error:
+            if likelihood.for_targets() is not likelihood:
                 msg = f"Head {key!r}: likelihood={likelihood.name!r} compares inputs, and has no place among heads."
-                raise UnsupportedError(msg) from error
+                raise UnsupportedError(msg)
         self._make, self._is_joint = make, is_joint
         self._heads: dict[Key, Any] = {}
         self._parts: tuple[Part, ...] = ()
@@ -311,7 +309,7 @@ class SeveralHeads:
             own, width = target(y, key), widths[key]
             n_columns = columns(own).shape[1]
             where = slice(at, at + width), slice(column, column + n_columns)
-            parts.append(Part(key, likelihood, *where, not own.is_floating_point(), own.dim() == 1))
+            parts.append(Part(key, likelihood, *where, not own.is_floating_point(), tuple(own.shape[1:])))
             at, column = at + width, column + n_columns
         return (itertools.chain([first], batches) if isinstance(loader, Iterator) else loader), tuple(parts)
 
@@ -400,7 +398,7 @@ class SeveralHeads:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``fit`` learned and the hyperparameters, of all heads: tensors and plain values, no data."""
-        shapes = [[part.outputs.stop, part.targets.stop, part.integer, part.flat] for part in self._parts]
+        shapes = [[part.outputs.stop, part.targets.stop, part.integer, list(part.shape)] for part in self._parts]
         states = [la.state_dict() for la in self._estimators]
         return {"heads": [str(key) for key in self.keys], "parts": shapes, "states": states}
 
@@ -444,8 +442,15 @@ class SeveralHeads:
         try:
             starts = [(0, 0), *((int(a), int(b)) for a, b, _, _ in shapes)]
             return tuple(
-                Part(key, likelihood, slice(start[0], int(a)), slice(start[1], int(b)), bool(integer), bool(flat))
-                for (key, likelihood), start, (a, b, integer, flat) in zip(
+                Part(
+                    key,
+                    likelihood,
+                    slice(start[0], int(a)),
+                    slice(start[1], int(b)),
+                    bool(integer),
+                    tuple(map(int, shape)),
+                )
+                for (key, likelihood), start, (a, b, integer, shape) in zip(
                     self.likelihoods.items(), starts[:-1], shapes, strict=True
                 )
             )
@@ -474,7 +479,7 @@ def packed(y: Any, parts: Sequence[Part]) -> Tensor:
     found = []
     for part in parts:
         own = target(y, part.key)
-        if own.is_floating_point() is part.integer or (own.dim() == 1) is not part.flat:
+        if own.is_floating_point() is part.integer or tuple(own.shape[1:]) != part.shape:
             msg = f"The targets of head {part.key!r} are of another kind than in the first batch: {checks.shown(own)}."
             raise InputError(msg)
         found.append(columns(own))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from laplace import Laplace
 from laplace.errors import InputError, MissingKeyError, NotFittedError, ShapeError, StateError, UnsupportedError
-from laplace.likelihoods import GaussianLikelihood
+from laplace.likelihoods import GaussianLikelihood, PoissonLikelihood
 
 SIGMA = 0.5
 
@@ -275,3 +275,55 @@ def test_what_cannot_be_is_said() -> None:
     missing = Laplace(Network(), {"kind": "classification", "color": "regression"}, "all", "diag")
     with pytest.raises(MissingKeyError, match="color"):
         missing.fit([(X, {"kind": Y["kind"], "color": Y["size"]})])
+
+
+def counts(*shape: int) -> Tensor:
+    return torch.arange(30 * shape[0]).reshape(30, *shape) % 4 if shape else torch.arange(30) % 2
+
+
+OTHERS: dict[str, tuple[Any, int, Tensor]] = {
+    "classification": ("classification", 3, Y["kind"]),
+    "binary": ("binary", 1, counts()),
+    "multilabel": ("multilabel", 2, (counts(2) % 2).double().where(torch.rand(30, 2, generator=GENERATOR) > 0.2, torch.nan).index_fill(1, torch.tensor([0]), 1.0)),
+    "poisson": ("poisson", 2, counts(2)),
+    "exposures": (PoissonLikelihood(exposure=True), 1, torch.stack([counts(1), 1 + counts(1)], -1).double()),
+    "negative_binomial": ("negative_binomial", 1, counts(1)),
+    "heteroscedastic_regression": ("heteroscedastic_regression", 2, Y["size"][:, :1]),
+    "noise_covariance": (GaussianLikelihood(noise_covariance=torch.tensor([[1.0, 0.3], [0.3, 0.5]])), 2, Y["size"]),
+}  # fmt: skip
+
+
+class Pair(nn.Module):
+    """A regression head, and one with so many outputs."""
+
+    def __init__(self, n_outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.size, self.other = nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, n_outputs)
+        self.double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        return {"size": self.size(h), "other": self.other(h)}
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision", "ignore:A predicted rate is too large")
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_likelihood_may_be_that_of_a_head(name: str) -> None:
+    """All weights: the curvature is the sum of that of networks with one head each; so is the loss."""
+    likelihood, n_outputs, y = OTHERS[name]
+    model, targets = Pair(n_outputs), {"size": Y["size"], "other": y}
+    la = Laplace(model, {"size": SIZE, "other": likelihood}, "all", "full")
+    la.fit([(X, targets)])
+    alone = {key: Laplace(model, one, "all", "full", output_key=key) for key, one in la.likelihoods.items()}
+    for key, one in alone.items():
+        one.fit([(X, targets[key])])
+    scaled = {"size": 1 / SIGMA**2, "other": 1.0}
+    torch.testing.assert_close(la.joint.H, sum(scaled[key] * one.H for key, one in alone.items()))
+    expected = sum(float(one.log_likelihood) for one in alone.values())
+    assert float(la.joint.log_likelihood) == pytest.approx(expected)
+    la.optimize_prior_precision()
+    la.optimize_prior_precision("gridsearch", val_loader=[(X, targets)], grid_size=5)
+    for precision in (0.5, float(la.joint.prior_precision)):
+        la.joint.prior_precision = precision
+        assert all(bool(part.isfinite().all()) for part in la.predict(X)["other"].as_tuple())

@@ -29,18 +29,17 @@ class Part:
     """Among the columns of packed targets."""
     integer: bool
     """Whether its targets are whole numbers."""
-    flat: bool
-    """Whether its targets are ``[batch]``."""
+    shape: tuple[int, ...]
+    """Of the targets of a row."""
 
     def split(self, f: Outputs, y: Targets) -> Positions:
         """Outputs and targets of the head, checked."""
-        own = y[:, self.targets]
-        own = own.long() if self.integer else own.to(f.dtype)
-        return self.likelihood.flatten(f[:, self.outputs], own.squeeze(1) if self.flat else own)
+        own = y[:, self.targets].reshape(len(y), *self.shape)
+        return self.likelihood.flatten(f[:, self.outputs], own.long() if self.integer else own.to(f.dtype))
 
 
 def columns(y: Tensor) -> Float[Tensor, "batch columns"]:
-    """Targets ``[batch]`` or ``[batch, k]`` of one head as numbers that go beside those of others."""
+    """Targets ``[batch, ...]`` of one head as numbers that go beside those of others."""
     return y.reshape(len(y), -1).double()
 
 
@@ -73,6 +72,10 @@ class SeveralLikelihood(AbstractLikelihood):
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
         """Those of the heads, side by side."""
         return torch.cat([one.scale.to(f) * one.gradient(rows.f, rows.y) for one, rows in self._split(f, y)], -1)
+
+    def observed(self, f: Outputs, y: Targets) -> Outputs:
+        """Those of the heads, side by side."""
+        return torch.cat([one.observed(rows.f, rows.y) for one, rows in self._split(f, y)], -1)
 
     def hessian(self, f: Outputs) -> OutputHessian:
         """Those of the heads, in blocks: what a head has of a root is zero for the others."""
