@@ -123,7 +123,8 @@ def inputs_of(batch: Any, device: torch.device) -> Inputs:
         if not batch:
             msg = "The loader yields an empty batch: expected inputs, or (x, y)."
             raise InputError(msg)
-        batch = batch[0] if len(batch) <= 2 else tuple(batch[:-1])
+        items: Any = batch
+        return to_device(items[0] if len(items) <= 2 else tuple(items[:-1]), device)
     return to_device(batch, device)
 
 

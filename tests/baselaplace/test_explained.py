@@ -221,7 +221,7 @@ def test_what_cannot_be_predicted_is_said() -> None:
     with pytest.raises(UnsupportedError, match="link_approx"):
         la.predict(X, "logit")
     with pytest.raises(UnsupportedError, match="n_sample"):
-        la.predict(X, n_sampels=3)
+        la.predict(X, n_sampels=3)  # spelling: meant
 
 
 @dataclasses.dataclass(frozen=True)

