@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, normalize
 PIXELS = 96
 TOKENS = 64
 BATCH = 32
-COLOURS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
+COLORS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
 """Mean and standard deviation that the network was trained with."""
 
 
@@ -29,7 +29,7 @@ def of_images(images: np.ndarray) -> np.ndarray:
     for batch in torch.tensor(images, dtype=torch.float32)[:, None].split(BATCH):
         large = interpolate(batch, (PIXELS, PIXELS), mode="bilinear", align_corners=False)
         with torch.no_grad():
-            found.append(network((large - COLOURS[0]) / COLOURS[1]))
+            found.append(network((large - COLORS[0]) / COLORS[1]))
     return torch.cat(found).numpy()
 
 

@@ -14,13 +14,18 @@ Run = dict[str, Any]
 NAN = float("nan")
 
 
+def data_of(run: Run) -> str:
+    """The data set, which may be there as it is and as features."""
+    return run["data"].partition(",")[0]
+
+
 def mean_and_error(runs: Sequence[Run], values: Sequence[float]) -> dict[str, float]:
     """Mean over networks, its standard error where networks of one data set are not independent, and their number."""
     if not values:
         return {"mean": NAN, "standard error": NAN, "networks": 0}
     mean, sums = statistics.fmean(values), defaultdict(float)
     for run, value in zip(runs, values, strict=True):
-        sums[run["data"]] += value - mean
+        sums[data_of(run)] += value - mean
     n = len(sums)
     error = (n / (n - 1) * sum(one**2 for one in sums.values())) ** 0.5 / len(values) if n > 1 else NAN
     return {"mean": mean, "standard error": error, "networks": len(values)}
@@ -246,7 +251,7 @@ def text(runs: list[Run], config: dict[str, Any], kept: list[dict[str, Any]]) ->
     """Everything that a page shows."""
     smallest, (some, apart) = config["smallest_difference"], usual(runs)
     lines = [[row["what"], row["bar"], row["measured"], "kept" if row["kept"] else "**missed**"] for row in kept]
-    counts = f"{len(some)} networks of {len({run['data'] for run in some})} data sets"
+    counts = f"{len(some)} networks of {len({data_of(run) for run in some})} data sets"
     clean = sum(not run["noise"] for run in some)
     about = f"{counts}, {clean} with clean labels; of {len(apart)} others the temperature is at an end of its range."
     summary = summarize(some, smallest)
