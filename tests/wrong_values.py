@@ -233,7 +233,7 @@ SORTS = {
     "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",
     "sigma_noise_init": "positive", "fix_sigma_noise": "flag", "device": "device", "state_dict": "state",
-    "output_key": "output key", "output_fn": "output function", "output_dim": "axis",
+    "output_key": "output key", "output_fn": "output function", "output_dim": "axis", "shift_labels": "flag or none",
 }  # fmt: skip
 """The sort of each keyword, wherever it stands; exceptions follow."""
 EXCEPTIONS = {

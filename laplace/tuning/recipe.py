@@ -127,6 +127,7 @@ def seconds(data: HeadData, theta: Tensor, max_rows: int | None) -> float:
     """About how long ``refitted_heads`` takes, from how long one pass over some rows does."""
     n_outputs, n_features = data.shapes[0]
     some = data.rows(torch.arange(min(len(data.phi), ROWS_TO_TIME), device=data.phi.device)).to(theta)
+    some.outputs(theta)  # the first product of a thread loads a library
     start = time.perf_counter()
     some.outputs(theta)
     passed = time.perf_counter() - start
