@@ -71,6 +71,7 @@ def marglik_training(
     output_key: str | int | None = None,
     output_fn: Callable[[Any], Tensor] | None = None,
     output_dim: int | None = None,
+    shift_labels: bool | None = None,
 ) -> tuple[ParametricLaplace, nn.Module, list[float], list[float]]:
     """Train weights and hyperparameters together, by the log marginal likelihood of the training data alone.
 
@@ -189,6 +190,7 @@ def marglik_training(
         output_key=output_key,
         output_fn=output_fn,
         output_dim=output_dim,
+        shift_labels=shift_labels,
         **further,
     )
     # Estimators and back end check the options: here, before anything is trained.
@@ -198,7 +200,8 @@ def marglik_training(
     device = la.backend.params[0].device
     reading = Reading.of(output_key, output_fn, output_dim)
     network = WholeNetwork(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y, reading=reading)
-    batches = partial(iterate, train_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, device=device)
+    keys: dict[str, Any] = {"dict_key_x": dict_key_x, "dict_key_y": dict_key_y, "shift_labels": shift_labels}
+    batches = partial(iterate, train_loader, **keys, device=device)
     optimizer = make_optimizer(network.subset.parameters, optimizer_cls, optimizer_kwargs)
     scheduler = make_scheduler(optimizer, scheduler_cls, scheduler_kwargs)
     n_rows = sum(len(batch.y) for batch in batches())

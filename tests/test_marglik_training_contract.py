@@ -255,6 +255,7 @@ ELSEWHERE = {
     "output_key",
     "output_fn",
     "output_dim",
+    "shift_labels",
 }
 """Keywords with a test of their own."""
 

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from laplace import Laplace
+from laplace import Laplace, marglik_training
 from laplace.errors import InputError, MissingKeyError, ModelError, UnsupportedError
 from laplace.network.batches import iterate
 from laplace.network.failures import described
@@ -370,6 +370,16 @@ def test_who_says_it_is_not_warned(wanted):
     torch.testing.assert_close(la.loss, own.detach())
     assert la.shift_labels is wanted
     assert la.n_data == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_training_by_the_evidence_shifts_labels_where_that_is_said():
+    found = []
+    for labels, told in ((TOKENS, {"shift_labels": True}), (shifted(TOKENS), {})):
+        torch.manual_seed(0)
+        la, *_ = marglik_training(Language(), [(TOKENS, labels)], hessian_structure="diag", n_epochs=2, **told)
+        found.append(la.mean)
+    torch.testing.assert_close(*found)
 
 
 def test_the_loss_is_that_of_the_language_model_itself():
