@@ -28,6 +28,7 @@ from laplace.baselaplace.lowrank import checked_truncation
 from laplace.baselaplace.random_weights import LastLayer
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network import FeatureExtractor
 from laplace.network.heads import head_of
 from laplace.network.outputs import Reading
@@ -72,7 +73,7 @@ class LLLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -152,7 +153,7 @@ class KronLLLaplace(LLLaplace, KronLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -207,7 +208,7 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -274,7 +275,7 @@ class FunctionalLLLaplace(FunctionalLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         n_subset: int,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,

@@ -24,6 +24,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.laplace import Laplace
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network import WholeNetwork, iterate
 from laplace.network.outputs import Reading
 from laplace.prior import GaussianPrior, fix_prior_prec_structure
@@ -42,7 +43,7 @@ from laplace.tuning.weights import (
 def marglik_training(
     model: nn.Module,
     train_loader: Iterable[Any],
-    likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
+    likelihood: Likelihood | str | AbstractLikelihood = Likelihood.CLASSIFICATION,
     hessian_structure: HessianStructure | str = HessianStructure.KRON,
     backend: type[CurvatureInterface] | CurvatureInterface | None = None,
     optimizer_cls: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,

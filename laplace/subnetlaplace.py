@@ -21,6 +21,7 @@ from laplace.baselaplace.random_weights import Subnetwork
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
 from laplace.errors import InputError, ShapeError
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network.batches import copied
 
 ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
@@ -68,7 +69,7 @@ class SubnetLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         subnetwork_indices: Tensor,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,

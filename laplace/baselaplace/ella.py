@@ -21,6 +21,7 @@ from laplace.gp.feature_curvature import NystromCurvature
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions
 from laplace.gp.posterior import FeatureMap, FunctionLinearization
 from laplace.gp.subsample import Drawn, Reservoir, choose_columns
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network import Batch, full_precision
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
@@ -67,7 +68,7 @@ class ELLA(FeatureLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         subsample_size: int,
         n_eigenvalues: int,
         sigma_noise: float | Tensor = 1.0,

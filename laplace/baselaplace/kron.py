@@ -13,6 +13,7 @@ from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
+from laplace.likelihoods import AbstractLikelihood
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, flag
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
@@ -49,7 +50,7 @@ class KronLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,

@@ -16,6 +16,7 @@ from laplace.baselaplace.random_weights import LastLayer
 from laplace.baselaplace.valla import VaLLA
 from laplace.curvature import CurvatureInterface
 from laplace.enums import FeatureReduction, Likelihood
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network import FeatureExtractor
 from laplace.network.outputs import Reading
 from laplace.types import Inputs
@@ -34,7 +35,7 @@ class LLELLA(ELLA):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         subsample_size: int,
         n_eigenvalues: int,
         sigma_noise: float | Tensor = 1.0,
@@ -92,7 +93,7 @@ class LLVaLLA(VaLLA):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         inducing_locations: Inputs,
         num_inducing: int | None = None,
         inducing_classes: Tensor | Sequence[int] | None = None,

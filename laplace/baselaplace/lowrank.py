@@ -16,6 +16,7 @@ from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
 from laplace.errors import InputError
+from laplace.likelihoods import AbstractLikelihood
 from laplace.schema import Table, finite, optional, whole
 from laplace.structures import AbstractCurvature, LowRankCurvature, Truncation
 
@@ -64,7 +65,7 @@ class LowRankLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,

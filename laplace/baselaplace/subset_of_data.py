@@ -25,6 +25,7 @@ from laplace.gp.kernel import SubsetKernel
 from laplace.gp.process import ProcessLinearization
 from laplace.gp.subset import Subset, expected_rows
 from laplace.gp.subset_curvature import SubsetCurvature
+from laplace.likelihoods import AbstractLikelihood
 from laplace.network import Batch, evaluating
 from laplace.network.batches import in_precision, to_device
 from laplace.predictive import Linearization
@@ -78,7 +79,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         n_subset: int,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,

@@ -94,7 +94,7 @@ class VaLLA(FeatureLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: Likelihood | str | AbstractLikelihood,
         inducing_locations: Inputs,
         num_inducing: int | None = None,
         inducing_classes: Tensor | Sequence[int] | None = None,
