@@ -54,6 +54,7 @@ CONSTRUCTOR = {
     "output_key": {"output_key": 0},
     "output_fn": {"output_fn": len},
     "output_dim": {"output_dim": 2},
+    "shift_labels": {"shift_labels": True},
 }
 
 
@@ -64,7 +65,7 @@ def test_the_table_covers_every_keyword_of_the_constructors(cls):
 
 
 ABOUT_MODELS = {"likelihood", "feature_reduction", "dict_key_x", "dict_key_y", "last_layer_name"}
-ABOUT_OUTPUTS = {"output_key", "output_fn", "output_dim"}
+ABOUT_OUTPUTS = {"output_key", "output_fn", "output_dim", "shift_labels"}
 SIMPLE = sorted(set(CONSTRUCTOR) - ABOUT_MODELS - ABOUT_OUTPUTS)
 
 

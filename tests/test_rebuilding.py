@@ -30,6 +30,7 @@ COMMON = {
     "dict_key_y": "truth",
     "curvature_dtype": torch.float64,
     "output_dim": 1,
+    "shift_labels": False,
     "backend": CurvlinopsGGN,
     "backend_kwargs": {"stochastic": True, "num_samples": 3},
 }

@@ -257,5 +257,5 @@ def test_logits_that_only_look_alike(name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_logit_is_no_classifier(kind):
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-    with pytest.raises(UnsupportedError, match=r"softmax is always 1.*two outputs"):
+    with pytest.raises(UnsupportedError, match=r"softmax is always 1.*likelihood=\"binary\""):
         estimator(kind, model).fit([(X.double(), Y % 2)])
