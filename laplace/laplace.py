@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -64,6 +65,29 @@ FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLapla
     (SubsetOfWeights.LAST_LAYER, FunctionalApproximation.VARIATIONAL): LLVaLLA,
 }
 """The same for ``hessian_structure="gp"``, by how the posterior over functions is made affordable."""
+
+
+@dataclass(frozen=True)
+class _OfHead:
+    """Constructs the estimator of a head, or of several heads."""
+
+    subset: SubsetOfWeights
+    structure: HessianStructure
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, model: nn.Module, likelihood: Any, **own: Any) -> Any:
+        """With options of a head beside those that were given."""
+        if clash := sorted({"output_key", "output_fn", "output_dim"} & self.kwargs.keys()):
+            msg = f"{', '.join(clash)}: the outputs of several heads are found by the keys of likelihood=."
+            raise UnsupportedError(msg)
+        if self.args or "sigma_noise" in self.kwargs:
+            msg = (
+                "The noise of a head is that of its likelihood, {'price': GaussianLikelihood(sigma_noise=0.3)}, or, of "
+                "last layers, la['price'].sigma_noise. Pass other options by name."
+            )
+            raise UnsupportedError(msg)
+        return Laplace(model, likelihood, self.subset, self.structure, **self.kwargs, **own)
 
 
 def Laplace(
@@ -129,13 +153,7 @@ def Laplace(
         raise UnsupportedError(msg)
     if isinstance(likelihood, Mapping):
         fixed = {"functional_approximation": approximation} if functional else {}
-
-        def make(one: Any, **own: Any) -> Any:
-            if clash := sorted({"output_key", "output_fn", "output_dim"} & kwargs.keys()):
-                msg = f"{', '.join(clash)}: the outputs of several heads are found by the keys of likelihood=."
-                raise UnsupportedError(msg)
-            return Laplace(model, one, subset, structure, *args, **fixed, **kwargs, **own)
-
+        make = _OfHead(subset, structure, args, {**fixed, **kwargs})
         is_joint = subset is not SubsetOfWeights.LAST_LAYER
         return SeveralHeads(model, likelihood, make, is_joint=is_joint, dict_key_y=kwargs.get("dict_key_y", "labels"))
     options = [name for name in checks.options_of(cls) if name != "model"]

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,14 @@ from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.options import prediction_options
 from laplace.baselaplace.states import all_or_nothing
 from laplace.enums import PredType
-from laplace.errors import InputError, MissingKeyError, NotFittedError, StateError, UnsupportedError
+from laplace.errors import (
+    InputError,
+    MissingKeyError,
+    NotFittedError,
+    StateError,
+    UnknownAttributeError,
+    UnsupportedError,
+)
 from laplace.likelihoods import AbstractLikelihood, chosen
 from laplace.likelihoods.several import Part, SeveralLikelihood, columns
 from laplace.network import evaluating, full_precision
@@ -120,6 +127,8 @@ class SeveralHeads:
     weights: once for all.
     """
 
+    _STATE: ClassVar[tuple[str, ...]] = ("_make", "_is_joint", "_heads", "_parts", "_joint")
+
     def __init__(
         self,
         model: nn.Module,
@@ -143,9 +152,22 @@ class SeveralHeads:
         self._parts: tuple[Part, ...] = ()
         self._joint: Any = None
         if not is_joint:
-            self._heads = {key: make(one, output_key=key) for key, one in likelihoods.items()}
+            self._heads = {key: make(model, one, output_key=key) for key, one in likelihoods.items()}
         else:
-            make(SeveralLikelihood(), output_fn=SideBySide(self.keys))  # options are checked now, not in fit
+            self._made(())  # options are checked now, not in fit
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign an attribute of one's own; hyperparameters are those of estimators (``UnknownAttributeError``)."""
+        given = name in ("model", "dict_key_y", "likelihoods") and name not in vars(self)
+        if not given and name not in self._STATE:
+            where = "la.joint" if vars(self).get("_is_joint") else "la[key]"
+            msg = f"{name!r} cannot be assigned to several heads: hyperparameters are those of the estimators, {where}."
+            raise UnknownAttributeError(msg)
+        super().__setattr__(name, value)
+
+    def _made(self, parts: tuple[Part, ...], function: Any = None) -> Any:
+        """An estimator of all heads together."""
+        return self._make(self.model, SeveralLikelihood(parts), output_fn=function or SideBySide(self.keys))
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -218,8 +240,9 @@ class SeveralHeads:
         if self._is_joint:
             joint, parts = self._joint, self._parts
             if override or joint is None:
-                train_loader, parts = self._look(train_loader)
-                joint = self._make(SeveralLikelihood(parts), output_fn=SideBySide(self.keys))
+                train_loader, seen = self._look(train_loader)
+                joint = self._made(seen) if joint is None or seen != parts else joint
+                parts = seen
             with all_or_nothing(joint):
                 joint.fit(self._of(train_loader, None, parts), **options)
             self._joint, self._parts = joint, parts
@@ -299,7 +322,7 @@ class SeveralHeads:
             widths.update({key: _rows(key, entry(returned, key)).shape[1] for key in self.keys})
             return SideBySide(self.keys)(returned)
 
-        probe = self._make(SeveralLikelihood(), output_fn=look)
+        probe = self._made((), look)
         is_mapping = isinstance(first, Mapping)
         y = first.get(self.dict_key_y) if is_mapping else first[-1]
         with torch.no_grad(), evaluating(probe.model):
@@ -366,7 +389,7 @@ class SeveralHeads:
             raise InputError(msg)
 
         def told(found: Any, view: SomeOutputs, likelihood: AbstractLikelihood, how: Any) -> Prediction:
-            posterior = la._frozen_posterior
+            posterior = la._predicting_posterior
             return explain(
                 found,
                 view,
@@ -382,14 +405,14 @@ class SeveralHeads:
     def _at(self, x: Inputs, asked: dict[str, Any], then: Callable[..., Any]) -> dict[Key, Any]:
         """What is made of each head's prediction, of one pass of the model."""
         la: Any = self.joint
-        posterior, results = la._frozen_posterior, {}
+        posterior, results = la._predicting_posterior, {}
         options = {part.key: part_options(part.likelihood, la._device, asked) for part in self._parts}
         kinds = {how.pred_type for how in options.values()}
         with evaluating(la.model, enable_backprop=la.enable_backprop):
             inputs = la._checked_linearization(x, **({} if kinds == {PredType.GLM} else {"pred_type": kinds.pop()}))
             with full_precision(la._device):
                 for part in self._parts:
-                    view, how = SomeOutputs(inputs, part.outputs), options[part.key]
+                    view, how = SomeOutputs(la._adjusted(inputs), part.outputs), options[part.key]
                     found = Adjustments().predict(view, la._fitted, posterior, part.likelihood, how, la._dtype)
                     results[part.key] = then(found, view, part.likelihood, how)
         return results
@@ -400,7 +423,7 @@ class SeveralHeads:
         """Everything that ``fit`` learned and the hyperparameters, of all heads: tensors and plain values, no data."""
         shapes = [[part.outputs.stop, part.targets.stop, part.integer, list(part.shape)] for part in self._parts]
         states = [la.state_dict() for la in self._estimators]
-        return {"heads": [str(key) for key in self.keys], "parts": shapes, "states": states}
+        return {"heads": list(self.keys), "parts": shapes, "states": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what another object learned about the same model and heads.
@@ -416,12 +439,16 @@ class SeveralHeads:
             If it is none, or belongs to other heads, and as of one estimator. This object is then what it was.
         """
         heads = state_dict.get("heads") if isinstance(state_dict, Mapping) else None
-        if heads != [str(key) for key in self.keys] or {"parts", "states"} - state_dict.keys():
+        if heads != list(self.keys) or {"parts", "states"} - state_dict.keys():
             msg = f"Expected a state of the heads {', '.join(map(repr, self.keys))}; got one of {heads}."
+            raise StateError(msg)
+        n_states = 1 if self._is_joint else len(self.keys)
+        if not isinstance(state_dict["states"], list) or len(state_dict["states"]) != n_states:
+            msg = f"The state does not hold what it should: {n_states} states of estimators."
             raise StateError(msg)
         if self._is_joint:
             parts = self._parts_in(state_dict["parts"])
-            joint = self._make(SeveralLikelihood(parts), output_fn=SideBySide(self.keys))
+            joint = self._made(parts)
             joint.load_state_dict(state_dict["states"][0])
             self._joint, self._parts = joint, parts
             return

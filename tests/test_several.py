@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +329,46 @@ def test_every_likelihood_may_be_that_of_a_head(name: str) -> None:
     for precision in (0.5, float(la.joint.prior_precision)):
         la.joint.prior_precision = precision
         assert all(bool(part.isfinite().all()) for part in la.predict(X)["other"].as_tuple())
+
+
+@pytest.mark.parametrize("weights", ["last_layer", "all"])
+def test_copies_have_a_model_of_their_own(weights: str) -> None:
+    la = fitted(weights, "diag")
+    expected = la(X)["size"][1]
+    for copied in (copy.deepcopy(la), pickle.loads(pickle.dumps(la))):
+        with torch.no_grad():
+            for parameter in la.model.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(copied(X)["size"][1], expected)
+        copied.fit(BATCHES)
+        torch.testing.assert_close(copied(X)["size"][1], expected)
+        la = copied
+
+
+def test_a_refit_keeps_hyperparameters() -> None:
+    la = fitted("all", "diag", prior_precision=3.0)
+    la.joint.prior_precision = 7.0
+    la.fit(BATCHES)
+    assert float(la.joint.prior_precision) == 7.0
+    la.joint.weight_uncertainty = False
+    torch.testing.assert_close(la(X)["size"][1], torch.zeros(30, 2, 2, dtype=torch.float64))
+
+
+def test_the_noise_of_a_head_is_part_of_a_state() -> None:
+    model = Network()
+    la = Laplace(model, {"size": GaussianLikelihood(sigma_noise=0.5)}, "all", "diag")
+    la.fit([(X, {"size": Y["size"]})])
+    state = la.state_dict()
+    other = Laplace(model, {"size": GaussianLikelihood(sigma_noise=0.1)}, "all", "diag")
+    with pytest.raises(StateError, match="likelihood"):
+        other.load_state_dict(state)
+    with pytest.raises(StateError, match="1 states"):
+        other.load_state_dict({**state, "states": []})
+
+
+def test_hyperparameters_belong_to_estimators() -> None:
+    la = fitted("all", "diag")
+    with pytest.raises(UnsupportedError, match=r"'prior_precision' cannot be assigned.*la\.joint"):
+        la.prior_precision = 2.0
+    with pytest.raises(UnsupportedError, match=r"GaussianLikelihood\(sigma_noise=0.3\)"):
+        Laplace(Network(), HEADS, sigma_noise=0.5)

@@ -220,9 +220,11 @@ class _Tuner:
         within = self.limits.get("prior_precision", (0.0, math.inf))
         heads = refitted_heads(problem, training, shape, at, max_rows, within)
         own = [Candidate(fit.mean)]
-        if not self._classes:  # the posterior's variance counts; it is that around the head of the model
-            heads = [replace(h, variance=rows.variance(h.precision, at)) for h in heads if h.precision is not None]
-            own += [replace(h, theta=fit.mean) for h in heads]
+        if not self._classes:  # the posterior's variance counts, around the head that it belongs to
+            precisions = [h.precision for h in heads if h.precision is not None]
+            own += [Candidate(fit.mean, p, rows.variance(p, at)) for p in precisions]
+            around = [self._around(h.theta, rows, training) for h in heads]
+            heads = [replace(h, variance=r.variance(p, at)) for h, p, r in zip(heads, precisions, around, strict=True)]
         chosen = recipe.choose(rows, [*own, *heads], limits, self.wanted.average, unit)
         values = self._values(chosen, unit, name, precision if chosen.precision is None else chosen.precision)
         thetas = torch.stack([c.theta for c in [*own, *heads]])
@@ -235,7 +237,7 @@ class _Tuner:
         value = chosen.value
         if not self._classes:  # with the variance of the precision that was averaged
             likelihood = problem.likelihood(values.get("sigma_noise"))
-            variance = rows.variance(values["prior_precision"], likelihood)
+            variance = self._around(chosen.theta, rows, training).variance(values["prior_precision"], likelihood)
             value = rows.nll(rows.outputs(chosen.theta), variance, likelihood, chosen.scale) / len(rows.positions.f)
         points = torch.stack([h.precision.reshape(-1)[0] for h in heads if h.precision is not None])
         curve = points.cpu(), torch.tensor(chosen.by_candidate[len(own) :])
@@ -244,6 +246,14 @@ class _Tuner:
         if self.asked.structure is not PriorStructure.SCALAR:
             tuned, adjustments = self._refined(new, values, tuned, adjustments)
         return Outcome(new, self._looked(adjustments, chosen.theta, rows, values), tuned)
+
+    def _around(self, theta: Tensor, rows: Validation, training: HeadData) -> Validation:
+        """Validation rows with the curvature at another head, which is the same where the loss is quadratic."""
+        f = rows.positions.f[:1]
+        here, there = (self.problem.likelihood().hessian(at).sum() for at in (f, f + 1))
+        if torch.equal(here, there):
+            return rows
+        return replace(rows, problem=replace(rows.problem, fit=self.la._at_head(self.problem.fit, training, theta)))
 
     def _refined(
         self, fit: Fit, values: dict[str, Tensor], tuned: Tuning, adjustments: Adjustments
@@ -319,8 +329,9 @@ class _Tuner:
             return None, (fixed, fixed) if name is None else logs or recipe.LOG_TEMPERATURES, name
         if name is None:
             return self.problem.sigma_noise, (0.0, 0.0), name
-        squares = (rows.positions.f - rows.positions.y).square().mean(0)
-        unit = (squares if n_values > 1 else squares.mean()).sqrt()
+        f, likelihood = rows.positions.f, self.problem.likelihood()
+        nll = likelihood.nll_by_output(f, rows.positions.y)
+        unit = likelihood.residual_noise(nll if n_values > 1 else nll.sum(), len(f) if n_values > 1 else f.numel())
         if not bool((unit > 0).all()):
             msg = "The model predicts every validation target exactly, so that no noise is best. Use other data."
             raise InputError(msg)

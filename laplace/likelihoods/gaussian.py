@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -30,32 +30,31 @@ class GaussianLikelihood(PredictsMoments):
         σ, the standard deviation of the observation noise in target units: ``[]``, or ``[C]``, one for each output.
     temperature
         T.
-    weights
-        Relative precisions of the outputs, ``[C]``, where they are part of what is summed at unit noise; ``None`` for
-        equal ones.
     noise_covariance
         Σ, the covariance of the noise of the outputs of a row where that of one output tells about another's,
         ``[C, C]``, symmetric and positive definite; ``None`` for the identity. The noise has the covariance σ² Σ, of
-        which ``tune`` and the evidence may choose σ, one number: ``GaussianLikelihood(noise_covariance=Sigma)``.
+        which ``tune`` and the evidence may choose σ, one number: ``GaussianLikelihood(noise_covariance=Sigma)``. It is
+        copied, and taken as it is: nothing is differentiated in it.
 
     Raises
     ------
     InputError
-        If Σ is not symmetric or not positive definite.
+        If Σ is no tensor, not symmetric or not positive definite.
     """
 
-    sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
+    sigma_noise: Any = field(default_factory=lambda: torch.ones(()))
     temperature: float | Tensor = 1.0
-    weights: Tensor | None = None
     noise_covariance: Tensor | None = None
 
     name: ClassVar[str] = Likelihood.REGRESSION.value
     hyperparameters: ClassVar[tuple[str, ...]] = ("sigma_noise",)
 
     def __post_init__(self) -> None:
-        """Check the covariance."""
+        """Check the covariance, and take a number for a tensor."""
+        object.__setattr__(self, "sigma_noise", torch.as_tensor(self.sigma_noise))
         if self.noise_covariance is not None:
             check_covariance(self.noise_covariance)
+            object.__setattr__(self, "noise_covariance", self.noise_covariance.detach().clone())
 
     def check_noise(self, sigma_noise: Tensor) -> None:
         """Any noise is one; beside a covariance one number is."""
@@ -82,7 +81,7 @@ class GaussianLikelihood(PredictsMoments):
 
     def weighing(self, weights: Float[Tensor, " outputs"]) -> AbstractLikelihood:
         """The same at unit noise, with relative precisions of the outputs."""
-        return GaussianLikelihood(weights=weights)
+        return _WeighedGaussian(weights=weights)
 
     def _factor(self, like: Tensor) -> Float[Tensor, "outputs outputs"]:
         """L with ``L Lᵀ = Σ``."""
@@ -120,7 +119,7 @@ class GaussianLikelihood(PredictsMoments):
         return n_positions * each
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
-        """½ Σ w (y − f)²."""
+        """½ Σ (y − f)²."""
         return 0.5 * ((f - y) * self.gradient(f, y)).sum()
 
     def nll_by_output(self, f: Outputs, y: Targets) -> Tensor:
@@ -139,31 +138,30 @@ class GaussianLikelihood(PredictsMoments):
         return 2 / n_outputs
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
-        """w (f − y) or Σ⁻¹ (f − y), ``[rows, C]``."""
+        """f − y or Σ⁻¹ (f − y), ``[rows, C]``."""
         if self.noise_covariance is not None:
             return torch.cholesky_solve((f - y).mT, self._factor(f)).mT
-        return f - y if self.weights is None else self.weights.to(f) * (f - y)
+        return f - y
 
     def hessian(self, f: Outputs) -> OutputHessian:
-        """The identity, one number for all outputs of a row; or diag(w); or Σ⁻¹ by its root."""
+        """The identity, one number for all outputs of a row; or Σ⁻¹ by its root."""
         if self.noise_covariance is not None:
             return OutputHessian(f.shape[-1], root=self.hessian_root(f))
-        diagonal = torch.ones_like(f[:, :1]) if self.weights is None else self.weights.to(f).expand_as(f)
-        return OutputHessian(f.shape[-1], diagonal=diagonal)
+        return OutputHessian(f.shape[-1], diagonal=torch.ones_like(f[:, :1]))
 
     def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
-        """The identity, or diag(√w), or L⁻ᵀ, ``[rows, C, C]``."""
+        """The identity, or L⁻ᵀ, ``[rows, C, C]``."""
         eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
         if self.noise_covariance is not None:
             return torch.linalg.solve_triangular(self._factor(f).mT, eye, upper=True).expand(len(f), -1, -1)
-        return (eye if self.weights is None else eye * self.weights.to(f).sqrt()).expand(len(f), -1, -1)
+        return eye.expand(len(f), -1, -1)
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal numbers (times √w, or L⁻ᵀ), ``[samples, rows, C]``."""
+        """Standard normal numbers, or those times L⁻ᵀ, ``[samples, rows, C]``."""
         noise = torch.randn(n_samples, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
         if self.noise_covariance is not None:
             return torch.einsum("ck,srk->src", self.hessian_root(f[:1])[0], noise)
-        return noise if self.weights is None else self.weights.to(f).sqrt() * noise
+        return noise
 
     def n_groups(self, n_outputs: int) -> int:  # noqa: ARG002 - whatever it is
         """One."""
@@ -280,7 +278,31 @@ class GaussianLikelihood(PredictsMoments):
         return y.numel() // n_outputs
 
 
-def check_covariance(covariance: Tensor) -> None:
+@dataclass(frozen=True)
+class _WeighedGaussian(GaussianLikelihood):
+    """At unit noise, with relative precisions w of the outputs that are part of what is summed; never a user's."""
+
+    weights: Tensor = field(default_factory=lambda: torch.ones(1))
+    """w, ``[C]``."""
+
+    def gradient(self, f: Outputs, y: Targets) -> Outputs:
+        """w (f − y), ``[rows, C]``."""
+        return self.weights.to(f) * (f - y)
+
+    def hessian(self, f: Outputs) -> OutputHessian:
+        """diag(w)."""
+        return OutputHessian(f.shape[-1], diagonal=self.weights.to(f).expand_as(f))
+
+    def hessian_root(self, f: Outputs) -> Float[Tensor, "rows outputs columns"]:
+        """diag(√w), ``[rows, C, C]``."""
+        return torch.diag(self.weights.to(f).sqrt().expand(f.shape[-1])).expand(len(f), -1, -1)
+
+    def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Standard normal numbers times √w, ``[samples, rows, C]``."""
+        return self.weights.to(f).sqrt() * super().sample_gradient(f, n_samples, generator)
+
+
+def check_covariance(covariance: Any) -> None:
     """Raise unless a noise covariance is one.
 
     Raises
@@ -289,6 +311,9 @@ def check_covariance(covariance: Tensor) -> None:
         If it is not symmetric, or not positive definite.
     """
     what = "noise_covariance must be a symmetric positive definite matrix [C, C]"
+    if not isinstance(covariance, Tensor):
+        msg = f"{what}, a tensor; got {type(covariance).__name__}. Convert it with torch.as_tensor."
+        raise InputError(msg)
     if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1] or not covariance.is_floating_point():
         msg = f"{what}; got {list(covariance.shape)} of {covariance.dtype}."
         raise InputError(msg)

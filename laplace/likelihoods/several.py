@@ -71,7 +71,8 @@ class SeveralLikelihood(AbstractLikelihood):
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
         """Those of the heads, side by side."""
-        return torch.cat([one.scale.to(f) * one.gradient(rows.f, rows.y) for one, rows in self._split(f, y)], -1)
+        split = zip(self.parts, self._split(f, y), strict=True)
+        return torch.cat([_scale(part, f) * one.gradient(rows.f, rows.y) for part, (one, rows) in split], -1)
 
     def observed(self, f: Outputs, y: Targets) -> Outputs:
         """Those of the heads, side by side."""
@@ -79,10 +80,7 @@ class SeveralLikelihood(AbstractLikelihood):
 
     def hessian(self, f: Outputs) -> OutputHessian:
         """Those of the heads, in blocks: what a head has of a root is zero for the others."""
-        found = [
-            (part.outputs, part.likelihood.scale.to(f), part.likelihood.hessian(f[:, part.outputs]))
-            for part in self.parts
-        ]
+        found = [(part.outputs, _scale(part, f), part.likelihood.hessian(f[:, part.outputs])) for part in self.parts]
         rooted = [(at, scale, own) for at, scale, own in found if own.root is not None]
         signs = {own.sign for _, _, own in rooted}
         if len(signs) > 1:
@@ -108,7 +106,7 @@ class SeveralLikelihood(AbstractLikelihood):
         for part in self.parts:
             root = part.likelihood.hessian_root(f[:, part.outputs])
             block = f.new_zeros(*f.shape, root.shape[-1])
-            block[:, part.outputs] = part.likelihood.scale.to(f).sqrt().reshape(-1, 1) * root
+            block[:, part.outputs] = _scale(part, f).sqrt().reshape(-1, 1) * root
             wide.append(block)
         return torch.cat(wide, -1)
 
@@ -116,8 +114,7 @@ class SeveralLikelihood(AbstractLikelihood):
         """Those of the heads, side by side, ``[samples, rows, C]``."""
         return torch.cat(
             [
-                part.likelihood.scale.to(f).sqrt()
-                * part.likelihood.sample_gradient(f[:, part.outputs], n_samples, generator)
+                _scale(part, f).sqrt() * part.likelihood.sample_gradient(f[:, part.outputs], n_samples, generator)
                 for part in self.parts
             ],
             -1,
@@ -199,7 +196,16 @@ class SeveralLikelihood(AbstractLikelihood):
 
     @property
     def _named(self) -> str:
-        return ", ".join(f"{part.key!r}: {part.likelihood.described}" for part in self.parts)
+        """With noise and temperatures, which are part of the curvature."""
+        return ", ".join(
+            f"{part.key!r}: {part.likelihood.described} at the scale {_scale(part, torch.ones(())).tolist()}"
+            for part in self.parts
+        )
+
+
+def _scale(part: Part, like: Tensor) -> Tensor:
+    """Factor of the loss of a head."""
+    return torch.as_tensor(part.likelihood.scale).to(like)
 
 
 __all__ = ["Part", "SeveralLikelihood", "columns"]

@@ -44,25 +44,26 @@ def check_targets(y: Any, batch: Any) -> None:
         raise InputError(msg)
 
 
-def are_tokens(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> bool | None:
-    """Whether labels are the tokens of the inputs, position by position; ``None`` where that is open.
+def agreeing(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> Tensor | None:
+    """Labels that are the tokens of the inputs, position by position, as those of a causal language model are.
 
-    Those of a causal language model are. Everything that counts has to agree, and enough of it (all positions, or
-    ``COPIED`` of them, that hold ``BITS``) that it does not by chance. Labels of another integer type are none.
+    ``None`` where one of those that count is another.
     """
     x = x[dict_key_x] if isinstance(x, Mapping) and dict_key_x in x else x
     x = x[0] if type(x) is tuple else x
-    if not isinstance(x, Tensor) or y.dtype not in TOKENS or x.dtype != y.dtype or x.shape != y.shape:
-        return False
+    if not isinstance(x, Tensor) or y.dtype not in TOKENS or x.dtype not in TOKENS or x.shape != y.shape:
+        return None
     if y.dim() < 2 or y.shape[1] < 2:
-        return False
+        return None
     counts = y != IGNORED
-    labels = y[counts]
-    if not torch.equal(x[counts], labels):
-        return False
+    labels = y[counts].long()
+    return labels if torch.equal(x[counts].long(), labels) else None
+
+
+def are_enough(labels: Tensor, n_positions: int) -> bool:
+    """Whether so many labels do not agree by chance: all positions, or ``COPIED`` of them, that hold ``BITS``."""
     n_counts, n_tokens = len(labels), len(labels.unique())
-    few = n_counts < min(COPIED, y.numel()) or n_counts * math.log2(max(n_tokens, 1)) < BITS
-    return None if few else True
+    return n_counts >= min(COPIED, n_positions) and n_counts * math.log2(max(n_tokens, 1)) >= BITS
 
 
 class Shift:
@@ -74,8 +75,8 @@ class Shift:
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted
         self._found: bool | None = None
-        self._open = False
-        """Whether there was a batch that did not tell."""
+        self._open: list[Tensor] = []
+        """Labels of batches that did not tell, and were taken as they came."""
 
     def __call__(self, x: Inputs, y: Tensor, dict_key_x: str) -> Tensor:
         """The targets of one batch.
@@ -89,15 +90,18 @@ class Shift:
             return shifted(y) if self.wanted else y
         if self._found is False:
             return y
-        verdict = are_tokens(x, y, dict_key_x)
+        labels = agreeing(x, y, dict_key_x)
         if self._found is None:
-            if verdict is None:
-                self._open = True
+            if labels is not None and not len(labels):
+                return y  # nothing counts
+            verdict = labels is not None and are_enough(torch.cat([*self._open, labels]), y.numel())
+            if labels is not None and not verdict:
+                self._open.append(labels)
                 return y
             if verdict and self._open:
                 msg = (
                     "The labels of this batch are the tokens of its inputs, as those of a causal language model are; "
-                    "batches before were too small to tell, and were taken as they came. Say it: shift_labels=True, "
+                    "those before were too few to tell, and were taken as they came. Say it: shift_labels=True, "
                     "or shift_labels=False for a model that is to copy its inputs."
                 )
                 raise InputError(msg)
@@ -110,7 +114,7 @@ class Shift:
                 )
                 warn(msg, UserWarning)
             return shifted(y) if verdict else y
-        if verdict is False:
+        if labels is None:
             msg = (
                 "The labels of earlier batches are the tokens of their inputs, and were shifted by one; those of this "
                 "batch are not. Say what they are: shift_labels=True or shift_labels=False."

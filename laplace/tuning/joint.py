@@ -207,13 +207,11 @@ def _unit(joint: Joint) -> float:
     """What values of the second hyperparameter are measured in: residuals for the noise."""
     if joint.second != "sigma_noise":
         return 1.0
-    squares, count = 0.0, 0
+    likelihood, nll, count = joint.problem.likelihood(), 0.0, 0
     for _, positions in joint.data.batches:
-        squares, count = (
-            squares + float((positions.f - positions.y).double().square().sum()),
-            count + positions.f.numel(),
-        )
-    unit = (squares / count) ** 0.5
+        nll += float(likelihood.nll(positions.f.double(), positions.y.double()))
+        count += positions.f.numel()
+    unit = float(likelihood.residual_noise(torch.tensor(nll, dtype=torch.float64), count))
     if not unit:
         msg = (
             "The model predicts every validation target exactly, so that no observation noise is best. Use other data."

@@ -191,3 +191,25 @@ def test_odd_classes_are_said():
     la.fit(data.train)
     with pytest.warns(UserWarning, match="Validation rows: 2, for 3 classes"):
         la.tune([(x[rows][:2], y[rows][:2])])
+
+
+@pytest.mark.parametrize("bias", [0.0, 6.0])
+def test_the_value_for_counts_is_that_of_the_posterior_around_the_chosen_head(bias):
+    """The curvature of counts depends on the head: what tune reports is what the object then predicts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 3, dtype=torch.float64, generator=generator)
+    y = torch.poisson((4 + x @ torch.tensor([0.5, -0.2, 0.3], dtype=torch.float64)).exp(), generator=generator)[:, None]
+    model = torch.nn.Linear(3, 1).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.fill_(bias)
+    la = Laplace(model, "poisson", "last_layer", "full")
+    la.fit([(x[:60], y[:60])])
+    found = la.tune([(x[60:], y[60:])])
+    f, variance = la.functional_variance_fast(x[60:])
+    nodes = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    at = f + variance.sqrt() * nodes
+    logs = y[60:] * at - at.exp() - torch.lgamma(y[60:] + 1) - 0.5 * nodes**2
+    step = torch.log(nodes[1] - nodes[0]) - 0.5 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
+    assert found.value == pytest.approx(-float((logs.logsumexp(1) + step).mean()), abs=1e-4)
+    assert found.value < 3.6

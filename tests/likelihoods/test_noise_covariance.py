@@ -11,6 +11,7 @@ from laplace.enums import LinkApprox
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.evaluation import conformal
 from laplace.likelihoods import GaussianLikelihood
+from laplace.likelihoods.gaussian import check_covariance
 from tests.contracts import generator
 from tests.estimators import dense
 from tests.likelihoods.situations import DELTA, network, outputs
@@ -210,3 +211,42 @@ def test_a_state_knows_the_covariance(tmp_path):
         Laplace(network(C), GaussianLikelihood(noise_covariance=S + 1e-9 * torch.eye(C))).load(tmp_path / "state")
     with pytest.raises(InputError, match="noise_covariance"):
         Laplace(network(C), "regression").load(tmp_path / "state")
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision")
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e5])
+def test_tune_measures_the_noise_in_units_of_the_covariance(size):
+    """y = W x + L ε with Σ = L Lᵀ: σ is about 1, however large targets are."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = size**2 * torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=torch.float64)
+    x = torch.randn(300, 3, dtype=torch.float64, generator=generator)
+    weight = size * torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    noise = torch.randn(300, 2, dtype=torch.float64, generator=generator)
+    y = x @ weight.T + noise @ torch.linalg.cholesky(sigma).T
+    model = torch.nn.Linear(3, 2).double()
+    with torch.no_grad():
+        model.weight.copy_(weight)
+        model.bias.zero_()
+    for weights in ("last_layer", "all"):
+        la = Laplace(model, GaussianLikelihood(noise_covariance=sigma), weights, "full", prior_precision=1 / size**2)
+        la.fit([(x[:200], y[:200])])
+        la.tune([(x[200:], y[200:])])
+        assert 0.8 < float(la.sigma_noise) < 1.25
+
+
+def test_a_covariance_is_copied():
+    sigma = torch.eye(2)
+    likelihood = GaussianLikelihood(noise_covariance=sigma)
+    sigma.mul_(4)
+    assert likelihood.noise_covariance is not None
+    torch.testing.assert_close(likelihood.noise_covariance, torch.eye(2))
+    with pytest.raises(InputError, match=r"a tensor; got list"):
+        check_covariance([[1.0]])
+
+
+def test_precisions_of_outputs_are_no_option():
+    with pytest.raises(TypeError, match="weights"):
+        GaussianLikelihood(weights=torch.ones(2))
+    private = GaussianLikelihood().weighing(torch.tensor([9.0, 0.25]))
+    with pytest.raises(UnsupportedError, match="name of its own"):
+        Laplace(torch.nn.Linear(3, 2), private)

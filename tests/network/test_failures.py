@@ -419,7 +419,6 @@ def labels(**changes) -> torch.Tensor:
 KEPT = {
     "masked tokens, some of them unchanged": labels(**{f"p{i}": -100 for i in range(5, 12)}),
     "another label at one position": labels(p3=(int(TOKENS.view(-1)[3]) + 1) % 7),
-    "another integer type": TOKENS.int(),
     "shifted": shifted(TOKENS),
     "all masked": torch.full_like(TOKENS, -100),
 }
@@ -429,6 +428,26 @@ KEPT = {
 def test_labels_that_may_be_meant(name):
     (batch,) = read((TOKENS, KEPT[name]))
     assert torch.equal(batch.y, KEPT[name])
+
+
+def test_tokens_of_another_integer_type_are_tokens():
+    with pytest.warns(UserWarning, match=SHIFTS):
+        (found,) = read((TOKENS.int(), TOKENS))
+    assert torch.equal(found.y, shifted(TOKENS))
+
+
+def test_few_labels_a_batch_tell_together():
+    short = [(TOKENS[:1], TOKENS[:1].where(torch.arange(6) > 3, -100)) for _ in range(20)]
+    with pytest.raises(InputError, match=r"those before were too few to tell.*shift_labels=True"):
+        read(*short)
+    assert torch.equal(read(*short, shift_labels=True)[3].y[0, 3:5], TOKENS[0, 4:])
+
+
+def test_a_batch_without_labels_tells_nothing():
+    nothing = torch.full_like(TOKENS, -100)
+    with pytest.warns(UserWarning, match=SHIFTS):
+        found = read((TOKENS, nothing), (TOKENS, TOKENS))
+    assert torch.equal(found[1].y, shifted(TOKENS))
 
 
 def test_labels_that_count_at_some_positions_of_padded_text():
