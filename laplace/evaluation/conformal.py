@@ -212,6 +212,7 @@ def conformal(
     read = _read_classes if of_classes else _read_numbers
     text: dict[str, Any] = {"progress_bar": checks.flag("progress_bar", progress_bar), "description": "[Calibrating]"}
     keys: dict[str, Any] = {"dict_key_x": la.dict_key_x, "dict_key_y": la.dict_key_y}
+    keys["shift_labels"] = getattr(la, "shift_labels", None)
     rows = batches.iterate(calibration_loader, **keys, **text, device=device_of(la.model))
     parts = [[part.detach() for part in read(la, x, y, options)] for x, y in rows]
     n_rows = sum(len(part[0]) for part in parts)

@@ -155,7 +155,8 @@ def validate(
         loss.reset()
     batches: list[tuple[Tensor, ...]] = []
     count = 0
-    for x, y in iterate(val_loader, dict_key_y=dict_key_y, device=next(laplace.model.parameters()).device):
+    told: dict[str, Any] = {"dict_key_y": dict_key_y, "shift_labels": getattr(laplace, "shift_labels", None)}
+    for x, y in iterate(val_loader, **told, device=next(laplace.model.parameters()).device):
         result = laplace(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
         row = (*(result if isinstance(result, tuple) else (result,)), y)
         count += 1
