@@ -75,8 +75,12 @@ class PoissonLikelihood(PredictsMoments):
     # -- fitting ------------------------------------------------------------------------------------------------------
 
     def nll(self, f: Outputs, y: Targets) -> Scalar:
-        """Of the counts, summed over rows and outputs."""
-        return self._nll(self.observed(f, y), self._counts(y)).sum()
+        """Of the counts, summed over rows and outputs.
+
+        In float64, where there is one: terms of the size of y log y cancel.
+        """
+        wide, y = widened(f, y)
+        return self._nll(self.observed(wide, y), self._counts(y)).sum().to(f.dtype)
 
     def gradient(self, f: Outputs, y: Targets) -> Outputs:
         """Mean less count, ``[rows, C]``; of a dispersed count divided by 1 + α times the mean."""
@@ -119,13 +123,14 @@ class PoissonLikelihood(PredictsMoments):
         To rounding for standard deviations of f up to 1, to 2e-4 nats at 3. Where functions were sampled, the rate is
         given a Gamma distribution with the moments of the samples, and the count a negative binomial one.
         """
+        dtype, (mean, cov, y) = mean.dtype, widened(mean, cov, y)
         variance, count = variance_of(mean, cov), self._counts(y)
         if link is as_it_is:
             exposure = y[..., 1].to(mean) if self.exposure else torch.ones_like(mean)
             rate, spread = exposure * mean, exposure.square() * variance
             spread = spread + self._dispersion * (rate.square() + spread)
-            return _negative_binomial_nll(rate, spread, count).sum()
-        return self._marginal_nll(self.observed(mean, y), variance, count, 1.0).sum()
+            return _negative_binomial_nll(rate, spread, count).sum().to(dtype)
+        return self._marginal_nll(self.observed(mean, y), variance, count, 1.0).sum().to(dtype)
 
     def scores(self) -> Mapping[str, Callable[..., Tensor] | None]:
         """The log density."""
@@ -139,10 +144,11 @@ class PoissonLikelihood(PredictsMoments):
 
     def energy(self, mean: Outputs, cov: Tensor, y: Targets, alpha: float) -> Float[Tensor, " rows"]:
         """Of each count's marginal, summed over outputs, by quadrature; at α = 0 of Poisson counts in closed form."""
+        dtype, (mean, cov, y) = mean.dtype, widened(mean, cov, y)
         mean, variance, count = self.observed(mean, y), variance_of(mean, cov), self._counts(y)
         if alpha == 0:
-            return self.scale * self._mean_nll(mean, variance, count).sum(-1)
-        return self._marginal_nll(mean, variance, count, alpha * self.scale).sum(-1) / alpha
+            return (self.scale * self._mean_nll(mean, variance, count).sum(-1)).to(dtype)
+        return (self._marginal_nll(mean, variance, count, alpha * self.scale).sum(-1) / alpha).to(dtype)
 
     def _marginal_nll(self, mean: Tensor, variance: Tensor, y: Tensor, power: float | Tensor) -> Tensor:
         """``−log E[p(y|f)^power]`` for each count."""
@@ -198,6 +204,11 @@ class PoissonLikelihood(PredictsMoments):
     def count(self, y: Tensor, n_outputs: int) -> int:
         """Number of positions."""
         return y.numel() // (2 * n_outputs if self.exposure else n_outputs)
+
+
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the widest type of their device."""
+    return tuple(tensor.to(linalg.wide_dtype(tensor)) for tensor in tensors)
 
 
 def log_normal(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,28 @@ def test_predictive_densities_of_wide_posteriors(std, error):
     torch.testing.assert_close(found, truth, rtol=error, atol=error)
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 0.01, 1.0])
+def test_large_counts_keep_their_digits_in_float32(alpha):
+    """Terms of y log y cancel: what is left is of the size of log y."""
+    y = (1_000_000 + 997 * torch.arange(40.0)[:, None]).float()
+    f = (y.double().log() + 1e-3 * outputs(40, 1)).float()
+    likelihood, cov = NegativeBinomialLikelihood(dispersion=alpha), torch.full((40, 1), 1e-6).float()
+    wide, counted = f.double(), y.double().numpy()
+    density = stats.nbinom(1 / alpha, 1 / (1 + alpha * wide.exp().numpy()))
+    truth = -density.logpmf(counted).sum()
+    found = likelihood.nll(f, y)
+    assert found.dtype is torch.float32
+    assert float(found) == pytest.approx(truth, abs=1e-3)
+    found = likelihood.predictive_nll(f, cov, y, LINK)
+    assert found.dtype is torch.float32
+    assert float(found) == pytest.approx(
+        float(likelihood.predictive_nll(wide, cov.double(), y.double(), LINK)), abs=1e-3
+    )
+    for power in (0.0, 1.0):
+        found = likelihood.energy(f, cov, y, power)
+        torch.testing.assert_close(found, likelihood.energy(wide, cov.double(), y.double(), power).float())
+
+
 @pytest.mark.parametrize("dispersion", [0.0, -1.0, math.inf, math.nan])
 def test_a_dispersion_is_positive(dispersion):
     with pytest.raises(InputError, match="dispersion must be one positive finite number"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
+from laplace import Laplace
 from laplace.enums import CurvatureKind, LinkApprox
 from laplace.errors import InputError, NumericalWarning, ShapeError
 from laplace.likelihoods import PoissonLikelihood
@@ -158,6 +159,48 @@ def test_scores_of_samples_follow_the_recurrence_of_a_negative_binomial(shape):
     steps = ((shape + y[:-1]) / (y[:-1] + 1) * m / (shape + m)).log()
     torch.testing.assert_close(nll[:-1] - nll[1:], steps, rtol=0, atol=1e-12 * max(1, shape))
     torch.testing.assert_close(nll[0], shape * torch.log1p(m / shape), rtol=1e-12, atol=0)
+
+
+def test_large_counts_keep_their_digits_in_float32():
+    """Terms of y log y cancel: what is left is of the size of log y."""
+    y = (1_000_000 + 997 * torch.arange(40.0)[:, None]).float()
+    f = (y.double().log() + 1e-3 * rates(40, 1)).float()
+    cov, wide = torch.full((40, 1), 1e-6).float(), f.double()
+    found = LIKELIHOOD.nll(f, y)
+    assert found.dtype is torch.float32
+    truth = -stats.poisson(wide.exp().numpy()).logpmf(y.double().numpy()).sum()
+    assert float(found) == pytest.approx(truth, abs=1e-3)
+    u = torch.linspace(-12, 12, 40_001, dtype=torch.float64)
+    at = wide + cov.double().sqrt() * u
+    log_p = y * at - at.exp() - torch.lgamma(y.double() + 1) - 0.5 * u.square() - 0.5 * math.log(2 * math.pi)
+    truth = -float((log_p.logsumexp(1) + (u[1] - u[0]).log()).sum())
+    found = LIKELIHOOD.predictive_nll(f, cov, y, LINK)
+    assert found.dtype is torch.float32
+    assert float(found) == pytest.approx(truth, abs=1e-3)
+    for power in (0.0, 1.0):
+        found = LIKELIHOOD.energy(f, cov, y, power)
+        torch.testing.assert_close(found, LIKELIHOOD.energy(wide, cov.double(), y.double(), power).float())
+    sampled = LIKELIHOOD.average(iter([f.expand(10, 40, 1)]), 10, f)
+    mean, variance, link = sampled
+    found = LIKELIHOOD.predictive_nll(mean, variance, y, link)
+    truth = -stats.poisson(mean.double().numpy()).logpmf(y.double().numpy()).sum()
+    assert float(found) == pytest.approx(truth, abs=1e-2)
+
+
+def test_the_evidence_of_large_counts_is_that_of_float64():
+    """Of a last layer that is its bias alone, whose float32 weights are those of the float64 one."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        net = torch.nn.Sequential(torch.nn.Linear(1, 1)).float()
+        with torch.no_grad():
+            net[0].weight.zero_()
+            net[0].bias.fill_(14.0)
+        net.to(dtype)
+        x, y = torch.zeros(40, 1, dtype=dtype), torch.full((40, 1), 1.2e6, dtype=dtype)
+        la = Laplace(net, LIKELIHOOD, "last_layer", "full", prior_precision=2.0, last_layer_name="0")
+        la.fit([(x, y)])
+        found.append(float(la.log_marginal_likelihood()))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
