@@ -17,6 +17,7 @@ from laplace.density import FeatureDensity, Reference
 from laplace.enums import ForeignScore, PredType, choose
 from laplace.errors import NotFittedError, UnsupportedError, warn
 from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.network import evaluating, full_precision
 from laplace.predictive import Options
 from laplace.types import Inputs
@@ -35,7 +36,13 @@ def _chosen(kind: ForeignScore | str | None, likelihood: AbstractLikelihood, n_o
         return ForeignScore.FISHER if classes else ForeignScore.DENSITY
     found = choose(ForeignScore, kind, "kind")
     if found in (ForeignScore.FISHER, *OF_PROBABILITIES) and not classes:
-        msg = f"kind={found.value!r} looks at class probabilities, and there are none here. Ask for kind='density'."
+        why = f"kind={found.value!r} looks at class probabilities, and there are none here."
+        if isinstance(likelihood, PredictsProbabilities) and not likelihood.exclusive:
+            why = (
+                f"kind={found.value!r} is one number for a row of which one class is right; labels of "
+                f"likelihood={likelihood.name!r} are independent and have an entropy each: la.predict(x).entropy."
+            )
+        msg = f"{why} Ask for kind='density'."
         raise UnsupportedError(msg)
     return found
 

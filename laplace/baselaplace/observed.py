@@ -56,23 +56,30 @@ class Observed:
         """One batch: outputs, features and targets; of a head with the shapes of its parameter groups."""
         if not self.wanted:
             return
+        n_groups, why_not = self.likelihood.n_groups(f.shape[-1]), reason_against(phi.shape[-1])
+        if not n_groups:
+            why_not = (
+                "There is one for classes, and for a regression with the same noise for all inputs; "
+                f"likelihood={self.likelihood.name!r} is neither."
+            )
         try:
             self.likelihood.check_rows()
         except UnsupportedError as error:
-            self.give_up(str(error))
-            return
-        positions, n_groups = self.likelihood.flatten(f, y), self.likelihood.n_groups(f.shape[-1])
-        rows = positions.select(phi.detach().reshape(-1, phi.shape[-1]))
-        if shapes is None:
-            self._keep_none(NOT_A_HEAD)
+            shapes = None
+            self._keep_none(str(error))
         else:
-            self._keep(rows, positions, shapes, len(y))
-        why_not = reason_against(phi.shape[-1])
-        if not n_groups:
-            why_not = f"Targets of likelihood={self.likelihood.name!r} are neither classes nor those of a regression."
+            if shapes is None:
+                self._keep_none(NOT_A_HEAD)
         if why_not is not None:
             self.why_no_density = why_not
             self.wanted = shapes is not None  # for a head it is kept nevertheless
+            if not self.wanted:
+                return
+        positions = self.likelihood.flatten(f, y)
+        rows = positions.select(phi.detach().reshape(-1, phi.shape[-1]))
+        if shapes is not None:
+            self._keep(rows, positions, shapes, len(y))
+        if why_not is not None:
             return
         self._sums = Accumulator(n_groups) if self._sums is None else self._sums
         self._sums.add(rows, self.likelihood.group_of(positions.y))

@@ -126,8 +126,9 @@ class GGNInterface(ColumnsInterface):
     def _jacobians_and_positions(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor, Positions]:
         """Loss, Jacobians and outputs of the unmasked positions."""
         J, f = self.jacobians(x)
-        rows = y.reshape(len(f), -1) if y.is_floating_point() else y.reshape(-1)
-        positions = self.positions(f, rows)
+        with torch.no_grad():  # Jacobians have a row for each position; targets are shaped as the model's outputs are
+            shape = self.outputs(x).shape
+        positions = self.positions(f.reshape(*shape[:-1], f.shape[-1]), y)
         return (
             self.output_likelihood.nll(positions.f, positions.y),
             positions.select(J.flatten(1)).unflatten(1, (positions.f.shape[-1], -1)),

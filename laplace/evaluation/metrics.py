@@ -95,6 +95,7 @@ def flatten(
 
 def check_probabilities(probs: Float[Tensor, "*positions outputs"]) -> None:
     """Raise unless the last axis holds probabilities that sum to one within the rounding of their dtype."""
+    check_columns(probs)
     # Not left to torchmetrics: it takes whatever lies outside [0, 1] for logits, without a warning.
     sums = probs.double().sum(-1)
     tolerance = max(1e-6, 4 * probs.shape[-1] * torch.finfo(probs.dtype).eps)
@@ -106,6 +107,16 @@ def check_probabilities(probs: Float[Tensor, "*positions outputs"]) -> None:
         f"{float(sums.max()):.3g}. If these are logits, apply softmax(-1) first."
     )
     raise InputError(msg)
+
+
+def check_columns(probs: Float[Tensor, "..."]) -> None:
+    """Raise unless there is a column for each of two or more classes."""
+    if probs.ndim and probs.shape[-1] == 1:
+        msg = (
+            f"Expected one column for each class; got {list(probs.shape)}, a single one. Of two classes, with p the "
+            "probability of class 1, pass both: torch.cat([1 - p, p], -1)."
+        )
+        raise ShapeError(msg)
 
 
 def accuracy(probs: Float[Tensor, "*positions outputs"], y: Shaped[Tensor, "..."]) -> float:

@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from laplace.errors import InputError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.evaluation import metrics
-from laplace.evaluation.temperature import SoftmaxPredictor, device_of, fit_temperature
+from laplace.evaluation.temperature import SoftmaxPredictor, class_indices, device_of, fit_temperature
+from laplace.likelihoods.categorical import IGNORED
+from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.network import batches
 from laplace.types import Inputs
 
@@ -62,9 +64,10 @@ def predict(
     Parameters
     ----------
     predictor
-        Anything that turns the inputs of a batch into class probabilities.
+        Anything that turns the inputs of a batch into class probabilities; an estimator of ``likelihood="binary"``,
+        too, which gives two columns.
     loader
-        Batches ``(x, y)``, ``(x1, …, xk, y)`` or mappings. The targets are handed on, not used.
+        Batches ``(x, y)``, ``(x1, …, xk, y)`` or mappings. The targets, class indices, are handed on, not used.
     device
         Where the predictor expects its inputs.
     dict_key_y
@@ -79,24 +82,78 @@ def predict(
     Raises
     ------
     InputError
-        If the loader is empty.
+        If the loader is empty, or targets are no class indices.
+    ShapeError
+        If a function has a single column, or there is not one target for each row.
+    UnsupportedError
+        If an estimator predicts no class probabilities, or those of independent labels.
     """
+    shown: dict[str, Any] = {"progress_bar": progress_bar, "description": description}
+    return _predict(predictor, loader, device, dict_key_y, targeted=True, **shown)
+
+
+def _predict(
+    predictor: Predictor, loader: Loader, device: torch.device | str, dict_key_y: str, *, targeted: bool, **shown: Any
+) -> Predictions:
+    """The same; where nothing is asked of the targets they are all -100."""
     probs: list[Tensor] = []
     targets: list[Tensor] = []
     seconds = 0.0
-    shown: dict[str, Any] = {"progress_bar": progress_bar, "description": description}
+    _check_exclusive(predictor)
     for x, y in batches.iterate(loader, dict_key_y=dict_key_y, device=torch.device(device), **shown):
         start = time.perf_counter()
-        p = predictor(x).detach().cpu()  # the copy to the CPU waits for an accelerator to finish
+        p = _tensor(predictor, predictor(x)).detach().cpu()  # the copy to the CPU waits for an accelerator to finish
         seconds += time.perf_counter() - start
         axis = getattr(predictor, "output_dim", None) or -1  # where an estimator puts classes
         p = p.movedim(axis, -1) if p.dim() > 2 else p
-        probs.append(p.reshape(-1, p.shape[-1]).double())
-        targets.append(y.cpu().reshape(-1).long())
+        rows = _probabilities(predictor, p)
+        probs.append(rows.double())
+        targets.append(class_indices(y.cpu(), p.shape[:-1]) if targeted else torch.full((len(rows),), IGNORED))
     if not targets:
         msg = "The loader is empty: it yields no batch, or it was an iterator that had been used up."
         raise InputError(msg)
     return Predictions(torch.cat(probs), torch.cat(targets), seconds)
+
+
+def _check_exclusive(predictor: Predictor) -> None:
+    """Raise for an estimator of independent labels."""
+    likelihood = getattr(predictor, "likelihood_", None)
+    if isinstance(likelihood, PredictsProbabilities) and not likelihood.exclusive:
+        msg = (
+            f"likelihood={likelihood.name!r} has several right labels for a row; these metrics are of classes of which "
+            "one is right. Evaluate one label c at a time: pass a function that returns "
+            "torch.stack([1 - p[:, c], p[:, c]], -1) with p = la(x), and that label alone as target."
+        )
+        raise UnsupportedError(msg)
+
+
+def _tensor(predictor: Predictor, prediction: Any) -> Tensor:
+    """A prediction that is no pair of moments."""
+    if isinstance(prediction, Tensor):
+        return prediction
+    likelihood = getattr(predictor, "likelihood_", None)
+    name = f"likelihood={likelihood.name!r}" if likelihood is not None else "A predictor"
+    msg = (
+        f"{name} predicts no class probabilities [batch, ..., C], which these metrics are of, but "
+        f"{type(prediction).__name__}. Pass an estimator of classes, or a function that returns probabilities."
+    )
+    raise UnsupportedError(msg)
+
+
+def _probabilities(predictor: Predictor, p: Float[Tensor, "..."]) -> Float[Tensor, "rows outputs"]:
+    """Predictions ``[batch, ..., C]`` as rows with one column for each class."""
+    likelihood = getattr(predictor, "likelihood_", None)
+    if p.dim() < 2:
+        msg = (
+            f"Expected class probabilities [batch, ..., C]; a predictor returned {list(p.shape)}. Of two classes, with "
+            "p the probability of class 1, return both: torch.stack([1 - p, p], -1)."
+        )
+        raise ShapeError(msg)
+    rows = p.reshape(-1, p.shape[-1])
+    if isinstance(likelihood, PredictsProbabilities):
+        return likelihood.probabilities(rows)
+    metrics.check_columns(rows)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -237,7 +294,8 @@ def side_by_side(
     Parameters
     ----------
     model
-        The trained classifier; it gives the row ``MAP`` and, with ``val_loader``, ``MAP, temperature T``.
+        The trained classifier, with one logit for each class, or one for two classes; it gives the row ``MAP`` and,
+        with ``val_loader``, ``MAP, temperature T``.
     estimators
         Further rows by name: fitted Laplace estimators, or any function from inputs to class probabilities.
     test_loader
@@ -264,7 +322,12 @@ def side_by_side(
     Raises
     ------
     InputError
-        If a loader is empty, a predictor returns no probabilities, or no temperature is best on the validation data.
+        If a loader is empty, a predictor returns no probabilities, targets are no class indices, or no temperature is
+        best on the validation data.
+    ShapeError
+        If a function returns a single column, or there is not one target for each row.
+    UnsupportedError
+        If an estimator predicts no class probabilities, or those of independent labels.
     BackendUnavailableError
         If torchmetrics is not installed.
     """
@@ -281,9 +344,12 @@ def side_by_side(
         raise InputError(msg)
     predictors.update(estimators)
 
-    def run(name: str, data: str, loader: Loader) -> Predictions:
+    for predictor in estimators.values():
+        _check_exclusive(predictor)
+
+    def run(name: str, data: str, loader: Loader, *, targeted: bool = True) -> Predictions:
         shown: dict[str, Any] = {"progress_bar": progress_bar, "description": f"[Predicting {data}: {name}]"}
-        return predict(predictors[name], loader, device=device, dict_key_y=dict_key_y, **shown)
+        return _predict(predictors[name], loader, device, dict_key_y, targeted=targeted, **shown)
 
     rows: dict[str, dict[str, float]] = {}
     for name in predictors:
@@ -299,7 +365,7 @@ def side_by_side(
             row[f"NLL {shift}"] = metrics.mean_nll(result.probs, result.y)
             row[f"ECE {shift}"] = metrics.calibration_error(result.probs, result.y, n_bins=n_bins)
         if ood_loader is not None:
-            foreign = run(name, "foreign data", ood_loader)
+            foreign = run(name, "foreign data", ood_loader, targeted=False)
             row["OOD AUROC"] = metrics.ood_auroc(metrics.uncertainty(test.probs), metrics.uncertainty(foreign.probs))
         row["predict ms"] = 1e3 * statistics.median(run(name, "test data again", test_loader).seconds for _ in range(3))
         rows[name] = row

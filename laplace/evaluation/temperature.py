@@ -6,13 +6,14 @@ accuracy does not change. (The keyword ``temperature=`` of the estimators is ano
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from laplace.errors import InputError, ShapeError, UnsupportedError
@@ -43,7 +44,7 @@ class SoftmaxPredictor:
     dict_key_y: str = "labels"
 
     def logits(self, x: Inputs) -> Float[Tensor, "*positions outputs"]:
-        """Logits ``[batch, ..., C]`` in float64, before the temperature.
+        """Logits ``[batch, ..., C]`` in float64, before the temperature; one logit f is that of two classes, (0, f).
 
         Raises
         ------
@@ -57,7 +58,7 @@ class SoftmaxPredictor:
         if not isinstance(outputs, Tensor):
             msg = f"The model must return logits, or a mapping with 'logits'; it returns {type(outputs).__name__}."
             raise UnsupportedError(msg)
-        return outputs.double()
+        return two_classes(outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs).double()
 
     def __call__(self, x: Inputs) -> Float[Tensor, "*positions outputs"]:
         """Class probabilities ``[batch, ..., C]`` in float64: overconfident logits underflow in float32."""
@@ -77,7 +78,7 @@ def fit_temperature(
     Parameters
     ----------
     model
-        The trained network.
+        The trained network, with one logit for each class, or one for two classes.
     val_loader
         Batches that the network was not trained on.
     dict_key_x, dict_key_y
@@ -92,7 +93,9 @@ def fit_temperature(
     Raises
     ------
     InputError
-        If no temperature is best on these data; see ``best_temperature``.
+        If no temperature is best on these data, or targets are no class indices; see ``best_temperature``.
+    ShapeError
+        If there is not one target for each row, as where several labels of a row may be right.
     UnsupportedError
         If the model returns probabilities.
 
@@ -108,7 +111,7 @@ def fit_temperature(
     for x, y in batches.iterate(val_loader, **keys, progress_bar=progress_bar, description=text):
         f = plain.logits(x)
         logits.append(f.reshape(-1, f.shape[-1]))
-        targets.append(y.reshape(-1))
+        targets.append(class_indices(y, f.shape[:-1]))
     if not targets:
         msg = "The validation loader is empty."
         raise InputError(msg)
@@ -123,7 +126,7 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
     Parameters
     ----------
     logits
-        ``[rows, C]``.
+        ``[rows, C]``; one column is the logit of class 1 of two.
     y
         Class indices, ``[rows]``; -100 leaves a row out.
 
@@ -136,8 +139,8 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
     ShapeError
         If there is not one target per row.
     InputError
-        If there is no row, a logit is not finite, or the minimum is at no positive temperature: T = 0 when every row
-        is classified correctly, T = ∞ when the logits know nothing about the targets.
+        If there is no row, a logit is not finite, a target is no class index, or the minimum is at no positive
+        temperature: T = 0 when every row is classified correctly, T = ∞ when the logits know nothing about the targets.
 
     Notes
     -----
@@ -146,10 +149,17 @@ def best_temperature(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, "..."
     if len(logits) != len(y):
         msg = f"Expected one target per row; got {len(logits)} rows of logits and {len(y)} targets."
         raise ShapeError(msg)
+    y = class_indices(y, y.shape)
     kept = y != IGNORED
-    logits, y = logits.detach().double()[kept], y[kept].long()
+    logits, y = two_classes(logits.detach().double())[kept], y[kept]
     if not len(y) or not bool(torch.isfinite(logits).all()):
         msg = f"Expected at least one row, and finite logits; got {len(y)} rows."
+        raise InputError(msg)
+    if bool((y < 0).any()) or bool((y >= logits.shape[-1]).any()):
+        msg = (
+            f"Targets must be class indices from 0 to {logits.shape[-1] - 1} (or {IGNORED} to leave a row out); got "
+            f"values from {int(y.min())} to {int(y.max())}."
+        )
         raise InputError(msg)
     _check_minimum_exists(logits, y)
     unit = logits.std(-1).mean()  # T* is proportional to the logits; in this unit it is near 1
@@ -176,6 +186,29 @@ def _check_minimum_exists(logits: Float[Tensor, "rows outputs"], y: Int[Tensor, 
             "that the classes of the targets are in the order of the outputs, and that the network is trained."
         )
         raise InputError(msg)
+
+
+def two_classes(logits: Float[Tensor, "*positions outputs"]) -> Float[Tensor, "*positions classes"]:
+    """Logits ``[..., C]``; one logit f is the log odds of class 1, and those of both classes are (0, f)."""
+    return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
+
+
+def class_indices(y: Shaped[Tensor, "..."], positions: Sequence[int]) -> Int[Tensor, " rows"]:
+    """Targets of one batch as class indices ``[rows]``, one for each position; raise for any others."""
+    if y.numel() != math.prod(positions):
+        msg = (
+            f"Expected one class index for each row, {list(positions)}; got targets {list(y.shape)}. Where several "
+            "labels of a row may be right (likelihood='multilabel'), evaluate one label at a time, with the "
+            "probabilities [1 - p, p]; of soft labels, pass the class that was observed."
+        )
+        raise ShapeError(msg)
+    if y.is_complex() or (y.is_floating_point() and not bool((y.isfinite() & (y == y.round())).all())):
+        msg = (
+            f"Targets must be class indices, whole numbers from 0; got {y.dtype} with others, such as NaN, soft labels "
+            f"or those of a regression. Pass the class of each row, and {IGNORED} where there is none."
+        )
+        raise InputError(msg)
+    return y.reshape(-1).long()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -137,3 +137,32 @@ def test_what_has_no_density_says_why():
         tuned(data).ood_score(data.test, "variance")
     with pytest.raises((InputError, NotFittedError)):
         Laplace(data.model, "classification").ood_score(data.test)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "max_prob", "entropy", "mutual_information"])
+def test_independent_labels_are_said_to_have_an_entropy_each(kind):
+    data = regression()
+    la = Laplace(data.model, "multilabel")
+    x, y = joined(data.train)
+    la.fit([(x, (y > 0).long())])
+    with pytest.raises(
+        UnsupportedError, match=r"independent and have an entropy each: la\.predict\(x\)\.entropy"
+    ) as said:
+        la.ood_score(data.test, kind)
+    assert "none here" not in str(said.value)
+    assert la.predict(data.test).entropy.shape == la(data.test).shape
+    assert torch.isfinite(la.ood_score(data.test, "density")).all()
+
+
+def test_noise_by_input_has_no_density_for_a_reason_of_its_own():
+    data = regression()
+    la = Laplace(data.model, "heteroscedastic_regression")
+    la.fit([(x, y[:, :1]) for x, y in data.train])
+    with pytest.raises(UnsupportedError, match="same noise for all inputs; likelihood='heteroscedastic") as said:
+        la.ood_score(data.test, "density")
+    assert "convex" not in str(said.value)
+    with pytest.warns(UserWarning, match="best without weight uncertainty"):
+        found = la.tune([(x, y[:, :1]) for x, y in data.val])
+    (note,) = [note for note in found.notes if note.startswith("No width")]
+    assert "same noise for all inputs" in note
+    assert any("convex" in note for note in found.notes if note.startswith("Head of the model"))

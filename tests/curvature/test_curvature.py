@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from laplace.curvature import AutogradGGN, CurvatureInterface, EFInterface, GGNInterface
 from laplace.enums import CurvatureKind
 from laplace.errors import UnsupportedError
+from laplace.likelihoods import PoissonLikelihood
+from laplace.network import FeatureExtractor
 from tests.cases import BASIC, CASES, Case, named
 from tests.tools import assert_close, assert_mean_is
 
@@ -129,3 +132,54 @@ def test_options_that_nobody_reads_are_refused(method):
     engine, (x, y) = backend(AutogradGGN, BASIC[0]), BASIC[0].data()
     with pytest.raises(UnsupportedError, match="fisher_type"):
         getattr(engine, method)(x, y, fisher_type="mc", **({"N": 1} if method == "kron" else {}))
+
+
+class Own(GGNInterface):
+    """A back end of a user that overrides nothing."""
+
+
+def targets_of(kind, shape):
+    """Likelihood, targets beside outputs of this shape, and the diagonal of its Hessian in the outputs, by definition."""
+    draw = torch.Generator().manual_seed(1)
+    counts = torch.randint(0, 5, shape, generator=draw)
+    exposure = 0.5 + torch.rand(shape, generator=draw, dtype=torch.float64)
+    return {
+        "integer labels": ("multilabel", counts % 2, lambda f: f.sigmoid() * (1 - f.sigmoid())),
+        "exposures": (
+            PoissonLikelihood(exposure=True),
+            torch.stack([counts.double(), exposure], -1),
+            lambda f: exposure * f.exp(),
+        ),
+    }[kind]
+
+
+@pytest.mark.parametrize("last_layer", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("integer labels", (5, 3)),
+        ("integer labels", (5, 1)),
+        ("integer labels", (5, 2, 3)),
+        ("exposures", (5, 3)),
+        ("exposures", (5, 2)),
+        ("exposures", (4, 1, 2)),
+    ],
+)
+def test_targets_reach_the_likelihood_in_the_shape_they_came_in(kind, shape, last_layer):
+    likelihood, y, hessian = targets_of(kind, shape)
+    C, x = shape[-1], torch.randn(*shape[:-1], 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layer = nn.Linear(4, C).double()
+    model = FeatureExtractor(nn.Sequential(layer), last_layer_name="0") if last_layer else layer
+    engine = Own(model, likelihood if isinstance(likelihood, str) else likelihood.name, last_layer=last_layer)
+    if not isinstance(likelihood, str):
+        engine.with_likelihood(likelihood)
+    if last_layer:
+        engine.model.find_last_layer(x)
+    phi = torch.cat([x, torch.ones_like(x[..., :1])], -1).reshape(-1, 5)
+    weights = hessian(layer(x).detach()).reshape(-1, C)
+    expected = torch.einsum("nc,ni,nj->cij", weights, phi, phi)  # a block [W_c, b_c] for each output
+    order = [c * 5 + i for c in range(C) for i in range(4)] + [c * 5 + 4 for c in range(C)]
+    expected = torch.block_diag(*expected)[order][:, order]
+    _, H = engine.full(x, y)
+    assert_close(H, expected, "full")
+    assert_close(engine.diag(x, y)[1], expected.diagonal(), "diag")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace.errors import InputError
+from laplace import Laplace
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.evaluation import Report, SoftmaxPredictor, fit_temperature, metrics, predict, side_by_side
 
 
@@ -167,3 +168,70 @@ def test_only_alike_reports_are_averaged() -> None:
         Report.average([REPORT])
     with pytest.raises(InputError, match="same rows"):
         Report.average([REPORT, Report({"first": {"NLL": 1.0}})])
+
+
+def binary_data() -> tuple[nn.Module, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 2, generator=generator, dtype=torch.float64)
+    y = torch.bernoulli((2 * x[:, 0]).sigmoid(), generator=generator).long()
+    model = nn.Linear(2, 1).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[5.0, 1.0]]))
+    return model, x, y
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float64])
+def test_one_logit_is_evaluated_as_two_classes(dtype: torch.dtype) -> None:
+    model, x, y = binary_data()
+    la = Laplace(model, "binary", "all", "full")
+    la.fit([(x, y)])
+    batches = [(x[:50], y[:50].to(dtype)), (x[50:], y[50:].to(dtype))]
+    rows = side_by_side(model, {"Laplace": la}, batches, val_loader=batches, ood_loader=batches).rows
+    scaled = model(x).squeeze(-1).detach() / fit_temperature(model, batches).temperature
+    expected = {
+        "MAP": model(x).squeeze(-1).detach().sigmoid(),
+        "MAP, temperature T": scaled.sigmoid(),
+        "Laplace": la(x).squeeze(-1).detach(),
+    }
+    for name, p in expected.items():
+        of_target = torch.where(y == 1, p, 1 - p)
+        assert rows[name]["NLL"] == pytest.approx(float(-of_target.log().mean()))
+        assert rows[name]["accuracy"] == pytest.approx(float((of_target > 0.5).double().mean()))
+        assert rows[name]["OOD AUROC"] == 0.5
+    zeros = predict(la, [(x, torch.zeros(len(x)))])  # of which the only column would be P(0)
+    assert metrics.mean_nll(zeros.probs, zeros.y) == pytest.approx(float(-(1 - expected["Laplace"]).log().mean()))
+
+
+def test_a_single_column_of_a_function_is_refused_by_name() -> None:
+    x, y = torch.randn(6, 2), torch.zeros(6).long()
+    for predictor in (lambda x: x[:, :1].sigmoid(), lambda x: x[:, 0].sigmoid(), lambda x: torch.ones(len(x), 1)):
+        with pytest.raises(ShapeError, match=r"\[1 - p, p\]"):
+            predict(predictor, [(x, y)])
+    with pytest.raises(ShapeError, match=r"\[1 - p, p\]"):
+        metrics.mean_nll(torch.ones(6, 1), y)
+
+
+def test_independent_labels_and_regression_are_refused_by_name() -> None:
+    x, y = torch.randn(20, 2), torch.randint(2, (20, 3))
+    model = nn.Linear(2, 3)
+    labels = Laplace(model, "multilabel", "all", "diag")
+    labels.fit([(x, y)])
+    numbers = Laplace(model, "regression", "all", "diag")
+    numbers.fit([(x, torch.randn(20, 3))])
+    with pytest.raises(UnsupportedError, match="one label c at a time"):
+        predict(labels, [(x, y)])
+    with pytest.raises(UnsupportedError, match="one label c at a time"):
+        side_by_side(model, {"Laplace": labels}, [(x, y)])
+    with pytest.raises(UnsupportedError, match="likelihood='regression' predicts no class probabilities"):
+        predict(numbers, [(x, y[:, 0])])
+    with pytest.raises(ShapeError, match="multilabel"):
+        predict(SoftmaxPredictor(model), [(x, y)])
+
+
+@pytest.mark.parametrize("bad", [0.5, torch.nan, torch.inf, -1.25])
+def test_targets_that_are_no_class_indices_are_not_cut_off(bad: float) -> None:
+    x, y = torch.randn(4, 2), torch.tensor([0.0, 1.0, 2.0, bad])
+    with pytest.raises(InputError, match="whole numbers"):
+        predict(uniform, [(x, y)])
+    report = side_by_side(nn.Linear(2, 3), {}, [(x, torch.tensor([0, 1, 2, 0]))], ood_loader=[(x, y)])
+    assert report.rows["MAP"]["OOD AUROC"] == 0.5

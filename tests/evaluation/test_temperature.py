@@ -126,3 +126,46 @@ def test_a_model_without_logits_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="returns tuple"):
         SoftmaxPredictor(Pair())(torch.ones(2, 2))
+
+
+class OneLogit(nn.Module):
+    """One logit, with its axis or without."""
+
+    def __init__(self, *, squeezed: bool) -> None:
+        super().__init__()
+        self.squeezed = squeezed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.squeezed else x.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize("as_targets", [lambda y: y, lambda y: y.double(), lambda y: y.unsqueeze(-1)])
+def test_one_logit_is_that_of_two_classes(squeezed, as_targets) -> None:
+    generator = torch.Generator().manual_seed(0)
+    honest = 1.5 * torch.randn(300, generator=generator, dtype=torch.float64)
+    f, y = 4 * honest, torch.bernoulli(honest.sigmoid(), generator=generator).long()
+    fitted = fit_temperature(
+        OneLogit(squeezed=squeezed), [(f[:100], as_targets(y)[:100]), (f[100:], as_targets(y)[100:])]
+    )
+    log_t = torch.tensor(fitted.temperature).double().log().requires_grad_()
+    F.binary_cross_entropy_with_logits(f / log_t.exp(), y.double()).backward()
+    assert log_t.grad is not None
+    assert abs(float(log_t.grad)) < 1e-6
+    p = (f / fitted.temperature).sigmoid()
+    torch.testing.assert_close(fitted(f), torch.stack([1 - p, p], -1))
+    assert best_temperature(f.unsqueeze(-1), y) == pytest.approx(fitted.temperature)
+
+
+def test_targets_that_are_no_class_indices_are_refused_by_name() -> None:
+    x = torch.randn(4, 3)
+    for y, error, words in (
+        (torch.tensor([0, 1, 2, 3]), InputError, "from 0 to 2"),
+        (torch.tensor([0.0, 1.0, 0.5, 1.0]), InputError, "whole numbers"),
+        (torch.tensor([0.0, 1.0, torch.nan, 1.0]), InputError, "NaN"),
+        (torch.ones(4, 3).long(), ShapeError, "multilabel"),
+    ):
+        with pytest.raises(error, match=words):
+            fit_temperature(nn.Identity(), [(x, y)])
+    with pytest.raises(InputError, match="from 0 to 1"):
+        fit_temperature(OneLogit(squeezed=False), [(x[:, 0], torch.tensor([0, 1, 2, 1]))])
