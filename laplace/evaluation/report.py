@@ -100,11 +100,13 @@ def _predict(
     targets: list[Tensor] = []
     seconds = 0.0
     _check_exclusive(predictor)
+    shown["shift_labels"] = getattr(predictor, "shift_labels", None)
     for x, y in batches.iterate(loader, dict_key_y=dict_key_y, device=torch.device(device), **shown):
         start = time.perf_counter()
         p = _tensor(predictor, predictor(x)).detach().cpu()  # the copy to the CPU waits for an accelerator to finish
         seconds += time.perf_counter() - start
-        axis = getattr(predictor, "output_dim", None) or -1  # where an estimator puts classes
+        # Where an estimator puts classes; the network itself puts them last.
+        axis = -1 if isinstance(predictor, SoftmaxPredictor) else getattr(predictor, "output_dim", None) or -1
         p = p.movedim(axis, -1) if p.dim() > 2 else p
         rows = _probabilities(predictor, p)
         probs.append(rows.double())
@@ -113,6 +115,12 @@ def _predict(
         msg = "The loader is empty: it yields no batch, or it was an iterator that had been used up."
         raise InputError(msg)
     return Predictions(torch.cat(probs), torch.cat(targets), seconds)
+
+
+def _read_by(predictor: Predictor) -> dict[str, Any]:
+    """How an estimator reads outputs and labels; the rows of the network itself do the same."""
+    names = ("output_key", "output_fn", "output_dim", "shift_labels")
+    return {name: getattr(predictor, name) for name in names if hasattr(predictor, name)}
 
 
 def _check_exclusive(predictor: Predictor) -> None:
@@ -332,11 +340,12 @@ def side_by_side(
         If torchmetrics is not installed.
     """
     device = device_of(model)
-    plain = SoftmaxPredictor(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+    read = next((known for one in estimators.values() if (known := _read_by(one))), {})
+    plain = SoftmaxPredictor(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y, **read)
     predictors: dict[str, Predictor] = {"MAP": plain}
     if val_loader is not None:
         predictors["MAP, temperature T"] = fit_temperature(
-            model, val_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, progress_bar=progress_bar
+            model, val_loader, dict_key_x=dict_key_x, dict_key_y=dict_key_y, progress_bar=progress_bar, **read
         )
     repeated = set(predictors) & set(estimators)
     if repeated:

@@ -7,7 +7,7 @@ accuracy does not change. (The keyword ``temperature=`` of the estimators is ano
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.errors import InputError, ShapeError
 from laplace.likelihoods.categorical import IGNORED, check_logits
 from laplace.network import batches
+from laplace.network.axes import Axes
 from laplace.network.modes import evaluating
+from laplace.network.outputs import Reading
 from laplace.optimizers import lbfgs
 from laplace.types import Inputs
 
@@ -36,12 +38,19 @@ class SoftmaxPredictor:
         What the logits are divided by; 1 is the network itself.
     dict_key_x, dict_key_y
         Entries of mapping inputs that hold the main input and the targets.
+    output_key, output_fn, output_dim, shift_labels
+        Where the outputs are in what the model returns, the axis of the classes, and whether labels are those of the
+        positions after, as an estimator takes them.
     """
 
     model: nn.Module
     temperature: float = 1.0
     dict_key_x: str = "input_ids"
     dict_key_y: str = "labels"
+    output_key: str | int | None = None
+    output_fn: Callable[[Any], Tensor] | None = None
+    output_dim: int | None = None
+    shift_labels: bool | None = None
 
     def logits(self, x: Inputs) -> Float[Tensor, "*positions outputs"]:
         """Logits ``[batch, ..., C]`` in float64, before the temperature; one logit f is that of two classes, (0, f).
@@ -49,15 +58,14 @@ class SoftmaxPredictor:
         Raises
         ------
         UnsupportedError
-            If the model returns neither a tensor nor a mapping with the tensor ``logits``.
+            If the model returns neither a tensor nor a mapping with the tensor ``logits``, and nothing else is said.
         """
-        with evaluating(self.model):
-            outputs = batches.call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
-        if isinstance(outputs, Mapping):
-            outputs = outputs.get("logits")
-        if not isinstance(outputs, Tensor):
-            msg = f"The model must return logits, or a mapping with 'logits'; it returns {type(outputs).__name__}."
-            raise UnsupportedError(msg)
+        reading = Reading.of(self.output_key, self.output_fn, self.output_dim)
+        with evaluating(self.model), Axes() as axes:
+            returned = batches.call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
+            outputs = reading.tensor(returned)
+        reading.see(outputs.dim(), axes.of(outputs))
+        outputs = reading.last(outputs)
         return two_classes(outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs).double()
 
     def __call__(self, x: Inputs) -> Float[Tensor, "*positions outputs"]:
@@ -72,6 +80,10 @@ def fit_temperature(
     dict_key_x: str = "input_ids",
     dict_key_y: str = "labels",
     progress_bar: bool = False,
+    output_key: str | int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    output_dim: int | None = None,
+    shift_labels: bool | None = None,
 ) -> SoftmaxPredictor:
     """Choose the temperature of a network on validation data.
 
@@ -85,6 +97,8 @@ def fit_temperature(
         Entries of mapping batches that hold the main input and the targets.
     progress_bar
         Show a progress bar over batches.
+    output_key, output_fn, output_dim, shift_labels
+        As in ``SoftmaxPredictor``.
 
     Returns
     -------
@@ -103,8 +117,10 @@ def fit_temperature(
     ----------
     Guo, Pleiss, Sun & Weinberger (2017), "On calibration of modern neural networks", section 4.2. arXiv:1706.04599
     """
-    plain = SoftmaxPredictor(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+    read: dict[str, Any] = {"output_key": output_key, "output_fn": output_fn, "output_dim": output_dim}
+    plain = SoftmaxPredictor(model, 1.0, dict_key_x, dict_key_y, **read, shift_labels=shift_labels)
     keys: dict[str, Any] = {"dict_key_x": dict_key_x, "dict_key_y": dict_key_y, "device": device_of(model)}
+    keys["shift_labels"] = shift_labels
     logits: list[Tensor] = []
     targets: list[Tensor] = []
     text = "[Fitting the temperature]"

@@ -235,3 +235,35 @@ def test_targets_that_are_no_class_indices_are_not_cut_off(bad: float) -> None:
         predict(uniform, [(x, y)])
     report = side_by_side(nn.Linear(2, 3), {}, [(x, torch.tensor([0, 1, 2, 0]))], ood_loader=[(x, y)])
     assert report.rows["MAP"]["OOD AUROC"] == 0.5
+
+
+def test_the_rows_of_the_network_read_outputs_as_estimators_do() -> None:
+    """Classes after the batch where sizes agree, and labels that are not to be shifted."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 1)
+    last = nn.Sequential(nn.Linear(2, 3))
+    with torch.no_grad():
+        conv.weight.mul_(5)
+        last[0].weight.copy_(conv.weight[:, :, 0, 0])
+        last[0].bias.copy_(conv.bias)
+    x = torch.randn(6, 2, 5, 3)
+    y = torch.distributions.Categorical(logits=last(x.movedim(1, -1)) / 3).sample()
+    loader, moved = [(x, y)], [(x.movedim(1, -1), y)]
+    assert fit_temperature(conv, loader).temperature == pytest.approx(fit_temperature(last, moved).temperature)
+    la = Laplace(conv, "classification", "last_layer", "diag")
+    la.fit(loader)
+    la.accept_untuned()
+    table = side_by_side(conv, {"la": la}, loader, val_loader=loader)
+    expected = side_by_side(last, {}, moved, val_loader=moved)
+    for row in ("MAP", "MAP, temperature T"):
+        assert table.rows[row]["NLL"] == pytest.approx(expected.rows[row]["NLL"])
+    tokens = torch.randint(7, (4, 6))
+    copies = nn.Sequential(nn.Embedding(7, 7), nn.Linear(7, 7))
+    with torch.no_grad():
+        copies[0].weight.copy_(9 * torch.eye(7))
+        copies[1].weight.copy_(torch.eye(7))
+    la = Laplace(copies, "classification", "last_layer", "diag", shift_labels=False)
+    la.fit([(tokens, tokens)])
+    la.accept_untuned()
+    table = side_by_side(copies, {"la": la}, [(tokens, tokens)])
+    assert table.rows["MAP"]["accuracy"] == 1.0

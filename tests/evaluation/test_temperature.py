@@ -124,7 +124,7 @@ def test_a_model_without_logits_is_refused() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
 
-    with pytest.raises(UnsupportedError, match="returns tuple"):
+    with pytest.raises(UnsupportedError, match="returns a tuple of 2"):
         SoftmaxPredictor(Pair())(torch.ones(2, 2))
 
 
