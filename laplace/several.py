@@ -273,8 +273,7 @@ class SeveralHeads:
             return SideBySide(self.keys)(returned)
 
         probe = self._made((), look)
-        is_mapping = isinstance(first, Mapping)
-        y = first.get(self.dict_key_y) if is_mapping else first[-1]
+        y = first.get(self.dict_key_y) if isinstance(first, Mapping) else first[-1]
         with torch.no_grad(), evaluating(probe.model):
             probe._random_weights.outputs(inputs_of(first, probe._device))
         parts, at, column = [], 0, 0

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.errors import UnsupportedError
 from laplace.predictive.base import Linearization
 from laplace.structures import AbstractPrecision
 from laplace.structures.basis import Basis
@@ -42,9 +43,10 @@ class SomeOutputs(Linearization):
         whole = self.inner.joint_covariance(precision, dtype).unflatten(1, (-1, n)).unflatten(0, (-1, n))
         return whole[:, self.at][..., self.at].flatten(0, 1).flatten(1, 2)
 
-    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:
-        """There are no pairs among several heads."""
-        raise NotImplementedError
+    def pair_variance(self, precision: AbstractPrecision, dtype: torch.dtype) -> Float[Tensor, "pairs one"]:  # noqa: ARG002
+        """Raise: there are no pairs among several heads."""
+        msg = "Heads compare no inputs: several heads have no pairs."
+        raise UnsupportedError(msg)
 
     def functions(
         self, precision: AbstractPrecision, n_samples: int, generator: torch.Generator | None, dtype: torch.dtype
