@@ -45,6 +45,7 @@ from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLa
 
 # Last: each shares its name with the module it lives in, which it stands before from here on.
 from laplace.laplace import Laplace  # isort: skip
+from laplace.loading import load  # isort: skip
 from laplace.marglik_training import marglik_training  # isort: skip
 
 __version__ = "0.1.0"
@@ -85,5 +86,6 @@ __all__ = [
     "SubsetOfWeights",
     "TuningMethod",
     "VaLLA",
+    "load",
     "marglik_training",
 ]

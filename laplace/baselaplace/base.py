@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace import checks, linalg, tuning
 from laplace.attributes import check_attribute
-from laplace.baselaplace import options, properties, untuned
+from laplace.baselaplace import card, options, properties, untuned
 from laplace.baselaplace.described import described
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
@@ -169,6 +169,10 @@ class BaseLaplace(ABC):
         super().__setattr__(name, value)
         if name in untuned.HYPERPARAMETERS:
             vars(self)["_is_untuned"] = False
+
+    __dir__ = card.names
+    __repr__ = card.text
+    _repr_html_ = card.html
 
     def accept_untuned(self) -> None:
         """Keep hyperparameters as they are: no prediction is compared with the network's (``UntunedWarning``)."""

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from laplace.baselaplace.options import check_model_keywords
 from laplace.enums import LinkApprox, PredType
-from laplace.errors import InputError
+from laplace.errors import InputError, UnsupportedError
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import inputs_of, is_loader
 from laplace.predictive import Options, Prediction, compare
@@ -85,6 +86,43 @@ def predict(
     return joined(parts)
 
 
+def predict_std(
+    self: Any,
+    x: Inputs | Iterable[Any],
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    n_samples: int = 100,
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """The standard deviation of a new target: weights and observation noise together.
+
+    Parameters
+    ----------
+    x, link_approx, n_samples, generator, **model_kwargs
+        As in ``predict``.
+
+    Returns
+    -------
+    In target units, in the shape of ``la.predict(x).mean``: the square root of its ``total_variance``.
+
+    Raises
+    ------
+    NotFittedError
+        Before ``fit``.
+    UnsupportedError
+        Of a classifier, whose predictions are probabilities, and of scores, which are no targets.
+    """
+    found = predict(self, x, link_approx, n_samples, generator, **model_kwargs)
+    if found.total_variance is None:
+        what = "scores have no target" if found.entropy is None else "probabilities have entropies instead"
+        msg = (
+            f"likelihood={self.likelihood!r} has no standard deviation of a target: {what}. la.predict(x) returns "
+            "the parts that there are."
+        )
+        raise UnsupportedError(msg)
+    return found.total_variance.sqrt()
+
+
 def _at(la: Any, x: Inputs, options: Options, model_kwargs: dict[str, Any]) -> Prediction:
     """Of one batch."""
     posterior, likelihood = la._predicting_posterior, la._frozen_likelihood
@@ -102,4 +140,4 @@ def _at(la: Any, x: Inputs, options: Options, model_kwargs: dict[str, Any]) -> P
     return told.with_each(la._reading.returned)
 
 
-__all__ = ["predict"]
+__all__ = ["predict", "predict_std"]

@@ -47,7 +47,7 @@ class FittedLaplace(BaseLaplace):
     """There once it was fitted."""
     _posterior_cache: dict[str, AbstractPrecision]
 
-    predict = explained.predict
+    predict, predict_std = explained.predict, explained.predict_std
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._random_weights.subset

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,9 +58,33 @@ class Tuning:
     def __str__(self) -> str:
         """One line."""
         chosen = "; ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in self.hyperparameters.items())
+        return f"{chosen} ({self.grounds})"
+
+    @property
+    def grounds(self) -> str:
+        """How the choice was made, its score, and the scores of what it was compared with."""
         others = "".join(f", {name} {value:.4f}" for name, value in self.candidates.items())
         clipped = f", {self.n_clipped} clipped to the bounds" if self.n_clipped else ""
-        return f"{chosen} ({self.method}: {self.score} {self.value:.4f}{others}{clipped})"
+        return f"{self.method}: {self.score} {self.value:.4f}{others}{clipped}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as numbers, text, lists and dictionaries, which ``json.dumps`` writes.
+
+        Returns
+        -------
+        A dictionary with the names of the attributes; of a score that is not finite it holds ``None``.
+        """
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return plain(value.tolist())
+            if isinstance(value, Mapping):
+                return {name: plain(item) for name, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [plain(item) for item in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self)}
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the curve of scores over prior precisions, and the choice.
