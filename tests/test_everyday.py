@@ -75,7 +75,7 @@ def test_load_takes_kind_likelihood_and_options_from_where_they_are() -> None:
     model, y = numbers()
     la = Laplace(model, "regression", "last_layer", "full", backend=AutogradEF, sigma_noise=0.2)
     la.fit([(X, y)])
-    again = laplace.load(saved(la), model)
+    again: Any = laplace.load(saved(la), model)
     assert (again.likelihood, again.backend.kind, float(again.sigma_noise)) == ("regression", la.backend.kind, 0.2)
     assert laplace.load(saved(la), model, dict_key_y="target").dict_key_y == "target"
     with pytest.raises(UnknownOptionError, match="rank"):
@@ -89,7 +89,7 @@ def test_load_asks_for_a_likelihood_that_a_name_does_not_make() -> None:
     la.fit([(X, y)])
     with pytest.raises(UnsupportedError, match="likelihood=…"):
         laplace.load(saved(la), model)
-    again = laplace.load(saved(la), model, likelihood=noise)
+    again: Any = laplace.load(saved(la), model, likelihood=noise)
     torch.testing.assert_close(again(X), la(X))
 
 
@@ -114,7 +114,7 @@ def test_load_refuses_what_is_no_estimator(tmp_path: Any) -> None:
     la.fit([(X, Y)])
     file = saved(la)
     with torch.no_grad():
-        model[0].weight.add_(1)
+        next(model.parameters()).add_(1)
     with pytest.raises(StateError, match="weights of the model differ"):
         laplace.load(file, model)
 
@@ -155,7 +155,7 @@ def test_the_card_says_what_was_tuned_and_by_what() -> None:
     assert "no: call tune(val_loader)" in repr(la)
     la.tune([(X, Y)])
     assert f"validation: nll {la.tuning_.value:.4f}" in repr(la)
-    model, y = numbers()
+    model, _ = numbers()
     of_numbers = Laplace(model, "regression", sigma_noise=0.25, prior_mean=1.0, backend_kwargs={"stochastic": True})
     assert "sigma noise:             0.25" in repr(of_numbers)
     assert "prior mean:              1" in repr(of_numbers)
@@ -203,7 +203,7 @@ def test_predict_std_is_that_of_a_target() -> None:
     model, y = numbers()
     la = Laplace(model, "regression", "last_layer", "full", sigma_noise=0.3)
     la.fit([(X, y)])
-    mean, covariance = la(X)
+    _, covariance = la(X)
     expected = (covariance.diagonal(dim1=1, dim2=2) + 0.3**2).sqrt()
     torch.testing.assert_close(la.predict_std(X), expected)
     torch.testing.assert_close(la.predict_std([(X[:10], y[:10]), (X[10:], y[10:])].__iter__()), expected)

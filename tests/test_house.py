@@ -28,8 +28,8 @@ STOREYS = {
     2: {"curvature", "fit"},
     3: {"tuning", "predictive", "gp", "evaluation"},
     4: {"baselaplace", "lllaplace", "subnetlaplace"},
-    5: {"laplace", "marglik_training", "several"},
-    6: {"utils", "__init__"},
+    5: {"laplace", "loading", "marglik_training", "several"},
+    6: {"utils", "integrations", "__init__"},
 }
 """A room may import from its own storey and from lower ones. `__init__` is the front door, `utils` has doors only."""
 STOREY = {room: storey for storey, rooms in STOREYS.items() for room in rooms}
@@ -48,7 +48,7 @@ NETWORK_FOR_SIZES = {"structures", "prior"}
 """Rooms that may know the sizes of the parameters, and nothing else of the network."""
 
 HEAVY = {
-    "asdl", "backpack", "curvlinops", "matplotlib", "mlxtend", "pandas", "scipy", "sklearn", "torchmetrics",
+    "asdl", "backpack", "curvlinops", "matplotlib", "mlxtend", "pandas", "scipy", "skorch", "sklearn", "torchmetrics",
     "torchvision", "transformers",
 }  # fmt: skip
 """Packages that `import laplace` must not load: they are optional, or slow to import, or both."""
@@ -236,8 +236,8 @@ def test_the_checker_lets_a_good_import_pass(module: str, source: str) -> None:
 
 # -- which likelihood it is, nobody asks ------------------------------------------------------------------------------
 
-KNOW_LIKELIHOODS = {"enums", "laplace", "likelihoods"}
-"""Rooms that may: the names, the factory, and the room itself."""
+KNOW_LIKELIHOODS = {"enums", "integrations", "laplace", "likelihoods"}
+"""Rooms that may: the names, the factory, the room itself, and what calls the factory as users do."""
 CAPABILITIES = {"compares", "has_link", "has_noise", "n_items"}
 """What would say it."""
 

@@ -255,7 +255,7 @@ UNREAD = {"marglik": ("val_loader", "train_loader", "loss"), "gridsearch": ("tra
 METHODS = (
     "__call__", "assemble_full_samples", "fit", "functional_covariance", "functional_samples", "functional_variance",
     "functional_variance_fast", "load_state_dict", "log_marginal_likelihood", "log_prob", "optimize_hyperparameters",
-    "ood_score", "optimize_prior_precision", "predict", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm", "to",
+    "ood_score", "optimize_prior_precision", "predict", "predict_std", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm", "to",
     "tune",
 )  # fmt: skip
 

@@ -170,9 +170,7 @@ class BaseLaplace(ABC):
         if name in untuned.HYPERPARAMETERS:
             vars(self)["_is_untuned"] = False
 
-    __dir__ = card.names
-    __repr__ = card.text
-    _repr_html_ = card.html
+    __dir__, __repr__, _repr_html_ = card.names, card.text, card.html
 
     def accept_untuned(self) -> None:
         """Keep hyperparameters as they are: no prediction is compared with the network's (``UntunedWarning``)."""
