@@ -14,11 +14,21 @@ from laplace.evaluation.metrics import (
     calibration_error,
     mean_nll,
     ood_auroc,
+    ood_average_precision,
+    ood_false_positives,
     reliability,
     risk_coverage,
     uncertainty,
 )
 from laplace.evaluation.plots import regression_band, reliability_diagram, risk_coverage_curve
+from laplace.evaluation.regression import (
+    calibration_curve,
+    compare_regressors,
+    coverage,
+    crps,
+    gaussian_nll,
+    rmse,
+)
 from laplace.evaluation.report import Predictions, Report, predict, side_by_side
 from laplace.evaluation.temperature import SoftmaxPredictor, best_temperature, fit_temperature
 
@@ -32,17 +42,25 @@ __all__ = [
     "accuracy",
     "best_temperature",
     "brier_score",
+    "calibration_curve",
     "calibration_error",
+    "compare_regressors",
     "conformal",
+    "coverage",
+    "crps",
     "fit_temperature",
+    "gaussian_nll",
     "mean_nll",
     "ood_auroc",
+    "ood_average_precision",
+    "ood_false_positives",
     "predict",
     "regression_band",
     "reliability",
     "reliability_diagram",
     "risk_coverage",
     "risk_coverage_curve",
+    "rmse",
     "side_by_side",
     "uncertainty",
 ]

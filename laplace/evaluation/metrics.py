@@ -8,6 +8,7 @@ these are not. Pictures of the same quantities are in ``plots.py``, whole tables
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -331,19 +332,74 @@ def ood_auroc(in_distribution: Float[Tensor, " inside"], out_of_distribution: Fl
     InputError
         If either is empty or holds values that are not finite.
     """
+    rank, foreign = _ranked(in_distribution, out_of_distribution)
+    return float(require(_CLASSIFICATION, "evaluation").binary_auroc(rank, foreign, validate_args=False))
+
+
+def ood_average_precision(
+    in_distribution: Float[Tensor, " inside"], out_of_distribution: Float[Tensor, " outside"]
+) -> float:
+    """Area under the precision-recall curve (AUPR) when foreign inputs are what is looked for.
+
+    Parameters
+    ----------
+    in_distribution, out_of_distribution
+        As of ``ood_auroc``.
+
+    Returns
+    -------
+    A number between 0 and 1; for a score that knows nothing, the share of foreign inputs.
+
+    Raises
+    ------
+    InputError
+        If either is empty or holds values that are not finite.
+    """
+    rank, foreign = _ranked(in_distribution, out_of_distribution)
+    found = require(_CLASSIFICATION, "evaluation").binary_average_precision(rank, foreign, validate_args=False)
+    return float(found)
+
+
+def ood_false_positives(
+    in_distribution: Float[Tensor, " inside"], out_of_distribution: Float[Tensor, " outside"], found: float = 0.95
+) -> float:
+    """Share of familiar inputs that are called foreign where this share of foreign ones is found (FPR95).
+
+    Parameters
+    ----------
+    in_distribution, out_of_distribution
+        As of ``ood_auroc``.
+    found
+        Share of the foreign inputs that must be found, above 0 and at most 1.
+
+    Returns
+    -------
+    A number between 0 and 1, smaller is better; about ``found`` for a score that knows nothing.
+
+    Raises
+    ------
+    InputError
+        If either is empty or holds values that are not finite, or ``found`` is no share.
+    """
+    if not 0 < found <= 1:
+        msg = f"found is a share above 0 and at most 1; got {found!r}."
+        raise InputError(msg)
+    rank, foreign = _ranked(in_distribution, out_of_distribution)
+    inside, outside = rank[foreign == 0], rank[foreign == 1].sort(descending=True).values
+    threshold = outside[math.ceil(found * len(outside) - 1e-9) - 1]
+    return float((inside >= threshold).double().mean())
+
+
+def _ranked(in_distribution: Tensor, out_of_distribution: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores as ranks in [0, 1], for beyond it a sigmoid would merge large ones into ties; and which are foreign."""
     for name, scores in (("in_distribution", in_distribution), ("out_of_distribution", out_of_distribution)):
         if not scores.numel() or not bool(torch.isfinite(scores).all()):
             msg = f"{name} must hold at least one score, all of them finite; got {scores.numel()} scores."
             raise InputError(msg)
-    scores = torch.cat([in_distribution, out_of_distribution.to(in_distribution)])
-    # Ranks, because scores outside [0, 1] would go through a sigmoid, which merges large ones into ties.
-    distinct, rank = scores.unique(return_inverse=True)
+    distinct, rank = torch.cat([in_distribution, out_of_distribution.to(in_distribution)]).unique(return_inverse=True)
     foreign = torch.zeros_like(rank)
     foreign[len(in_distribution) :] = 1
-    area = require(_CLASSIFICATION, "evaluation").binary_auroc(
-        rank.double() / len(distinct), foreign, validate_args=False
-    )
-    return float(area)
+    return rank.double() / len(distinct), foreign
 
 
 def risk_coverage(probs: Float[Tensor, "*positions outputs"], y: Shaped[Tensor, "..."]) -> RiskCoverage:

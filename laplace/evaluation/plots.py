@@ -140,17 +140,17 @@ def regression_band(
     title: str = "Prediction",
     ax: Axes | None = None,
 ) -> Figure:
-    """Mean of a one-dimensional regression and a band around it.
+    """Mean of a one-dimensional regression and a band around it: ``regression_band(x, *la(x))``.
 
     Parameters
     ----------
     x
-        Inputs, ``[rows]``, in any order.
+        Inputs, ``[rows]`` or ``[rows, 1]``, in any order.
     mean
-        Predicted means, ``[rows]``, in target units.
+        Predicted means, ``[rows]`` or ``[rows, 1]``, in target units.
     std
-        Standard deviations, ``[rows]``, in target units; include the observation noise for a band of new data,
-        ``(variance + la.sigma_noise**2).sqrt()``, and leave it out for one of the function.
+        Standard deviations of the same shape, in target units, or variances ``[rows, 1, 1]``, in those squared, as
+        ``la(x)`` returns them: of the function. For a band of new data, noise included: ``la.predict_std(x)``.
     data
         Points ``(x, y)`` to draw, such as the training data.
     n_std
@@ -167,12 +167,15 @@ def regression_band(
     Raises
     ------
     ShapeError
-        If ``x``, ``mean`` and ``std`` are not vectors of the same length.
+        If ``x``, ``mean`` and ``std`` do not hold one number for each row.
     InputError
         If a standard deviation is negative.
     BackendUnavailableError
         If matplotlib is not installed.
     """
+    if std.ndim == 3 and std.shape[1:] == (1, 1):
+        std = std[:, 0].sqrt()
+    x, mean, std = (value[:, 0] if value.ndim == 2 and value.shape[1] == 1 else value for value in (x, mean, std))
     if x.ndim != 1 or x.shape != mean.shape or x.shape != std.shape:
         msg = f"Expected three vectors of one length; got {tuple(x.shape)}, {tuple(mean.shape)} and {tuple(std.shape)}."
         raise ShapeError(msg)

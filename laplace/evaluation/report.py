@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from laplace.evaluation.temperature import SoftmaxPredictor, class_indices, devi
 from laplace.likelihoods.categorical import IGNORED
 from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.network import batches
+from laplace.optional import require
 from laplace.types import Inputs
 
 Predictor: TypeAlias = Callable[[Inputs], Tensor]
@@ -275,6 +277,32 @@ class Report:
         ]
         rule = ["-" * (w + 1) + ":" if i else ":" + "-" * (w + 1) for i, w in enumerate(widths)]
         return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+
+    def __str__(self) -> str:
+        """The whole table."""
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        """The whole table, where notebooks show it."""
+        head = "".join(f"<th>{escape(column)}</th>" for column in ("", *self.columns))
+        body = "".join(
+            f"<tr><th>{escape(method)}</th>"
+            + "".join(f"<td>{self._cell(method, column, 3)}</td>" for column in self.columns)
+            + "</tr>"
+            for method in self.rows
+        )
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+    def to_frame(self) -> Any:
+        """The rows as a ``pandas.DataFrame``, methods down and metrics across; errors are left out.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If pandas is not installed.
+        """
+        frame: Any = require("pandas", "evaluation").DataFrame.from_dict(self.rows, orient="index")
+        return frame[self.columns]
 
     def _cell(self, method: str, column: str, digits: int) -> str:
         value = self.rows[method].get(column)
