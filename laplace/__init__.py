@@ -40,6 +40,7 @@ from laplace.lllaplace import (
     LLLaplace,
     LowRankLLLaplace,
 )
+from laplace.optional import warn_of_namesake
 from laplace.predictive import Prediction
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
@@ -49,6 +50,9 @@ from laplace.loading import load  # isort: skip
 from laplace.marglik_training import marglik_training  # isort: skip
 
 __version__ = "0.1.0"
+
+warn_of_namesake()
+del warn_of_namesake
 
 __all__ = [
     "ELLA",

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import Any
 
-from laplace.errors import BackendUnavailableError
+from laplace.errors import BackendUnavailableError, warn
+
+NAMESAKE = "laplace-torch"
+"""Another distribution whose package is called ``laplace``."""
+
+
+def warn_of_namesake() -> None:
+    """Warn if another package of the same import name is installed beside this one: they overwrite each other's files."""
+    try:
+        other = importlib.metadata.version(NAMESAKE)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    msg = (
+        f"{NAMESAKE} {other} is installed in the same environment, and its package is called `laplace`, too: what is "
+        "imported are files of this library where both have one, and uninstalling either deletes files of the other. "
+        f"Uninstall both and install the one that you want: pip uninstall {NAMESAKE} laplace-posthoc && "
+        "pip install laplace-posthoc"
+    )
+    warn(msg, UserWarning)
 
 
 def require(module: str, extra: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
@@ -105,7 +106,7 @@ def test_a_table_of_regressors_holds_the_metrics_of_their_predictions() -> None:
     assert report.rows["MAP"]["NLL"] == pytest.approx(gaussian_nll(model(x), residual.expand_as(y), y))
     assert report.rows["wide"]["NLL"] > row["NLL"]
     assert str(report).startswith("|")
-    assert "<td>" in report._repr_html_()
+    assert "<td>" in report._repr_html_()  # pyright: ignore[reportPrivateUsage]
     frame = report.to_frame()
     assert list(frame.index) == ["MAP", "Laplace", "wide"]
     assert frame.loc["Laplace", "RMSE"] == row["RMSE"]
@@ -144,7 +145,7 @@ def test_a_band_takes_what_a_call_returns() -> None:
     x = torch.linspace(-4, 4, 50, dtype=torch.float64).unsqueeze(1)
     axes = regression_band(x, *la(x), data=train[0]).axes[0]
     mean, variance = la(x)
-    low = axes.collections[0].get_paths()[0].vertices[:, 1].min()
+    low = np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 1].min()
     assert low == pytest.approx(float((mean[:, 0] - 2 * variance[:, 0, 0].sqrt()).min()))
     assert len(regression_band(x[:, 0], la.predict(x).mean, la.predict_std(x)).axes) == 1
     with pytest.raises(ShapeError):
