@@ -13,7 +13,7 @@ NAMESAKE = "laplace-torch"
 
 
 def warn_of_namesake() -> None:
-    """Warn if another package of the same import name is installed beside this one: they overwrite each other's files."""
+    """Warn if another package of the same import name is installed: they overwrite each other's files."""
     try:
         other = importlib.metadata.version(NAMESAKE)
     except importlib.metadata.PackageNotFoundError:
