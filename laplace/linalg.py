@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import pending
 from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError, warn
 
 _JITTER_STEPS = 6
@@ -41,11 +42,21 @@ def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 def check_finite(values: Tensor, name: str, advice: str) -> None:
     """Raise unless all values, ``[..., n]`` with one datum or position per row, are finite."""
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        rows = finite.reshape(-1, values.shape[-1]).all(-1)
-        msg = f"{name} must be finite; {int((~rows).sum())} of {len(rows)} rows hold NaN or infinite values. {advice}"
-        raise InputError(msg)
+    if not values.is_floating_point():
+        return
+    found = (values.detach() * 0).sum(-1).isnan()  # zero of finite numbers, NaN of others
+    n_rows = found.numel()
+    pending.refuse(
+        found.any(),
+        InputError,
+        lambda bad: f"{name} must be finite; {int(bad)} of {n_rows} rows hold NaN or infinite values. {advice}",
+        lambda: [found.sum()],
+    )
+
+
+def number_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number ``[]`` with the dtype and on the device of a tensor, which is not waited for."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 CHUNK_ELEMENTS = 2**24

@@ -324,7 +324,8 @@ class BaseLaplace(ABC):
     def _likelihood(self, *, graph: bool) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
         device, dtype = self._place
-        temperature, sigma_noise = torch.as_tensor(self._temperature, dtype=dtype, device=device), self._sigma_noise
+        sigma_noise = self._sigma_noise
+        temperature = linalg.number_like(self._temperature, torch.empty((), dtype=dtype, device=device))
         if not graph:
             temperature, sigma_noise = temperature.detach(), sigma_noise.detach()
         return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)

@@ -184,8 +184,10 @@ class CurvatureInterface(StructuredInterface, ABC):
             raise UnsupportedError(msg)
         return layer
 
-    def count(self, y: Tensor) -> int:
+    def count(self, y: Tensor) -> int | Tensor:
         """Number of unmasked positions among targets: what the inputs' Kronecker factor is divided by.
+
+        While ``fit`` reads an accelerator's data it stays there, a tensor ``[]``.
 
         Parameters
         ----------

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace import pending
 from laplace.structures import Kron
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import JacobianBlock, SumBlock
@@ -49,7 +50,7 @@ class Factors:
     """G, or the exact block: a matrix, or a vector for a diagonal."""
     inputs: Tensor | None = None
     """A, a raw sum; ``None`` when there is one factor."""
-    count: int = 0
+    count: int | Tensor = 0
     """Number of rows in A."""
     inputs_first: bool = False
     """Whether the first axis of the weight belongs to the inputs."""
@@ -142,7 +143,7 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
         if reduce:
             left = left.sum(3, keepdim=True)
             right = right.sum(2, keepdim=True) / block.counts.clamp(min=1).reshape(-1, 1, 1, 1)
-            count = int((block.counts > 0).sum()) * right.shape[1]
+            count = pending.count((block.counts > 0).sum() * right.shape[1])
         # The groups of a grouped convolution belong to the first axis of its weight; on the other side they are data.
         if block.transposed:
             right = right.transpose(1, 2).flatten(2)  # [batch, positions, groups · I]

@@ -644,8 +644,8 @@ class AbstractLikelihood(ABC):
         return None
 
     @abstractmethod
-    def count(self, y: Tensor, n_outputs: int) -> int:
-        """Number of unmasked positions in a batch of targets.
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:
+        """Number of unmasked positions in a batch of targets, maybe as a tensor on their device: ``pending.count``.
 
         Parameters
         ----------

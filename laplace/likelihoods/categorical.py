@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import linalg, pending
 from laplace.density import log_one_minus_max
 from laplace.enums import Likelihood, LinkApprox
 from laplace.errors import InputError, ShapeError, UnsupportedError
@@ -25,6 +26,8 @@ COARSE = (torch.float32, torch.bfloat16, torch.float16)
 """Precisions that outputs may have been computed in before they got here in a wider one."""
 CHANCE = 1e-5
 """With which probability, about, outputs that are none may be taken for probabilities: few coarse rows tell nothing."""
+FEW = 1024
+"""Number of rows that tell whether outputs are probabilities."""
 IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 
@@ -137,7 +140,7 @@ class CategoricalLikelihood(PredictsProbabilities):
 
     def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
         """At the output temperature."""
-        return log_one_minus_max(f / torch.as_tensor(self.output_temperature).to(f))
+        return log_one_minus_max(f / linalg.number_like(self.output_temperature, f))
 
     def energy_asks(self, alpha: float) -> Ask:
         """Variances are enough for the probit approximation."""
@@ -172,9 +175,12 @@ class CategoricalLikelihood(PredictsProbabilities):
             check_same_shape(f, y, "Soft labels (floating-point targets of a classifier)")
             soft = y.reshape(flat.shape).to(f.dtype)
             tolerance = 10 * torch.finfo(y.dtype).eps * n_outputs
-            if not bool((soft >= 0).all()) or not bool(((soft.sum(-1) - 1).abs() <= tolerance).all()):
-                msg = "Soft labels must be non-negative, finite, and sum to one over the classes of each position."
-                raise InputError(msg)
+            proper = (soft >= 0).all() & ((soft.sum(-1) - 1).abs() <= tolerance).all()  # not where there are NaN
+            pending.refuse(
+                ~proper,
+                InputError,
+                lambda: "Soft labels must be non-negative, finite, and sum to one over the classes of each position.",
+            )
             check_logits(flat)
             return Positions(flat, soft, datum=datum)
         if y.shape != f.shape[:-1]:
@@ -188,12 +194,19 @@ class CategoricalLikelihood(PredictsProbabilities):
             raise InputError(msg)
         labels = y.reshape(-1).long()
         masked = labels == IGNORED
-        if bool((((labels < 0) | (labels >= n_outputs)) & ~masked).any()):
-            msg = (
+        wrong = ((labels < 0) | (labels >= n_outputs)) & ~masked
+        given = labels
+        pending.refuse(
+            wrong.any(),
+            InputError,
+            lambda least, most: (
                 f"Class indices must lie in 0..{n_outputs - 1} (or be {IGNORED} to mask a position); the batch "
-                f"has {int(labels.min())}..{int(labels.max())}. Does the model have one output for each class?"
-            )
-            raise InputError(msg)
+                f"has {int(least)}..{int(most)}. Does the model have one output for each class?"
+            ),
+            lambda: [given.min(), given.max()],
+        )
+        if not pending.is_free(labels.device):
+            labels = labels.masked_fill(wrong, 0)  # no kernel survives an index out of range until the error comes
         if not bool(masked.any()):
             check_logits(flat)
             return Positions(flat, labels, datum=datum)
@@ -217,9 +230,9 @@ class CategoricalLikelihood(PredictsProbabilities):
         """``CrossEntropyLoss`` and 1."""
         return nn.CrossEntropyLoss(reduction="sum"), 1.0
 
-    def count(self, y: Tensor, n_outputs: int) -> int:
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:
         """Number of positions that are not masked."""
-        return y.numel() // n_outputs if y.is_floating_point() else int((y.long() != IGNORED).sum())
+        return y.numel() // n_outputs if y.is_floating_point() else pending.count((y.long() != IGNORED).sum())
 
 
 def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
@@ -228,9 +241,9 @@ def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         return F.cross_entropy(rows, y.reshape(rows.shape))
     labels = y.reshape(-1).long()
-    n_unmasked = int((labels != IGNORED).sum())
+    n_unmasked = (labels != IGNORED).sum()
     # A batch without labels says nothing: its mean would be 0/0.
-    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / max(1, n_unmasked)
+    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / n_unmasked.clamp(min=1)
 
 
 def check_logits(f: Outputs) -> None:
@@ -246,18 +259,34 @@ def check_logits(f: Outputs) -> None:
         If they are probabilities.
     """
     check_outputs(f)
-    f = f.detach()
-    if not len(f) or bool((f < 0).any()):
-        return
-    seen = [dtype for dtype in COARSE if torch.equal(f.to(dtype).to(f.dtype), f)]
-    eps = max(torch.finfo(dtype).eps for dtype in (f.dtype, *seen))
-    # Each probability is rounded once; sums over classes are accumulated in float32 at least.
-    total = f.sum(-1, dtype=torch.promote_types(f.dtype, torch.float32))
-    tolerance = 4 * (eps + min(eps, torch.finfo(torch.float32).eps) * f.shape[-1] ** 0.5)
-    if tolerance ** len(f) <= CHANCE and bool(((total - 1).abs() <= tolerance).all()):
-        msg = (
-            "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
-            'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the end '
-            "of the model, or return log probabilities, which are logits, too."
+    f = f.detach()[:FEW]
+    # Reading whether one is negative saves the rest, where it costs nothing.
+    if len(f) and not (pending.is_free(f.device) and bool((f < 0).any())):
+        pending.refuse(
+            are_probabilities(f),
+            UnsupportedError,
+            lambda: (
+                "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
+                'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the '
+                "end of the model, or return log probabilities, which are logits, too."
+            ),
         )
-        raise UnsupportedError(msg)
+
+
+def are_probabilities(f: Outputs) -> Tensor:
+    """Whether no output is negative and each row sums to one, to the coarsest precision that they can have, ``[]``."""
+    # Each probability is rounded once; sums over classes are accumulated in float32 at least.
+    off = (f.sum(-1, dtype=torch.promote_types(f.dtype, torch.float32)) - 1).abs().max()
+    found = _sums_to_one(off, f, f.dtype)
+    # From fine to coarse: the coarsest precision in which they are exact decides.
+    for dtype in sorted(COARSE, key=lambda dtype: torch.finfo(dtype).eps):
+        if torch.finfo(dtype).eps > torch.finfo(f.dtype).eps:
+            found = torch.where((f.to(dtype).to(f.dtype) == f).all(), _sums_to_one(off, f, dtype), found)
+    return found & (f >= 0).all()
+
+
+def _sums_to_one(off: Tensor, f: Outputs, dtype: torch.dtype) -> Tensor:
+    """Whether sums are one in a precision, and in so many rows as not to be so by chance."""
+    eps = torch.finfo(dtype).eps
+    tolerance = 4 * (eps + min(eps, torch.finfo(torch.float32).eps) * f.shape[-1] ** 0.5)
+    return off <= (tolerance if tolerance ** len(f) <= CHANCE else -1.0)

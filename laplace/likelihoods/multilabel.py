@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from laplace import pending
 from laplace.enums import Likelihood
 from laplace.errors import InputError
 from laplace.likelihoods.base import Positions, check_outputs, check_same_shape, datum_index
@@ -63,12 +64,13 @@ class MultiLabelLikelihood(BernoulliLikelihood):
         """Check labels, in the shape of the outputs, and flatten positions with at least one label."""
         check_same_shape(f, y, "Labels")
         labels = known(y).reshape(-1, f.shape[-1])
-        if y.is_complex() or not bool(((labels >= 0) & (labels <= 1) | labels.isnan()).all()):
-            msg = (
-                'likelihood="multilabel" takes labels that are 0 or 1, or probabilities between them; NaN (of integers '
-                f"{IGNORED}) says that a label is missing. Others came."
-            )
+        msg = (
+            'likelihood="multilabel" takes labels that are 0 or 1, or probabilities between them; NaN (of integers '
+            f"{IGNORED}) says that a label is missing. Others came."
+        )
+        if y.is_complex():
             raise InputError(msg)
+        pending.refuse(~((labels >= 0) & (labels <= 1) | labels.isnan()).all(), InputError, lambda: msg)
         flat = f.reshape(labels.shape)
         datum = datum_index(len(f), len(flat), f.device)
         masked = labels.isnan().all(-1)
@@ -82,9 +84,9 @@ class MultiLabelLikelihood(BernoulliLikelihood):
     def check_head(self, n_outputs: int) -> None:
         """Any number of outputs is one."""
 
-    def count(self, y: Tensor, n_outputs: int) -> int:
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:
         """Number of positions with at least one label."""
-        return int((~known(y).reshape(-1, n_outputs).isnan()).any(-1).sum())
+        return pending.count((~known(y).reshape(-1, n_outputs).isnan()).any(-1).sum())
 
 
 def known(y: Tensor) -> Tensor:

@@ -67,6 +67,18 @@ class KronCurvature(AbstractCurvature):
         return nll, cls(sums, tuple(counts), dtype=nll.dtype)
 
     @classmethod
+    def accumulate(
+        cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
+    ) -> tuple[Tensor, KronCurvature] | None:
+        """With counts that are read once, at the end."""
+        found = super().accumulate(backend, batches, **options)
+        if found is None:
+            return None
+        nll, total = found
+        assert isinstance(total, KronCurvature), "made by itself"
+        return nll, replace(total, counts=tuple(int(count) for count in total.counts), _cache={})
+
+    @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
         """Three pairs of factors per weight tensor, summed in float64; one matrix for other groups."""
         sides = ((shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0) for shape in shapes)
@@ -163,6 +175,11 @@ class KronCurvature(AbstractCurvature):
     def to_dense(self) -> Float[Tensor, "params params"]:
         """The block-diagonal matrix."""
         return self.factors.to_matrix() * self.scale
+
+
+def _divisor(count: float | Tensor) -> float | Tensor:
+    """What sums are divided by: their count, or 1 where there is nothing."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else count or 1
 
 
 class Kron:
@@ -279,7 +296,7 @@ class Kron:
         """
         counts = [count] * len(self) if isinstance(count, (int, float)) else count
         blocks = zip(self.kfacs, counts, strict=True)
-        divided = [[*block[:1], *(side / (number or 1) for side in block[1:])] for block, number in blocks]
+        divided = [[*block[:1], *(side / _divisor(number) for side in block[1:])] for block, number in blocks]
         return Kron(divided, resolution=self.resolution)
 
     __radd__ = __add__

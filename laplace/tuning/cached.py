@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace import pending
 from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS, trying
@@ -59,19 +60,21 @@ class CachedData:
         def arranged(x: Any) -> Linearization:
             return likelihood.arranged(linearize(x), compare)
 
-        for index, batch in enumerate(batches):
-            # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
-            x, y = copied(batch[0]), copied(batch[1])
-            with numbered(index, x):
-                inputs = arranged(x)
-                positions = likelihood.flatten(inputs.f, y)
-            found = inputs.kept(left)
-            if found is None:
-                collected.append((partial(arranged, x), positions))
-            else:
-                kept, size = found
-                left -= size
-                collected.append((partial(_same, kept), positions))
+        with pending.gathered() as flags:
+            for index, batch in enumerate(batches):
+                # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
+                x, y = copied(batch[0]), copied(batch[1])
+                with numbered(index, x):
+                    inputs = arranged(x)
+                    positions = likelihood.flatten(inputs.f, y)
+                found = inputs.kept(left)
+                if found is None:
+                    collected.append((partial(arranged, x), positions))
+                else:
+                    kept, size = found
+                    left -= size
+                    collected.append((partial(_same, kept), positions))
+                flags.next_batch()
         if not any(len(positions.f) for _, positions in collected):
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
@@ -220,7 +223,7 @@ def _all_positions(parts: Sequence[Positions]) -> Positions:
     for part in parts:
         index = torch.arange(len(part.f), device=part.f.device) if part.datum is None else part.datum
         datum.append(index + start)
-        start += int(index.max()) + 1 if len(index) else 0
+        start += len(part.f) if part.datum is None else int(index.max()) + 1 if len(index) else 0
     alone = all(part.datum is None for part in parts)
     first = parts[0]
     f, y = torch.cat([part.f for part in parts]), torch.cat([part.y for part in parts])
