@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ CHANCE = 1e-5
 """With which probability, about, outputs that are none may be taken for probabilities: few coarse rows tell nothing."""
 FEW = 1024
 """Number of rows that tell whether outputs are probabilities."""
+SURE = -1e4
+"""A logit whose probability is zero, with all derivatives."""
 IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 
@@ -162,6 +165,10 @@ class CategoricalLikelihood(PredictsProbabilities):
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check class indices ``[batch, *positions]`` (−100: masked) or soft labels; flatten unmasked positions."""
+        return self.whole(f, y).selected()
+
+    def whole(self, f: Tensor, y: Tensor) -> Positions:
+        """The same; on an accelerator masked positions stay."""
         n_outputs = f.shape[-1]
         if n_outputs == 1:
             msg = (
@@ -205,14 +212,15 @@ class CategoricalLikelihood(PredictsProbabilities):
             ),
             lambda: [given.min(), given.max()],
         )
-        if not pending.is_free(labels.device):
-            labels = labels.masked_fill(wrong, 0)  # no kernel survives an index out of range until the error comes
-        if not bool(masked.any()):
-            check_logits(flat)
-            return Positions(flat, labels, datum=datum)
-        kept = (~masked).nonzero().squeeze(-1)
-        check_logits(flat[kept])
-        return Positions(flat[kept], labels[kept], kept, kept if datum is None else datum[kept])
+        if pending.is_free(labels.device):
+            found = Positions(flat, labels, datum=datum, counted=~masked if bool(masked.any()) else None).selected()
+            check_logits(found.f)
+            return found
+        # Masked rows stay, with probability 1 of their label; no kernel survives indices out of range.
+        sure = (torch.arange(n_outputs, device=flat.device) == 0).to(flat.dtype)
+        check_logits(torch.where(masked.unsqueeze(-1), sure, flat), ~masked)
+        flat = torch.where(masked.unsqueeze(-1), SURE * (1 - sure), flat)
+        return Positions(flat, labels.masked_fill(wrong | masked, 0), datum=datum, counted=~masked)
 
     def tells_axis(self, shape: Sequence[int]) -> bool:
         """Class indices leave out the axis of classes, unless all axes are equally long."""
@@ -246,10 +254,11 @@ def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / n_unmasked.clamp(min=1)
 
 
-def check_logits(f: Outputs) -> None:
+def check_logits(f: Outputs, counted: Tensor | None = None) -> None:
     """Raise if outputs are not finite, or probabilities: none is negative, and each row sums to one.
 
-    Log probabilities are logits: their softmax is the probabilities.
+    Log probabilities are logits: their softmax is the probabilities. Rows that are not ``counted`` ``[rows]`` must
+    look like probabilities.
 
     Raises
     ------
@@ -260,10 +269,11 @@ def check_logits(f: Outputs) -> None:
     """
     check_outputs(f)
     f = f.detach()[:FEW]
+    n_rows = len(f) if counted is None else counted[:FEW].sum()
     # Reading whether one is negative saves the rest, where it costs nothing.
     if len(f) and not (pending.is_free(f.device) and bool((f < 0).any())):
         pending.refuse(
-            are_probabilities(f),
+            are_probabilities(f, n_rows),
             UnsupportedError,
             lambda: (
                 "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
@@ -273,20 +283,23 @@ def check_logits(f: Outputs) -> None:
         )
 
 
-def are_probabilities(f: Outputs) -> Tensor:
-    """Whether no output is negative and each row sums to one, to the coarsest precision that they can have, ``[]``."""
+def are_probabilities(f: Outputs, n_rows: int | Tensor) -> Tensor:
+    """Whether no output is negative and each row sums to one, to the coarsest precision that they can have, ``[]``.
+
+    ``n_rows`` are those that say something.
+    """
     # Each probability is rounded once; sums over classes are accumulated in float32 at least.
     off = (f.sum(-1, dtype=torch.promote_types(f.dtype, torch.float32)) - 1).abs().max()
-    found = _sums_to_one(off, f, f.dtype)
+    found = _sums_to_one(off, f, n_rows, f.dtype)
     # From fine to coarse: the coarsest precision in which they are exact decides.
     for dtype in sorted(COARSE, key=lambda dtype: torch.finfo(dtype).eps):
         if torch.finfo(dtype).eps > torch.finfo(f.dtype).eps:
-            found = torch.where((f.to(dtype).to(f.dtype) == f).all(), _sums_to_one(off, f, dtype), found)
+            found = torch.where((f.to(dtype).to(f.dtype) == f).all(), _sums_to_one(off, f, n_rows, dtype), found)
     return found & (f >= 0).all()
 
 
-def _sums_to_one(off: Tensor, f: Outputs, dtype: torch.dtype) -> Tensor:
+def _sums_to_one(off: Tensor, f: Outputs, n_rows: int | Tensor, dtype: torch.dtype) -> Tensor:
     """Whether sums are one in a precision, and in so many rows as not to be so by chance."""
     eps = torch.finfo(dtype).eps
     tolerance = 4 * (eps + min(eps, torch.finfo(torch.float32).eps) * f.shape[-1] ** 0.5)
-    return off <= (tolerance if tolerance ** len(f) <= CHANCE else -1.0)
+    return (off <= tolerance) & (n_rows * math.log(tolerance) <= math.log(CHANCE))

@@ -417,7 +417,8 @@ class FeatureExtractor(nn.Module):
                     made, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
                 )
             if f.numel() == made.numel():
-                return require_close(f, made.reshape(f.shape), partial(self._foreign, f.dim(), name))
+                require_close(f, made.reshape(f.shape), partial(self._foreign, f.dim(), name))
+                return
         elif matches(f, phi, layer):
             return
         raise UnsupportedError(self._foreign(f.dim(), name))

@@ -66,7 +66,7 @@ class CachedData:
                 x, y = copied(batch[0]), copied(batch[1])
                 with numbered(index, x):
                     inputs = arranged(x)
-                    positions = likelihood.flatten(inputs.f, y)
+                    positions = likelihood.whole(inputs.f, y)
                 found = inputs.kept(left)
                 if found is None:
                     collected.append((partial(arranged, x), positions))
@@ -75,6 +75,7 @@ class CachedData:
                     left -= size
                     collected.append((partial(_same, kept), positions))
                 flags.next_batch()
+        collected = _unmasked(collected)
         if not any(len(positions.f) for _, positions in collected):
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
@@ -178,6 +179,13 @@ class CachedData:
         assert score.whole is not None, "a score is one or the other"
         columns = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
         return [_number(score.whole(*arguments), score.name) for arguments in columns]
+
+
+def _unmasked(batches: list[tuple[Callable[[], Linearization], Positions]]) -> list[Any]:
+    """Without masked rows, which are counted together."""
+    masks = [p.counted for _, p in batches if p.counted is not None]
+    counts = iter(torch.stack([mask.sum() for mask in masks]).tolist() if masks else [])
+    return [(get, p if p.counted is None else p.selected(next(counts))) for get, p in batches]
 
 
 def _number(value: Any, name: str) -> Any:
