@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.curvature import kfac
 from laplace.curvature.columns import ColumnSums, Sums
 from laplace.curvature.curvature import CurvatureInterface
@@ -138,8 +139,11 @@ def directions(
     if together or split.shape[1] == 1:
         return [column.reshape(f.shape) for column in split.unbind(-1)]
     columns: list[Tensor] = []
+    # Positions that are masked in all data need no pass; where none is masked nothing is read.
+    asked = positions.kept is not None or pending.is_free(split.device)
+    used = (split != 0).any(3).any(2).any(0).tolist() if asked else [True] * split.shape[1]
     for t in range(split.shape[1]):
-        if bool((split[:, t] != 0).any()):
+        if used[t]:
             here = torch.zeros_like(split)
             here[:, t] = split[:, t]
             columns += [column.reshape(f.shape) for column in here.unbind(-1)]

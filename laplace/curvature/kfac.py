@@ -114,6 +114,12 @@ class Moments:
         return self._known[key][1]
 
 
+def _occurrences(block: GatherBlock, dtype: torch.dtype) -> Tensor:
+    """How often each token of a table was looked up, ``[tokens]``."""
+    ones = torch.ones(len(block.row_token), dtype=dtype, device=block.row_token.device)
+    return ones.new_zeros(block.n_tokens).index_add_(0, block.row_token, ones)
+
+
 def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Factors:
     """The factors of a block of Jacobians.
 
@@ -151,7 +157,7 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
             left = left.transpose(2, 3).flatten(3)  # [columns, batch, positions, groups · O]
         return Factors(moment(left), moment(right) if inputs else None, count, block.transposed)
     if isinstance(block, GatherBlock):
-        tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(moment.dtype) if inputs else None
+        tokens = _occurrences(block, moment.dtype) if inputs else None
         return Factors(moment(block.left), tokens, len(block.row_token), inputs_first=True)
     if isinstance(block, SumBlock):
         return Factors(moment(block.values if reduce else block.left))
