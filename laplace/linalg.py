@@ -54,9 +54,11 @@ def check_finite(values: Tensor, name: str, advice: str) -> None:
     )
 
 
-def number_like(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number ``[]`` with the dtype and on the device of a tensor, which is not waited for."""
-    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+def number(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor ``[]`` on a device, which is not waited for."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 CHUNK_ELEMENTS = 2**24

@@ -22,6 +22,7 @@ READS = {
     "equal",
     "histc",
     "masked_select",
+    "multinomial",
     "nonzero",
     "nonzero_static",
     "unique_consecutive",

@@ -323,9 +323,7 @@ class BaseLaplace(ABC):
 
     def _likelihood(self, *, graph: bool) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
-        device, dtype = self._place
-        sigma_noise = self._sigma_noise
-        temperature = linalg.number_like(self._temperature, torch.empty((), dtype=dtype, device=device))
+        temperature, sigma_noise = linalg.number(self._temperature, *self._place), self._sigma_noise
         if not graph:
             temperature, sigma_noise = temperature.detach(), sigma_noise.detach()
         return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)

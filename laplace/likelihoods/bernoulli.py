@@ -140,7 +140,7 @@ class BernoulliLikelihood(PredictsProbabilities):
 
     def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
         """At the output temperature."""
-        return log_one_minus_max(f / linalg.number_like(self.output_temperature, f))
+        return log_one_minus_max(f / linalg.number(self.output_temperature, f.device, f.dtype))
 
     # -- variational inference ----------------------------------------------------------------------------------------
 

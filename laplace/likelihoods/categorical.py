@@ -113,8 +113,12 @@ class CategoricalLikelihood(PredictsProbabilities):
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Softmax(f) minus labels drawn from it, ``[samples, rows, C]``."""
         p = f.softmax(-1)
-        labels = torch.multinomial(p, n_samples, replacement=True, generator=generator)
-        return p - F.one_hot(labels.T, f.shape[-1]).to(f.dtype)
+        if n_samples == 1:  # as multinomial does it, which reads whether probabilities are valid
+            labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+        else:
+            labels = torch.multinomial(p, n_samples, replacement=True, generator=generator)
+        each = p.expand(n_samples, *p.shape)
+        return each.scatter_add(-1, labels.T.unsqueeze(-1), -torch.ones_like(each[..., :1]))
 
     def expectation(self, f: Tensor) -> Tensor:
         """Class probabilities, ``[..., C]``."""
@@ -143,7 +147,7 @@ class CategoricalLikelihood(PredictsProbabilities):
 
     def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
         """At the output temperature."""
-        return log_one_minus_max(f / linalg.number_like(self.output_temperature, f))
+        return log_one_minus_max(f / linalg.number(self.output_temperature, f.device, f.dtype))
 
     def energy_asks(self, alpha: float) -> Ask:
         """Variances are enough for the probit approximation."""

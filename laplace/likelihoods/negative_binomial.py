@@ -45,10 +45,10 @@ class NegativeBinomialLikelihood(PoissonLikelihood):
 
     def _excess(self, f: Tensor) -> Tensor:
         """log α μ, whose logistic function is the probability that the distribution has for a parameter."""
-        return f + linalg.number_like(self.dispersion, f).log()
+        return f + linalg.number(self.dispersion, f.device, f.dtype).log()
 
     def _nll(self, f: Tensor, y: Tensor) -> Tensor:
-        r = linalg.number_like(1 / self.dispersion, f)
+        r = linalg.number(1 / self.dispersion, f.device, f.dtype)
         return (y + r) * F.softplus(self._excess(f)) - y * f + log_ways(r, y)
 
     def _slope(self, f: Tensor, y: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class PredictsProbabilities(AbstractLikelihood):
 
     def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
         """T² s² e of each logit."""
-        T = linalg.number_like(self.output_temperature, excess)
+        T = linalg.number(self.output_temperature, excess.device, excess.dtype)
         return (T**2 * scale * excess).unsqueeze(-1)
 
     @classmethod

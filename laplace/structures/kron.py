@@ -49,7 +49,7 @@ class KronCurvature(AbstractCurvature):
 
     sums: Kron
     """Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias."""
-    counts: tuple[int, ...]
+    counts: tuple[int | Tensor, ...]
     """For each block the number of rows (unmasked positions) in the sum of its inputs."""
     scale: Scalar | float = 1.0
     """Factor of the whole matrix."""
@@ -203,7 +203,7 @@ class Kron:
     """
 
     def __init__(
-        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
+        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int | Tensor] | None = None, resolution: float = 0.0
     ) -> None:
         self.kfacs = [list(block) for block in kfacs]
         self.counts = None if counts is None else list(counts)
@@ -286,7 +286,7 @@ class Kron:
         known = {id(side): side.to(dtype) for block in self.kfacs for side in block}
         return Kron([[known[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
 
-    def divide_inputs(self, count: float | Sequence[float]) -> Kron:
+    def divide_inputs(self, count: float | Sequence[float | Tensor]) -> Kron:
         """Divide each product by a count, in its second factor, the inputs' side: from sums to a mean.
 
         Parameters
