@@ -94,8 +94,7 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     # With an infinite entry no failure is reported: look at the factor, too.
-    finite = bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
-    if finite and not bool(info.any()):
+    if bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all() & ~info.any()):
         return factor
     if not bool(torch.isfinite(matrix).all()):
         msg = (

@@ -8,7 +8,7 @@ reading costs nothing, and flags are read at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -102,7 +102,7 @@ def unchecked() -> Generator[None]:
         _UNCHECKED.reset(token)
 
 
-def when(flag: Tensor, then: Callable[..., None], details: Callable[[], Sequence[Tensor]] = tuple) -> None:
+def when(flag: bool | Tensor, then: Callable[..., None], details: Callable[[], Sequence[Tensor]] = tuple) -> None:
     """Raise or warn if a flag is set: now, or when the flags of ``gathered`` are read.
 
     Parameters
@@ -113,13 +113,19 @@ def when(flag: Tensor, then: Callable[..., None], details: Callable[[], Sequence
         What to do, given the details as numbers. It must not hold tensors of the size of a batch.
     details
         Numbers on the same device that the message needs, ``[]`` each.
+
+    Notes
+    -----
+    Nothing is looked at while a function is compiled.
     """
-    checks = _GATHERED.get()
-    if checks is not None and not is_free(flag.device) and _UNCHECKED.get():
+    if torch.compiler.is_compiling():
         return
-    if checks is None or is_free(flag.device):
-        if bool(flag):
+    checks = _GATHERED.get()
+    if checks is None or isinstance(flag, bool) or is_free(flag.device):
+        if flag:
             then(*(value.item() for value in details()))
+        return
+    if _UNCHECKED.get():
         return
     dtype = torch.float32 if flag.device.type == "mps" else torch.float64
     checks.add(torch.stack([value.detach().to(dtype) for value in (flag, *details())]), then)
@@ -141,11 +147,15 @@ def count(number: Tensor) -> int | Tensor:
     return int(number) if is_free(number.device) else number
 
 
-def unequal(first: Tensor, second: Tensor) -> Tensor:
-    """Whether two tensors of one shape and dtype differ, ``[]``, where they are."""
-    if is_free(first.device):
-        return torch.tensor(not torch.equal(first, second))
-    return (first != second).any()
+def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | Tensor:
+    """Whether tensors of one shape, dtype and device differ in some pair, ``[]`` where reading it would wait."""
+    found: list[Tensor] = []
+    for first, second in pairs:
+        if not is_free(first.device):
+            found.append((first != second).any())
+        elif not torch.equal(first, second):
+            return True
+    return torch.stack(found).any() if found else False
 
 
-__all__ = ["EVERY", "FREE", "Gathered", "count", "gathered", "is_free", "refuse", "unchecked", "unequal", "when"]
+__all__ = ["EVERY", "FREE", "Gathered", "count", "differ", "gathered", "is_free", "refuse", "unchecked", "when"]

@@ -198,7 +198,7 @@ class BernoulliLikelihood(PredictsProbabilities):
         """Raise unless there is one output."""
         check_one_output(n_outputs)
 
-    def count(self, y: Tensor, n_outputs: int) -> int:  # noqa: ARG002
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:  # noqa: ARG002
         """Number of targets."""
         return y.numel()
 

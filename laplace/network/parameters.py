@@ -112,12 +112,12 @@ class ParameterSubset:
         """
         return not bool(self.differ(theta))
 
-    def differ(self, theta: Float[Tensor, " params"]) -> Tensor:
-        """Whether they are others, ``[]``, on the device of the weights."""
+    def differ(self, theta: Float[Tensor, " params"]) -> bool | Tensor:
+        """Whether they are others; ``[]`` where reading it would wait for the device of the weights."""
         if self.choice is not None:
-            return _unequal(self.vector(), theta)
+            return pending.differ([_alike(self.vector(), theta)])
         parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
-        return torch.stack([_unequal(parameter.detach().reshape(-1), part) for parameter, part in parts]).any()
+        return pending.differ(_alike(parameter.detach().reshape(-1), part) for parameter, part in parts)
 
     def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
         """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
@@ -131,10 +131,10 @@ class ParameterSubset:
         return values.new_zeros(*values.shape[:-1], n_all).index_copy(-1, self.choice.index, values)
 
 
-def _unequal(now: Tensor, then: Tensor) -> Tensor:
-    """Whether two vectors differ in the coarser of their precisions, ``[]``, on the device of the first."""
+def _alike(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+    """Two vectors in the coarser of their precisions, on the device of the first."""
     dtype = max(now.dtype, then.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return pending.unequal(now.to(dtype), then.to(now.device, dtype))
+    return now.to(dtype), then.to(now.device, dtype)
 
 
 def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) -> tuple[Tensor, ...]:

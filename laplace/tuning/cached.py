@@ -228,10 +228,12 @@ def _joined(batches: Batches) -> Batches:
 def _all_positions(parts: Sequence[Positions]) -> Positions:
     """Unmasked positions of all batches; data are counted on."""
     datum, start = [], 0
+    known = [part.datum for part in parts if part.datum is not None and len(part.datum)]
+    last = iter(torch.stack([index.max() for index in known]).tolist() if known else [])
     for part in parts:
         index = torch.arange(len(part.f), device=part.f.device) if part.datum is None else part.datum
         datum.append(index + start)
-        start += len(part.f) if part.datum is None else int(index.max()) + 1 if len(index) else 0
+        start += len(index) if part.datum is None or not len(index) else next(last) + 1
     alone = all(part.datum is None for part in parts)
     first = parts[0]
     f, y = torch.cat([part.f for part in parts]), torch.cat([part.y for part in parts])
