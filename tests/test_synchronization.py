@@ -115,9 +115,10 @@ def test_all_weights_are_fitted_without_waiting_between_readings_of_layouts(opti
     assert found[0] == found[1]
 
 
-def test_labels_of_all_weights_are_looked_at_once_in_a_batch(device, reading_waits):
-    found = [fit_waits(n, "classification", device, "diag", "all") for n in (6, 14)]
-    assert found[1] - found[0] == 14 - 6
+@pytest.mark.parametrize(("structure", "once_in_a_batch"), [("diag", 0), ("kron", 1)])
+def test_only_factors_of_all_weights_ask_whether_labels_are_masked(structure, once_in_a_batch, device, reading_waits):
+    found = [fit_waits(n, "classification", device, structure, "all") for n in (6, 14)]
+    assert found[1] - found[0] == once_in_a_batch * (14 - 6)
 
 
 @pytest.mark.parametrize("subset", ["last_layer", "all"])

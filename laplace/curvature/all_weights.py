@@ -68,12 +68,11 @@ class AllWeightsEngine:
         recording = self.record(x)
         f = recording.f
         with torch.no_grad(), full_precision(f.device):
-            positions = self.backend.positions(f, y)
-            recording.mask = mask_of(positions, f)
+            positions = self.backend.positions(f, y, whole=True)
             root = self.backend.output_root(positions)
             together = self.backend.adds_over_positions or self.backend.is_sampled
             columns = directions(root, positions, f, together=together)
-            factors = partial(kron, recording, columns, self.network, reduce=self.reduce)
+            factors = partial(masked_kron, recording, positions, columns, self.network, reduce=self.reduce)
             blocks = (recording.blocks(some) for some in chunks(recording, columns))
             like = torch.zeros((), dtype=recording.dtype, device=f.device)
             yield self.backend.loss(positions), ColumnSums(blocks, self.network.subset.sizes, like, factors)
@@ -108,6 +107,8 @@ class AllWeightsEngine:
 
 def mask_of(positions: Positions, f: Tensor) -> Bool[Tensor, "batch positions"] | None:
     """Which positions count, ``[batch, positions]``; ``None`` when all do."""
+    if positions.counted is not None:
+        return None if bool(positions.counted.all()) else positions.counted.reshape(len(f), -1)
     if positions.kept is None:
         return None
     rows = torch.zeros(f.numel() // positions.f.shape[-1], dtype=torch.bool, device=f.device)
@@ -167,6 +168,14 @@ def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]
     step = recording.n_columns_at_once
     for start in range(0, len(columns), step):
         yield columns[start : start + step]
+
+
+def masked_kron(
+    recording: Recording, positions: Positions, columns: list[Tensor], network: WholeNetwork, *, reduce: bool
+) -> Kron:
+    """Factors with inputs averaged over rows that count: what else is summed needs directions alone, zero at others."""
+    recording.mask = mask_of(positions, recording.f)
+    return kron(recording, columns, network, reduce=reduce)
 
 
 def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
