@@ -73,7 +73,7 @@ def approximation(name: str, structure: str = "kron", subset: str = "last_layer"
     torch.manual_seed(2)
     likelihood, n_outputs, *_ = DATA[name]
     model = Positions(n_outputs).to(device)
-    return Laplace(model, likelihood, subset_of_weights=subset, hessian_structure=structure, **options)
+    return Laplace(model, likelihood, subset_of_weights=subset, **{"hessian_structure": structure, **options})
 
 
 def waits(call, device) -> int:
@@ -121,10 +121,18 @@ def test_only_factors_of_all_weights_ask_whether_labels_are_masked(structure, on
     assert found[1] - found[0] == once_in_a_batch * (14 - 6)
 
 
-@pytest.mark.parametrize("subset", ["last_layer", "all"])
-@pytest.mark.parametrize("name", ["classification", "regression", "poisson", "binary"])
-def test_a_prediction_waits_once_at_its_end(name, subset, device, reading_waits):
-    la = approximation(name, "kron", subset, device)
+PREDICTED = [
+    ("classification", "last_layer", {"hessian_structure": "kron"}),
+    ("poisson", "last_layer", {"hessian_structure": "diag"}),
+    ("binary", "all", {"hessian_structure": "kron"}),
+    ("regression", "all", {"hessian_structure": "full"}),
+    ("regression", "last_layer", {"hessian_structure": "gp", "n_subset": 9}),
+]
+
+
+@pytest.mark.parametrize(("name", "subset", "options"), PREDICTED)
+def test_a_prediction_waits_once_at_its_end(name, subset, options, device, reading_waits):
+    la = approximation(name, subset=subset, device=device, **options)
     la.fit(batches(name, 3, device))
     x = batches(name, 1, device)[0][0]
     la(x), la(x)  # factorizes, compares with the network, reads layouts

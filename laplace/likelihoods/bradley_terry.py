@@ -190,7 +190,7 @@ class BradleyTerryLikelihood(PredictsMoments):
             lambda: [y.min(), y.max()],
         )
         check_outputs(f)
-        return Positions(f.reshape(n_pairs, 2), y.long(), n_items=2)
+        return Positions(f.reshape(n_pairs, 2), y.long().clamp(0, 1), n_items=2)
 
     def check_axes(self, shape: Sequence[int], axis: int | None) -> None:
         """Scores have no axis of classes."""
