@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import pending
 from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError, warn
 
 _JITTER_STEPS = 6
@@ -41,11 +42,23 @@ def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 def check_finite(values: Tensor, name: str, advice: str) -> None:
     """Raise unless all values, ``[..., n]`` with one datum or position per row, are finite."""
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        rows = finite.reshape(-1, values.shape[-1]).all(-1)
-        msg = f"{name} must be finite; {int((~rows).sum())} of {len(rows)} rows hold NaN or infinite values. {advice}"
-        raise InputError(msg)
+    if not values.is_floating_point():
+        return
+    found = (values.detach() * 0).sum(-1).isnan()  # zero of finite numbers, NaN of others
+    n_rows = found.numel()
+    pending.refuse(
+        found.any(),
+        InputError,
+        lambda bad: f"{name} must be finite; {int(bad)} of {n_rows} rows hold NaN or infinite values. {advice}",
+        lambda: [found.sum()],
+    )
+
+
+def number(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor ``[]`` on a device, which is not waited for."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 CHUNK_ELEMENTS = 2**24
@@ -81,8 +94,7 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     # With an infinite entry no failure is reported: look at the factor, too.
-    finite = bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
-    if finite and not bool(info.any()):
+    if bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all() & ~info.any()):
         return factor
     if not bool(torch.isfinite(matrix).all()):
         msg = (

@@ -323,8 +323,7 @@ class BaseLaplace(ABC):
 
     def _likelihood(self, *, graph: bool) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
-        device, dtype = self._place
-        temperature, sigma_noise = torch.as_tensor(self._temperature, dtype=dtype, device=device), self._sigma_noise
+        temperature, sigma_noise = linalg.number(self._temperature, *self._place), self._sigma_noise
         if not graph:
             temperature, sigma_noise = temperature.detach(), sigma_noise.detach()
         return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)

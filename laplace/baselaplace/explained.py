@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from laplace import pending
 from laplace.baselaplace.options import check_model_keywords
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError
@@ -78,13 +79,18 @@ def predict(
     check_model_keywords(self._network, predict, model_kwargs)
     if not is_loader(x):
         return _at(self, x, options, model_kwargs)
-    parts = [_at(self, inputs_of(batch, self._device), options, model_kwargs) for batch in x]
+    parts: list[Prediction] = []
+    with pending.gathered() as flags:
+        for batch in x:
+            parts.append(_at(self, inputs_of(batch, self._device), options, model_kwargs))
+            flags.next_batch()
     if not parts:
         msg = "The loader yields no batch: there is nothing to predict. An iterator can be read once only."
         raise InputError(msg)
     return joined(parts)
 
 
+@pending.gathered()
 def _at(la: Any, x: Inputs, options: Options, model_kwargs: dict[str, Any]) -> Prediction:
     """Of one batch."""
     posterior, likelihood = la._predicting_posterior, la._frozen_likelihood

@@ -412,7 +412,7 @@ class FittedLaplace(BaseLaplace):
 
     def _problem(self) -> tuning.Problem:
         """What was learned and is not chosen, cut off the graph of hyperparameters."""
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        temperature = linalg.number(self._temperature, *self._place).detach()
         return tuning.Problem(
             self._fitted,
             self._prior_mean.detach().to(self._dtype),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace import pending
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.observed import UNSEEN, Observed
 from laplace.baselaplace.random_weights import AllWeights
@@ -49,7 +50,7 @@ class Training:
 
     def fit(self, loader: Iterable[Any]) -> Fit:
         """Learn from a loader."""
-        counts: dict[str, int] = {}
+        counts: dict[str, Any] = {}
 
         def read() -> Iterator[Batch]:
             if counts and self.observed is not None:
@@ -64,7 +65,8 @@ class Training:
             if isinstance(loader, Iterator):
                 msg += " It is an iterator, such as a generator, and may have been read before: pass a new one."
             raise InputError(msg)
-        if not counts["positions"]:
+        n_positions = int(counts["positions"])  # one that was counted on an accelerator is read here, once
+        if not n_positions:
             msg = (
                 f"All {counts['data']} rows of training data are masked: there is nothing to learn the curvature from."
             )
@@ -76,7 +78,7 @@ class Training:
             msg = f"sigma_noise has {self.sigma_noise.numel()} values, one for each output; the model has {n_outputs}."
             raise ShapeError(msg)
         mean, by_output = subset.vector().to(self.dtype()), nll if nll.dim() else None
-        numbers = counts["data"], counts["positions"], n_outputs
+        numbers = counts["data"], n_positions, n_outputs
         density = None if self.observed is None else self.observed.density
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
 
@@ -102,7 +104,7 @@ class Training:
                 observed.give_up(f"The features of the last layer are not known. {error}")
 
     def _counted(
-        self, batches: Iterator[Batch], counts: dict[str, int], seen: list[tuple[Tensor, Tensor]]
+        self, batches: Iterator[Batch], counts: dict[str, Any], seen: list[tuple[Tensor, Tensor]]
     ) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
         for batch in batches:
@@ -113,7 +115,8 @@ class Training:
             yield batch
             if not counts["data"]:
                 self.check_prior()
-            self._observe(batch, seen)
+            with pending.unchecked():  # the back end has checked outputs and targets
+                self._observe(batch, seen)
             counts["data"] += len(batch.y)
             counts["positions"] += self.backend.count(batch.y)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, tuning
+from laplace import checks, pending, tuning
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
@@ -134,6 +134,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         check_outputs(inputs.f)
         return compare(inputs) if options.fitting else inputs
 
+    @pending.gathered()
     def __call__(
         self,
         x: Inputs,
@@ -192,6 +193,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         found = self._compared(inputs.f, found, likelihood) if self._is_untuned else found
         return self._reading.returned(found)
 
+    @pending.gathered()
     def predictive_moments(self, x: Inputs, *, joint: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs, before any link and without observation noise.
 

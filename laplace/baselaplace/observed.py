@@ -33,6 +33,8 @@ class Observed:
     _phi: list[Tensor] = field(default_factory=list)
     _y: list[Tensor] = field(default_factory=list)
     _datum: list[Tensor] = field(default_factory=list)
+    _counted: list[Tensor | None] = field(default_factory=list)
+    """Which rows count, where masked ones were left among them."""
     _n_data: int = 0
 
     wanted: bool = True
@@ -48,7 +50,7 @@ class Observed:
         self._keep_none(reason)
 
     def _keep_none(self, reason: str) -> None:
-        for part in (self._phi, self._y, self._datum):
+        for part in (self._phi, self._y, self._datum, self._counted):
             part.clear()
         self.left, self.why_not_kept = -1, reason
 
@@ -75,14 +77,14 @@ class Observed:
             self.wanted = shapes is not None  # for a head it is kept nevertheless
             if not self.wanted:
                 return
-        positions = self.likelihood.flatten(f, y)
+        positions = self.likelihood.whole(f, y)
         rows = positions.select(phi.detach().reshape(-1, phi.shape[-1]))
         if shapes is not None:
             self._keep(rows, positions, shapes, len(y))
         if why_not is not None:
             return
         self._sums = Accumulator(n_groups) if self._sums is None else self._sums
-        self._sums.add(rows, self.likelihood.group_of(positions.y))
+        self._sums.add(rows, self.likelihood.group_of(positions.y), positions.counted)
 
     def _keep(self, rows: Tensor, positions: Positions, shapes: Sequence[tuple[int, ...]], n_data: int) -> None:
         """Keep a batch; where there is no room for it, nothing is kept."""
@@ -100,6 +102,7 @@ class Observed:
         self._phi.append(rows.clone())
         self._y.append(positions.y.detach().clone())
         self._datum.append(index + self._n_data)
+        self._counted.append(positions.counted)
         self._n_data += n_data
 
     def reasons(self, added: bool) -> tuple[str, str]:
@@ -116,7 +119,13 @@ class Observed:
         """The data after their forward pass; ``None`` where they are not all there."""
         if not self._phi:
             return None
-        return HeadData(torch.cat(self._phi), torch.cat(self._y), self._shapes, torch.cat(self._datum))
+        phi, y, datum = (torch.cat(parts) for parts in (self._phi, self._y, self._datum))
+        if any(part is not None for part in self._counted):
+            pairs = zip(self._counted, self._datum, strict=True)
+            counted = torch.cat([torch.ones_like(d, dtype=torch.bool) if part is None else part for part, d in pairs])
+            if not bool(counted.all()):
+                phi, y, datum = phi[counted], y[counted], datum[counted]
+        return HeadData(phi, y, self._shapes, datum)
 
 
 __all__ = ["KEPT_FEATURES", "UNSEEN", "Observed"]

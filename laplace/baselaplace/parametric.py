@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, linalg, tuning
+from laplace import checks, linalg, pending, tuning
 from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
@@ -418,6 +418,7 @@ class ParametricLaplace(FittedLaplace):
         """
         return self._gaussian.functional_covariance(self._checked_jacobians(Js))
 
+    @pending.gathered()
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
         """Outputs (logits, of a classifier) and their variances, without covariances and without a Jacobian.
 
@@ -519,6 +520,7 @@ class ParametricLaplace(FittedLaplace):
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
         return self._reading.returned(self._predicted(x, options, **model_kwargs))
 
+    @pending.gathered()
     def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """A prediction with C last."""
         posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
@@ -659,6 +661,7 @@ class ParametricLaplace(FittedLaplace):
         check_marginals(options)
         return options
 
+    @pending.gathered()
     def _functions(
         self, x: Inputs, options: Options, *, adjusted: bool = False, **model_kwargs: Any
     ) -> Float[Tensor, "samples batch ..."]:

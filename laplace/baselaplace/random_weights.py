@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.baselaplace.statefile import move
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
@@ -98,12 +99,14 @@ class AllWeights:
     def warn_if_moved(self, mean: Float[Tensor, " params"]) -> None:
         """Warn where the model has other weights than a fit had: outputs and posterior then belong to other ones."""
         subset = self.subset
-        if subset is None or not subset.equals(mean):
-            msg = (
-                f"The {self.called} have changed since fit, or la.mean was assigned: predictions are centered at the "
-                "weights of the model, their uncertainty belongs to la.mean. Fit again."
-            )
+        msg = (
+            f"The {self.called} have changed since fit, or la.mean was assigned: predictions are centered at the "
+            "weights of the model, their uncertainty belongs to la.mean. Fit again."
+        )
+        if subset is None:
             warn(msg, UserWarning)
+        else:
+            pending.when(subset.differ(mean), lambda: warn(msg, UserWarning))
 
     def before_first(self, backend: CurvatureInterface, x: Inputs) -> None:
         """Prepare for the first batch: a back end with outputs of its own may not tell how many there are."""

@@ -318,7 +318,7 @@ class VaLLA(FeatureLaplace):
         """The likelihood at a noise."""
         if sigma is None:
             return self._frozen_likelihood
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        temperature = linalg.number(self._temperature, *self._place).detach()
         return self._unit_likelihood.at(sigma, temperature, 1.0)
 
     def _score(self, loader: Iterable[Any], features: InducingMap) -> Any:

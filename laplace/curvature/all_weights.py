@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.curvature import kfac
 from laplace.curvature.columns import ColumnSums, Sums
 from laplace.curvature.curvature import CurvatureInterface
@@ -67,12 +68,11 @@ class AllWeightsEngine:
         recording = self.record(x)
         f = recording.f
         with torch.no_grad(), full_precision(f.device):
-            positions = self.backend.positions(f, y)
-            recording.mask = mask_of(positions, f)
+            positions = self.backend.positions(f, y, whole=True)
             root = self.backend.output_root(positions)
             together = self.backend.adds_over_positions or self.backend.is_sampled
             columns = directions(root, positions, f, together=together)
-            factors = partial(kron, recording, columns, self.network, reduce=self.reduce)
+            factors = partial(masked_kron, recording, positions, columns, self.network, reduce=self.reduce)
             blocks = (recording.blocks(some) for some in chunks(recording, columns))
             like = torch.zeros((), dtype=recording.dtype, device=f.device)
             yield self.backend.loss(positions), ColumnSums(blocks, self.network.subset.sizes, like, factors)
@@ -107,6 +107,8 @@ class AllWeightsEngine:
 
 def mask_of(positions: Positions, f: Tensor) -> Bool[Tensor, "batch positions"] | None:
     """Which positions count, ``[batch, positions]``; ``None`` when all do."""
+    if positions.counted is not None:
+        return None if bool(positions.counted.all()) else positions.counted.reshape(len(f), -1)
     if positions.kept is None:
         return None
     rows = torch.zeros(f.numel() // positions.f.shape[-1], dtype=torch.bool, device=f.device)
@@ -138,8 +140,11 @@ def directions(
     if together or split.shape[1] == 1:
         return [column.reshape(f.shape) for column in split.unbind(-1)]
     columns: list[Tensor] = []
+    # Positions that are masked in all data need no pass; where none is masked nothing is read.
+    asked = positions.kept is not None or pending.is_free(split.device)
+    used = (split != 0).any(3).any(2).any(0).tolist() if asked else [True] * split.shape[1]
     for t in range(split.shape[1]):
-        if bool((split[:, t] != 0).any()):
+        if used[t]:
             here = torch.zeros_like(split)
             here[:, t] = split[:, t]
             columns += [column.reshape(f.shape) for column in here.unbind(-1)]
@@ -163,6 +168,14 @@ def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]
     step = recording.n_columns_at_once
     for start in range(0, len(columns), step):
         yield columns[start : start + step]
+
+
+def masked_kron(
+    recording: Recording, positions: Positions, columns: list[Tensor], network: WholeNetwork, *, reduce: bool
+) -> Kron:
+    """Factors with inputs averaged over rows that count: what else is summed needs directions alone, zero at others."""
+    recording.mask = mask_of(positions, recording.f)
+    return kron(recording, columns, network, reduce=reduce)
 
 
 def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:

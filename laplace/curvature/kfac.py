@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace import pending
 from laplace.structures import Kron
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import JacobianBlock, SumBlock
@@ -49,7 +50,7 @@ class Factors:
     """G, or the exact block: a matrix, or a vector for a diagonal."""
     inputs: Tensor | None = None
     """A, a raw sum; ``None`` when there is one factor."""
-    count: int = 0
+    count: int | Tensor = 0
     """Number of rows in A."""
     inputs_first: bool = False
     """Whether the first axis of the weight belongs to the inputs."""
@@ -113,6 +114,12 @@ class Moments:
         return self._known[key][1]
 
 
+def _occurrences(block: GatherBlock, dtype: torch.dtype) -> Tensor:
+    """How often each token of a table was looked up, ``[tokens]``."""
+    ones = torch.ones(len(block.row_token), dtype=dtype, device=block.row_token.device)
+    return ones.new_zeros(block.n_tokens).index_add_(0, block.row_token, ones)
+
+
 def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Factors:
     """The factors of a block of Jacobians.
 
@@ -142,7 +149,7 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
         if reduce:
             left = left.sum(3, keepdim=True)
             right = right.sum(2, keepdim=True) / block.counts.clamp(min=1).reshape(-1, 1, 1, 1)
-            count = int((block.counts > 0).sum()) * right.shape[1]
+            count = pending.count((block.counts > 0).sum() * right.shape[1])
         # The groups of a grouped convolution belong to the first axis of its weight; on the other side they are data.
         if block.transposed:
             right = right.transpose(1, 2).flatten(2)  # [batch, positions, groups · I]
@@ -150,7 +157,7 @@ def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool
             left = left.transpose(2, 3).flatten(3)  # [columns, batch, positions, groups · O]
         return Factors(moment(left), moment(right) if inputs else None, count, block.transposed)
     if isinstance(block, GatherBlock):
-        tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(moment.dtype) if inputs else None
+        tokens = _occurrences(block, moment.dtype) if inputs else None
         return Factors(moment(block.left), tokens, len(block.row_token), inputs_first=True)
     if isinstance(block, SumBlock):
         return Factors(moment(block.values if reduce else block.left))

@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
@@ -221,10 +221,9 @@ def public_order(
 
 
 def datum_columns(
-    blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], datum: Int[Tensor, " rows"]
+    blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], positions: Sequence[int]
 ) -> Iterator[list[JacobianBlock]]:
-    """Gradients of each datum in the weights, summed over its positions first: one column, some data at a time."""
-    positions = torch.unique_consecutive(datum, return_counts=True)[1].tolist()
+    """Gradients of each datum in the weights, summed over its ``positions`` first: one column, some data at a time."""
     step = max(1, CHUNK_ELEMENTS // sum(block.n_params for block in blocks))
     gradients, features = gradient.split(positions), [block.phi.split(positions) for block in blocks]
     for start in range(0, len(positions), step):
@@ -234,6 +233,13 @@ def datum_columns(
             for rows in (gradients, *features)
         )
         yield [DenseBlock((padded.mT @ phi).flatten(1).unsqueeze(0)) for phi in phis]
+
+
+def _positions_of_each(positions: Positions, n_data: int) -> list[int]:
+    """How many rows each datum has, of those that have some."""
+    if positions.kept is None:
+        return [len(positions.f) // max(n_data, 1)] * n_data
+    return torch.unique_consecutive(positions.datum, return_counts=True)[1].tolist()
 
 
 @dataclass(frozen=True)
@@ -298,7 +304,7 @@ class LastLayerEngine:
         with torch.no_grad():
             f, phi = self.features(x)
             with full_precision(f.device):
-                positions = self.backend.positions(f, y)
+                positions = self.backend.positions(f, y, whole=True)
                 likelihood, shapes = self.backend.output_likelihood, self.backend.shapes
                 phi, constant = likelihood.head_rows(positions, phi.to(positions.f.dtype))
                 of_bias = phi.new_full((len(phi), 1), constant)
@@ -310,7 +316,7 @@ class LastLayerEngine:
                 # Gradients of the positions of a datum add up before they are squared.
                 root = head.hessian(positions).root
                 assert root is not None, "gradients are roots"
-                columns = datum_columns(blocks, root.squeeze(-1), positions.datum)
+                columns = datum_columns(blocks, root.squeeze(-1), _positions_of_each(positions, len(f)))
                 yield loss, ColumnSums(columns, [block.n_params for block in blocks], positions.f, head.kron)
 
     def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:

@@ -105,7 +105,7 @@ class Recording:
     def _direction(self) -> Tensor:
         """A random direction in the outputs of each datum."""
         noise = torch.Generator().manual_seed(0)
-        return torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs)
+        return torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs, non_blocking=True)
 
     @cached_property
     def _dtypes(self) -> set[torch.dtype]:
@@ -151,17 +151,29 @@ class Recording:
             weighed = [self._direction * each.to(self.outputs).reshape(shape) for each in weights if self.n_rows > 1]
             heavy = [self._gradients(direction) for direction in weighed]
             seen = plain if self.mask is None else self._gradients(self._direction * self._spread(self.mask))
+            trials: list[list[tuple[layouts.Trial, Tensor, int] | None]] = []
             for call, *grads in zip(self.calls, plain, seen, *heavy, strict=True):
-                row: list[tuple[Layout | None, Tensor | None] | None] = []
+                trials.append([])
                 for _, role in call.roles:
                     if any(g is None for g in grads):
-                        row.append(None)
+                        trials[-1].append(None)
                         continue
                     first, unmasked, *others = (role.rows(g.unsqueeze(0)).squeeze(0) for g in grads if g is not None)
-                    layout, certain = layouts.find(first, others, weights, role.n_lead, self._eps, narrow=narrow)
+                    trial = layouts.find(first, others, weights, role.n_lead, self._eps, narrow=narrow)
+                    trials[-1].append((trial, unmasked, role.n_lead))
+            # Read together: an accelerator is waited for once.
+            numbers = [item[0].numbers for row in trials for item in row if item is not None]
+            read = iter(torch.cat(numbers).tolist() if numbers else [])
+            for row in trials:
+                found.append([])
+                for item in row:
+                    if item is None:
+                        found[-1].append(None)
+                        continue
+                    trial, unmasked, n_lead = item
+                    layout, certain = trial.decide([next(read) for _ in range(len(trial.numbers))])
                     all_certain &= certain
-                    row.append((layout, None if layout is None else self._counted(unmasked, layout, role.n_lead)))
-                found.append(row)
+                    found[-1].append((layout, None if layout is None else self._counted(unmasked, layout, n_lead)))
         return found, all_certain
 
     def _is_faint(self, gradients: Sequence[Tensor | None]) -> bool:
@@ -211,9 +223,10 @@ class Recording:
             along(self.outputs, self._direction), self.parameters, retain_graph=True, allow_unused=True
         )
         exact = [None if truth is None else dense(truth) for truth in exact]
-        norms = [0.0 if truth is None else float(truth.to(self.dtype).norm()) for truth in exact]
         if all(truth is None for truth in exact):
             raise UnsupportedError(NO_DEPENDENCE)
+        read = iter(torch.stack([truth.to(self.dtype).norm() for truth in exact if truth is not None]).tolist())
+        norms = [0.0 if truth is None else next(read) for truth in exact]
         # A gradient that is zero up to rounding (as of the bias of attention's keys) agrees with any other.
         largest = max(norms)
         verdict = Verdict(dict(known.slow) if known else {}, set(known.unseen) if known else set())

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import pending
 from laplace.errors import NumericalWarning, warn
 from laplace.gp.derivatives import clamped_diagonal, jacobian
 from laplace.gp.kernel import SubsetKernel
@@ -131,14 +132,17 @@ class ProcessLinearization(Process):
     def _left(self, prior: Tensor, left: Tensor) -> Tensor:
         """Variances that are left, if they can be told from the rounding of what they are differences of."""
         resolution = torch.finfo(torch.promote_types(self.f.dtype, torch.float32)).eps
-        lost = int((left.detach() < LOST * resolution * prior.detach()).sum())
-        if lost:
+        lost, n, dtype = (left.detach() < LOST * resolution * prior.detach()).sum(), left.numel(), self.f.dtype
+
+        def tell(n_lost: float) -> None:
             msg = (
-                f"{lost} of {left.numel()} variances are less than {LOST * resolution:.1e} of the prior's, of which "
-                f"they are differences: {str(self.f.dtype).removeprefix('torch.')} leaves them few digits or none. Use "
+                f"{int(n_lost)} of {n} variances are less than {LOST * resolution:.1e} of the prior's, of which "
+                f"they are differences: {str(dtype).removeprefix('torch.')} leaves them few digits or none. Use "
                 'the model in float64 (model.double()), a stronger prior, or hessian_structure="full".'
             )
             warn(msg, NumericalWarning)
+
+        pending.when(lost > 0, tell, lambda: [lost])
         return left
 
     def _left_between(self, prior: Tensor, taken: Tensor) -> Tensor:

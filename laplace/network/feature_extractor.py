@@ -15,6 +15,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -30,7 +31,7 @@ from laplace.network.batches import call, one_row
 from laplace.network.candidates import candidates, listed, sharing
 from laplace.network.failures import check_weights
 from laplace.network.heads import Head, head_of, is_head
-from laplace.network.matching import check_useful, close, matches, picked, reduce, unsqueezed
+from laplace.network.matching import check_useful, close, matches, picked, reduce, require_close, unsqueezed
 from laplace.network.outputs import Reading
 from laplace.network.threads import together
 from laplace.types import Inputs
@@ -259,7 +260,7 @@ class FeatureExtractor(nn.Module):
             if not passed.seen:
                 self._explain_unseen()
             return self._accepted(self._read(passed, self.last_layer_name, known, x))
-        layers = self._linear_layers()
+        layers = candidates(self.model)
         passed = self._run(x, model_kwargs, layers)
         if not passed.seen:
             self._explain_unseen()
@@ -383,7 +384,7 @@ class FeatureExtractor(nn.Module):
                 return f, phi.reshape(*f.shape[:-1], width)
         msg = (
             f"The last linear layer {name!r} maps features {list(phi.shape)} to {n_outputs} outputs, but the "
-            f"model returns {list(f.shape)}. {self._said_axis(f)}"
+            f"model returns {list(f.shape)}. {self._said_axis(f.dim())}"
         )
         if pooled:
             fits = [
@@ -398,10 +399,6 @@ class FeatureExtractor(nn.Module):
                 "If they are interpolated, interpolate what enters a 1×1 convolution instead: the outputs are the same."
             )
         raise ShapeError(msg + self._candidates())
-
-    def _picked(self, f: Tensor, made: Tensor, reduction: FeatureReduction) -> Tensor | None:
-        """The positions that are picked; on the first pass not all of them at the other end than was said."""
-        return picked(f, made, reduction, first=not self._verified)
 
     def _verify(self, f: Tensor, phi: Tensor, made: Tensor, layer: nn.Module, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
@@ -419,28 +416,30 @@ class FeatureExtractor(nn.Module):
                 made = reduce(
                     made, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
                 )
-            if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
+            if f.numel() == made.numel():
+                require_close(f, made.reshape(f.shape), partial(self._foreign, f.dim(), name))
                 return
         elif matches(f, phi, layer):
             return
+        raise UnsupportedError(self._foreign(f.dim(), name))
+
+    def _foreign(self, n_axes: int, name: str | None) -> str:
+        """That outputs with so many axes are not those of a layer."""
         reduced = "" if self.feature_reduction is None else f" reduced by {self.feature_reduction.value!r}"
         msg = (
             f"The outputs of the model are not those of its last linear layer {name!r}{reduced}. Likely causes, in "
             "order: something follows that layer (a softmax, a scaling: return the logits instead), another layer is "
             "the last one (pass last_layer_name=), the features are reduced in another way (feature_reduction=). "
         )
-        raise UnsupportedError(msg + self._said_axis(f) + self._candidates())
+        return msg + self._said_axis(n_axes) + self._candidates()
 
-    def _said_axis(self, f: Tensor) -> str:
-        """What may be wrong about an axis that was given."""
-        if self.reading.dim is None or f.dim() < 3:
+    def _said_axis(self, n_axes: int) -> str:
+        """What may be wrong about an axis that was given, of outputs with so many."""
+        if self.reading.dim is None or n_axes < 3:
             return ""
         return f"Maybe output_dim={self.reading.dim} is another axis than that of the outputs of the layer. "
 
     # -- which layers there are ---------------------------------------------------------------------------------------
-
-    def _linear_layers(self) -> dict[str | None, nn.Module]:
-        return candidates(self.model)
 
     def _candidates(self) -> str:
         return listed(self.model)

@@ -49,7 +49,7 @@ class KronCurvature(AbstractCurvature):
 
     sums: Kron
     """Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias."""
-    counts: tuple[int, ...]
+    counts: tuple[int | Tensor, ...]
     """For each block the number of rows (unmasked positions) in the sum of its inputs."""
     scale: Scalar | float = 1.0
     """Factor of the whole matrix."""
@@ -65,6 +65,18 @@ class KronCurvature(AbstractCurvature):
         nll, sums = backend.kron(x, y, N=1, **options)
         counts = sums.counts or [backend.count(y)] * len(sums)
         return nll, cls(sums, tuple(counts), dtype=nll.dtype)
+
+    @classmethod
+    def accumulate(
+        cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
+    ) -> tuple[Tensor, KronCurvature] | None:
+        """With counts that are read once, at the end."""
+        found = super().accumulate(backend, batches, **options)
+        if found is None:
+            return None
+        nll, total = found
+        assert isinstance(total, KronCurvature), "made by itself"
+        return nll, replace(total, counts=tuple(int(count) for count in total.counts), _cache={})
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -165,6 +177,11 @@ class KronCurvature(AbstractCurvature):
         return self.factors.to_matrix() * self.scale
 
 
+def _divisor(count: float | Tensor) -> float | Tensor:
+    """What sums are divided by: their count, or 1 where there is nothing."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else count or 1
+
+
 class Kron:
     """A block-diagonal matrix whose blocks are Kronecker products.
 
@@ -186,7 +203,7 @@ class Kron:
     """
 
     def __init__(
-        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
+        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int | Tensor] | None = None, resolution: float = 0.0
     ) -> None:
         self.kfacs = [list(block) for block in kfacs]
         self.counts = None if counts is None else list(counts)
@@ -269,7 +286,7 @@ class Kron:
         known = {id(side): side.to(dtype) for block in self.kfacs for side in block}
         return Kron([[known[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
 
-    def divide_inputs(self, count: float | Sequence[float]) -> Kron:
+    def divide_inputs(self, count: float | Sequence[float | Tensor]) -> Kron:
         """Divide each product by a count, in its second factor, the inputs' side: from sums to a mean.
 
         Parameters
@@ -279,7 +296,7 @@ class Kron:
         """
         counts = [count] * len(self) if isinstance(count, (int, float)) else count
         blocks = zip(self.kfacs, counts, strict=True)
-        divided = [[*block[:1], *(side / (number or 1) for side in block[1:])] for block, number in blocks]
+        divided = [[*block[:1], *(side / _divisor(number) for side in block[1:])] for block, number in blocks]
         return Kron(divided, resolution=self.resolution)
 
     __radd__ = __add__

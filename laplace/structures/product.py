@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from laplace import pending
 from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
@@ -51,9 +52,14 @@ class ProductBlock(JacobianBlock):
         return self.left.shape[1]
 
     @property
-    def count(self) -> int:
+    def count(self) -> int | Tensor:
         """Number of rows of a that count: data times positions times groups."""
-        return int(self.counts.sum()) * self.right.shape[1]
+        each = self.right.shape[1]
+        return (
+            self.n_rows * self.right.shape[2] * each
+            if self.counted is None
+            else pending.count(self.counted.sum() * each)
+        )
 
     @property
     def counts(self) -> Int[Tensor, " batch"]:

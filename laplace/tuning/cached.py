@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace import pending
 from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS, trying
@@ -59,19 +60,22 @@ class CachedData:
         def arranged(x: Any) -> Linearization:
             return likelihood.arranged(linearize(x), compare)
 
-        for index, batch in enumerate(batches):
-            # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
-            x, y = copied(batch[0]), copied(batch[1])
-            with numbered(index, x):
-                inputs = arranged(x)
-                positions = likelihood.flatten(inputs.f, y)
-            found = inputs.kept(left)
-            if found is None:
-                collected.append((partial(arranged, x), positions))
-            else:
-                kept, size = found
-                left -= size
-                collected.append((partial(_same, kept), positions))
+        with pending.gathered() as flags:
+            for index, batch in enumerate(batches):
+                # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
+                x, y = copied(batch[0]), copied(batch[1])
+                with numbered(index, x):
+                    inputs = arranged(x)
+                    positions = likelihood.whole(inputs.f, y)
+                found = inputs.kept(left)
+                if found is None:
+                    collected.append((partial(arranged, x), positions))
+                else:
+                    kept, size = found
+                    left -= size
+                    collected.append((partial(_same, kept), positions))
+                flags.next_batch()
+        collected = _unmasked(collected)
         if not any(len(positions.f) for _, positions in collected):
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
@@ -177,6 +181,13 @@ class CachedData:
         return [_number(score.whole(*arguments), score.name) for arguments in columns]
 
 
+def _unmasked(batches: list[tuple[Callable[[], Linearization], Positions]]) -> list[Any]:
+    """Without masked rows, which are counted together."""
+    masks = [p.counted for _, p in batches if p.counted is not None]
+    counts = iter(torch.stack([mask.sum() for mask in masks]).tolist() if masks else [])
+    return [(get, p if p.counted is None else p.selected(next(counts))) for get, p in batches]
+
+
 def _number(value: Any, name: str) -> Any:
     """What a loss returned, which must be a number."""
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -217,10 +228,12 @@ def _joined(batches: Batches) -> Batches:
 def _all_positions(parts: Sequence[Positions]) -> Positions:
     """Unmasked positions of all batches; data are counted on."""
     datum, start = [], 0
+    known = [part.datum for part in parts if part.datum is not None and len(part.datum)]
+    last = iter(torch.stack([index.max() for index in known]).tolist() if known else [])
     for part in parts:
         index = torch.arange(len(part.f), device=part.f.device) if part.datum is None else part.datum
         datum.append(index + start)
-        start += int(index.max()) + 1 if len(index) else 0
+        start += len(index) if part.datum is None or not len(index) else next(last) + 1
     alone = all(part.datum is None for part in parts)
     first = parts[0]
     f, y = torch.cat([part.f for part in parts]), torch.cat([part.y for part in parts])
