@@ -95,8 +95,8 @@ class Leading:
         n_mixtures = 2 if seen.n_mixed in {1, *READ_AGAIN} else 1
         if n_mixtures == 2:
             seen.n_measured, seen.n_measured_rows = seen.n_measured + 1, seen.n_measured_rows + len(positions.f)
-        signs = torch.randint(2, (n_mixtures, *rest.shape), generator=self.generator, device=rest.device)
-        mixtures = [root.mix((2 * each - 1).to(exact) * rest) / n_mixtures**0.5 for each in signs]
+        signs = (random_signs(rest, self.generator) for _ in range(n_mixtures))
+        mixtures = [root.mix(each.to(exact) * rest) / n_mixtures**0.5 for each in signs]
         return torch.cat([exact, torch.stack(mixtures, -1)], -1), n_mixtures if n_mixtures == 2 else 0
 
     def begin_pass(self) -> None:
@@ -112,6 +112,11 @@ class Leading:
             f"columns={self.n_columns}: the diagonal of the curvature has a relative standard error of about "
             f"{seen.error:.1e}, estimated in {seen.n_measured} of {seen.n_batches} batches."
         )
+
+
+def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """As many independent signs, each 1 or −1 with equal probability."""
+    return 2 * torch.randint(2, like.shape, generator=generator, device=like.device) - 1
 
 
 def split(
