@@ -245,9 +245,9 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
     layers = sorted({network.owner(group)[0] for group in diagonal})
     if layers:
         msg = (
-            f"The recurrent layers {', '.join(map(repr, layers))} have no Kronecker factors here, as with proj_size: their "
-            "blocks are exact diagonals, computed one datum at a time. Freeze them with requires_grad_(False) to leave "
-            "them out."
+            f"The recurrent layers {', '.join(map(repr, layers))} have no Kronecker factors here, as with proj_size: "
+            "their blocks are exact diagonals, computed one datum at a time. Freeze them with requires_grad_(False) to "
+            "leave them out."
         )
         warn(msg, PerformanceWarning)
     return diagonal

@@ -133,25 +133,24 @@ def split(
     n_columns
         How many columns of a datum are taken out.
     """
-    sizes = root.sizes
-    rows = torch.arange(len(sizes), device=sizes.device).unsqueeze(1)
+    sizes, place = root.sizes, None
     if datum is not None and len(datum):
-        # Rows of each datum side by side, where it has as many as others.
+        # The rows of a datum side by side, with columns of size −1 where it has fewer than others.
         number, counts = datum.unique_consecutive(return_inverse=True, return_counts=True)[1:]
         first = counts.cumsum(0) - counts
+        place = (number, torch.arange(len(sizes), device=sizes.device) - first[number])
         padded = sizes.new_full((len(counts), int(counts.max()), sizes.shape[1]), -1.0)
-        padded[number, rows[:, 0] - first[number]] = sizes
-        rows, sizes = first.unsqueeze(1) + torch.arange(padded.shape[1], device=sizes.device), padded.flatten(1)
+        padded[place] = sizes
+        sizes = padded.flatten(1)
     top, index = sizes.topk(min(n_columns, sizes.shape[1]), -1)
-    width, exact, rest = root.sizes.shape[1], [], torch.ones_like(root.sizes, dtype=torch.bool)
-    for size, place in zip(top.T, index.T, strict=True):
-        real = size >= 0
-        chosen = torch.zeros_like(rest)
-        chosen[rows.gather(1, (place // width).unsqueeze(1))[real, 0], (place % width)[real]] = True
-        exact.append(root.mix(chosen.to(size)))
+    exact, rest = [], torch.ones_like(root.sizes, dtype=torch.bool)
+    for n in range(top.shape[1]):
+        chosen = torch.zeros_like(sizes, dtype=torch.bool).scatter(1, index[:, n : n + 1], top[:, n : n + 1] >= 0)
+        if place is not None:
+            chosen = chosen.unflatten(1, (-1, root.sizes.shape[1]))[place]
+        exact.append(root.mix(chosen.to(sizes)))
         rest &= ~chosen
-    n_left = sizes.shape[1] - top.shape[1]
-    return torch.stack(exact, -1), rest, n_left
+    return torch.stack(exact, -1), rest, sizes.shape[1] - top.shape[1]
 
 
 __all__ = ["Leading", "Remainder", "split"]
