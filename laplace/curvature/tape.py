@@ -157,15 +157,16 @@ class Tape(TorchFunctionMode):
         found = unrolled(func, args) if weights & self.tracked.keys() and is_data else None
         if found is None:
             return None
+        name: str = func.__name__
         for tensor in others:  # an initial state that is learned
             if id(tensor) in self.tracked:
-                self.opaque.update(dict.fromkeys(self.tracked[id(tensor)][1], func.__name__))
+                self.opaque.update(dict.fromkeys(self.tracked[id(tensor)][1], name))
         inputs = [(tensor, tensor._version) for tensor in others]
         for product, roles in found.calls:
             known = [(tensor, role) for tensor, role in roles if id(tensor) in self.tracked]
             if known:
                 edge = get_gradient_edge(product)
-                self.calls.append(Call(func.__name__, tuple(product.shape), product.dtype, edge, known, inputs))
+                self.calls.append(Call(name, tuple(product.shape), product.dtype, edge, known, inputs))
         return found.outputs
 
     def _inside(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
