@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class Training:
             if counts and self.observed is not None:
                 self.observed.stop()
             counts.update(data=0, positions=0)
+            if self.backend.leading is not None:
+                self.backend.leading.begin_pass()
             return self._counted(self.read(loader), counts, seen)
 
         with evaluating(self.weights.model), self._noise_by_output() as shape, seeing_features() as seen:
@@ -80,6 +83,8 @@ class Training:
         mean, by_output = subset.vector().to(self.dtype()), nll if nll.dim() else None
         numbers = counts["data"], n_positions, n_outputs
         density = None if self.observed is None else self.observed.density
+        if self.backend.leading is not None:
+            print(self.backend.leading, file=sys.stderr)
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
 
     def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> None:

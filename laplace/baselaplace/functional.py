@@ -69,6 +69,13 @@ class BaseFunctionalLaplace(FittedLaplace):
                 f"computes an {backend.matrix}. Pass a GGN back end, or backend=None."
             )
             raise UnsupportedError(msg)
+        if backend.leading is not None:
+            msg = (
+                f"{type(self).__name__} takes exact Hessians in the outputs, which cost it no backward pass for each "
+                "column: leave columns out of backend_kwargs. Posteriors over weights (hessian_structure='diag', "
+                "'kron', 'full', ...) take it."
+            )
+            raise UnsupportedError(msg)
 
     def _checked_prior_precision(self, value: Any) -> Tensor:
         precision = super()._checked_prior_precision(value)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from laplace.attributes import check_attribute, is_own
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
+from laplace.curvature.leading import Leading
 from laplace.curvature.structured import StructuredInterface
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnknownAttributeError, UnsupportedError
@@ -426,6 +427,9 @@ class CurvatureInterface(StructuredInterface, ABC):
         if self.last_layer:
             self.output_likelihood.check_head(heads.n_outputs(self._head))
         return self.output_likelihood.whole(f, y) if whole else self.output_likelihood.flatten(f, y)
+
+    leading: Leading | None = None
+    """Which columns of the output Hessian's root are exact, where not all are; ``None``: all."""
 
     loss_by_output: bool = False
     """Whether losses of a last layer come output by output, ``[C]``: set while an estimator of regression is fitted."""

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from laplace.curvature.layers import READERS, bind
+from laplace.curvature.recurrent import CELLS, SINGLE, unrolled
 from laplace.curvature.roles import Role
 
 REORDERING = {
@@ -73,6 +74,8 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside(func, args, kwargs)
+        if (func in CELLS or func in SINGLE) and not kwargs and (out := self._unrolled(func, args)) is not None:
+            return out
         tensors = list(tensors_in((args, kwargs)))
         weights = [tensor for tensor in tensors if id(tensor) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and id(t) not in self.constants]
@@ -143,6 +146,28 @@ class Tape(TorchFunctionMode):
             self.calls.append(
                 Call(name, tuple(out.shape), out.dtype, get_gradient_edge(seen_whole(out)), roles, inputs)
             )
+
+    def _unrolled(self, func: Any, args: Sequence[Any]) -> Any:
+        """Run a recurrent layer step by step and record what its weights do; ``None`` where that cannot be."""
+        # After inputs, lengths and state come the weights: a list, or of a cell one by one.
+        first = next((n for n in (2, 3) if n < len(args) and isinstance(args[n], (tuple, list))), 2)
+        weights = {id(tensor) for tensor in tensors_in(args[first:])}
+        others = [t for t in tensors_in(args) if id(t) not in weights]
+        is_data = any(id(t) not in self.tracked and id(t) not in self.constants for t in others)
+        found = unrolled(func, args) if weights & self.tracked.keys() and is_data else None
+        if found is None:
+            return None
+        name: str = func.__name__
+        for tensor in others:  # an initial state that is learned
+            if id(tensor) in self.tracked:
+                self.opaque.update(dict.fromkeys(self.tracked[id(tensor)][1], name))
+        inputs = [(tensor, tensor._version) for tensor in others]
+        for product, roles in found.calls:
+            known = [(tensor, role) for tensor, role in roles if id(tensor) in self.tracked]
+            if known:
+                edge = get_gradient_edge(product)
+                self.calls.append(Call(name, tuple(product.shape), product.dtype, edge, known, inputs))
+        return found.outputs
 
     def _inside(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the Python body of a function so that the functions it calls are watched in turn."""

@@ -20,6 +20,7 @@ from laplace import linalg
 from laplace.enums import CurvatureKind, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.roots import DenseRoot, DiagonalRoot, Root
 from laplace.types import Outputs, Scalar, Targets
 
 Link = Callable[[Tensor, Tensor], Any]
@@ -294,6 +295,17 @@ class AbstractLikelihood(ABC):
         f
             Outputs, ``[rows, C]``.
         """
+
+    def lazy_root(self, f: Outputs) -> Root:
+        """A root of the Hessians whose columns are made when they are asked for: all of them, or mixtures.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        """
+        hessian = self.hessian(f)
+        return DiagonalRoot(hessian.diag()) if hessian.root is None else DenseRoot(self.hessian_root(f))
 
     @abstractmethod
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
