@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import explained, statefile, states, tuned
+from laplace.baselaplace import explained, merging, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
@@ -48,6 +48,7 @@ class FittedLaplace(BaseLaplace):
     _posterior_cache: dict[str, AbstractPrecision]
 
     predict = explained.predict
+    merge, subtract = merging.merge, merging.subtract
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._random_weights.subset
@@ -135,8 +136,7 @@ class FittedLaplace(BaseLaplace):
         """C."""
         n_outputs = self._fitted.n_outputs
         if not n_outputs:
-            what = "n_outputs"
-            refuse_before_fit(what)
+            refuse_before_fit("n_outputs")
         return n_outputs
 
     # -- posterior ----------------------------------------------------------------------------------------------------

@@ -163,8 +163,8 @@ def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
     elif now.scale or now.mixture is not None or now.reference is not None:
         la._adjustments = now.without_rows()
         msg = (
-            "More data change the density of the features: widths of predictions at foreign inputs, and what ood_score "
-            "compares with, are gone. Call tune(val_loader) again."
+            "Other data change the density of the features: widths of predictions at foreign inputs, and what "
+            "ood_score compares with, are gone. Call tune(val_loader) again."
         )
         warn(msg, UserWarning)
 

@@ -77,6 +77,11 @@ class BlockDiagCurvature(AbstractCurvature):
         """Sum of the two."""
         return replace(self, parts=[mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)])
 
+    def subtract(self, other: BlockDiagCurvature, *, squares: bool = True) -> BlockDiagCurvature:
+        """Difference of the two."""
+        pairs = zip(self.parts, other.parts, strict=True)
+        return replace(self, parts=[mine.subtract(theirs, squares=squares) for mine, theirs in pairs])
+
     def __mul__(self, factor: float | Tensor) -> BlockDiagCurvature:
         """Scale the blocks; their eigenvalues are shared."""
         return replace(self, parts=[part * factor for part in self.parts])

@@ -228,7 +228,8 @@ def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:
 def refuse_merge() -> NoReturn:
     """Raise: the eigenbases of two data sets are not that of their union."""
     msg = (
-        'hessian_structure="ekfac" cannot add to an earlier fit (override=False): the eigenbases of two data sets are '
-        'not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which adds.'
+        'hessian_structure="ekfac" cannot add to an earlier fit (override=False, merge): the eigenbases of two data '
+        'sets are not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which '
+        "adds."
     )
     raise UnsupportedError(msg)

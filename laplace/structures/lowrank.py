@@ -226,6 +226,16 @@ class LowRankCurvature(AbstractCurvature):
         return first_nll, found
 
     @classmethod
+    def check_exact(cls) -> None:
+        """What was dropped of one is not there to be added to what the other kept: raises."""
+        msg = (
+            'hessian_structure="lowrank" keeps the leading eigenpairs of a fit and drops the rest, so that no sum or '
+            "difference of two is that of their data. Fit all data at once, add data with fit(loader, override=False), "
+            'which compresses again and warns, or use "kron", "diag", "blockdiag" or "full", whose sums are exact.'
+        )
+        raise UnsupportedError(msg)
+
+    @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
         """Four matrices of the fewest directions; when more are asked for the memory is checked again."""
         n_params = sum(torch.Size(shape).numel() for shape in shapes)
