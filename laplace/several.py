@@ -10,7 +10,7 @@ from typing import IO, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from laplace import checks
+from laplace import checks, processes
 from laplace.baselaplace import statefile
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.fitted import FittedLaplace
@@ -167,6 +167,7 @@ class SeveralHeads:
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
+    @processes.agreed()
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
         """Learn the curvature of all heads.
 

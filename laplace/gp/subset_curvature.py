@@ -88,6 +88,15 @@ class SubsetCurvature(AbstractCurvature):
         kernel = SubsetKernel.from_state(state["kernel"], dtype, linearize)
         return cls(kernel, state["root"].to(dtype), float(state["ratio"]))
 
+    def summands(self) -> list[Tensor]:
+        """None: rows of processes follow each other when all are there."""
+        return []
+
+    def with_summands(self, parts: Sequence[Tensor]) -> SubsetCurvature:
+        """Itself."""
+        del parts
+        return self
+
     @classmethod
     def check_exact(cls) -> None:
         """Two random subsets are not one of all data: raises."""

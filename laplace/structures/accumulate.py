@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from laplace import processes
 from laplace.errors import InputError, numbered, warn
 
 Summand = TypeVar("Summand")
@@ -20,7 +21,15 @@ def add_up(
     of_batch: Callable[[Any, Tensor], tuple[Tensor, Summand]],
     merge: Callable[[Summand, Summand], Summand],
 ) -> tuple[Tensor, Summand] | None:
-    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty."""
+    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty.
+
+    Where processes fit together the data set is that of all of them.
+
+    Raises
+    ------
+    InputError
+        If a batch cannot be used, or its negative log-likelihood is not finite.
+    """
     total: tuple[Tensor, Summand] | None = None
     for index, (x, y) in enumerate(batches):
         with numbered(index, x):
@@ -33,7 +42,7 @@ def add_up(
             )
             raise InputError(msg)
         total = (nll, summand) if total is None else (total[0] + nll, merge(total[1], summand))
-    return total
+    return None if total is None else processes.total(*total)
 
 
 def check_same_data(first: Tensor, now: Tensor) -> None:

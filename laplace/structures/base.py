@@ -191,6 +191,25 @@ class AbstractCurvature(ABC):
             A curvature of the same structure and size, unscaled as this one.
         """
 
+    def summands(self) -> list[Tensor]:
+        """The tensors that add up when data of several processes are merged.
+
+        Raises
+        ------
+        UnsupportedError
+            If the structure does not say it.
+        """
+        msg = (
+            f"{type(self).__name__} does not say how it adds up over processes (summands, with_summands). Fit in "
+            "each alone, within laplace.processes.within(None)."
+        )
+        raise UnsupportedError(msg)
+
+    def with_summands(self, parts: Sequence[Tensor]) -> AbstractCurvature:
+        """The same curvature with other tensors, in the order of ``summands``."""
+        del parts
+        raise NotImplementedError
+
     def subtract(self, other: Any, *, squares: bool = True) -> AbstractCurvature:
         """Curvature of the data that are not among those of another one, exactly; the inverse of ``merge``.
 

@@ -77,6 +77,14 @@ class BlockDiagCurvature(AbstractCurvature):
         """Sum of the two."""
         return replace(self, parts=[mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)])
 
+    def summands(self) -> list[Tensor]:
+        """The blocks."""
+        return [part.matrix for part in self.parts]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> BlockDiagCurvature:
+        """Of other blocks."""
+        return replace(self, parts=[FullCurvature(block) for block in parts])
+
     def subtract(self, other: BlockDiagCurvature, *, squares: bool = True) -> BlockDiagCurvature:
         """Difference of the two."""
         pairs = zip(self.parts, other.parts, strict=True)

@@ -76,6 +76,14 @@ class DiagCurvature(AbstractCurvature):
         """Sum of the two."""
         return replace(self, vector=self.vector + other.vector)
 
+    def summands(self) -> list[Tensor]:
+        """The vector."""
+        return [self.vector]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> DiagCurvature:
+        """Of another vector."""
+        return replace(self, vector=parts[0])
+
     def subtract(self, other: DiagCurvature, *, squares: bool = True) -> DiagCurvature:
         """Difference of the two."""
         return replace(self, vector=remainder(self.vector, other.vector, squares=squares))

@@ -83,6 +83,14 @@ class FullCurvature(AbstractCurvature):
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         return replace(self, matrix=self.matrix + other.matrix, _cache={})
 
+    def summands(self) -> list[Tensor]:
+        """The matrix."""
+        return [self.matrix]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> FullCurvature:
+        """Of another matrix."""
+        return replace(self, matrix=parts[0], _cache={})
+
     def subtract(self, other: FullCurvature, *, squares: bool = True) -> FullCurvature:
         """Difference of the two."""
         return replace(self, matrix=remainder(self.matrix, other.matrix, squares=squares), _cache={})

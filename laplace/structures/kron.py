@@ -121,6 +121,15 @@ class KronCurvature(AbstractCurvature):
         counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
         return replace(self, sums=self.sums + other.sums, counts=counts, _cache={})
 
+    def summands(self) -> list[Tensor]:
+        """Each factor once, and the counts."""
+        return [*self.sums.sides.values(), torch.tensor(self.counts)]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> KronCurvature:
+        """Of other sums."""
+        *sides, counts = parts
+        return replace(self, sums=self.sums.with_sides(sides), counts=tuple(counts.tolist()), _cache={})
+
     def subtract(self, other: KronCurvature, *, squares: bool = True) -> KronCurvature:
         """Subtract sums and counts."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are subtracted unscaled"
@@ -261,6 +270,22 @@ class Kron:
         if self.counts is not None and other.counts is not None:
             counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
         return Kron(self._with(other, torch.add), counts, max(self.resolution, other.resolution))
+
+    @property
+    def sides(self) -> dict[int, Tensor]:
+        """Each factor once, by its identity; blocks may share one."""
+        return {id(side): side for block in self.kfacs for side in block}
+
+    def with_sides(self, sides: Sequence[Tensor]) -> Kron:
+        """The same with other factors, in the order of ``sides``; shared ones stay shared.
+
+        Parameters
+        ----------
+        sides
+            The other factors.
+        """
+        new = dict(zip(self.sides, sides, strict=True))
+        return Kron([[new[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
 
     def _with(self, other: Kron, combine: Callable[[Tensor, Tensor], Tensor]) -> list[list[Tensor]]:
         """Combine factor by factor. One that two blocks share (the bias has the weight's G) stays shared."""

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import processes
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, UnsupportedError, warn
 from laplace.prior import GaussianPrior
@@ -202,6 +203,7 @@ class LowRankCurvature(AbstractCurvature):
                 values, vectors = nystrom(basis, products)
             else:
                 values, vectors = ritz(directions, torch.cat([part for _, part in seen], 1))
+            values, vectors = processes.shared([values, vectors])
             n_kept = chosen.n_kept(values, trace)
             # Once a share is found one more pass sharpens the eigenpairs that hold it.
             if n_found == n_params or (enough if chosen.rank is None else chosen.done(n_passes, n_kept, trace)):
@@ -213,6 +215,7 @@ class LowRankCurvature(AbstractCurvature):
                 basis = extended(products[:, :wanted], wanted, products[:, 0], noise, directions)
             else:
                 basis = extended(products, block if enough else min(n_params, 2 * block), products[:, 0], noise)
+            basis = processes.shared([basis])[0]
         if chosen.rank is not None and trace is None and n_found < n_params and n_kept != chosen.rank:
             msg = (
                 f"{n_kept} positive eigenvalues were found in {n_passes} passes, fewer than rank={chosen.rank}: this "
