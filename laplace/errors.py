@@ -47,6 +47,10 @@ class StateNotFoundError(StateError, FileNotFoundError):
     """There is no such file, or no folder to save a state in."""
 
 
+class ProcessError(RuntimeError):
+    """Another process of the group failed, so that what they do together is not done here either."""
+
+
 class UnsupportedError(ValueError):
     """An option, or a combination of options, that does not exist here; the message lists those that do."""
 

@@ -60,6 +60,13 @@ class Subject:
         la.fit(batches(self.likelihood), **self.fit_options)
         return la
 
+    def part(self) -> Any:
+        """Fitted to some of the same data, where that is possible; not fitted else."""
+        la = self.make()
+        if la.curvature_type.name.value != "gp":
+            la.fit(batches(self.likelihood)[:1])
+        return la
+
 
 def _subjects() -> list[Subject]:
     classification, regression, pairs = "classification", "regression", "reward_modeling"
@@ -130,6 +137,8 @@ def base_arguments(subject: Subject, method: str) -> list[dict[str, Any]]:
         "pred_type": "glm", "link_approx": "probit", "n_samples": 3, "state_dict": {},
     }  # fmt: skip
     parameters = inspect.signature(getattr(takes(subject), method)).parameters
+    if "other" in parameters:
+        given["other"] = subject.part()
     needed = {name: given[name] for name, p in parameters.items() if p.default is p.empty and name in given}
     if method == "ood_score":
         if subject.likelihood == "reward_modeling" or (subject.likelihood == "regression" and "subnet" in subject.name):

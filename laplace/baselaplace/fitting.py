@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace import pending
+from laplace import pending, processes
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.observed import UNSEEN, Observed
 from laplace.baselaplace.random_weights import AllWeights
+from laplace.baselaplace.statefile import digest
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
+from laplace.network.shards import filled, in_step, is_collective
+from laplace.processes import Team
 from laplace.structures import AbstractCurvature
 
 Learned = tuple[Tensor, AbstractCurvature]
@@ -52,6 +55,13 @@ class Training:
     def fit(self, loader: Iterable[Any]) -> Fit:
         """Learn from a loader."""
         counts: dict[str, Any] = {}
+        collective = is_collective(self.weights.model)
+        if collective and not self.weights.of_head:
+            msg = (
+                "The weights of the model are spread over processes (FSDP), and a posterior over all of them needs "
+                'each process to hold them. Use subset_of_weights="last_layer", or a model that is not sharded.'
+            )
+            raise UnsupportedError(msg)
 
         def read() -> Iterator[Batch]:
             if counts and self.observed is not None:
@@ -59,10 +69,21 @@ class Training:
             counts.update(data=0, positions=0)
             if self.backend.leading is not None:
                 self.backend.leading.begin_pass()
-            return self._counted(self.read(loader), counts, seen)
+            batches = self.read(loader)
+            if team is not None:
+                batches = filled(team, batches, self.weights.first.device)
+                batches = in_step(team, batches, self.weights.outputs) if collective else batches
+            return self._counted(batches, counts, seen)
 
-        with evaluating(self.weights.model), self._noise_by_output() as shape, seeing_features() as seen:
+        with (
+            evaluating(self.weights.model),
+            self._noise_by_output() as shape,
+            seeing_features() as seen,
+            processes.summing() as team,
+        ):
             learned = self.accumulate(Passes(loader, read))
+            if team is not None and learned is not None:
+                self._share(team, counts)
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
             if isinstance(loader, Iterator):
@@ -86,6 +107,29 @@ class Training:
         if self.backend.leading is not None:
             print(self.backend.leading, file=sys.stderr)
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
+
+    def _share(self, team: Team, counts: dict[str, Any]) -> None:
+        """Bring counts, and what was seen of features, together, and see that processes have the same weights.
+
+        Raises
+        ------
+        InputError
+            If they have others.
+        """
+        subset = self.weights.subset
+        assert subset is not None, "the model has run"
+        marks = [record["weights"] for record in team.exchange("weights", weights=digest({"": subset.vector()}))]
+        if len(set(marks)) > 1:
+            msg = (
+                "The processes have different weights, around which their curvatures have no sum. Load the same "
+                "weights in each (DistributedDataParallel does), or fit in each alone, within "
+                "laplace.processes.within(None)."
+            )
+            raise InputError(msg)
+        numbers = team.summed([torch.tensor([int(count) for count in counts.values()])], "counts")[0].tolist()
+        counts.update(zip(counts, numbers, strict=True))
+        if self.observed is not None:
+            self.observed.share(team)
 
     def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Show features to whoever looks at them: those of the pass over a head, or of a pass of their own."""
@@ -171,8 +215,8 @@ def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
     elif now.scale or now.mixture is not None or now.reference is not None:
         la._adjustments = now.without_rows()
         msg = (
-            "More data change the density of the features: widths of predictions at foreign inputs, and what ood_score "
-            "compares with, are gone. Call tune(val_loader) again."
+            "Other data change the density of the features: widths of predictions at foreign inputs, and what "
+            "ood_score compares with, are gone. Call tune(val_loader) again."
         )
         warn(msg, UserWarning)
 

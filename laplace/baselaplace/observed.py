@@ -11,6 +11,7 @@ from torch import Tensor
 from laplace.density import Accumulator, ClassSums, reason_against
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
+from laplace.processes import Team
 from laplace.tuning import HeadData
 
 KEPT_FEATURES = 2**27
@@ -30,6 +31,8 @@ class Observed:
     why_not_kept: str = UNSEEN
     _shapes: Sequence[tuple[int, ...]] = ()
     _sums: Accumulator | None = None
+    _shared: ClassSums | None = None
+    """Those of all processes."""
     _phi: list[Tensor] = field(default_factory=list)
     _y: list[Tensor] = field(default_factory=list)
     _datum: list[Tensor] = field(default_factory=list)
@@ -109,9 +112,44 @@ class Observed:
         """Why there is no density, and why no features are there, where that is so."""
         return self.why_no_density, "Those of the data before are gone." if added and self._phi else self.why_not_kept
 
+    def share(self, team: Team) -> None:
+        """Bring what processes have seen together: sums are added, and each keeps the rows of all."""
+        seen = {"density": self._sums is not None, "kept": len(self._phi) > 0, "n": sum(p.numel() for p in self._phi)}
+        told = {**seen, "reasons": [self.why_no_density, self.why_not_kept], "ghost": team.is_ghost}
+        records = [record for record in team.exchange("features", **told) if not record["ghost"]]
+        without = [record["reasons"][0] for record in records if not record["density"]]
+        if without or self._sums is None:
+            self._sums, self.why_no_density = None, without[0] if without else self.why_no_density
+        else:
+            self._shared = self._sums.finish().summed(team)
+        without = [record["reasons"][1] for record in records if not record["kept"]]
+        if not without and sum(record["n"] for record in records) > KEPT_FEATURES:
+            without = [f"The features of the training data are more than {KEPT_FEATURES:,} numbers."]
+        if without:
+            self._keep_none(without[0])
+            return
+        kept = None if team.is_ghost else self.kept
+        own = None if kept is None else [kept.phi, kept.y, kept.datum, list(map(list, kept.shapes))]
+        parts, like = [each["rows"] for each in team.exchange("rows", rows=own)], self._phi[0]
+        for each in (self._phi, self._y, self._datum):
+            each.clear()
+        start = 0
+        for part in parts:
+            if part is not None:
+                phi, y, datum, shapes = part
+                self._shapes = [tuple(shape) for shape in shapes]
+                self._phi.append(phi.to(like))
+                self._y.append(y.to(like.device))
+                self._datum.append(datum.to(like.device) + start)
+                start += int(datum.max()) + 1 if len(datum) else 0
+        if len({(y.dim(), y.dtype) for y in self._y}) > 1:
+            self._keep_none("The training data have targets of two kinds, such as hard and soft labels.")
+
     @property
     def density(self) -> ClassSums | None:
         """The sums; ``None`` where there are none."""
+        if self._shared is not None:
+            return self._shared
         return None if self._sums is None else self._sums.finish()
 
     @property

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, linalg, pending, tuning
+from laplace import checks, linalg, pending, processes, tuning
 from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
@@ -92,11 +92,11 @@ class ParametricLaplace(FittedLaplace):
         if previous is not None:
             previous.check_merge()
         observed = Observed(self._frozen_likelihood)
-        training = self._training(progress_bar, observed)
-        fit, kept = training.fit(train_loader), observed.kept
-        if previous is not None and previous.trained is not None:
-            fit = self._at_head(fit, kept, previous.mean)
-        fit = fit if previous is None else previous.merge(fit)
+        with processes.agreed():
+            fit, kept = self._training(progress_bar, observed).fit(train_loader), observed.kept
+            if previous is not None and previous.trained is not None:
+                fit = self._at_head(fit, kept, previous.mean)
+            fit = fit if previous is None else previous.merge(fit)
         with states.all_or_nothing(self):
             take_fit(self, fit, again=previous is None)
             if previous is not None and kept is not None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from laplace import checks, linalg, tuning
+from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace import inducing
 from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
@@ -232,6 +232,7 @@ class VaLLA(FeatureLaplace):
         object.
         """
         checks.loader("train_loader", train_loader)
+        processes.refuse(type(self).__name__)
         iterations = checks.whole("iterations", iterations)
         lr = checks.number("lr", lr, positive=True)
         override = checks.flag("override", override)

@@ -20,6 +20,7 @@ from torch import Tensor
 from laplace import pending
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.linalg import lasting, wide_dtype
+from laplace.processes import Team
 from laplace.schema import Check, Known, Table, flag, refuse, tensor
 from laplace.types import Features
 
@@ -212,6 +213,10 @@ class ClassSums:
         return ClassSums(
             counts * kept, sums * kept.unsqueeze(1), moments * parts.view(-1, 1, 1), normalized=self.normalized
         )
+
+    def summed(self, team: Team) -> ClassSums:
+        """The sums over the rows of all processes."""
+        return ClassSums(*team.summed(self._tensors, "density"), normalized=self.normalized)
 
     @lasting
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ClassSums:

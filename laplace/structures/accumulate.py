@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from laplace import pending
+from laplace import pending, processes
 from laplace.errors import InputError, numbered, warn
 
 Summand = TypeVar("Summand")
@@ -21,7 +21,15 @@ def add_up(
     of_batch: Callable[[Any, Tensor], tuple[Tensor, Summand]],
     merge: Callable[[Summand, Summand], Summand],
 ) -> tuple[Tensor, Summand] | None:
-    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty."""
+    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty.
+
+    Where processes fit together the data set is that of all of them.
+
+    Raises
+    ------
+    InputError
+        If a batch cannot be used, or its negative log-likelihood is not finite.
+    """
     total: tuple[Tensor, Summand] | None = None
     with pending.gathered() as checks:
         for index, (x, y) in enumerate(batches):
@@ -30,7 +38,7 @@ def add_up(
             check_loss(nll, index)
             total = (nll, summand) if total is None else (total[0] + nll, merge(total[1], summand))
             checks.next_batch()
-    return total
+    return None if total is None else processes.total(*total)
 
 
 def check_loss(nll: Tensor, index: int) -> None:

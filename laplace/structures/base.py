@@ -95,6 +95,17 @@ class AbstractCurvature(ABC):
         return
 
     @classmethod
+    def check_exact(cls) -> None:
+        """Raise where the sum of two curvatures is not exactly that of all their data.
+
+        Raises
+        ------
+        UnsupportedError
+            If it is not.
+        """
+        cls.check_merge()
+
+    @classmethod
     @abstractmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
         """Memory that curvature, factorization and one more copy take.
@@ -179,6 +190,46 @@ class AbstractCurvature(ABC):
         other
             A curvature of the same structure and size, unscaled as this one.
         """
+
+    def summands(self) -> list[Tensor]:
+        """The tensors that add up when data of several processes are merged.
+
+        Raises
+        ------
+        UnsupportedError
+            If the structure does not say it.
+        """
+        msg = (
+            f"{type(self).__name__} does not say how it adds up over processes (summands, with_summands). Fit in "
+            "each alone, within laplace.processes.within(None)."
+        )
+        raise UnsupportedError(msg)
+
+    def with_summands(self, parts: Sequence[Tensor]) -> AbstractCurvature:
+        """The same curvature with other tensors, in the order of ``summands``."""
+        del parts
+        raise NotImplementedError
+
+    def subtract(self, other: Any, *, squares: bool = True) -> AbstractCurvature:
+        """Curvature of the data that are not among those of another one, exactly; the inverse of ``merge``.
+
+        Parameters
+        ----------
+        other
+            A curvature of the same structure and size, unscaled, of some of the data of this one.
+        squares
+            Whether curvatures are sums of squares, whose diagonal cannot be negative; not so of a Hessian.
+
+        Raises
+        ------
+        InputError
+            If the other data cannot be part of these, since something would be negative.
+        UnsupportedError
+            If the structure keeps no sums.
+        """
+        del other, squares
+        msg = f"hessian_structure={self.name.value!r} does not say what is left when data are removed: fit the others."
+        raise UnsupportedError(msg)
 
     @abstractmethod
     def __mul__(self, factor: float | Tensor) -> AbstractCurvature:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg
+from laplace import linalg, processes
 from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
 from laplace.network.parameters import split_sizes
@@ -222,13 +222,16 @@ def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:
     for sides, vectors in zip(curvature.sums.kfacs, curvature.decomposed.eigenvectors, strict=True):
         pairs = zip(sides, vectors, strict=True)
         found.append([None if side.dim() == 1 or linalg.is_diagonal(side) else basis for side, basis in pairs])
-    return found
+    every = [basis for block in found for basis in block if basis is not None]
+    same = dict(zip(map(id, every), processes.shared(every), strict=True))
+    return [[None if basis is None else same[id(basis)] for basis in block] for block in found]
 
 
 def refuse_merge() -> NoReturn:
     """Raise: the eigenbases of two data sets are not that of their union."""
     msg = (
-        'hessian_structure="ekfac" cannot add to an earlier fit (override=False): the eigenbases of two data sets are '
-        'not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which adds.'
+        'hessian_structure="ekfac" cannot add to an earlier fit (override=False, merge): the eigenbases of two data '
+        'sets are not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which '
+        "adds."
     )
     raise UnsupportedError(msg)

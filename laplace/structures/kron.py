@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from laplace import linalg
 from laplace.attributes import check_attribute
 from laplace.enums import HessianStructure
-from laplace.errors import ShapeError
+from laplace.errors import InputError, ShapeError
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, factor, finite, groups, refuse, whole
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron_decomposed import KronDecomposed
+from laplace.structures.remainder import lost, remainder
 from laplace.structures.rotated import apply_blocks
 from laplace.types import Scalar
 
@@ -131,6 +132,27 @@ class KronCurvature(AbstractCurvature):
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
         return replace(self, sums=self.sums + other.sums, counts=counts, _cache={})
+
+    def summands(self) -> list[Tensor]:
+        """Each factor once, and the counts."""
+        return [*self.sums.sides.values(), torch.tensor(self.counts)]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> KronCurvature:
+        """Of other sums."""
+        *sides, counts = parts
+        return replace(self, sums=self.sums.with_sides(sides), counts=tuple(counts.tolist()), _cache={})
+
+    def subtract(self, other: KronCurvature, *, squares: bool = True) -> KronCurvature:
+        """Subtract sums and counts."""
+        assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are subtracted unscaled"
+        counts = tuple(ours - theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
+        if min(counts, default=0) < 0:
+            msg = (
+                f"The Kronecker factors are sums over {list(self.counts)} rows, and {list(other.counts)} were to be "
+                "removed: only data that were fitted can be."
+            )
+            raise InputError(msg)
+        return replace(self, sums=self.sums.without(other.sums, squares=squares), counts=counts, _cache={})
 
     def __mul__(self, factor: float | Tensor) -> KronCurvature:
         """Scale the matrix; the eigenbasis is shared."""
@@ -261,20 +283,66 @@ class Kron:
         if not isinstance(other, Kron):
             msg = f"A Kron adds to another Kron, factor by factor; got {type(other).__name__}."
             raise TypeError(msg)
-        # A factor that two blocks share (the bias has the weight's G) stays shared: stored and decomposed once.
-        sums: dict[tuple[int, int], Tensor] = {}
+        counts = None
+        if self.counts is not None and other.counts is not None:
+            counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
+        return Kron(self._with(other, torch.add), counts, max(self.resolution, other.resolution))
+
+    @property
+    def sides(self) -> dict[int, Tensor]:
+        """Each factor once, by its identity; blocks may share one."""
+        return {id(side): side for block in self.kfacs for side in block}
+
+    def with_sides(self, sides: Sequence[Tensor]) -> Kron:
+        """The same with other factors, in the order of ``sides``; shared ones stay shared.
+
+        Parameters
+        ----------
+        sides
+            The other factors.
+        """
+        new = dict(zip(self.sides, sides, strict=True))
+        return Kron([[new[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
+
+    def _with(self, other: Kron, combine: Callable[[Tensor, Tensor], Tensor]) -> list[list[Tensor]]:
+        """Combine factor by factor. One that two blocks share (the bias has the weight's G) stays shared."""
+        found: dict[tuple[int, int], Tensor] = {}
         blocks = []
         check_forms(self, other)
         for ours, theirs in zip(self.kfacs, other.kfacs, strict=True):
             pairs = list(zip(ours, theirs, strict=True))
             for a, b in pairs:
-                if (id(a), id(b)) not in sums:
-                    sums[id(a), id(b)] = a + b
-            blocks.append([sums[id(a), id(b)] for a, b in pairs])
-        counts = None
-        if self.counts is not None and other.counts is not None:
-            counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
-        return Kron(blocks, counts, max(self.resolution, other.resolution))
+                if (id(a), id(b)) not in found:
+                    found[id(a), id(b)] = combine(a, b)
+            blocks.append([found[id(a), id(b)] for a, b in pairs])
+        return blocks
+
+    def without(self, other: Kron, *, squares: bool = True) -> Kron:
+        """Raw sums less others that are part of them, which must leave no negative diagonal where they are squares.
+
+        Parameters
+        ----------
+        other
+            Sums over some of the rows.
+        squares
+            Whether they are sums of squares.
+
+        Raises
+        ------
+        InputError
+            If the others are not part of these.
+        """
+        rounding = max(self.resolution, other.resolution)
+        larger = [1.0]
+
+        def less(here: Tensor, there: Tensor) -> Tensor:
+            left = remainder(here, there, squares=squares, resolution=rounding)
+            larger.append(lost(here, left))
+            return left
+
+        blocks = self._with(other, less)
+        level = max([rounding, *(torch.finfo(side.dtype).eps for block in blocks for side in block)])
+        return Kron(blocks, resolution=level * max(larger))
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import processes
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, UnsupportedError, warn
 from laplace.prior import GaussianPrior
@@ -202,6 +203,7 @@ class LowRankCurvature(AbstractCurvature):
                 values, vectors = nystrom(basis, products)
             else:
                 values, vectors = ritz(directions, torch.cat([part for _, part in seen], 1))
+            values, vectors = processes.shared([values, vectors])
             n_kept = chosen.n_kept(values, trace)
             # Once a share is found one more pass sharpens the eigenpairs that hold it.
             if n_found == n_params or (enough if chosen.rank is None else chosen.done(n_passes, n_kept, trace)):
@@ -213,6 +215,7 @@ class LowRankCurvature(AbstractCurvature):
                 basis = extended(products[:, :wanted], wanted, products[:, 0], noise, directions)
             else:
                 basis = extended(products, block if enough else min(n_params, 2 * block), products[:, 0], noise)
+            basis = processes.shared([basis])[0]
         if chosen.rank is not None and trace is None and n_found < n_params and n_kept != chosen.rank:
             msg = (
                 f"{n_kept} positive eigenvalues were found in {n_passes} passes, fewer than rank={chosen.rank}: this "
@@ -224,6 +227,16 @@ class LowRankCurvature(AbstractCurvature):
         # The largest may be zero where the data say nothing; none is negative.
         found = LowRankCurvature(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, chosen, n_passes)
         return first_nll, found
+
+    @classmethod
+    def check_exact(cls) -> None:
+        """What was dropped of one is not there to be added to what the other kept: raises."""
+        msg = (
+            'hessian_structure="lowrank" keeps the leading eigenpairs of a fit and drops the rest, so that no sum or '
+            "difference of two is that of their data. Fit all data at once, add data with fit(loader, override=False), "
+            'which compresses again and warns, or use "kron", "diag", "blockdiag" or "full", whose sums are exact.'
+        )
+        raise UnsupportedError(msg)
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
