@@ -79,7 +79,7 @@ class Recording:
         self.calls: list[Call] = tape.calls
         self._tracked, self._opaque = tape.tracked, tape.opaque
         self._memory, self.names = memory, names
-        self._kept = Kept(2 * CHUNK_ELEMENTS)
+        self._kept = Kept(2 * CHUNK_ELEMENTS, self.outputs[0].numel())
         self._lookups, self._reorders = tape.lookups, tape.reorders
         self.mask = mask
 
@@ -235,7 +235,7 @@ class Recording:
                         verdict.slow[group] = "part of its use cannot be watched"
                 proven &= truth is None or proves(norms[group], largest, self._eps)
         # Tensors made here have no graph.
-        self._kept = Kept(2 * CHUNK_ELEMENTS)
+        self._kept = Kept(2 * CHUNK_ELEMENTS, self.outputs[0].numel())
         return verdict, proven and largest > 0
 
     def _mixes(self, group: int) -> bool:
@@ -301,6 +301,7 @@ class Recording:
             some = next(g for g in grads if g is not None)
             whole = [torch.zeros_like(some) if g is None else g for g in grads]
             stacked = some.unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
+            self._kept.rows.clear()
             for column in columns:
                 column[number] = None  # freed one by one: they take as much memory as all activations times columns
             for (tensor, role), found in zip(call.roles, self.layouts[number], strict=True):
@@ -339,7 +340,7 @@ class Recording:
             first = row_view(view, parameter)
             if first is not None:
                 pad = (first, parameter.shape[0] - first - view.shape[0])
-                return SumBlock(*(torch.nn.functional.pad(v, pad) for v in (block.values, block.left)))
+                return SumBlock(torch.nn.functional.pad(block.left, pad))
         return None
 
     def _pulled_back(self, block: JacobianBlock, tensor: Tensor, parameter: Tensor) -> DenseBlock:
