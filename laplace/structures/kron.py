@@ -120,6 +120,11 @@ class KronCurvature(AbstractCurvature):
         counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
         return replace(self, sums=self.sums + other.sums, counts=counts, _cache={})
 
+    def absorbing(self, other: KronCurvature) -> KronCurvature:
+        """The same, in place where the sums of batches allow it."""
+        counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
+        return replace(self, sums=self.sums.absorbing(other.sums), counts=counts, _cache={})
+
     def __mul__(self, factor: float | Tensor) -> KronCurvature:
         """Scale the matrix; the eigenbasis is shared."""
         return replace(self, scale=self.scale * factor)
@@ -258,6 +263,16 @@ class Kron:
         if self.counts is not None and other.counts is not None:
             counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
         return Kron(blocks, counts, max(self.resolution, other.resolution))
+
+    def absorbing(self, other: Kron) -> Kron:
+        """The sum of both, after which this one must not be used: its factors may have become those of the sum.
+
+        Parameters
+        ----------
+        other
+            Factors of the same shapes, which stay as they are.
+        """
+        return self + other
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""

@@ -75,7 +75,9 @@ class ProductBlock(JacobianBlock):
     @property
     def count(self) -> int:
         """Number of rows of a that count: data times positions times groups."""
-        return int(self.counts.sum()) * self.right.shape[1]
+        if self.counted is None:
+            return self.n_rows * self.right.shape[2] * self.right.shape[1]
+        return int(self.counted.sum()) * self.right.shape[1]
 
     @property
     def counts(self) -> Int[Tensor, " batch"]:
