@@ -18,6 +18,7 @@ from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
+from laplace.network.looking import Look, looking
 from laplace.structures import AbstractCurvature
 
 Learned = tuple[Tensor, AbstractCurvature]
@@ -54,10 +55,16 @@ class Training:
         def read() -> Iterator[Batch]:
             if counts and self.observed is not None:
                 self.observed.stop()
+                look.extractor = None
             counts.update(data=0, positions=0)
-            return self._counted(self.read(loader), counts, seen)
+            return self._counted(self.read(loader), counts, seen, look)
 
-        with evaluating(self.weights.model), self._noise_by_output() as shape, seeing_features() as seen:
+        with (
+            evaluating(self.weights.model),
+            self._noise_by_output() as shape,
+            seeing_features() as seen,
+            looking() as look,
+        ):
             learned = self.accumulate(Passes(loader, read))
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
@@ -80,8 +87,8 @@ class Training:
         density = None if self.observed is None else self.observed.density
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
 
-    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Show features to whoever looks at them: those of the pass over a head, or of a pass of their own."""
+    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]], look: Look) -> None:
+        """Show features to whoever looks at them: those that were seen in a pass, or of a pass of their own."""
         observed, weights = self.observed, self.weights
         if observed is None:
             return
@@ -97,12 +104,16 @@ class Training:
             observed.give_up("Features are not looked at for a subnetwork.")
         elif observed.wanted:
             try:
-                observed.add(*weights.outputs_and_features(batch.x), batch.y)
+                with torch.no_grad():
+                    found = look.read(batch.x)
+                observed.add(*(weights.outputs_and_features(batch.x) if found is None else found), batch.y)
+                look.extractor = weights.extractor if observed.wanted else None
             except (UnsupportedError, ShapeError) as error:
                 observed.give_up(f"The features of the last layer are not known. {error}")
+                look.extractor = None
 
     def _counted(
-        self, batches: Iterator[Batch], counts: dict[str, int], seen: list[tuple[Tensor, Tensor]]
+        self, batches: Iterator[Batch], counts: dict[str, int], seen: list[tuple[Tensor, Tensor]], look: Look
     ) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
         for batch in batches:
@@ -110,10 +121,11 @@ class Training:
                 self.weights.before_first(self.backend, batch.x)
                 self.ready()
             seen.clear()
+            look.passed = None
             yield batch
             if not counts["data"]:
                 self.check_prior()
-            self._observe(batch, seen)
+            self._observe(batch, seen, look)
             counts["data"] += len(batch.y)
             counts["positions"] += self.backend.count(batch.y)
 

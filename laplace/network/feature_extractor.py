@@ -289,6 +289,14 @@ class FeatureExtractor(nn.Module):
         self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module], *, keep: bool = False
     ) -> Pass:
         """One pass of the model, with the input and output of the layer that ran last, or of all."""
+        with self._watched(layers, keep=keep) as passed:
+            returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
+        passed.f = self.reading.tensor(returned)
+        return passed
+
+    @contextmanager
+    def _watched(self, layers: dict[str | None, nn.Module], *, keep: bool = False) -> Generator[Pass]:
+        """Watch layers in a pass that the body runs."""
         here, passed = threading.get_ident(), Pass()
 
         def watch(name: str | None) -> Any:
@@ -309,13 +317,39 @@ class FeatureExtractor(nn.Module):
             with _HOOKS:
                 for name, layer in layers.items():
                     handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
-            returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
+            yield passed
         finally:
             with _HOOKS:
                 for handle in handles:
                     handle.remove()
-        passed.f = self.reading.tensor(returned)
-        return passed
+
+    @contextmanager
+    def watching(self) -> Generator[Pass | None]:
+        """Watch the last layer in a pass that the body runs, for ``read``; ``None`` while the layer is not known."""
+        layer = self.last_layer if self._verified else None
+        if layer is None:
+            yield None
+            return
+        with self._watched({self.last_layer_name: layer}) as passed:
+            yield passed
+
+    def read(self, passed: Pass, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs and features of a pass that was watched.
+
+        Parameters
+        ----------
+        passed
+            By ``watching``, with the outputs of the model.
+        x
+            Its inputs.
+
+        Returns
+        -------
+        As ``forward_with_features``.
+        """
+        if not passed.seen:
+            self._explain_unseen()
+        return self._read(passed, self.last_layer_name, self.last_layer, x)
 
     def _accepted(self, found: tuple[Tensor, Tensor], name: str | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and features of a layer that is the last from now on."""
