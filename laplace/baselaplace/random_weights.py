@@ -133,6 +133,7 @@ class AllWeights:
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
+        """Sees what enters the last linear layer."""
         extractor = FeatureExtractor(self.model, **self._options)
         extractor.only_looks = True
         return extractor

@@ -9,18 +9,14 @@ are those of the model.
 from __future__ import annotations
 
 import difflib
-import threading
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from laplace.attributes import check_attribute
 from laplace.enums import FeatureReduction, choose
@@ -33,11 +29,8 @@ from laplace.network.heads import Head, head_of, is_head
 from laplace.network.matching import check_useful, close, matches, picked, reduce, unsqueezed
 from laplace.network.outputs import Reading
 from laplace.network.threads import together
+from laplace.network.watched import Pass, watched
 from laplace.types import Inputs
-
-_HOOKS = threading.RLock()
-"""Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
-
 
 _SEEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("_SEEN", default=None)
 
@@ -51,17 +44,6 @@ def seeing_features() -> Generator[list[tuple[Tensor, Tensor]]]:
         yield seen
     finally:
         _SEEN.reset(token)
-
-
-@dataclass
-class Pass:
-    """What one forward pass showed."""
-
-    calls: Counter[str | None] = field(default_factory=Counter)
-    seen: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Input and output of layers, in the order in which they ran last."""
-    f: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Outputs, in the layout of the model."""
 
 
 class FeatureExtractor(nn.Module):
@@ -289,39 +271,10 @@ class FeatureExtractor(nn.Module):
         self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module], *, keep: bool = False
     ) -> Pass:
         """One pass of the model, with the input and output of the layer that ran last, or of all."""
-        with self._watched(layers, keep=keep) as passed:
+        with watched(layers, keep=keep) as passed:
             returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
         passed.f = self.reading.tensor(returned)
         return passed
-
-    @contextmanager
-    def _watched(self, layers: dict[str | None, nn.Module], *, keep: bool = False) -> Generator[Pass]:
-        """Watch layers in a pass that the body runs."""
-        here, passed = threading.get_ident(), Pass()
-
-        def watch(name: str | None) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
-                if threading.get_ident() != here:
-                    return  # the pass of another thread; it may find half of a hook that is just removed
-                kwargs, output = others
-                passed.calls[name] += 1
-                if not keep:
-                    passed.seen.clear()
-                passed.seen.pop(name, None)
-                passed.seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
-
-            return hook
-
-        handles: list[RemovableHandle] = []
-        try:
-            with _HOOKS:
-                for name, layer in layers.items():
-                    handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
-            yield passed
-        finally:
-            with _HOOKS:
-                for handle in handles:
-                    handle.remove()
 
     @contextmanager
     def watching(self) -> Generator[Pass | None]:
@@ -330,7 +283,7 @@ class FeatureExtractor(nn.Module):
         if layer is None:
             yield None
             return
-        with self._watched({self.last_layer_name: layer}) as passed:
+        with watched({self.last_layer_name: layer}) as passed:
             yield passed
 
     def read(self, passed: Pass, x: Inputs) -> tuple[Tensor, Tensor]:

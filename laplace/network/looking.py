@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace.network.feature_extractor import FeatureExtractor, Pass
+from laplace.network.feature_extractor import FeatureExtractor
+from laplace.network.watched import Pass
 from laplace.types import Inputs
 
 _LOOK: ContextVar[Look | None] = ContextVar("_LOOK", default=None)

@@ -193,10 +193,11 @@ class Kron:
     def __init__(
         self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
     ) -> None:
-        self.kfacs = [list(block) for block in kfacs]
+        blocks = [list(block) for block in kfacs]
+        self.kfacs = blocks
         self.counts = None if counts is None else list(counts)
         self.resolution = resolution
-        for block in self.kfacs:
+        for block in blocks:
             square = all(side.dim() == 1 or (side.dim() == 2 and side.shape[0] == side.shape[1]) for side in block)
             if len(block) not in (1, 2) or not square:
                 shapes = [list(side.shape) for side in block]

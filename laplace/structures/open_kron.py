@@ -70,6 +70,8 @@ class OpenKron(Kron):
         As of ``Kron``, in the precision that they were computed in.
     """
 
+    _sums: list[list[FactorSum]]
+
     def __init__(
         self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
     ) -> None:
