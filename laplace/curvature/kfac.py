@@ -35,15 +35,11 @@ from torch import Tensor
 from laplace.structures import Kron
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import JacobianBlock, SumBlock
-from laplace.structures.open_kron import OpenKron
+from laplace.structures.open_kron import OpenKron, add_upper
 from laplace.structures.product import ProductBlock
 
 DENSE_LIMIT = 1024
 """Number of weights up to which a group without factors gets a dense block."""
-
-
-TILE = 64
-"""Size of the smallest tiles of a symmetric product of which one half is computed."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +108,7 @@ class Moments:
             add_upper(total, rows.reshape(-1, n))
 
     def finished(self) -> list[Tensor | None]:
-        """The sums, those that groups share being one tensor."""
-        for number, total in enumerate(self.totals):
-            if total is not None and total.dim() == 2 and self._owner[number] == number:
-                mirror(total)
+        """The sums, those that groups share being one tensor; of matrices what is on the diagonal and above."""
         return [self.totals[owner] for owner in self._owner]
 
 
@@ -126,28 +119,6 @@ def address(rows: Tensor | None) -> Any:
     # Axes of length 1 do not matter, a transposition does.
     axes = tuple(axis for axis in zip(rows.shape, rows.stride(), strict=True) if axis[0] > 1)
     return rows.data_ptr(), rows.shape[-1], axes
-
-
-def add_upper(total: Tensor, flat: Tensor) -> None:
-    """Add ``flatᵀ flat``, at least what is on the diagonal and above: tile by tile where that is less work."""
-    n = len(total)
-    if n < 2 * TILE:
-        total.addmm_(flat.T, flat)
-        return
-    half = n // 2
-    add_upper(total[:half, :half], flat[:, :half])
-    add_upper(total[half:, half:], flat[:, half:])
-    total[:half, half:].addmm_(flat[:, :half].T, flat[:, half:])
-
-
-def mirror(total: Tensor) -> None:
-    """Copy what is above the diagonal below it."""
-    n = len(total)
-    if n >= 2 * TILE:
-        half = n // 2
-        mirror(total[:half, :half])
-        mirror(total[half:, half:])
-        total[half:, :half] = total[:half, half:].T
 
 
 def rows(block: JacobianBlock, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Rows:

@@ -14,8 +14,34 @@ OPEN = 8
 """Batches that are added in their own precision: rounding then stays below what ``Kron.resolution`` allows for."""
 
 
+TILE = 64
+"""Size of the smallest tiles of a symmetric product of which one half is computed."""
+
+
+def add_upper(total: Tensor, flat: Tensor) -> None:
+    """Add ``flatᵀ flat``, at least what is on the diagonal and above: tile by tile where that is less work."""
+    n = len(total)
+    if n < 2 * TILE:
+        total.addmm_(flat.T, flat)
+        return
+    half = n // 2
+    add_upper(total[:half, :half], flat[:, :half])
+    add_upper(total[half:, half:], flat[:, half:])
+    total[:half, half:].addmm_(flat[:, :half].T, flat[:, half:])
+
+
+def mirror(total: Tensor) -> None:
+    """Copy what is above the diagonal below it."""
+    n = len(total)
+    if n >= 2 * TILE:
+        half = n // 2
+        mirror(total[:half, :half])
+        mirror(total[half:, half:])
+        total[half:, :half] = total[:half, half:].T
+
+
 class FactorSum:
-    """The sum of one factor."""
+    """The sum of one factor; of a matrix what is on the diagonal and above, until it is read."""
 
     def __init__(self, first: Tensor) -> None:
         self.shape = first.shape
@@ -48,7 +74,7 @@ class FactorSum:
         if self._wide is None:
             self._wide = self._open.to(wide_dtype(self._open), copy=True)
         else:
-            step = max(1, piece_elements(self._open.device) // max(1, self._open[0].numel()))
+            step = max(1, piece_elements(self._open.device) // max(1, self._open.stride(0)))
             for total, part in zip(self._wide.split(step), self._open.split(step), strict=True):
                 total.add_(part)
         self._open, self._n_open = None, 0
@@ -56,8 +82,11 @@ class FactorSum:
     @property
     def value(self) -> Tensor:
         """The sum in float64."""
+        changed = self._open is not None
         self._close()
         assert self._wide is not None, "made by closing"
+        if changed and self._wide.dim() == 2:
+            mirror(self._wide)
         return self._wide
 
 
@@ -67,7 +96,7 @@ class OpenKron(Kron):
     Parameters
     ----------
     kfacs, counts, resolution
-        As of ``Kron``, in the precision that they were computed in.
+        As of ``Kron``, in the precision that they were computed in; of matrices what is on the diagonal and above.
     """
 
     _sums: list[list[FactorSum]]
