@@ -21,6 +21,7 @@ from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
+from laplace.network.looking import Look, looking
 from laplace.network.shards import filled, in_step, is_collective
 from laplace.processes import Team
 from laplace.structures import AbstractCurvature
@@ -66,6 +67,7 @@ class Training:
         def read() -> Iterator[Batch]:
             if counts and self.observed is not None:
                 self.observed.stop()
+                look.extractor = None
             counts.update(data=0, positions=0)
             if self.backend.leading is not None:
                 self.backend.leading.begin_pass()
@@ -73,12 +75,13 @@ class Training:
             if team is not None:
                 batches = filled(team, batches, self.weights.first.device)
                 batches = in_step(team, batches, self.weights.outputs) if collective else batches
-            return self._counted(batches, counts, seen)
+            return self._counted(batches, counts, seen, look)
 
         with (
             evaluating(self.weights.model),
             self._noise_by_output() as shape,
             seeing_features() as seen,
+            looking() as look,
             processes.summing() as team,
         ):
             learned = self.accumulate(Passes(loader, read))
@@ -131,8 +134,8 @@ class Training:
         if self.observed is not None:
             self.observed.share(team)
 
-    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Show features to whoever looks at them: those of the pass over a head, or of a pass of their own."""
+    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]], look: Look) -> None:
+        """Show features to whoever looks at them: those that were seen in a pass, or of a pass of their own."""
         observed, weights = self.observed, self.weights
         if observed is None:
             return
@@ -148,12 +151,16 @@ class Training:
             observed.give_up("Features are not looked at for a subnetwork.")
         elif observed.wanted:
             try:
-                observed.add(*weights.outputs_and_features(batch.x), batch.y)
+                with torch.no_grad():
+                    found = look.read(batch.x)
+                observed.add(*(weights.outputs_and_features(batch.x) if found is None else found), batch.y)
+                look.extractor = weights.extractor if observed.wanted else None
             except (UnsupportedError, ShapeError) as error:
                 observed.give_up(f"The features of the last layer are not known. {error}")
+                look.extractor = None
 
     def _counted(
-        self, batches: Iterator[Batch], counts: dict[str, Any], seen: list[tuple[Tensor, Tensor]]
+        self, batches: Iterator[Batch], counts: dict[str, Any], seen: list[tuple[Tensor, Tensor]], look: Look
     ) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
         for batch in batches:
@@ -161,11 +168,12 @@ class Training:
                 self.weights.before_first(self.backend, batch.x)
                 self.ready()
             seen.clear()
+            look.passed = None
             yield batch
             if not counts["data"]:
                 self.check_prior()
             with pending.unchecked():  # the back end has checked outputs and targets
-                self._observe(batch, seen)
+                self._observe(batch, seen, look)
             counts["data"] += len(batch.y)
             counts["positions"] += self.backend.count(batch.y)
 

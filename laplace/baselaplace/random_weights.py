@@ -135,7 +135,8 @@ class AllWeights:
         return Batch(batch.x, self.reading.targets(batch.y))
 
     @cached_property
-    def _extractor(self) -> FeatureExtractor:
+    def extractor(self) -> FeatureExtractor:
+        """Sees what enters the last linear layer."""
         extractor = FeatureExtractor(self.model, **self._options)
         extractor.only_looks = True
         return extractor
@@ -143,7 +144,7 @@ class AllWeights:
     def outputs_and_features(self, x: Inputs, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Outputs and what enters the last linear layer, ``[batch, *positions, D]``, by a forward pass."""
         with torch.no_grad(), evaluating(self.model):
-            return self._extractor.forward_with_features(x, **model_kwargs)
+            return self.extractor.forward_with_features(x, **model_kwargs)
 
     def linearize(
         self,

@@ -244,9 +244,7 @@ def kron(recording: Recording, columns: Iterable[list[JacobianBlock]], network: 
                     refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
             yield found
 
-    # A device without float64 sums in what it has.
-    wide = recording.dtype if recording.outputs.device.type == "mps" else torch.float64
-    return kfac.kron(blocks(), diagonal, wide, torch.finfo(recording.dtype).eps, reduce=reduce)
+    return kfac.kron(blocks(), diagonal, torch.finfo(recording.dtype).eps, reduce=reduce)
 
 
 def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:

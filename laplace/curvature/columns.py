@@ -41,8 +41,13 @@ def full(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, 
 def diag(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, " params"]:
     """Its diagonal ``[P]``: exact, layer by layer."""
     total = like.new_zeros(sum(sizes))
+    parts = total.split(list(sizes))
     for blocks in columns:
-        total += torch.cat([block.squares() for block in blocks])
+        if len(blocks) != len(parts):  # chosen weights in another order are one block
+            total += torch.cat([block.squares() for block in blocks])
+            continue
+        for block, part in zip(blocks, parts, strict=True):
+            block.add_squares(part)
     return total
 
 

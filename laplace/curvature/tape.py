@@ -8,7 +8,7 @@ the role in place of the weight, and their derivatives are pulled back to it.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ REORDERING = {
     "take_along_dim", "topk",
 }  # fmt: skip
 """Functions that may put the rows of a batch into an order that depends on data, as indexing by tensors may."""
+PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, slice}
+"""Types of most arguments that are no tensors."""
 MUTATING = {"__setitem__", "set_", "copy_"}
 """Functions that write into their first argument, besides those whose name ends with an underscore."""
 
@@ -76,14 +78,14 @@ class Tape(TorchFunctionMode):
             return self._inside(func, args, kwargs)
         if (func in CELLS or func in SINGLE) and not kwargs and (out := self._unrolled(func, args)) is not None:
             return out
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         weights = [tensor for tensor in tensors if id(tensor) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and id(t) not in self.constants]
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        by_tensor = name in {"__getitem__", "__setitem__"} and any(True for _ in tensors_in(args[1]))
+        by_tensor = name in {"__getitem__", "__setitem__"} and bool(tensors_in(args[1]))
         self.reorders |= bool(data) and (name in REORDERING or by_tensor)
-        made = list(tensors_in(out))
+        made = tensors_in(out)
         if weights and (data or self._spreads(func, weights, made)):
             self._meet(func, name, args, kwargs, weights, data, made)
         elif not data:
@@ -179,16 +181,15 @@ class Tape(TorchFunctionMode):
             return body(*args, **kwargs)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+        return [value]
+    if type(value) in PLAIN:
+        return []
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [tensor for item in value.values() for tensor in tensors_in(item)] if isinstance(value, Mapping) else []
 
 
 def seen_whole(out: Tensor) -> Tensor:

@@ -9,19 +9,15 @@ are those of the model.
 from __future__ import annotations
 
 import difflib
-import threading
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from laplace.attributes import check_attribute
 from laplace.enums import FeatureReduction, choose
@@ -34,11 +30,8 @@ from laplace.network.heads import Head, head_of, is_head
 from laplace.network.matching import check_useful, close, matches, picked, reduce, require_close, unsqueezed
 from laplace.network.outputs import Reading
 from laplace.network.threads import together
+from laplace.network.watched import Pass, watched
 from laplace.types import Inputs
-
-_HOOKS = threading.RLock()
-"""Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
-
 
 _SEEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("_SEEN", default=None)
 
@@ -52,17 +45,6 @@ def seeing_features() -> Generator[list[tuple[Tensor, Tensor]]]:
         yield seen
     finally:
         _SEEN.reset(token)
-
-
-@dataclass
-class Pass:
-    """What one forward pass showed."""
-
-    calls: Counter[str | None] = field(default_factory=Counter)
-    seen: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Input and output of layers, in the order in which they ran last."""
-    f: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Outputs, in the layout of the model."""
 
 
 class FeatureExtractor(nn.Module):
@@ -290,33 +272,38 @@ class FeatureExtractor(nn.Module):
         self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module], *, keep: bool = False
     ) -> Pass:
         """One pass of the model, with the input and output of the layer that ran last, or of all."""
-        here, passed = threading.get_ident(), Pass()
-
-        def watch(name: str | None) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
-                if threading.get_ident() != here:
-                    return  # the pass of another thread; it may find half of a hook that is just removed
-                kwargs, output = others
-                passed.calls[name] += 1
-                if not keep:
-                    passed.seen.clear()
-                passed.seen.pop(name, None)
-                passed.seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
-
-            return hook
-
-        handles: list[RemovableHandle] = []
-        try:
-            with _HOOKS:
-                for name, layer in layers.items():
-                    handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
+        with watched(layers, keep=keep) as passed:
             returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
-        finally:
-            with _HOOKS:
-                for handle in handles:
-                    handle.remove()
         passed.f = self.reading.tensor(returned)
         return passed
+
+    @contextmanager
+    def watching(self) -> Generator[Pass | None]:
+        """Watch the last layer in a pass that the body runs, for ``read``; ``None`` while the layer is not known."""
+        layer = self.last_layer if self._verified else None
+        if layer is None:
+            yield None
+            return
+        with watched({self.last_layer_name: layer}) as passed:
+            yield passed
+
+    def read(self, passed: Pass, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs and features of a pass that was watched.
+
+        Parameters
+        ----------
+        passed
+            By ``watching``, with the outputs of the model.
+        x
+            Its inputs.
+
+        Returns
+        -------
+        As ``forward_with_features``.
+        """
+        if not passed.seen:
+            self._explain_unseen()
+        return self._read(passed, self.last_layer_name, self.last_layer, x)
 
     def _accepted(self, found: tuple[Tensor, Tensor], name: str | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and features of a layer that is the last from now on."""

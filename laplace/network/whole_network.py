@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.axes import Axes
 from laplace.network.batches import arguments, call, count_rows, one_row
 from laplace.network.failures import check_weights, explained
+from laplace.network.looking import seen
 from laplace.network.modes import attributes_restored
 from laplace.network.outputs import Reading
 from laplace.network.parameters import ParameterSubset
@@ -91,7 +93,8 @@ class WholeNetwork:
         axes = None if self._looked else Axes()
         # Alone: layers may assign tensors made of their weights to themselves, and derivatives go through their graph.
         with alone(self.model), axes or nullcontext():
-            f = self.reading.tensor(call(self.model, x, **keys, **model_kwargs))
+            run = partial(call, self.model, x, **keys, **model_kwargs)
+            f = self.reading.tensor(seen(self.model, run, self.reading.tensor))
         if axes is not None and f.dim() > 1:
             self._looked = True
             self.reading.see(f.dim(), axes.of(f))

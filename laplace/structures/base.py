@@ -78,7 +78,7 @@ class AbstractCurvature(ABC):
             If a batch cannot be used, or its negative log-likelihood or the curvature is not finite.
         """
         found = add_up(
-            batches, lambda x, y: cls.from_batch(backend, x, y, **options), lambda total, new: total.merge(new)
+            batches, lambda x, y: cls.from_batch(backend, x, y, **options), lambda total, new: total.absorbing(new)
         )
         require_finite(found is None or found[1].is_finite)
         return found
@@ -190,6 +190,16 @@ class AbstractCurvature(ABC):
         other
             A curvature of the same structure and size, unscaled as this one.
         """
+
+    def absorbing(self, other: Any) -> AbstractCurvature:
+        """What ``merge`` gives, where this curvature is not used any more and may be written to.
+
+        Parameters
+        ----------
+        other
+            As of ``merge``; it stays as it is.
+        """
+        return self.merge(other)
 
     def summands(self) -> list[Tensor]:
         """The tensors that add up when data of several processes are merged.

@@ -154,6 +154,11 @@ class KronCurvature(AbstractCurvature):
             raise InputError(msg)
         return replace(self, sums=self.sums.without(other.sums, squares=squares), counts=counts, _cache={})
 
+    def absorbing(self, other: KronCurvature) -> KronCurvature:
+        """The same, in place where the sums of batches allow it."""
+        counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
+        return replace(self, sums=self.sums.absorbing(other.sums), counts=counts, _cache={})
+
     def __mul__(self, factor: float | Tensor) -> KronCurvature:
         """Scale the matrix; the eigenbasis is shared."""
         return replace(self, scale=self.scale * factor)
@@ -227,10 +232,11 @@ class Kron:
     def __init__(
         self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int | Tensor] | None = None, resolution: float = 0.0
     ) -> None:
-        self.kfacs = [list(block) for block in kfacs]
+        blocks = [list(block) for block in kfacs]
+        self.kfacs = blocks
         self.counts = None if counts is None else list(counts)
         self.resolution = resolution
-        for block in self.kfacs:
+        for block in blocks:
             square = all(side.dim() == 1 or (side.dim() == 2 and side.shape[0] == side.shape[1]) for side in block)
             if len(block) not in (1, 2) or not square:
                 shapes = [list(side.shape) for side in block]
@@ -343,6 +349,16 @@ class Kron:
         blocks = self._with(other, less)
         level = max([rounding, *(torch.finfo(side.dtype).eps for block in blocks for side in block)])
         return Kron(blocks, resolution=level * max(larger))
+
+    def absorbing(self, other: Kron) -> Kron:
+        """The sum of both, after which this one must not be used: its factors may have become those of the sum.
+
+        Parameters
+        ----------
+        other
+            Factors of the same shapes, which stay as they are.
+        """
+        return self + other
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""

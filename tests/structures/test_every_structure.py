@@ -252,7 +252,7 @@ def network() -> tuple[list[JacobianBlock], Tensor, list[tuple[int, ...]]]:
     for n, (b, t) in enumerate(zip(datum.tolist(), token.tolist(), strict=True)):
         table[:, b, t] = values[:, n]
     left = normal(Q, B, 4, 3, seed=31)
-    blocks = [*products, GatherBlock(values, datum, token, B, 5, values, token), SumBlock(left.sum(2), left)]
+    blocks = [*products, GatherBlock(values, datum, token, B, 5, values, token), SumBlock(left)]
     J = torch.cat([*map(of_product, products), table.flatten(2), left.sum(2)], -1)
     return blocks, J, [block.shape for block in blocks]
 
