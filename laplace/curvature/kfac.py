@@ -67,7 +67,7 @@ def kron(
     Inputs are summed with the first columns, since all have the same; outputs that groups share stay shared.
     """
     outputs, inputs = Moments(), Moments()
-    groups: list[tuple[int, bool]] = []
+    groups: list[tuple[int | Tensor, bool]] = []
     for blocks in columns:
         each = enumerate(blocks)
         new = [rows(block, reduce=reduce, inputs=not groups, diagonal=group in diagonal) for group, block in each]
