@@ -42,6 +42,7 @@ TYPED = tuple(
 )
 NEVER = {
     "sample": ("ella", "valla"),
+    "plan": ("gp", "ella", "valla"),
     "log_marginal_likelihood": ("valla",),
     "optimize_prior_precision": ("valla",),
     "tune": ("valla",),

@@ -16,12 +16,20 @@ from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
+from laplace.free_memory import explained
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
 from laplace.structures import AbstractCurvature
 
 Learned = tuple[Tensor, AbstractCurvature]
 """Negative log-likelihood ``[]``, or ``[C]`` by output, and curvature, at unit noise and temperature."""
+
+
+LESS = (
+    "la.plan(loader) says what would fit: smaller batches, hessian_structure='diag' or 'kron', the last layer, or "
+    "backend_kwargs={'stochastic': True}."
+)
+"""What a fit that has no memory could be instead."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,12 @@ class Training:
             counts.update(data=0, positions=0)
             return self._counted(self.read(loader), counts, seen)
 
-        with evaluating(self.weights.model), self._noise_by_output() as shape, seeing_features() as seen:
+        with (
+            explained("fit", lambda: LESS),
+            evaluating(self.weights.model),
+            self._noise_by_output() as shape,
+            seeing_features() as seen,
+        ):
             learned = self.accumulate(Passes(loader, read))
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."

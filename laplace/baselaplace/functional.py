@@ -22,6 +22,7 @@ from laplace.baselaplace.options import check_model_keywords
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
+from laplace.free_memory import explained_predictions
 from laplace.likelihoods.base import check_outputs
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
@@ -184,8 +185,8 @@ class BaseFunctionalLaplace(FittedLaplace):
         """
         options = self._function_options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
-        posterior = self._frozen_posterior
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
+        with explained_predictions(), evaluating(self.model, enable_backprop=self.enable_backprop):
+            posterior = self._frozen_posterior
             inputs = self._checked_functions(x, options, **model_kwargs)
             with full_precision(self._device):
                 found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)

@@ -23,6 +23,7 @@ from laplace.baselaplace.options import check_marginals, check_model_keywords, c
 from laplace.enums import ForeignScore, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, HEAD_ENTRIES, Fit
+from laplace.free_memory import explained_predictions
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
@@ -521,8 +522,8 @@ class ParametricLaplace(FittedLaplace):
 
     def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """A prediction with C last."""
-        posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
+        with explained_predictions(), evaluating(self.model, enable_backprop=self.enable_backprop):
+            posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
                 found = self._adjustments.predict(inputs, self._fitted, posterior, likelihood, options, self._dtype)

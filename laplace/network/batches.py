@@ -161,7 +161,7 @@ def iterate(
         )
         raise InputError(msg)
     # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
-    bar = tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar)
+    bar = tqdm(iter(loader), desc=description, total=number_of(loader), disable=not progress_bar)
     shift = Shift(shift_labels)
     for index, batch in enumerate(bar):
         with numbered(index):
@@ -195,7 +195,7 @@ class Passes:
             raise InputError(msg)
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def number_of(loader: Iterable[Any]) -> int | None:
     """Number of batches, where it is known: a loader of a stream has ``__len__``, which raises."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
