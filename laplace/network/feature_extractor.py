@@ -28,6 +28,7 @@ from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, war
 from laplace.network import heads
 from laplace.network.batches import call, one_row
 from laplace.network.candidates import candidates, listed, sharing
+from laplace.network.compiled import around, as_written
 from laplace.network.failures import check_weights
 from laplace.network.heads import Head, head_of, is_head
 from laplace.network.matching import check_useful, close, matches, picked, reduce, unsqueezed
@@ -309,7 +310,9 @@ class FeatureExtractor(nn.Module):
             with _HOOKS:
                 for name, layer in layers.items():
                     handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
-            returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
+            keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
+            with as_written(around(self.model, layers)):
+                returned = call(self.model, x, **keys, **model_kwargs)
         finally:
             with _HOOKS:
                 for handle in handles:
