@@ -15,6 +15,7 @@ from torch import Tensor
 from laplace import checks, linalg, tuning
 from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
+from laplace.baselaplace.compiled import Predictor
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.fitting import Training, take_fit
@@ -173,7 +174,7 @@ class ParametricLaplace(FittedLaplace):
     def __getstate__(self) -> dict[str, Any]:
         """Without the data that ``fit`` kept."""
         why_not = self._why_not if self._kept is None else (self._why_not[0], "Copies have none.")
-        return {**super().__getstate__(), "_kept": None, "_why_not": why_not}
+        return {**super().__getstate__(), "_kept": None, "_why_not": why_not, "_predictors": {}}
 
     # -- without a fit, and by hand -----------------------------------------------------------------------------------
 
@@ -516,9 +517,20 @@ class ParametricLaplace(FittedLaplace):
         Immer, Korzepa & Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
         arXiv:2008.08400
         """
+        if torch.compiler.is_compiling() and self._weights_type.of_head and generator is None:
+            how = pred_type, joint, link_approx, n_samples, diagonal_output, fitting
+            self._prepare(*how)
+            return self._predictors[how](x, **model_kwargs)
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
         return self._reading.returned(self._predicted(x, options, **model_kwargs))
+
+    @torch.compiler.assume_constant_result
+    def _prepare(self, *how: Any) -> None:
+        """Make what a compiled prediction with these options is; runs while it is traced, and is no part of it."""
+        *options, fitting = how
+        predictor = Predictor(self, self._options(*options, None, fitting))
+        vars(self)["_predictors"] = {**self._predictors, how: predictor}
 
     def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """A prediction with C last."""

@@ -219,7 +219,8 @@ def log_normal(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     else:
         rate = (mean + cov.diagonal(dim1=-2, dim2=-1) / 2).exp()
         spread = rate.unsqueeze(-1) * rate.unsqueeze(-2) * cov.expm1()
-    if not bool(rate.detach().isfinite().all()) or not bool(spread.detach().isfinite().all()):
+    looked_at = not torch.compiler.is_compiling()
+    if looked_at and not bool(rate.detach().isfinite().all() & spread.detach().isfinite().all()):
         msg = (
             "A predicted rate is too large for its type: the posterior is so wide that its exponential overflows. "
             "Choose the prior precision with tune(val_loader), or a larger one."
