@@ -50,7 +50,8 @@ class Predictor(nn.Module):
             returned = self.reading.tensor(self.twin(*args, **kwargs, **model_kwargs))
             entered, made = self.seen.pop()
             name = extractor.last_layer_name
-            passed = Pass({name: 1}, {name: (entered, made)}, returned)
+            calls: Any = {name: 1}
+            passed = Pass(calls, {name: (entered, made)}, returned)
             found = self._of(*extractor._read(passed, name, extractor.last_layer, x))
             return self.reading.returned(found)
 
@@ -63,11 +64,28 @@ class Predictor(nn.Module):
             return self.adjustments.predict(inputs, self.fit, *how)
 
 
+def predict(la: Any, x: Inputs, how: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Any:
+    """A prediction while it is traced."""
+    la._prepare(*how)
+    return la._predictors[how](x, **model_kwargs)
+
+
+def prepare(self: Any, *how: Any) -> None:
+    """Make what a compiled prediction with these options is; runs while it is traced, and is no part of it."""
+    *options, fitting = how
+    predictor = Predictor(self, self._options(*options, None, fitting))
+    vars(self)["_predictors"] = {**self._predictors, how: predictor}
+
+
+# As by `torch.compiler.assume_constant_result`, which would load the compiler wherever this library is imported.
+vars(prepare)["_dynamo_marked_constant"] = True
+
+
 def _shared_copy(model: nn.Module, name: str, seen: Entered) -> nn.Module:
     """Modules of their own, in evaluation mode, with the tensors of a model; its last layer shows what it sees."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        values = (*vars(module).values(), *module._parameters.values(), *module._buffers.values())
+        values = (*vars(module).values(), *module.parameters(recurse=False), *module.buffers(recurse=False))
         memo.update({id(value): value for value in values if isinstance(value, Tensor)})
     for module in model.modules():
         if hasattr(module, ORIGINAL) and id(module) not in memo:  # compiled as a part of the whole
@@ -82,4 +100,4 @@ def _shared_copy(model: nn.Module, name: str, seen: Entered) -> nn.Module:
     return twin
 
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "predict", "prepare"]

@@ -13,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
+from laplace.baselaplace import compiled, foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
-from laplace.baselaplace.compiled import Predictor
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.fitting import Training, take_fit
@@ -519,18 +518,12 @@ class ParametricLaplace(FittedLaplace):
         """
         if torch.compiler.is_compiling() and self._weights_type.of_head and generator is None:
             how = pred_type, joint, link_approx, n_samples, diagonal_output, fitting
-            self._prepare(*how)
-            return self._predictors[how](x, **model_kwargs)
+            return compiled.predict(self, x, how, model_kwargs)
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
         return self._reading.returned(self._predicted(x, options, **model_kwargs))
 
-    @torch.compiler.assume_constant_result
-    def _prepare(self, *how: Any) -> None:
-        """Make what a compiled prediction with these options is; runs while it is traced, and is no part of it."""
-        *options, fitting = how
-        predictor = Predictor(self, self._options(*options, None, fitting))
-        vars(self)["_predictors"] = {**self._predictors, how: predictor}
+    _prepare = compiled.prepare
 
     def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """A prediction with C last."""

@@ -351,7 +351,8 @@ class FeatureExtractor(nn.Module):
             f, phi = unsqueezed(f, phi, layer)
         f = self._channels_last(f, made, head)
         f, phi = self._align(f, phi, made, layer, name)
-        self._verify(f, phi, made, layer, name)
+        if not torch.compiler.is_compiling():  # values cannot be looked at
+            self._verify(f, phi, made, layer, name)
         return f, phi
 
     def _channels_last(self, f: Tensor, made: Tensor, head: Head) -> Tensor:
@@ -374,9 +375,7 @@ class FeatureExtractor(nn.Module):
             return f, phi
         pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
         if self.feature_reduction is not None and pooled:
-            return f, reduce(
-                phi, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
-            )
+            return f, reduce(phi, self.feature_reduction, self._picked(f, made, self.feature_reduction))
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
@@ -417,13 +416,9 @@ class FeatureExtractor(nn.Module):
         UnsupportedError
             If they are not.
         """
-        if torch.compiler.is_compiling():  # values cannot be looked at
-            return
         if self._verified:
             if f.numel() != made.numel() and self.feature_reduction:
-                made = reduce(
-                    made, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
-                )
+                made = reduce(made, self.feature_reduction, self._picked(f, made, self.feature_reduction))
             if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
                 return
         elif matches(f, phi, layer):
