@@ -77,8 +77,10 @@ def prepare(self: Any, *how: Any) -> None:
     vars(self)["_predictors"] = {**self._predictors, how: predictor}
 
 
-# As by `torch.compiler.assume_constant_result`, which would load the compiler wherever this library is imported.
+# As by `torch.compiler.assume_constant_result`, which would load the compiler wherever this library is imported; the
+# compiler looks the method up by the name of the function.
 vars(prepare)["_dynamo_marked_constant"] = True
+prepare.__name__ = "_prepare"
 
 
 def _shared_copy(model: nn.Module, name: str, seen: Entered) -> nn.Module:
