@@ -55,6 +55,10 @@ class UnsupportedError(ValueError):
     """An option, or a combination of options, that does not exist here; the message lists those that do."""
 
 
+class OutOfMemoryError(UnsupportedError, MemoryError, RuntimeError):
+    """Something does not fit the memory that is free; the message says how much it takes and what takes less."""
+
+
 class MissingModuleError(UnsupportedError, KeyError):
     """The model has no module of the name that was given; the message lists those that it has."""
 

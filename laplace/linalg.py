@@ -6,7 +6,6 @@ Nothing here knows about models, priors or likelihoods.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import pending
+from laplace import free_memory, pending
 from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError, warn
+from laplace.free_memory import CHUNK_ELEMENTS, chunk_elements
 
 _JITTER_STEPS = 6
 Arguments = ParamSpec("Arguments")
@@ -61,22 +61,15 @@ def number(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> T
     return torch.full((), value, device=device, dtype=dtype)
 
 
-CHUNK_ELEMENTS = 2**24
-"""Largest temporary that chunked computations make, in numbers: 64 MB in float32."""
-
-
 def piece_elements(device: torch.device) -> int:
     """How many numbers are computed, used and dropped at a time: as many as a CPU's cache holds, more elsewhere."""
-    return 2**18 if device.type == "cpu" else CHUNK_ELEMENTS
+    return chunk_elements(device, 2**18 if device.type == "cpu" else CHUNK_ELEMENTS)
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Total memory of a device in bytes; ``None`` where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ())):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+    """Memory that is free on a device, in bytes; ``None`` where it is not known."""
+    memory = free_memory.of_device(device)
+    return None if memory is None else memory.free
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:

@@ -8,15 +8,19 @@ reading costs nothing, and flags are read at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from laplace.errors import InputError, current_batch, of_batch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 EVERY = 64
 """After how many batches flags are read: an error comes at most so many batches late."""
@@ -25,8 +29,8 @@ FREE = {"cpu"}
 
 
 def is_free(device: torch.device) -> bool:
-    """Whether the host reads numbers of a device without waiting, or nobody gathers flags."""
-    return device.type in FREE or _GATHERED.get() is None
+    """Whether the host reads numbers of a device without waiting, or nobody gathers flags; never while compiling."""
+    return not torch.compiler.is_compiling() and (device.type in FREE or _GATHERED.get() is None)
 
 
 class Gathered:
@@ -87,6 +91,19 @@ def gathered() -> Generator[Gathered]:
     finally:
         _GATHERED.reset(token)
     here.read()
+
+
+def gathers(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function whose flags are gathered and read at its end; while it is compiled nothing is looked at."""
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with gathered():
+            return function(*args, **kwargs)
+
+    return run
 
 
 _UNCHECKED: ContextVar[bool] = ContextVar("_UNCHECKED", default=False)

@@ -29,6 +29,7 @@ STOREYS = {
         "enums",
         "linalg",
         "errors",
+        "free_memory",
         "pending",
         "optimizers",
         "optional",

@@ -44,6 +44,7 @@ NEVER = {
     "merge": ("lowrank", "ekfac", "gp", "ella", "valla"),
     "subtract": ("lowrank", "ekfac", "gp", "ella", "valla"),
     "sample": ("ella", "valla"),
+    "plan": ("gp", "ella", "valla"),
     "log_marginal_likelihood": ("valla",),
     "optimize_prior_precision": ("valla",),
     "tune": ("valla",),

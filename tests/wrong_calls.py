@@ -131,7 +131,7 @@ def base_arguments(subject: Subject, method: str) -> list[dict[str, Any]]:
     data = batches(subject.likelihood)
     n = 5 if "subnet" in subject.name else N_WEIGHTS[subject.name[:3] == "all", subject.n_out]
     given: dict[str, Any] = {
-        "x": inputs(), "X": inputs(), "train_loader": data, "val_loader": data, "grid": [1.0, 2.0],
+        "x": inputs(), "X": inputs(), "train_loader": data, "val_loader": data, "grid": [1.0, 2.0], "data": data,
         "value": torch.zeros(n), "Js": torch.ones(1, 2, n), "Js_star": torch.ones(1, 2, n),
         "jacobians": torch.ones(1, 2, n), "subnet_samples": torch.zeros(2, n), "device": "cpu",
         "pred_type": "glm", "link_approx": "probit", "n_samples": 3, "state_dict": {},
@@ -144,6 +144,8 @@ def base_arguments(subject: Subject, method: str) -> list[dict[str, Any]]:
         if subject.likelihood == "reward_modeling" or (subject.likelihood == "regression" and "subnet" in subject.name):
             return []  # there is no score
         return [{**needed, "kind": "max_prob" if subject.likelihood == "classification" else "density"}]
+    if method == "plan":
+        return [{**needed, "tune": False}]
     if method == "tune":
         return [{**needed, "n_steps": 2}]
     if method == "optimize_prior_precision" and "method" in parameters:

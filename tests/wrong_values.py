@@ -234,7 +234,8 @@ SORTS = {
     "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",
     "sigma_noise_init": "positive", "fix_sigma_noise": "flag", "device": "device", "state_dict": "state",
-    "other": "estimator", "output_key": "output key", "output_fn": "output function", "output_dim": "axis", "shift_labels": "flag or none",
+    "other": "estimator", "tune": "flag", "data": "loader",
+    "output_key": "output key", "output_fn": "output function", "output_dim": "axis", "shift_labels": "flag or none",
 }  # fmt: skip
 """The sort of each keyword, wherever it stands; exceptions follow."""
 EXCEPTIONS = {
@@ -256,7 +257,7 @@ UNREAD = {"marglik": ("val_loader", "train_loader", "loss"), "gridsearch": ("tra
 METHODS = (
     "__call__", "assemble_full_samples", "fit", "functional_covariance", "functional_samples", "functional_variance",
     "functional_variance_fast", "load_state_dict", "log_marginal_likelihood", "log_prob", "merge", "optimize_hyperparameters",
-    "ood_score", "optimize_prior_precision", "predict", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm",
+    "ood_score", "optimize_prior_precision", "plan", "predict", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm",
     "subtract", "to", "tune",
 )  # fmt: skip
 

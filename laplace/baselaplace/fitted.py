@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import explained, merging, statefile, states, tuned
+from laplace.baselaplace import explained, merging, plan, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
@@ -48,7 +48,7 @@ class FittedLaplace(BaseLaplace):
     """There once it was fitted."""
     _posterior_cache: dict[str, AbstractPrecision]
 
-    predict = explained.predict
+    predict, plan = explained.predict, plan.plan
     merge, subtract = merging.merge, merging.subtract
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:

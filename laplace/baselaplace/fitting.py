@@ -19,6 +19,7 @@ from laplace.baselaplace.statefile import digest
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
+from laplace.free_memory import explained
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
 from laplace.network.looking import Look, looking
@@ -28,6 +29,13 @@ from laplace.structures import AbstractCurvature
 
 Learned = tuple[Tensor, AbstractCurvature]
 """Negative log-likelihood ``[]``, or ``[C]`` by output, and curvature, at unit noise and temperature."""
+
+
+LESS = (
+    "la.plan(loader) says what would fit: smaller batches, hessian_structure='diag' or 'kron', the last layer, or "
+    "backend_kwargs={'stochastic': True}."
+)
+"""What a fit that has no memory could be instead."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Training:
             return self._counted(batches, counts, seen, look)
 
         with (
+            explained("fit", lambda: LESS),
             evaluating(self.weights.model),
             self._noise_by_output() as shape,
             seeing_features() as seen,

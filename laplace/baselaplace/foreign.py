@@ -47,7 +47,7 @@ def _chosen(kind: ForeignScore | str | None, likelihood: AbstractLikelihood, n_o
     return found
 
 
-@pending.gathered()
+@pending.gathers
 def score(la: ParametricLaplace, x: Inputs, kind: Any, options: Options) -> Float[Tensor, "batch ..."]:
     """One number for each input, ``[batch, *positions]``."""
     fit, likelihood = la._fitted, la._frozen_likelihood

@@ -22,6 +22,7 @@ from laplace.baselaplace.options import check_model_keywords
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
+from laplace.free_memory import explained_predictions
 from laplace.likelihoods.base import check_outputs
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
@@ -141,7 +142,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         check_outputs(inputs.f)
         return compare(inputs) if options.fitting else inputs
 
-    @pending.gathered()
+    @pending.gathers
     def __call__(
         self,
         x: Inputs,
@@ -192,15 +193,15 @@ class BaseFunctionalLaplace(FittedLaplace):
         """
         options = self._function_options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
-        posterior = self._frozen_posterior
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
+        with explained_predictions(), evaluating(self.model, enable_backprop=self.enable_backprop):
+            posterior = self._frozen_posterior
             inputs = self._checked_functions(x, options, **model_kwargs)
             with full_precision(self._device):
                 found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)
         found = self._compared(inputs.f, found, likelihood) if self._is_untuned else found
         return self._reading.returned(found)
 
-    @pending.gathered()
+    @pending.gathers
     def predictive_moments(self, x: Inputs, *, joint: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs, before any link and without observation noise.
 

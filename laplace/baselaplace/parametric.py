@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, pending, processes, tuning
-from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
+from laplace.baselaplace import compiled, foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
@@ -23,6 +23,7 @@ from laplace.baselaplace.options import check_marginals, check_model_keywords, c
 from laplace.enums import ForeignScore, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, HEAD_ENTRIES, Fit
+from laplace.free_memory import explained_predictions
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
@@ -172,7 +173,7 @@ class ParametricLaplace(FittedLaplace):
     def __getstate__(self) -> dict[str, Any]:
         """Without the data that ``fit`` kept."""
         why_not = self._why_not if self._kept is None else (self._why_not[0], "Copies have none.")
-        return {**super().__getstate__(), "_kept": None, "_why_not": why_not}
+        return {**super().__getstate__(), "_kept": None, "_why_not": why_not, "_predictors": {}}
 
     # -- without a fit, and by hand -----------------------------------------------------------------------------------
 
@@ -418,7 +419,7 @@ class ParametricLaplace(FittedLaplace):
         """
         return self._gaussian.functional_covariance(self._checked_jacobians(Js))
 
-    @pending.gathered()
+    @pending.gathers
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
         """Outputs (logits, of a classifier) and their variances, without covariances and without a Jacobian.
 
@@ -516,15 +517,20 @@ class ParametricLaplace(FittedLaplace):
         Immer, Korzepa & Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
         arXiv:2008.08400
         """
+        if torch.compiler.is_compiling() and self._weights_type.of_head and generator is None:
+            how = pred_type, joint, link_approx, n_samples, diagonal_output, fitting
+            return compiled.predict(self, x, how, model_kwargs)
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
         return self._reading.returned(self._predicted(x, options, **model_kwargs))
 
-    @pending.gathered()
+    _prepare = compiled.prepare
+
+    @pending.gathers
     def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """A prediction with C last."""
-        posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
+        with explained_predictions(), evaluating(self.model, enable_backprop=self.enable_backprop):
+            posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
                 found = self._adjustments.predict(inputs, self._fitted, posterior, likelihood, options, self._dtype)
@@ -661,7 +667,7 @@ class ParametricLaplace(FittedLaplace):
         check_marginals(options)
         return options
 
-    @pending.gathered()
+    @pending.gathers
     def _functions(
         self, x: Inputs, options: Options, *, adjusted: bool = False, **model_kwargs: Any
     ) -> Float[Tensor, "samples batch ..."]:

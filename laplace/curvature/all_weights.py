@@ -29,6 +29,7 @@ from laplace.errors import PerformanceWarning, UnsupportedError, warn
 from laplace.likelihoods import Positions
 from laplace.likelihoods.roots import Root
 from laplace.network.batches import count_rows, differentiable
+from laplace.network.compiled import as_written
 from laplace.network.modes import full_precision
 from laplace.network.threads import alone
 from laplace.network.whole_network import WholeNetwork
@@ -49,11 +50,16 @@ class AllWeightsEngine:
 
     def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Recording:
         """Run the model and keep what derivatives are made of."""
+
+        def run(rows: Any) -> Tensor:
+            # Keywords travel with the inputs, so that single rows get their own.
+            with as_written(self.network.model.modules()):
+                return self.backend.outputs(rows[0], **rows[1])
+
         with alone(self.network.model):
             self.network.check_still_random()
             return Recording(
-                # Keywords travel with the inputs, so that single rows get their own.
-                lambda rows: self.backend.outputs(rows[0], **rows[1]),
+                run,
                 differentiable((x, model_kwargs)),
                 self.network.subset,
                 self.network.constants,

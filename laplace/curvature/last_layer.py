@@ -27,7 +27,7 @@ from laplace.curvature.replay import Features, Replay
 from laplace.curvature.structured import Basis
 from laplace.enums import HessianStructure
 from laplace.likelihoods import OutputHessian, Positions
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.network.modes import full_precision
 from laplace.structures import Kron
 from laplace.structures.head_block import HeadBlock
@@ -151,7 +151,7 @@ def lowrank(
     parts = directions.split([n_outputs * width for width in widths])
     sides = torch.cat([part.unflatten(0, (n_outputs, -1)) for part in parts], 1)  # [C, D, k]
     total = torch.zeros_like(sides)
-    step = max(1, CHUNK_ELEMENTS // max(1, n_outputs * n_directions))
+    step = max(1, chunk_elements(directions.device) // max(1, n_outputs * n_directions))
     for start in range(0, len(phi), step):
         rows = slice(start, start + step)
         moved = torch.einsum("nd,cdk->nck", phi[rows], sides)
@@ -176,7 +176,7 @@ def products(phi: Float[Tensor, "rows features"], hessian: OutputHessian) -> Flo
     """Σ Λ ⊗ φφᵀ over rows with Λ as matrices, in chunks of rows; output by output."""
     n_outputs, width = hessian.n_outputs, phi.shape[1]
     total = phi.new_zeros(n_outputs**2, width**2)
-    step = max(1, CHUNK_ELEMENTS // (n_outputs**2 + width**2))
+    step = max(1, chunk_elements(phi.device) // (n_outputs**2 + width**2))
     for start in range(0, len(phi), step):
         rows = slice(start, start + step)
         squares = phi[rows].unsqueeze(2) * phi[rows].unsqueeze(1)
@@ -192,7 +192,7 @@ def outer_products(
     n_rows, n_outputs, n_samples = root.shape
     width = n_outputs * phi.shape[1]
     total = phi.new_zeros(width, width)
-    step = max(1, CHUNK_ELEMENTS // (width * n_samples))
+    step = max(1, chunk_elements(phi.device) // (width * n_samples))
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
         z = torch.einsum("nck,nd->nkcd", root[rows], phi[rows]).reshape(-1, width)
@@ -224,7 +224,7 @@ def datum_columns(
     blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], positions: Sequence[int]
 ) -> Iterator[list[JacobianBlock]]:
     """Gradients of each datum in the weights, summed over its ``positions`` first: one column, some data at a time."""
-    step = max(1, CHUNK_ELEMENTS // sum(block.n_params for block in blocks))
+    step = max(1, chunk_elements(gradient.device) // sum(block.n_params for block in blocks))
     gradients, features = gradient.split(positions), [block.phi.split(positions) for block in blocks]
     for start in range(0, len(positions), step):
         # Padded with zeros to [chunk, positions, ·]: the sum over positions becomes a batched product.

@@ -17,7 +17,7 @@ from laplace.gp.kernel import SubsetKernel
 from laplace.gp.subset_curvature import KernelBasis
 from laplace.gp.subset_of_data import SubsetPrecision
 from laplace.likelihoods.draws import draw
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.predictive.base import Linearization
 from laplace.structures import AbstractPrecision, DiagPrecision
 from laplace.structures.basis import Basis
@@ -217,7 +217,7 @@ class RotatedProcess(Process):
         n_rows, C = self.unit_variance.shape
         parts = 1 if self._met else len(self.basis.eigenvalues)
         keep = n_rows * (C if self._met else parts) * columns <= KEPT_SQUARES
-        step = max(1, CHUNK_ELEMENTS // max(1, C * columns))
+        step = max(1, chunk_elements(self.unit_variance.device) // max(1, C * columns))
         for start in range(0, n_rows, step):
             rows = slice(start, start + step)
             z = self.kernel.project(self._cross_rows(rows), self.basis.root, self.basis.whitening).square()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace import linalg
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, OutOfMemoryError
 from laplace.gp.kernel import SubsetKernel
 from laplace.likelihoods import Positions
 from laplace.network import full_precision
@@ -174,10 +174,10 @@ class Subset:
         if available is not None and needed > available:
             msg = (
                 f"n_subset={self.size} makes {parts} matrices of {columns}×{columns} numbers, about "
-                f"{needed / 1e9:.1f} GB with their factors; this device has {available / 1e9:.1f} GB. Pass a smaller "
+                f"{needed / 1e9:.1f} GB with their factors; {available / 1e9:.1f} GB are free. Pass a smaller "
                 "n_subset, or independent_outputs=True."
             )
-            raise UnsupportedError(msg)
+            raise OutOfMemoryError(msg)
 
     def finish(self, kernel: SubsetKernel, root: Tensor) -> tuple[SubsetKernel, Tensor, float]:
         """Kernel and roots of the subset, once all data have passed by, and N/M."""

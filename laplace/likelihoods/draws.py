@@ -101,6 +101,7 @@ def antithetic_normals(
 
 def chunks(total: int, elements_each: int) -> Iterator[int]:
     """Split ``total`` items of ``elements_each`` numbers into chunks of bounded size."""
+    # Not by the memory that is free: random numbers would be others.
     step = max(1, CHUNK_ELEMENTS // max(elements_each, 1))
     for start in range(0, total, step):
         yield min(step, total - start)

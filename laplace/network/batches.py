@@ -177,7 +177,7 @@ def iterate(
         )
         raise InputError(msg)
     # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
-    bar = tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar)
+    bar = tqdm(iter(loader), desc=description, total=number_of(loader), disable=not progress_bar)
     shift = Shift(shift_labels)
     for index, batch in enumerate(bar):
         with numbered(index):
@@ -214,7 +214,7 @@ class Passes:
             raise InputError(msg)
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def number_of(loader: Iterable[Any]) -> int | None:
     """Number of batches, where it is known: a loader of a stream has ``__len__``, which raises."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
@@ -315,7 +315,8 @@ def count_rows(x: Inputs) -> int:
 
 def one_row(x: Inputs) -> bool:
     """Whether inputs are a single row for sure: there are tensors, and each is."""
-    return set(_sizes(x)) == {1}
+    sizes = list(_sizes(x))
+    return bool(sizes) and all(n == 1 for n in sizes)  # a set would fix the sizes of a compiled graph
 
 
 def _sizes(x: Inputs) -> Iterator[int]:

@@ -25,6 +25,7 @@ from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, war
 from laplace.network import heads
 from laplace.network.batches import call, one_row
 from laplace.network.candidates import candidates, listed, sharing
+from laplace.network.compiled import around, as_written
 from laplace.network.failures import check_weights
 from laplace.network.heads import Head, head_of, is_head
 from laplace.network.matching import check_useful, close, matches, picked, reduce, require_close, unsqueezed
@@ -272,8 +273,9 @@ class FeatureExtractor(nn.Module):
         self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module], *, keep: bool = False
     ) -> Pass:
         """One pass of the model, with the input and output of the layer that ran last, or of all."""
-        with watched(layers, keep=keep) as passed:
-            returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
+        keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
+        with watched(layers, keep=keep) as passed, as_written(around(self.model, layers)):
+            returned = call(self.model, x, **keys, **model_kwargs)
         passed.f = self.reading.tensor(returned)
         return passed
 
@@ -336,7 +338,8 @@ class FeatureExtractor(nn.Module):
             f, phi = unsqueezed(f, phi, layer)
         f = self._channels_last(f, made, head)
         f, phi = self._align(f, phi, made, layer, name)
-        self._verify(f, phi, made, layer, name)
+        if not torch.compiler.is_compiling():  # values cannot be looked at
+            self._verify(f, phi, made, layer, name)
         return f, phi
 
     def _channels_last(self, f: Tensor, made: Tensor, head: Head) -> Tensor:
@@ -359,9 +362,8 @@ class FeatureExtractor(nn.Module):
             return f, phi
         pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
         if self.feature_reduction is not None and pooled:
-            return f, reduce(
-                phi, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
-            )
+            position = picked(f, made, self.feature_reduction, first=not self._verified)
+            return f, reduce(phi, self.feature_reduction, position)
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.

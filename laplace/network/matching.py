@@ -56,7 +56,7 @@ def picked(f: Tensor, made: Tensor, reduction: FeatureReduction, *, first: bool)
             position, other_end = distance.argmin(1), last
         else:
             position, other_end = last - distance.flip(1).argmin(1), 0
-        return None if first and bool((position == other_end).all()) else position
+        return None if not torch.compiler.is_compiling() and first and bool((position == other_end).all()) else position
 
 
 def check_useful(reduction: FeatureReduction, phi: Tensor) -> None:

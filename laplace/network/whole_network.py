@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.axes import Axes
 from laplace.network.batches import arguments, call, count_rows, one_row
+from laplace.network.compiled import as_written
 from laplace.network.failures import check_weights, explained
 from laplace.network.looking import seen
 from laplace.network.modes import attributes_restored
@@ -109,7 +110,8 @@ class WholeNetwork:
         weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
         kwargs = {**kwargs, **model_kwargs}
-        with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs):
+        written = as_written(self.model.modules())
+        with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs), written:
             outputs = torch.func.functional_call(self.model, weights, args, kwargs)
         return with_axes(self.reading.last(self.reading.tensor(outputs)), x)
 

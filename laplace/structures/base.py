@@ -16,7 +16,8 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.enums import HessianStructure
-from laplace.errors import UnsupportedError
+from laplace.errors import OutOfMemoryError, UnsupportedError
+from laplace.free_memory import amount, limited_by
 from laplace.prior import GaussianPrior
 from laplace.schema import Table
 from laplace.structures.accumulate import add_up, require_finite
@@ -120,7 +121,7 @@ class AbstractCurvature(ABC):
 
     @classmethod
     def check_memory(cls, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Raise if the curvature cannot fit the memory of the device, whatever else is there.
+        """Raise if the curvature cannot fit the memory that is free on the device.
 
         Parameters
         ----------
@@ -131,20 +132,22 @@ class AbstractCurvature(ABC):
 
         Raises
         ------
-        UnsupportedError
+        OutOfMemoryError
             If it cannot; the message says what would be needed and what fits.
         """
         needed = cls.bytes_needed([tuple(parameter.shape) for parameter in parameters], dtype)
-        available = linalg.memory_of(parameters[0].device)
+        device = parameters[0].device
+        available = linalg.memory_of(device)
         if available is not None and needed > available:
             n_params = sum(parameter.numel() for parameter in parameters)
             msg = (
-                f"hessian_structure={cls.name.value!r} for {n_params} weights takes about {needed / 1e9:.1f} GB; this "
-                f"device has {available / 1e9:.1f} GB. What takes less: hessian_structure='diag' "
-                f"({3 * n_params * dtype.itemsize / 1e9:.2g} GB), 'kron' unless a layer is very wide, or fewer random "
-                "weights (subset_of_weights='last_layer', or requires_grad_(False) on some layers)."
+                f"hessian_structure={cls.name.value!r} for {n_params} weights takes about {amount(needed)}; "
+                f"{amount(available)} are free{limited_by(device)}. What takes less: hessian_structure='diag' "
+                f"({amount(3 * n_params * dtype.itemsize)}), 'kron' unless a layer is very wide, or fewer random "
+                "weights (subset_of_weights='last_layer', or requires_grad_(False) on some layers). la.plan(loader) "
+                "says what each would take."
             )
-            raise UnsupportedError(msg)
+            raise OutOfMemoryError(msg)
 
     @property
     @abstractmethod

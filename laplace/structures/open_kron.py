@@ -102,7 +102,7 @@ class OpenKron(Kron):
     _sums: list[list[FactorSum]]
 
     def __init__(
-        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
+        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int | Tensor] | None = None, resolution: float = 0.0
     ) -> None:
         super().__init__(kfacs, counts, resolution)
 

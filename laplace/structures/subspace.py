@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
-from laplace.errors import UnsupportedError
+from laplace.errors import OutOfMemoryError
 
 
 def extended(
@@ -32,10 +32,10 @@ def extended(
     needed, available = 4 * like.itemsize * len(like) * (wanted + n_beside), linalg.memory_of(like.device)
     if available is not None and needed > available:
         msg = (
-            f"{wanted + n_beside} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
-            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
+            f"{wanted + n_beside} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; "
+            f"{available / 1e9:.1f} GB are free. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
         )
-        raise UnsupportedError(msg)
+        raise OutOfMemoryError(msg)
     known = [part for part in (beside, products) if part is not None]
     n_random = wanted + n_beside - sum(part.shape[1] for part in known)
     random = torch.randn(len(like), n_random, generator=noise, dtype=torch.float32).to(like)

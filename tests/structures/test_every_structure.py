@@ -263,8 +263,8 @@ limited = pytest.mark.parametrize("limited", [False, True], ids=["at once", "pie
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("jacobian", "product"):
         monkeypatch.setattr(f"laplace.structures.{module}.piece_elements", lambda device: 7)
-    for module in ("gather", "lowrank_precision"):
-        monkeypatch.setattr(f"laplace.structures.{module}.CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("laplace.structures.gather.chunk_elements", lambda device: 7)
+    monkeypatch.setattr("laplace.structures.lowrank_precision.CHUNK_ELEMENTS", 7)
 
 
 def check_moments(precision: Any, blocks: list[JacobianBlock], J: Tensor, dense: Tensor) -> None:
