@@ -195,6 +195,18 @@ def eigh(
     return torch.where(values <= 8 * resolution * largest, 0.0, values), vectors
 
 
+def eigenpairs(matrix: Float[Tensor, "n n"]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending, but for rounding) and eigenvectors of a symmetric matrix, in its own dtype.
+
+    In float32 the iteration leaves an error of some n·eps of the largest eigenvalue in all of them. The quotients
+    ``vᵀ A v``, which take their place, have the square of the error of the vectors. Time O(n³).
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    if matrix.dtype == torch.float64:
+        return values, vectors
+    return ((matrix @ vectors) * vectors).sum(0), vectors
+
+
 def wide_dtype(like: Tensor) -> torch.dtype:
     """Float64, or the dtype of ``like`` on a device that lacks it."""
     return like.dtype if like.device.type == "mps" else torch.float64

@@ -17,7 +17,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import linalg
+from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
+from laplace.structures.supports import SupportsCurvature
+
+MATRIX_ELEMENTS = 2**24
+"""A matrix of so many numbers (4,096 weights: 64 MB in float32) is formed where the first directions are too few."""
+DIRECTIONS_OF_MATRIX = 8
+"""The matrix is formed where a pass would have more directions than one of so many weights."""
+
+
+def pays_as_matrix(backend: SupportsCurvature, like: Float[Tensor, " params"], wanted: int, *, small: bool) -> bool:
+    """Whether a curvature is better formed than multiplied with so many more directions.
+
+    Forming it takes 2 P² operations for each column of a datum, a product with k directions 4 P k, and there are two
+    passes with k at least, and as a rule one with twice as many. ``small``: a small matrix is formed in any case.
+    """
+    provides = getattr(backend, "provides", None)
+    if not callable(getattr(backend, "full", None)) or (provides and not provides(HessianStructure.FULL)):
+        return False
+    n_params, available = len(like), linalg.memory_of(like.device)
+    fits = available is None or 4 * like.itemsize * n_params**2 <= available
+    return fits and (DIRECTIONS_OF_MATRIX * wanted > n_params or (small and n_params**2 <= MATRIX_ELEMENTS))
 
 
 def extended(
