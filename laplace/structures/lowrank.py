@@ -357,7 +357,7 @@ class LowRankCurvature(AbstractCurvature):
 
 def _eigenpairs(matrix: Float[Tensor, "params params"]) -> tuple[Tensor, Tensor, Tensor | None]:
     """All eigenpairs, largest first, and the trace; ``None`` of an indefinite matrix, whose trace says little."""
-    values, vectors = linalg.eigenpairs(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
     values, vectors = values.flip(0), vectors.flip(1)
     level = 1e3 * torch.finfo(values.dtype).eps * values.abs().max()
     return values, vectors, None if bool((values < -level).any()) else matrix.trace()
