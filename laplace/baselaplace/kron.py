@@ -13,11 +13,13 @@ from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
+from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, flag
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
 from laplace.structures.by_hand import independent
+from laplace.structures.wide_kron import WideKronCurvature
 
 
 @described
@@ -114,7 +116,19 @@ class KronLaplace(ParametricLaplace):
 
     @property
     def H_facs(self) -> Kron:  # noqa: N802 - the recorded name
-        """The Kronecker factors of the curvature; zero before ``fit``. A copy."""
+        """The Kronecker factors of the curvature; zero before ``fit``. A copy.
+
+        Raises
+        ------
+        UnsupportedError
+            Of a last layer of more than 4,096 outputs, whose factors are under ``H``.
+        """
         curvature = self._zero_curvature if self._is_prior else self._fitted.curvature
+        if isinstance(curvature, WideKronCurvature):
+            msg = (
+                f"The output factor of {len(curvature.sums.diagonal)} outputs is diagonal plus low rank, not a Kron of "
+                "matrices: la.H has its diagonal, the outputs that are kept, and their block."
+            )
+            raise UnsupportedError(msg)
         assert isinstance(curvature, KronCurvature), "made by this class"
         return independent(curvature.factors)

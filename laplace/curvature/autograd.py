@@ -27,6 +27,7 @@ from laplace.enums import HessianStructure, KfacApprox, Likelihood, SubsetOfWeig
 from laplace.network.batches import differentiable
 from laplace.network.parameters import ParameterSubset
 from laplace.structures import FullCurvature, Kron
+from laplace.structures.wide_kron import WideKron
 from laplace.types import Inputs, Jacobians
 
 
@@ -113,7 +114,7 @@ class AutogradInterface(CurvatureInterface):
         with self._engine.sums(x, y) as (loss, sums):
             return loss, sums.diag()
 
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron | WideKron]:
         """Loss ``[]`` and Kronecker factors; the inputs' side divided by ``N`` (times the positions of a datum).
 
         The factors of a last layer are summed in float64 whatever the model is: an eigenvalue that is zero but for

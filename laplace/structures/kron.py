@@ -22,20 +22,33 @@ from laplace.attributes import check_attribute
 from laplace.enums import HessianStructure
 from laplace.errors import ShapeError
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, factor, finite, groups, refuse, whole
+from laplace.schema import Known, Table, factor, finite, groups, indices, nested, refuse, symmetric, tensor, whole
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.eigenbases import eigenbases
 from laplace.structures.kron_decomposed import KronDecomposed
 from laplace.structures.rotated import apply_blocks
+from laplace.structures.wide_kron import WideKron, WideKronCurvature, is_wide
 from laplace.types import Scalar
+
+
+def _length(value: Any, where: str, known: Known) -> int:
+    """The size of a factor; that of very many outputs is a mapping."""
+    if not isinstance(value, Mapping):
+        return factor(value, where, known)
+    sizes: Known = {**known, "negative": False}
+    nested({"diagonal": tensor(("n",), low=0), "kept": indices("m"), "block": symmetric("m")})(value, where, sizes)
+    length, kept = len(value["diagonal"]), value["kept"]
+    if sizes["negative"] or not len(kept) or int(kept.max()) >= length or bool((kept.diff() <= 0).any()):
+        refuse(where, "outputs in ascending order and a matrix without negative numbers on its diagonal", kept)
+    return length
 
 
 def _factors(value: Any, where: str, known: Known) -> None:
     """One or two sides of a saved block, whose sizes multiply to the number of weights."""
     if not isinstance(value, list) or len(value) not in (1, 2):
         refuse(where, "a list of one or two factors", value)
-    lengths = [factor(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
+    lengths = [_length(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
     if math.prod(lengths) != known["p"]:
         refuse(where, f"factors of {known['p']} weights", math.prod(lengths))
 
@@ -61,11 +74,30 @@ class KronCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.KRON
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, KronCurvature]:
+    def from_batch(
+        cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
+    ) -> tuple[Tensor, KronCurvature | WideKronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
+        if isinstance(sums, WideKron):
+            return nll, WideKronCurvature(sums, backend.count(y), nll.dtype)
         counts = sums.counts or [backend.count(y)] * len(sums)
         return nll, cls(sums, tuple(counts), dtype=nll.dtype)
+
+    @classmethod
+    def accumulate(
+        cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
+    ) -> tuple[Tensor, AbstractCurvature] | None:
+        """Say of a last layer with very many outputs what is kept."""
+        found = super().accumulate(backend, batches, **options)
+        if found is not None and isinstance(found[1], WideKronCurvature):
+            found[1].warn()
+        return found
+
+    @classmethod
+    def of_head(cls, n_outputs: int) -> type[AbstractCurvature]:
+        """With very many outputs another one."""
+        return WideKronCurvature if is_wide(n_outputs) else cls
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -111,8 +143,10 @@ class KronCurvature(AbstractCurvature):
         return {"sums": self.sums.kfacs, "counts": list(self.counts), "resolution": float(self.sums.resolution)}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature | WideKronCurvature:
         """From raw sums and their counts."""
+        if isinstance(state["sums"][0][0], Mapping):
+            return WideKronCurvature.from_state(state, dtype)
         return cls(Kron(state["sums"], resolution=state["resolution"]), tuple(state["counts"]), dtype=dtype)
 
     def merge(self, other: KronCurvature) -> KronCurvature:
