@@ -72,7 +72,7 @@ def wide_kron(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> WideKron:
     Nothing is made that is larger than the outputs. Time O(rows · (C + m² + D²)), m the outputs that are kept.
     """
     phi = next((block.phi for block in blocks if len(block.shape) > 1), None)
-    wide, bias = linalg.wide_dtype(blocks[0].phi), any(len(block.shape) == 1 for block in blocks)
+    wide, shapes = linalg.wide_dtype(blocks[0].phi), [block.shape for block in blocks]
     step = max(1, CHUNK_ELEMENTS // hessian.n_outputs)
     parts = [slice(start, start + step) for start in range(0, blocks[0].n_rows, step)]
     diagonal = torch.stack([hessian.select(rows).diag().sum(0, dtype=wide) for rows in parts]).sum(0)
@@ -87,7 +87,7 @@ def wide_kron(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> WideKron:
         return block  # its diagonal is known
 
     inputs = None if phi is None else phi.to(wide).mT @ phi.to(wide)
-    return WideKron.of(diagonal, block_of, inputs, bias, torch.finfo(blocks[0].phi.dtype).eps)
+    return WideKron.of(diagonal, block_of, inputs, shapes, torch.finfo(blocks[0].phi.dtype).eps)
 
 
 def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Float[Tensor, "outputs outputs"]:

@@ -71,8 +71,8 @@ class WideKron:
         The block of Σ Λ of these outputs, ``[m, m]``.
     inputs
         Σ φφᵀ, ``[D, D]``; ``None`` where only a bias is random.
-    bias
-        Whether a bias follows the weight.
+    shapes
+        Of the parameter groups: ``(C, D)`` of a weight, ``(C,)`` of a bias.
     resolution
         As of ``Kron``.
     """
@@ -81,7 +81,7 @@ class WideKron:
     kept: Int[Tensor, " kept"]
     block: Float[Tensor, "kept kept"]
     inputs: Float[Tensor, "features features"] | None
-    bias: bool
+    shapes: Sequence[tuple[int, ...]]
     resolution: float = 0.0
 
     counts: ClassVar[None] = None
@@ -92,14 +92,14 @@ class WideKron:
         diagonal: Float[Tensor, " outputs"],
         block_of: Callable[[Tensor], Tensor],
         inputs: Float[Tensor, "features features"] | None,
-        bias: bool,
+        shapes: Sequence[tuple[int, ...]],
         resolution: float,
     ) -> WideKron:
         """Keep the outputs with most curvature, of which ``block_of`` gives the block."""
         kept = diagonal.topk(min(KEPT, len(diagonal))).indices.sort().values
         block = block_of(kept)
         block.diagonal().copy_(diagonal[kept])
-        return cls(diagonal, kept, block, inputs, bias, resolution)
+        return cls(diagonal, kept, block, inputs, shapes, resolution)
 
     @property
     def rest(self) -> Int[Tensor, " others"]:
@@ -107,12 +107,6 @@ class WideKron:
         others = torch.ones_like(self.diagonal, dtype=torch.bool)
         others[self.kept] = False
         return others.nonzero().squeeze(1)
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the parameter groups."""
-        n, inputs = len(self.diagonal), self.inputs
-        return [*([] if inputs is None else [(n, len(inputs))]), *[(n,)] * self.bias]
 
     def __len__(self) -> int:
         """Number of parameter groups."""
@@ -135,7 +129,7 @@ class WideKron:
             block[known.unsqueeze(1), known] += part.block[place[known].unsqueeze(1), place[known]]
         block.diagonal().copy_(diagonal[kept])
         inputs = None if self.inputs is None or other.inputs is None else self.inputs + other.inputs
-        return WideKron(diagonal, kept, block, inputs, self.bias, max(self.resolution, other.resolution))
+        return WideKron(diagonal, kept, block, inputs, self.shapes, max(self.resolution, other.resolution))
 
     def divide_inputs(self, count: float | Sequence[float]) -> WideKron:
         """Divide the inputs' side by a count: from sums to a mean."""
@@ -156,9 +150,9 @@ class WideKron:
         ((_, *inner),), ((alone, *moments),) = eigenbases([[others, *sides]], counts=[count], dtype=dtype)
 
         def head(vectors: Tensor | None, values: Tensor) -> KronDecomposed:
-            weight = [([vectors, *inner], [values, *moments])] * len(sides)
-            both = [*weight, *[([vectors], [values])] * self.bias]
-            return KronDecomposed([first for first, _ in both], [second for _, second in both])
+            of_group = {2: ([vectors, *inner], [values, *moments]), 1: ([vectors], [values])}
+            groups = [of_group[len(shape)] for shape in self.shapes]
+            return KronDecomposed([first for first, _ in groups], [second for _, second in groups])
 
         return head(outer, spread), head(None, alone)
 
@@ -232,16 +226,16 @@ class WideKronCurvature(AbstractCurvature):
         """As of a Kronecker curvature, with a mapping for the output factor."""
         sums = self.sums
         outer = {"diagonal": sums.diagonal, "kept": sums.kept, "block": sums.block}
-        groups = [[outer, sums.inputs]] * (sums.inputs is not None) + [[outer]] * sums.bias
+        groups = [[outer] if len(shape) == 1 else [outer, sums.inputs] for shape in sums.shapes]
         return {"sums": groups, "counts": [self.count] * len(sums), "resolution": float(sums.resolution)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> WideKronCurvature:
         """From the same."""
-        first, *others = state["sums"]
-        outer, inputs = first[0], first[1] if len(first) > 1 else None
-        bias, resolution = bool(others) or inputs is None, state["resolution"]
-        sums = WideKron(outer["diagonal"], outer["kept"], outer["block"], inputs, bias, resolution)
+        groups = state["sums"]
+        outer, inputs = groups[0][0], next((block[1] for block in groups if len(block) > 1), None)
+        shapes = [(len(outer["diagonal"]), *(len(side) for side in block[1:])) for block in groups]
+        sums = WideKron(outer["diagonal"], outer["kept"], outer["block"], inputs, shapes, state["resolution"])
         return cls(sums, state["counts"][0], dtype)
 
     def merge(self, other: WideKronCurvature) -> WideKronCurvature:
@@ -288,8 +282,8 @@ class WideKronCurvature(AbstractCurvature):
         mean = self.public
         outer = torch.diag(mean.diagonal)
         outer[mean.kept.unsqueeze(1), mean.kept] = mean.block
-        weight = [] if mean.inputs is None else [torch.kron(outer, mean.inputs)]
-        return torch.block_diag(*weight, *[outer] * mean.bias).to(self.dtype) * self.scale
+        groups = [outer if len(s) == 1 or mean.inputs is None else torch.kron(outer, mean.inputs) for s in mean.shapes]
+        return torch.block_diag(*groups).to(self.dtype) * self.scale
 
 
 @dataclass(frozen=True)

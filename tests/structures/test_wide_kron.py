@@ -35,7 +35,7 @@ def few_are_many(monkeypatch):
 
 def raw(seed: int, *, bias: bool = True) -> tuple[Tensor, Tensor, WideKron]:
     G, A = psd(C, seed, rank=C), psd(D, seed + 1, rank=3)
-    return G, A, WideKron.of(G.diagonal(), lambda kept: G[kept.unsqueeze(1), kept], A, bias, 0.0)
+    return G, A, WideKron.of(G.diagonal(), lambda kept: G[kept.unsqueeze(1), kept], A, shapes_of(C, D, bias), 0.0)
 
 
 def outer_of(kept: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
