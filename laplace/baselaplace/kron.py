@@ -39,6 +39,8 @@ class KronLaplace(ParametricLaplace):
     kept between groups. A layer of O outputs and I inputs (of a convolution: channels times kernel) takes memory
     O(O² + I²), and time O(O³ + I³) to factorize, once. Fitting all weights takes a backward pass for each output of a
     datum. Norms and other groups without factors get their exact block, dense while it is small, else its diagonal.
+    Beyond 4,096 outputs of a last layer G is diagonal plus low rank: its diagonal, and its block of the 2,048 outputs
+    with most curvature, in memory O(C D) and time O(2048³ + D³); ``fit`` warns of it.
 
     References
     ----------

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import linalg
 from laplace.density import log_one_minus_max
 from laplace.enums import Likelihood, LinkApprox
 from laplace.errors import InputError, ShapeError, UnsupportedError
@@ -84,6 +85,7 @@ class CategoricalLikelihood(PredictsProbabilities):
         Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
         matrix of the multinomial distribution, with applications".
         """
+        _check_room(f)
         p = f.softmax(-1)
         from_here = p.flip(-1).cumsum(-1).flip(-1)  # q_{j−1}
         here, before, after = p[:, :-1], from_here[:, :-1], from_here[:, 1:]
@@ -259,5 +261,20 @@ def check_logits(f: Outputs) -> None:
             "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
             'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the end '
             "of the model, or return log probabilities, which are logits, too."
+        )
+        raise UnsupportedError(msg)
+
+
+def _check_room(f: Outputs) -> None:
+    """Raise if all columns of the roots of a batch have no room: beside them two temporaries of their size."""
+    n_rows, n_outputs = f.shape
+    needed, available = 3 * n_rows * n_outputs * (n_outputs - 1) * f.element_size(), linalg.memory_of(f.device)
+    if available is not None and needed > available:
+        msg = (
+            f"The exact curvature of {n_rows} rows with {n_outputs} classes takes {n_outputs - 1} columns for each, "
+            f"about {needed / 1e9:.1f} GB; this device has {available / 1e9:.1f} GB. What takes less: "
+            'backend_kwargs={"columns": k} (the k leading columns exactly, the others as one random mixture), '
+            'backend_kwargs={"stochastic": True} (one sampled column), diagonal_hessian=True for '
+            'hessian_structure="gp", smaller batches, or subset_of_weights="last_layer" with "kron" or "diag".'
         )
         raise UnsupportedError(msg)

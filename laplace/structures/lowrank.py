@@ -33,7 +33,7 @@ from laplace.schema import Known, Table, finite, optional, refuse, tensor, whole
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.lowrank_precision import LowRankPrecision
-from laplace.structures.subspace import extended, nystrom, pays_as_matrix, ritz
+from laplace.structures.subspace import check_directions, extended, nystrom, pays_as_matrix, ritz
 from laplace.types import Scalar
 
 N_PASSES = 3
@@ -182,6 +182,8 @@ class LowRankCurvature(AbstractCurvature):
                 n_first = chosen.n_first(len(like))
                 # A share of the trace may turn out to be held by few directions; a rank says how many there are.
                 as_matrix = chosen.rank is not None and pays_as_matrix(backend, like, n_first, small=False)
+                if chosen.rank is None and n_first < len(like):
+                    check_directions(min(2 * n_first, len(like)), like)  # as a rule the first are too few
                 basis = extended(None, 0 if as_matrix else n_first, like, noise)
             if as_matrix:
                 nll, whole_matrix = backend.full(x, y, **options)

@@ -41,6 +41,18 @@ def pays_as_matrix(backend: SupportsCurvature, like: Float[Tensor, " params"], w
     return fits and (DIRECTIONS_OF_MATRIX * wanted > n_params or (small and n_params**2 <= MATRIX_ELEMENTS))
 
 
+def check_directions(wanted: int, like: Float[Tensor, " params"]) -> None:
+    """Raise if so many directions, their products and an orthonormal basis of these have no room."""
+    needed, available = 6 * like.itemsize * len(like) * wanted, linalg.memory_of(like.device)
+    if available is not None and needed > available:
+        msg = (
+            f"{wanted} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
+            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=; or take "
+            "hessian_structure='kron' or 'diag'."
+        )
+        raise UnsupportedError(msg)
+
+
 def extended(
     products: Float[Tensor, "params found"] | None,
     wanted: int,
@@ -50,13 +62,7 @@ def extended(
 ) -> Float[Tensor, "params wanted"]:
     """An orthonormal basis of the span of some products and of random directions."""
     n_beside = 0 if beside is None else beside.shape[1]
-    needed, available = 4 * like.itemsize * len(like) * (wanted + n_beside), linalg.memory_of(like.device)
-    if available is not None and needed > available:
-        msg = (
-            f"{wanted + n_beside} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
-            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
-        )
-        raise UnsupportedError(msg)
+    check_directions(wanted + n_beside, like)
     known = [part for part in (beside, products) if part is not None]
     n_random = wanted + n_beside - sum(part.shape[1] for part in known)
     random = torch.randn(len(like), n_random, generator=noise, dtype=torch.float32).to(like)
