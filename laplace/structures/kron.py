@@ -91,7 +91,7 @@ class KronCurvature(AbstractCurvature):
         """Say of a last layer with very many outputs what is kept."""
         found = super().accumulate(backend, batches, **options)
         if found is not None and isinstance(found[1], WideKronCurvature):
-            found[1].warn()
+            found[1].say_what_is_kept()
         return found
 
     @classmethod

@@ -212,7 +212,7 @@ class WideKronCurvature(AbstractCurvature):
         """Share of the trace of the output factor that the outputs have whose correlations are kept."""
         return float(self.sums.diagonal[self.sums.kept].sum() / self.sums.diagonal.sum().clamp(min=1e-300))
 
-    def warn(self) -> None:
+    def say_what_is_kept(self) -> None:
         """Say what is kept."""
         n, m = len(self.sums.diagonal), len(self.sums.kept)
         msg = (
