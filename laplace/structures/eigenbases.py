@@ -32,14 +32,17 @@ def eigenbases(
     rank; their eigenvalues are divided by it. ``dtype``: of the results, if not that of the factors.
     """
     bounds: dict[int, int] = {}
+    numbers: dict[int, int] = {}
     unique: dict[int, Tensor] = {}
     for index, block in enumerate(kfacs):
         for place, side in enumerate(block):
             unique[id(side)] = side
             bound = side.shape[0] if counts is None or place == 0 else counts[index]
             bounds[id(side)] = min(bound, bounds.get(id(side), bound))
+            numbers[id(side)] = 1 if counts is None or place == 0 else counts[index] or 1
     dense = {key: side for key, side in unique.items() if side.dim() == 2}
-    known: dict[int, tuple[Tensor, Tensor | None]] = {key: (side, None) for key, side in unique.items()}
+    diagonals = {key: side for key, side in unique.items() if side.dim() == 1}
+    known: dict[int, tuple[Tensor, Tensor | None]] = {k: (v / numbers[k], None) for k, v in diagonals.items()}
     work = {key: linalg.eigh_work(len(side), bounds[key], side.dtype, resolution) for key, side in dense.items()}
     largest = max(map(len, dense.values()), default=0)
     seconds = expected_seconds(sum(work.values()), largest, kfacs[0][0])
@@ -54,15 +57,14 @@ def eigenbases(
     hidden = seconds <= LONG
     with tqdm(total=sum(work.values()), desc="[Eigendecompositions]", disable=hidden, bar_format=form) as bar:
         for key, side in dense.items():
-            spectrum, basis = linalg.eigh(side, resolution=resolution, rank=bounds[key])
+            spectrum, basis = linalg.eigh(
+                side if numbers[key] == 1 else side / numbers[key], resolution=resolution, rank=bounds[key]
+            )
             known[key] = spectrum, basis if dtype is None else basis.to(dtype)
             bar.update(work[key])
-    values: list[list[Tensor]] = []
-    for index, block in enumerate(kfacs):
-        first, *others = (known[id(side)][0] for side in block)
-        number = 1 if counts is None else counts[index] or 1
-        sides = [first, *(other / number for other in others)]
-        values.append(sides if dtype is None else [side.to(dtype) for side in sides])
+    values = [[known[id(side)][0] for side in block] for block in kfacs]
+    if dtype is not None:
+        values = [[side.to(dtype) for side in block] for block in values]
     return [[known[id(side)][1] for side in block] for block in kfacs], values
 
 
