@@ -113,6 +113,7 @@ def _combined(la: Any, other: Any, *, add: bool) -> Any:
     here, there = la._fitted, other._fitted
     _check_same_model(la, other, what)
     for fit, whose in ((here, "This object"), (there, "The other object")):
+        fit.curvature.check_exact()
         _check_sums(fit, whose)
     there = states.moved(there, la._moved(there.curvature), here.mean)
     if not torch.equal(here.mean, there.mean):

@@ -155,7 +155,9 @@ class ParametricLaplace(FittedLaplace):
         subset = self._random_weights.subset
         if subset is not None:
             tensors = subset.parameters if subset.choice is None else [subset.vector()]
-            self.curvature_type.check_memory(tensors, self._dtype)
+            head, kind = self._head_shapes, self.curvature_type
+            kind = kind if head is None else kind.of_head(head[0][0])
+            kind.check_memory(tensors, self._dtype)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

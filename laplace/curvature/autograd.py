@@ -31,6 +31,7 @@ from laplace.likelihoods import OutputHessian, Positions
 from laplace.network.batches import differentiable
 from laplace.network.parameters import ParameterSubset
 from laplace.structures import FullCurvature, Kron
+from laplace.structures.wide_kron import WideKron
 from laplace.types import Inputs, Jacobians
 
 
@@ -117,7 +118,7 @@ class AutogradInterface(CurvatureInterface):
         with self._engine.sums(x, y) as (loss, sums):
             return loss, sums.diag()
 
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron | WideKron]:
         """Loss ``[]`` and Kronecker factors; the inputs' side divided by ``N`` (times the positions of a datum).
 
         The factors of a last layer are summed in float64 whatever the model is: an eigenvalue that is zero but for
@@ -131,9 +132,9 @@ class AutogradInterface(CurvatureInterface):
             factors = sums.kron()
         if N == 1:
             return loss, factors
-        n_data = max(self.count(y), 1)
+        n_data = max(int(self.count(y)), 1)
         counts = [n_data] * len(factors) if factors.counts is None else factors.counts
-        return loss, factors.divide_inputs([count * N / n_data for count in counts])
+        return loss, factors.divide_inputs([int(count) * N / n_data for count in counts])
 
     def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal block of each parameter group: O(rows · Σ p²), for all weights times columns."""

@@ -22,6 +22,7 @@ from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures import Kron
 from laplace.structures.dense_jacobian import dense_rows
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
+from laplace.structures.wide_kron import WideKron
 from laplace.types import Inputs, Scalar
 
 Columns: TypeAlias = "Iterable[Sequence[JacobianBlock]]"
@@ -118,7 +119,7 @@ class Sums(Protocol):
         ...
 
     @property
-    def kron(self) -> Callable[[], Kron]:
+    def kron(self) -> Callable[[], Kron | WideKron]:
         """Makes Kronecker factors, raw sums."""
         ...
 
@@ -145,7 +146,7 @@ class ColumnSums:
     """Number of weights in each parameter group."""
     like: Tensor
     """Any tensor in the precision of the result, where it is to be."""
-    kron: Callable[[], Kron]
+    kron: Callable[[], Kron | WideKron]
     """Kronecker factors, raw sums, which columns alone do not give."""
 
     def full(self) -> Tensor:

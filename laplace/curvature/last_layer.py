@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from laplace import linalg
@@ -32,6 +32,7 @@ from laplace.network.modes import full_precision
 from laplace.structures import Kron
 from laplace.structures.head_block import HeadBlock
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
+from laplace.structures.wide_kron import WideKron, is_wide
 from laplace.types import Inputs, Jacobians, Scalar
 
 
@@ -46,7 +47,7 @@ def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
     return torch.cat([(strength @ block.phi.square()).flatten() for block in blocks])
 
 
-def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron:
+def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron | WideKron:
     """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias, which multiplies a constant, its block.
 
     Notes
@@ -58,9 +59,35 @@ def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 
     Martens & Grosse (2015), "Optimizing neural networks with Kronecker-factored approximate curvature".
     arXiv:1503.05671; Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
     """
+    if is_wide(hessian.n_outputs):
+        return wide_kron(blocks, hessian)
     outer = hessian.sum()
     of_bias = bias_block(outer, constant)
     return Kron([[outer, block.phi.T @ block.phi] if len(block.shape) > 1 else [of_bias] for block in blocks])
+
+
+def wide_kron(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> WideKron:
+    """The same of very many outputs: the diagonal of Σ Λ, and a block of it.
+
+    Nothing is made that is larger than the outputs. Time O(rows · (C + m² + D²)), m the outputs that are kept.
+    """
+    phi = next((block.phi for block in blocks if len(block.shape) > 1), None)
+    wide, shapes = linalg.wide_dtype(blocks[0].phi), [block.shape for block in blocks]
+    step = max(1, chunk_elements(blocks[0].phi.device) // hessian.n_outputs)
+    parts = [slice(start, start + step) for start in range(0, blocks[0].n_rows, step)]
+    diagonal = torch.stack([hessian.select(rows).diag().sum(0, dtype=wide) for rows in parts]).sum(0)
+
+    def block_of(kept: Int[Tensor, " kept"]) -> Float[Tensor, "kept kept"]:
+        if hessian.root is None:
+            return torch.diag(diagonal[kept])
+        block = diagonal.new_zeros(len(kept), len(kept))
+        for rows in parts:
+            flat = hessian.root[rows][:, kept].mT.reshape(-1, len(kept)).to(wide)
+            block.addmm_(flat.mT, flat, alpha=hessian.sign)
+        return block  # its diagonal is known
+
+    inputs = None if phi is None else phi.to(wide).mT @ phi.to(wide)
+    return WideKron.of(diagonal, block_of, inputs, shapes, torch.finfo(blocks[0].phi.dtype).eps)
 
 
 def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Float[Tensor, "outputs outputs"]:
@@ -263,8 +290,10 @@ class HeadSums:
         """Diagonal ``[P]``: O(rows · C D)."""
         return diag(self.blocks, self.hessian(self.positions))
 
-    def kron(self) -> Kron:
+    def kron(self) -> Kron | WideKron:
         """Kronecker factors, raw sums in float64: O(rows · (C² + D²))."""
+        if is_wide(self.positions.f.shape[1]):
+            return kron(self.blocks, self.hessian(self.positions), self.constant)
         return kron(*self._wide(), self.constant)
 
     def blockdiag(self) -> list[Tensor]:

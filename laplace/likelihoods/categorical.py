@@ -91,6 +91,7 @@ class CategoricalLikelihood(PredictsProbabilities):
         Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
         matrix of the multinomial distribution, with applications".
         """
+        _check_room(f)
         p = f.softmax(-1)
         from_here = p.flip(-1).cumsum(-1).flip(-1)  # q_{j−1}
         here, before, after = p[:, :-1], from_here[:, :-1], from_here[:, 1:]
@@ -312,3 +313,18 @@ def _sums_to_one(off: Tensor, f: Outputs, n_rows: int | Tensor, dtype: torch.dty
     eps = torch.finfo(dtype).eps
     tolerance = 4 * (eps + min(eps, torch.finfo(torch.float32).eps) * f.shape[-1] ** 0.5)
     return (off <= tolerance) & (n_rows * math.log(tolerance) <= math.log(CHANCE))
+
+
+def _check_room(f: Outputs) -> None:
+    """Raise if all columns of the roots of a batch have no room: beside them two temporaries of their size."""
+    n_rows, n_outputs = f.shape
+    needed, available = 3 * n_rows * n_outputs * (n_outputs - 1) * f.element_size(), linalg.memory_of(f.device)
+    if available is not None and needed > available:
+        msg = (
+            f"The exact curvature of {n_rows} rows with {n_outputs} classes takes {n_outputs - 1} columns for each, "
+            f"about {needed / 1e9:.1f} GB; this device has {available / 1e9:.1f} GB. What takes less: "
+            'backend_kwargs={"columns": k} (the k leading columns exactly, the others as one random mixture), '
+            'backend_kwargs={"stochastic": True} (one sampled column), diagonal_hessian=True for '
+            'hessian_structure="gp", smaller batches, or subset_of_weights="last_layer" with "kron" or "diag".'
+        )
+        raise UnsupportedError(msg)

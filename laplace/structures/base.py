@@ -107,6 +107,22 @@ class AbstractCurvature(ABC):
         cls.check_merge()
 
     @classmethod
+    def of_head(cls, n_outputs: int) -> type[AbstractCurvature]:  # noqa: ARG003 - the same for any number
+        """The kind of curvature that holds a last layer of so many outputs.
+
+        Parameters
+        ----------
+        n_outputs
+            C.
+
+        Raises
+        ------
+        UnsupportedError
+            If the structure needs a C×C matrix that is too large.
+        """
+        return cls
+
+    @classmethod
     @abstractmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
         """Memory that curvature, factorization and one more copy take.

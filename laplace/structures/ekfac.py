@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -32,6 +33,7 @@ from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron import KronCurvature
 from laplace.structures.rotated import RotatedPrecision
+from laplace.structures.wide_kron import WideKronCurvature, refuse_wide
 from laplace.types import Scalar
 
 
@@ -89,11 +91,11 @@ class EKFACCurvature(AbstractCurvature):
     ) -> tuple[Tensor, EKFACCurvature] | None:
         """Two passes: the factors, then the diagonal in their eigenbasis."""
         batches = backend.repeatable(batches, cls.name)
-        found = KronCurvature.accumulate(backend, batches, **options)
+        found = add_up(batches, partial(_dense_factors, backend, **options), lambda total, new: total.merge(new))
         if found is None:
             return None
         nll, factors = found
-        assert isinstance(factors, KronCurvature), "made by itself"
+        require_finite(factors.is_finite)
         vectors, shapes = basis_of(factors), factors.decomposed.shapes
         second = add_up(
             batches,
@@ -110,6 +112,12 @@ class EKFACCurvature(AbstractCurvature):
     def check_merge(cls) -> None:
         """Two bases have no common one."""
         refuse_merge()
+
+    @classmethod
+    def of_head(cls, n_outputs: int) -> type[EKFACCurvature]:
+        """None with very many outputs."""
+        refuse_wide(n_outputs, "hessian_structure='ekfac'")
+        return cls
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -214,6 +222,15 @@ class EKFACPrecision(RotatedPrecision):
     def shapes(self) -> list[tuple[int, ...]]:
         """Sizes of the bases of each group."""
         return [tuple(values.shape) for values in self.eigenvalues]
+
+
+def _dense_factors(backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, KronCurvature]:
+    """The factors of a batch, refused where that of the outputs is no matrix."""
+    nll, found = KronCurvature.from_batch(backend, x, y, **options)
+    if isinstance(found, WideKronCurvature):
+        refuse_wide(len(found.sums.diagonal), "hessian_structure='ekfac'")
+    assert isinstance(found, KronCurvature), "of the back end"
+    return nll, found
 
 
 def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:

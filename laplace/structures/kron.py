@@ -22,20 +22,34 @@ from laplace.attributes import check_attribute
 from laplace.enums import HessianStructure
 from laplace.errors import InputError, ShapeError
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, factor, finite, groups, refuse, whole
+from laplace.schema import Known, Table, factor, finite, groups, indices, nested, refuse, symmetric, tensor, whole
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
+from laplace.structures.eigenbases import eigenbases
 from laplace.structures.kron_decomposed import KronDecomposed
 from laplace.structures.remainder import lost, remainder
 from laplace.structures.rotated import apply_blocks
+from laplace.structures.wide_kron import WideKron, WideKronCurvature, is_wide
 from laplace.types import Scalar
+
+
+def _length(value: Any, where: str, known: Known) -> int:
+    """The size of a factor; that of very many outputs is a mapping."""
+    if not isinstance(value, Mapping):
+        return factor(value, where, known)
+    sizes: Known = {**known, "negative": False}
+    nested({"diagonal": tensor(("n",), low=0), "kept": indices("m"), "block": symmetric("m")})(value, where, sizes)
+    length, kept = len(value["diagonal"]), value["kept"]
+    if sizes["negative"] or not len(kept) or int(kept.max()) >= length or bool((kept.diff() <= 0).any()):
+        refuse(where, "outputs in ascending order and a matrix without negative numbers on its diagonal", kept)
+    return length
 
 
 def _factors(value: Any, where: str, known: Known) -> None:
     """One or two sides of a saved block, whose sizes multiply to the number of weights."""
     if not isinstance(value, list) or len(value) not in (1, 2):
         refuse(where, "a list of one or two factors", value)
-    lengths = [factor(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
+    lengths = [_length(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
     if math.prod(lengths) != known["p"]:
         refuse(where, f"factors of {known['p']} weights", math.prod(lengths))
 
@@ -61,23 +75,35 @@ class KronCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.KRON
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, KronCurvature]:
+    def from_batch(
+        cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
+    ) -> tuple[Tensor, KronCurvature | WideKronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
+        if isinstance(sums, WideKron):
+            return nll, WideKronCurvature(sums, int(backend.count(y)), nll.dtype)
         counts = sums.counts or [backend.count(y)] * len(sums)
         return nll, cls(sums, tuple(counts), dtype=nll.dtype)
 
     @classmethod
     def accumulate(
         cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
-    ) -> tuple[Tensor, KronCurvature] | None:
-        """With counts that are read once, at the end."""
+    ) -> tuple[Tensor, AbstractCurvature] | None:
+        """With counts that are read once, at the end; of a last layer with very many outputs, say what is kept."""
         found = super().accumulate(backend, batches, **options)
         if found is None:
             return None
         nll, total = found
+        if isinstance(total, WideKronCurvature):
+            total.say_what_is_kept()
+            return nll, total
         assert isinstance(total, KronCurvature), "made by itself"
         return nll, replace(total, counts=tuple(int(count) for count in total.counts), _cache={})
+
+    @classmethod
+    def of_head(cls, n_outputs: int) -> type[AbstractCurvature]:
+        """With very many outputs another one."""
+        return WideKronCurvature if is_wide(n_outputs) else cls
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -104,11 +130,11 @@ class KronCurvature(AbstractCurvature):
     @property
     @linalg.lasting
     def decomposed(self) -> KronDecomposed:
-        """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
+        """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³); of few rows N O(C³ + D² N)."""
         if "decomposed" not in self._cache:
             with torch.no_grad():
-                decomposed = self.sums.divide_inputs(self.counts).decompose()
-            self._cache["decomposed"] = decomposed if self.dtype is None else decomposed.to(self.dtype)
+                found = eigenbases(self.sums.kfacs, self.sums.resolution, [int(n) for n in self.counts], self.dtype)
+            self._cache["decomposed"] = KronDecomposed(*found)
         return self._cache["decomposed"]
 
     @property
@@ -123,8 +149,10 @@ class KronCurvature(AbstractCurvature):
         return {"sums": self.sums.kfacs, "counts": list(self.counts), "resolution": float(self.sums.resolution)}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature | WideKronCurvature:
         """From raw sums and their counts."""
+        if isinstance(state["sums"][0][0], Mapping):
+            return WideKronCurvature.from_state(state, dtype)
         return cls(Kron(state["sums"], resolution=state["resolution"]), tuple(state["counts"]), dtype=dtype)
 
     def merge(self, other: KronCurvature) -> KronCurvature:
@@ -407,16 +435,7 @@ class Kron:
         -----
         O(n³) for a factor of size n.
         """
-        known: dict[int, tuple[Tensor, Tensor | None]] = {}
-        vectors: list[list[Tensor | None]] = []
-        values: list[list[Tensor]] = []
-        for block in self.kfacs:
-            for side in block:
-                if id(side) not in known:
-                    known[id(side)] = (side, None) if side.dim() == 1 else linalg.eigh(side, resolution=self.resolution)
-            values.append([known[id(side)][0] for side in block])
-            vectors.append([known[id(side)][1] for side in block])
-        return KronDecomposed(vectors, values, damping=damping)
+        return KronDecomposed(*eigenbases(self.kfacs, self.resolution), damping=damping)
 
     def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
         """Multiply rows by a power of the matrix.
