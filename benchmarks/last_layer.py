@@ -1,6 +1,6 @@
 """What the last layer costs, in units of bare inference of the same model in the same run.
 
-    python benchmarks/last_layer.py [--peer PATH/TO/PYTHON] [--output DIR]
+    python benchmarks/last_layer.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--output DIR]
 
 Writes ``results/last_layer.json`` and ``results/last_layer.md``. ``--peer`` names an interpreter in whose environment
 laplace-torch is installed; its rows are measured with the same models, data and settings.
@@ -8,13 +8,12 @@ laplace-torch is installed; its rows are measured with the same models, data and
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, write
+from measuring import markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "last_layer.json"
@@ -99,21 +98,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    arguments = parser.parse_args()
+    arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
     libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
     rows = []
     for index, case in enumerate(config["cases"]):
         for library, python in libraries.items():
             peer = library != "laplace"
-            where = ["--config", str(CONFIG), "--case", str(index)]
+            where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
             result = run(python, HERE / "measure_last_layer.py", where, config["limit_s"], peer)
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    write(arguments.output, "last_layer", config, rows, table(rows))
+    write(arguments.output or HERE / "results", "last_layer", config, rows, table(rows), arguments.device)
     print("\n" + table(rows))
 
 

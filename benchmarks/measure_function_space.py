@@ -7,14 +7,12 @@ data; the first call, which factorizes, and the grids are timed once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import interleave, peak_mb, seconds
+from measuring import case_of_arguments, interleave, peak_mb, seconds
 from networks import convolutional
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,15 +28,15 @@ def data(config: dict[str, Any], case: dict[str, Any], rows: int) -> tuple[Tenso
     return x, torch.randint(case["n_outputs"], (rows,))
 
 
-def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[str, Any]:
+def measure(config: dict[str, Any], case: dict[str, Any], peer: bool, device: str) -> dict[str, Any]:
     """All figures of one case; finished parts are printed at once, so that a time limit loses only the rest."""
     from laplace import Laplace
 
     torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     sizes = config["image"], config["channels"], case["n_features"], case["n_outputs"]
-    model = convolutional(*sizes).to(getattr(torch, config["dtype"]))
-    x, y = data(config, case, config["rows"])
+    model = convolutional(*sizes).to(device, getattr(torch, config["dtype"]))
+    x, y = (part.to(device) for part in data(config, case, config["rows"]))
     loader = DataLoader(TensorDataset(x, y), batch_size=config["batch_size"])
     validation = DataLoader(TensorDataset(x[:1000], y[:1000]), batch_size=config["batch_size"])
     inputs = x[: config["predict_rows"]]
@@ -93,13 +91,8 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
 
 def main() -> None:
     """Read the case from the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--case", type=int, required=True)
-    parser.add_argument("--peer", action="store_true")
-    arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
-    print(json.dumps(measure(config, config["cases"][arguments.case], arguments.peer)), flush=True)
+    config, asked = case_of_arguments()
+    print(json.dumps(measure(config, config["cases"][asked.case], asked.peer, asked.device)), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ its own. Every figure is a median over repeats that alternate with bare inferenc
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import interleave, peak_mb, seconds
+from measuring import case_of_arguments, interleave, peak_mb, seconds
 from networks import convolutional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,16 +35,16 @@ def density_of(model: Any, loader: DataLoader[Any], n_classes: int) -> Callable[
     return density
 
 
-def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[str, Any]:
+def measure(config: dict[str, Any], case: dict[str, Any], peer: bool, device: str) -> dict[str, Any]:
     """All figures of one case; finished parts are printed at once, so that a time limit loses only the rest."""
     from laplace import Laplace
 
     torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     dtype = getattr(torch, config["dtype"])
-    model = convolutional(config["image"], config["channels"], case["n_features"], case["n_outputs"]).to(dtype)
-    x = torch.randn(config["rows"], *config["image"], dtype=dtype)
-    y = torch.randint(case["n_outputs"], (config["rows"],))
+    model = convolutional(config["image"], config["channels"], case["n_features"], case["n_outputs"]).to(device, dtype)
+    x = torch.randn(config["rows"], *config["image"], dtype=dtype).to(device)
+    y = torch.randint(case["n_outputs"], (config["rows"],)).to(device)
     loader = DataLoader(TensorDataset(x, y), batch_size=config["batch_size"])
     inputs = x[: config["predict_rows"]]
 
@@ -94,13 +92,8 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> dict[st
 
 def main() -> None:
     """Read the case from the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--case", type=int, required=True)
-    parser.add_argument("--peer", action="store_true")
-    arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
-    print(json.dumps(measure(config, config["cases"][arguments.case], arguments.peer)), flush=True)
+    config, asked = case_of_arguments()
+    print(json.dumps(measure(config, config["cases"][asked.case], asked.peer, asked.device)), flush=True)
 
 
 if __name__ == "__main__":

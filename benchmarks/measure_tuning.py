@@ -6,16 +6,14 @@ every figure is a median over repeats that alternate with bare inference of the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import interleave, seconds
+from measuring import case_of_arguments, interleave, seconds
 from networks import convolutional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +22,7 @@ warnings.filterwarnings("ignore")
 
 def actions(la: Any, loader: DataLoader, config: dict[str, Any], peer: bool) -> dict[str, Callable[[], object]]:
     """What is timed: a grid search, evidence and its gradient, its optimum, and ``tune``, which the peer has not."""
-    log_precision = torch.zeros(1, requires_grad=True)
+    log_precision = torch.zeros(1, device=next(la.model.parameters()).device, requires_grad=True)
 
     def steps() -> None:
         for _ in range(config["evidence_steps"]):
@@ -40,16 +38,16 @@ def actions(la: Any, loader: DataLoader, config: dict[str, Any], peer: bool) -> 
     return timed if peer else timed | {"tune": lambda: la.tune(loader, refit=False, distance_aware=False)}
 
 
-def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> None:
+def measure(config: dict[str, Any], case: dict[str, Any], peer: bool, device: str) -> None:
     """All figures of one case; each is printed at once, so that a time limit loses only the rest."""
     from laplace import Laplace
 
     torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     dtype = getattr(torch, config["dtype"])
-    model = convolutional(config["image"], config["channels"], case["n_features"], case["n_outputs"]).to(dtype)
-    x = torch.randn(config["rows"], *config["image"], dtype=dtype)
-    y = torch.randint(case["n_outputs"], (config["rows"],))
+    model = convolutional(config["image"], config["channels"], case["n_features"], case["n_outputs"]).to(device, dtype)
+    x = torch.randn(config["rows"], *config["image"], dtype=dtype).to(device)
+    y = torch.randint(case["n_outputs"], (config["rows"],)).to(device)
     loader = DataLoader(TensorDataset(x, y), batch_size=config["batch_size"])
 
     def bare() -> None:
@@ -80,13 +78,8 @@ def measure(config: dict[str, Any], case: dict[str, Any], peer: bool) -> None:
 
 def main() -> None:
     """Read the case from the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--case", type=int, required=True)
-    parser.add_argument("--peer", action="store_true")
-    arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
-    measure(config, config["cases"][arguments.case], arguments.peer)
+    config, asked = case_of_arguments()
+    measure(config, config["cases"][asked.case], asked.peer, asked.device)
 
 
 if __name__ == "__main__":

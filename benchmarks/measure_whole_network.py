@@ -7,16 +7,14 @@ times are medians over repeats that alternate with bare passes of another copy o
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import warnings
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import added_mb, interleave, seconds
+from measuring import added_mb, case_of_arguments, interleave, seconds
 from networks import build
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,8 +45,8 @@ def trace(la: Any) -> float:
 class Case:
     """A network, its data, what is measured and what it is compared with."""
 
-    def __init__(self, config: dict[str, Any], case: dict[str, Any], back_end: str | None) -> None:
-        self.case, self.back_end = case, back_end
+    def __init__(self, config: dict[str, Any], case: dict[str, Any], back_end: str | None, device: str) -> None:
+        self.case, self.back_end, self.device = case, back_end, device
         self.network = config["networks"][case["network"]]
         self.model = self.copy_of_model(config)
         # Back ends leave hooks and attributes at the model: bare passes run on one that no back end has seen.
@@ -57,13 +55,14 @@ class Case:
         shape = (self.network["rows"], *self.network["input"])
         x = torch.randint(self.network["tokens"], shape) if "tokens" in self.network else torch.randn(shape)
         y = torch.randint(config["n_outputs"], (self.network["rows"],))
+        x, y = x.to(device), y.to(device)
         self.loader = DataLoader(TensorDataset(x, y), batch_size=self.network["batch_size"])
         self.inputs = x[: config["predict_rows"]]
 
     def copy_of_model(self, config: dict[str, Any]) -> nn.Module:
         """The same model every time."""
         torch.manual_seed(config["seed"])
-        return build(self.network["kind"], self.network["options"], config["n_outputs"])
+        return build(self.network["kind"], self.network["options"], config["n_outputs"]).to(self.device)
 
     def bare_pass(self) -> None:
         """The unit of a fit: forward and backward of the training loss over the data."""
@@ -126,17 +125,12 @@ class Case:
 
 def main() -> None:
     """Read the case from the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--case", type=int, required=True)
-    parser.add_argument("--back-end", help="a class of laplace.curvature; without it the library's default")
-    parser.add_argument("--peer", action="store_true")
-    arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
+    config, asked = case_of_arguments()
     torch.set_num_threads(config["threads"])
-    limit = int(config["memory_limit_gb"] * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    case = Case(config, config["cases"][arguments.case], arguments.back_end)
+    if asked.device == "cpu":  # a GPU's driver reserves more addresses than that
+        limit = int(config["memory_limit_gb"] * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    case = Case(config, config["cases"][asked.case], asked.back_end, asked.device)
     report(n_weights=sum(p.numel() for p in case.model.parameters()))
     try:
         case.measure_fit() if case.case["task"] == "fit" else case.measure_prediction()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -16,10 +17,30 @@ from typing import Any
 import torch
 
 
+def case_of_arguments() -> tuple[dict[str, Any], argparse.Namespace]:
+    """The configuration, and which of its cases a process is asked to measure, on which device, of which library."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--case", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--back-end", help="a class of laplace.curvature; without it the library's default")
+    parser.add_argument("--peer", action="store_true")
+    arguments = parser.parse_args()
+    return json.loads(arguments.config.read_text()), arguments
+
+
+def finished() -> None:
+    """Wait for the work that a GPU has been given, if there is one in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, of which a GPU has finished its part."""
+    finished()
     start = time.perf_counter()
     action()
+    finished()
     return time.perf_counter() - start
 
 
@@ -30,7 +51,14 @@ def resident_mb(name: str) -> float:
 
 
 def peak_mb(action: Callable[[], object]) -> float:
-    """Highest resident memory of this process during one call, in MB (the high-water mark is reset first)."""
+    """Highest resident memory of this process during one call, in MB, or that of tensors on a GPU in use.
+
+    The high-water mark is reset first.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        return torch.cuda.max_memory_allocated() / 1e6
     Path("/proc/self/clear_refs").write_text("5")
     action()
     return resident_mb("VmHWM")
@@ -39,7 +67,7 @@ def peak_mb(action: Callable[[], object]) -> float:
 def added_mb(action: Callable[[], object]) -> float:
     """Peak of one call above what is resident before it; what earlier calls freed is given back first (glibc)."""
     ctypes.CDLL(None).malloc_trim(0)
-    before = resident_mb("VmRSS")
+    before = torch.cuda.memory_allocated() / 1e6 if torch.cuda.is_initialized() else resident_mb("VmRSS")
     return peak_mb(action) - before
 
 
@@ -103,9 +131,28 @@ def markdown(columns: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def write(output: Path, name: str, config: dict[str, Any], rows: list[dict[str, Any]], text: str) -> None:
+def table_arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What every script that writes a table takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
+    parser.add_argument("--device", default="cpu", help="where models and data are: cpu or cuda")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: results/)")
+    return parser
+
+
+def named(name: str, device: str) -> str:
+    """The name of a table, with that of a device other than the CPU."""
+    return name if device == "cpu" else f"{name}-{device}"
+
+
+def write(
+    output: Path, name: str, config: dict[str, Any], rows: list[dict[str, Any]], text: str, device: str = "cpu"
+) -> None:
     """Keep the rows with their configuration and machine as JSON, and the table as Markdown."""
     machine = {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+    if device != "cpu":
+        machine["card"] = torch.cuda.get_device_name(device)
+    name = named(name, device)
     output.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"machine": machine, "config": config, "rows": rows}, indent=1)
     (output / f"{name}.json").write_text(content + "\n")

@@ -50,6 +50,74 @@ class Transformer(nn.Module):
         return self.head(h.mean(1))
 
 
+class HandWritten(nn.Module):
+    """The same with attention as functions of tensors, normalized before each part."""
+
+    def __init__(
+        self, vocabulary: int, length: int, width: int, heads: int, hidden: int, depth: int, n_outputs: int
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(width, hidden) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(hidden, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth))
+        self.head = nn.Linear(width, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of token sequences."""
+        h = self.tokens(x) + self.positions
+        for k, (qkv, out, up, down) in enumerate(zip(self.qkv, self.out, self.up, self.down, strict=True)):
+            parts = qkv(self.norms[2 * k](h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, key, v = parts
+            attended = torch.softmax(q @ key.mT / q.shape[-1] ** 0.5, -1) @ v
+            h = h + out(attended.transpose(1, 2).flatten(2))
+            h = h + down(torch.nn.functional.gelu(up(self.norms[2 * k + 1](h))))
+        return self.head(h.mean(1))
+
+
+class Recurrent(nn.Module):
+    """Tokens, an LSTM, a linear head on its last state."""
+
+    def __init__(self, vocabulary: int, width: int, hidden: int, n_outputs: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of token sequences."""
+        return self.head(self.lstm(self.tokens(x))[0][:, -1])
+
+
+class SmallGPT2(nn.Module):
+    """GPT-2 of the transformers package by its configuration, and a linear head on the mean of its states."""
+
+    def __init__(self, vocabulary: int, length: int, width: int, heads: int, depth: int, n_outputs: int) -> None:
+        from transformers import GPT2Config, GPT2Model
+
+        super().__init__()
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=length,
+            n_embd=width,
+            n_layer=depth,
+            n_head=heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        self.backbone = GPT2Model(config)
+        self.head = nn.Linear(width, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of token sequences."""
+        return self.head(self.backbone(x, use_cache=False).last_hidden_state.mean(1))
+
+
 class Block(nn.Module):
     """Two normalized convolutions beside a shortcut."""
 
@@ -86,6 +154,9 @@ def build(kind: str, options: dict[str, Any], n_outputs: int) -> nn.Module:
         "convolutional": convolutional,
         "fully connected": fully_connected,
         "transformer": Transformer,
+        "hand-written": HandWritten,
+        "recurrent": Recurrent,
+        "GPT-2": SmallGPT2,
         "residual": residual,
     }
     return builders[kind](**options, n_outputs=n_outputs).eval()

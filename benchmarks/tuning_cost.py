@@ -1,6 +1,6 @@
 """What tuning a last layer costs, in units of bare inference over the validation data in the same run.
 
-    python benchmarks/tuning_cost.py [--peer PATH/TO/PYTHON] [--output DIR]
+    python benchmarks/tuning_cost.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--output DIR]
 
 Writes ``results/tuning_cost.json`` and ``results/tuning_cost.md``. ``--peer`` names an interpreter in whose environment
 laplace-torch is installed; its grid has fewer points (the configuration is ``tuning_cost.json``).
@@ -8,13 +8,12 @@ laplace-torch is installed; its grid has fewer points (the configuration is ``tu
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, write
+from measuring import markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "tuning_cost.json"
@@ -63,21 +62,18 @@ def table(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    arguments = parser.parse_args()
+    arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
     libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
     rows = []
     for index, case in enumerate(config["cases"]):
         for library, python in libraries.items():
-            where = ["--config", str(CONFIG), "--case", str(index)]
+            where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
             result = run(python, HERE / "measure_tuning.py", where, config["limit_s"], library != "laplace")
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:], config).splitlines()[-1], flush=True)
     text = table(rows, config)
-    write(arguments.output, "tuning_cost", config, rows, text)
+    write(arguments.output or HERE / "results", "tuning_cost", config, rows, text, arguments.device)
     print("\n" + text)
 
 

@@ -1,6 +1,6 @@
 """What all weights cost, in units of bare passes of the same network in the same process.
 
-    python benchmarks/whole_network.py [--peer PATH/TO/PYTHON] [--output DIR] [-k TEXT]
+    python benchmarks/whole_network.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--output DIR] [-k TEXT]
 
 Fits are counted in passes forward and backward over the same data, predictions (``glm``, probit) in forward passes of
 the same inputs. Writes ``results/whole_network.json`` and ``results/whole_network.md``. ``--peer`` names an interpreter
@@ -10,13 +10,12 @@ its back ends.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, write
+from measuring import markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "whole_network.json"
@@ -138,11 +137,7 @@ exact rows of one case share: where it is another, so is what was computed."""
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
-    parser.add_argument(
-        "--output", type=Path, help="folder of the results (default: results/, only if all are measured)"
-    )
+    parser = table_arguments(__doc__)
     parser.add_argument("-k", default="", help="only the cases whose network and title contain this text")
     arguments = parser.parse_args()
     config = json.loads(CONFIG.read_text())
@@ -153,7 +148,7 @@ def main() -> None:
         if arguments.k not in f"{case['network']} {title(case)}":
             continue
         for back_end in back_ends:
-            where = ["--config", str(CONFIG), "--case", str(index)]
+            where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
             where += ["--back-end", back_end] if back_end else []
             python = arguments.peer if back_end else sys.executable
             network = config["networks"][case["network"]]
@@ -162,7 +157,7 @@ def main() -> None:
             rows.append({"case": index, **case, "back_end": back_end, "result": result})
             print(markdown(COLUMNS, [cells(rows[-1], rows[-1:])]).splitlines()[-1], flush=True)
         if output:  # after each case: a run that is cut off keeps what it has
-            write(output, "whole_network", config, rows, table(rows, config))
+            write(output, "whole_network", config, rows, table(rows, config), arguments.device)
     print("\n" + table(rows, config))
 
 

@@ -20,6 +20,7 @@ from laplace.baselaplace import (
     ParametricLaplace,
     VaLLA,
 )
+from laplace.baselaplace.plan import Plan
 from laplace.enums import (
     FunctionalApproximation,
     HessianStructure,
@@ -83,6 +84,7 @@ __all__ = [
     "LowRankLLLaplace",
     "LowRankLaplace",
     "ParametricLaplace",
+    "Plan",
     "PredType",
     "Prediction",
     "PriorStructure",

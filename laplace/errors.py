@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
@@ -46,8 +47,16 @@ class StateNotFoundError(StateError, FileNotFoundError):
     """There is no such file, or no folder to save a state in."""
 
 
+class ProcessError(RuntimeError):
+    """Another process of the group failed, so that what they do together is not done here either."""
+
+
 class UnsupportedError(ValueError):
     """An option, or a combination of options, that does not exist here; the message lists those that do."""
+
+
+class OutOfMemoryError(UnsupportedError, MemoryError, RuntimeError):
+    """Something does not fit the memory that is free; the message says how much it takes and what takes less."""
 
 
 class MissingModuleError(UnsupportedError, KeyError):
@@ -111,18 +120,34 @@ def quiet(message: str) -> Generator[None]:
         yield
 
 
+_BATCH: ContextVar[tuple[int, int | None] | None] = ContextVar("_BATCH", default=None)
+
+
 @contextmanager
 def numbered(index: int, x: Any = None) -> Generator[None]:
     """Put the number of a batch, and what was taken for its targets, into the message of an ``InputError``."""
+    batch = index, len(x) if type(x) is tuple else None
+    token = _BATCH.set(batch)
     try:
         yield
     except InputError as error:
-        msg = f"Batch {index} of the loader (counting from 0): {error}"
-        if type(x) is tuple:
-            n = len(x)
-            msg += (
-                f" (The batch has {n + 1} items: the first {n} were taken for inputs of the model, the last one for "
-                "the targets. If they are (x, y, index) or in another order, let the loader yield (x, y): "
-                "[(x, y) for x, y, _ in loader].)"
-            )
-        raise type(error)(msg) from error
+        raise of_batch(error, *batch) from error
+    finally:
+        _BATCH.reset(token)
+
+
+def current_batch() -> tuple[int, int | None] | None:
+    """The number of the batch that ``numbered`` is about, and of its inputs where there are several."""
+    return _BATCH.get()
+
+
+def of_batch(error: InputError, index: int, n_inputs: int | None = None) -> InputError:
+    """The same error with the number of a batch in its message."""
+    msg = f"Batch {index} of the loader (counting from 0): {error}"
+    if n_inputs is not None:
+        msg += (
+            f" (The batch has {n_inputs + 1} items: the first {n_inputs} were taken for inputs of the model, the last "
+            "one for the targets. If they are (x, y, index) or in another order, let the loader yield (x, y): "
+            "[(x, y) for x, y, _ in loader].)"
+        )
+    return type(error)(msg)

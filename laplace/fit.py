@@ -16,6 +16,7 @@ from laplace.density import ClassSums, FeatureDensity
 from laplace.errors import InputError, NotFittedError, ShapeError, UnsupportedError
 from laplace.schema import Known, Table, anything, check_entries, flag, optional, tensor, whole
 from laplace.structures import AbstractCurvature
+from laplace.structures.remainder import remainder
 from laplace.types import Scalar
 
 
@@ -185,8 +186,8 @@ class Fit:
             raise UnsupportedError(msg)
         return scale[0]
 
-    def merge(self, other: Fit) -> Fit:
-        """The fit to the union of two data sets (``override=False``)."""
+    def _check_alike(self, other: Fit) -> None:
+        """Raise unless two fits have a sum."""
         if (len(self.mean), self.n_outputs) != (len(other.mean), other.n_outputs):
             msg = (
                 f"override=False adds to a fit of {len(self.mean)} weights and {self.n_outputs} outputs; the new one "
@@ -207,6 +208,10 @@ class Fit:
                 "override=True."
             )
             raise UnsupportedError(msg)
+
+    def merge(self, other: Fit) -> Fit:
+        """The fit to the union of two data sets (``override=False``)."""
+        self._check_alike(other)
         by_output, density = None, None
         if self.density is not None and other.density is not None:
             density = self.density.merge(other.density)
@@ -224,6 +229,39 @@ class Fit:
             other.noise_shape,
             other.trained,
             density,
+        )
+
+    def subtract(self, other: Fit, *, squares: bool = True) -> Fit:
+        """The fit to the data that are not among those of another fit, which must be part of these.
+
+        Curvatures that are sums of ``squares`` cannot become negative.
+
+        Raises
+        ------
+        InputError
+            If they are not, or no data would be left.
+        """
+        self._check_alike(other)
+        counts = self.n_data - other.n_data, self.n_positions - other.n_positions
+        if min(counts) <= 0:
+            msg = (
+                f"The fit is of {self.n_data} rows with {self.n_positions} targets, and {other.n_data} rows with "
+                f"{other.n_positions} were to be removed: only rows that were fitted can be, and some must be left."
+            )
+            raise InputError(msg)
+        by_output, density = None, None
+        if self.density is not None and other.density is not None:
+            density = self.density.subtract(other.density)
+        if self.output_nll is not None and other.output_nll is not None:
+            by_output = remainder(self.output_nll, other.output_nll, squares=True)
+        return replace(
+            self,
+            curvature=self.curvature.subtract(other.curvature, squares=squares),
+            nll=remainder(self.nll.reshape(1), other.nll.reshape(1), squares=True).squeeze(0),
+            n_data=counts[0],
+            n_positions=counts[1],
+            output_nll=by_output,
+            density=density,
         )
 
 

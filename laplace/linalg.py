@@ -6,7 +6,6 @@ Nothing here knows about models, priors or likelihoods.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import free_memory, pending
 from laplace.errors import InputError, NotPositiveDefiniteError, NumericalWarning, ShapeError, warn
+from laplace.free_memory import CHUNK_ELEMENTS, chunk_elements
 
 _JITTER_STEPS = 6
 Arguments = ParamSpec("Arguments")
@@ -41,29 +42,34 @@ def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 
 def check_finite(values: Tensor, name: str, advice: str) -> None:
     """Raise unless all values, ``[..., n]`` with one datum or position per row, are finite."""
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        rows = finite.reshape(-1, values.shape[-1]).all(-1)
-        msg = f"{name} must be finite; {int((~rows).sum())} of {len(rows)} rows hold NaN or infinite values. {advice}"
-        raise InputError(msg)
+    if not values.is_floating_point():
+        return
+    found = (values.detach() * 0).sum(-1).isnan()  # zero of finite numbers, NaN of others
+    n_rows = found.numel()
+    pending.refuse(
+        found.any(),
+        InputError,
+        lambda bad: f"{name} must be finite; {int(bad)} of {n_rows} rows hold NaN or infinite values. {advice}",
+        lambda: [found.sum()],
+    )
 
 
-CHUNK_ELEMENTS = 2**24
-"""Largest temporary that chunked computations make, in numbers: 64 MB in float32."""
+def number(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor ``[]`` on a device, which is not waited for."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 def piece_elements(device: torch.device) -> int:
     """How many numbers are computed, used and dropped at a time: as many as a CPU's cache holds, more elsewhere."""
-    return 2**18 if device.type == "cpu" else CHUNK_ELEMENTS
+    return chunk_elements(device, 2**18 if device.type == "cpu" else CHUNK_ELEMENTS)
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Total memory of a device in bytes; ``None`` where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ())):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+    """Memory that is free on a device, in bytes; ``None`` where it is not known."""
+    memory = free_memory.of_device(device)
+    return None if memory is None else memory.free
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float[Tensor, "*batch n n"]:
@@ -81,8 +87,7 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], name: str = "matrix") -> Float
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     # With an infinite entry no failure is reported: look at the factor, too.
-    finite = bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
-    if finite and not bool(info.any()):
+    if bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all() & ~info.any()):
         return factor
     if not bool(torch.isfinite(matrix).all()):
         msg = (
@@ -160,15 +165,17 @@ def warn_of_condition(number: float, dtype: torch.dtype) -> None:
 
 
 def eigh(
-    matrix: Float[Tensor, "n n"], name: str = "Kronecker factor", resolution: float = 0.0
+    matrix: Float[Tensor, "n n"], name: str = "Kronecker factor", resolution: float = 0.0, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors of a positive semi-definite matrix.
 
     Negative eigenvalues of rounding size are set to zero; larger ones mean that the matrix is not semi-definite.
     ``resolution`` is the relative precision that the matrix was computed in, where it is coarser than that of its
-    dtype: eigenvalues below eight times that, relative to the largest, are set to zero as well.
+    dtype: eigenvalues below eight times that, relative to the largest, are set to zero as well, and one in float64 that
+    has no more digits than float32 is decomposed in float32, in half the time. ``rank`` says that it is a sum of so
+    many outer products: where these are few the range is found by products with random vectors, and checked by others.
 
-    Time O(n³). In float32 a failure to converge is retried in float64.
+    Time O(n³), O(n² rank) of few outer products. In float32 a failure to converge is retried in float64.
 
     Raises
     ------
@@ -180,19 +187,72 @@ def eigh(
     if not bool(torch.isfinite(matrix).all()):
         msg = f"The {name} holds NaN or infinite entries; check the training inputs and the model's outputs for them."
         raise NotPositiveDefiniteError(msg)
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        if matrix.dtype == torch.float64:
-            raise
-        wide_values, wide_vectors = torch.linalg.eigh(matrix.double())
-        values, vectors = wide_values.to(matrix.dtype), wide_vectors.to(matrix.dtype)
+    found = _of_rank(matrix, rank, resolution) if rank is not None and is_few(rank, len(matrix)) else None
+    values, vectors = found or _eigenpairs(matrix, is_coarse(matrix.dtype, resolution))
     largest = values.abs().max() if values.numel() else values.sum()
     rounding = 1e3 * matrix.shape[-1] * max(torch.finfo(matrix.dtype).eps, resolution) * largest
     if bool((values < -rounding).any()):
         msg = f"The {name} has a negative eigenvalue, {float(values.min()):.3e}, so it is no sum of outer products."
         raise NotPositiveDefiniteError(msg)
     return torch.where(values <= 8 * resolution * largest, 0.0, values), vectors
+
+
+PROBES = 8
+"""Random vectors beyond the rank, and those that check what was found."""
+
+
+def is_few(rank: int, size: int) -> bool:
+    """Whether a sum of so many outer products is better decomposed by its range."""
+    return 4 * (rank + PROBES) <= size
+
+
+def is_coarse(dtype: torch.dtype, resolution: float) -> bool:
+    """Whether a matrix of a dtype holds numbers of no higher resolution than float32."""
+    return dtype == torch.float64 and resolution >= torch.finfo(torch.float32).eps
+
+
+def eigh_work(size: int, rank: int, dtype: torch.dtype, resolution: float = 0.0) -> float:
+    """How much ``eigh`` has to do, in units of n³ in float64."""
+    if is_few(rank, size):
+        return 2.0 * size**2 * (rank + PROBES)
+    return size**3 * (0.5 if dtype == torch.float32 or is_coarse(dtype, resolution) else 1.0)
+
+
+def _eigenpairs(matrix: Float[Tensor, "n n"], coarse: bool) -> tuple[Tensor, Tensor]:
+    """In float32 where that holds all digits, else in the dtype of the matrix; in float64 where that fails."""
+    scale = matrix.diagonal().abs().max() if len(matrix) else matrix.new_ones(())
+    try:
+        if coarse and bool(scale > 0):
+            values, vectors = torch.linalg.eigh((matrix / scale).to(torch.float32))
+            return values.to(matrix) * scale, vectors.to(matrix)
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        if matrix.dtype == torch.float64 and not coarse:
+            raise
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _of_rank(matrix: Float[Tensor, "n n"], rank: int, resolution: float) -> tuple[Tensor, Tensor] | None:
+    """Eigenpairs of a matrix of low rank, ascending, with a basis of what it leaves at zero; ``None`` if it is higher.
+
+    Halko, Martinsson & Tropp (2011), arXiv:0909.4061: algorithms 4.1 and 5.3, and the check of section 4.3.
+    """
+    size, noise = len(matrix), torch.Generator().manual_seed(0)
+    wide = matrix.to(wide_dtype(matrix))
+    directions = torch.randn(size, rank + PROBES, generator=noise).to(wide)
+    basis = torch.linalg.qr(wide @ directions, mode="complete").Q
+    some = basis[:, : rank + PROBES]
+    inner = some.mT @ (wide @ some)
+    values, turn = torch.linalg.eigh((inner + inner.mT) / 2)
+    checks = wide @ torch.randn(size, PROBES, generator=noise).to(wide)
+    left = (checks - some @ (some.mT @ checks)).square().sum(0).mean().sqrt()  # about the Frobenius norm of the rest
+    level = max(8 * resolution, size * torch.finfo(matrix.dtype).eps)
+    if bool(left > level * values[-1].abs()):
+        return None
+    zeros = values.new_zeros(size - len(values))
+    vectors = torch.cat([basis[:, rank + PROBES :], some @ turn], 1)
+    return torch.cat([zeros, values.clamp(min=0)]).to(matrix), vectors.to(matrix)
 
 
 def wide_dtype(like: Tensor) -> torch.dtype:

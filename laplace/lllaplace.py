@@ -148,7 +148,7 @@ class EKFACLLLaplace(LLLaplace, EKFACLaplace):
 
 @described
 class KronLLLaplace(LLLaplace, KronLaplace):
-    """Last layer with Kronecker-factored curvature: O(C² + D²) memory."""
+    """Last layer with Kronecker-factored curvature: O(C² + D²) memory, O(C D + D²) beyond 4,096 outputs."""
 
     def __init__(
         self,

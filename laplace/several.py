@@ -10,7 +10,7 @@ from typing import IO, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from laplace import checks
+from laplace import checks, processes
 from laplace.baselaplace import statefile
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.fitted import FittedLaplace
@@ -167,6 +167,7 @@ class SeveralHeads:
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
+    @processes.agreed()
     def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
         """Learn the curvature of all heads.
 
@@ -201,6 +202,58 @@ class SeveralHeads:
         with all_or_nothing(*self._estimators):
             for key, la in self._heads.items():
                 la.fit(self._of(train_loader, key), **options)
+
+    def merge(self, other: SeveralHeads) -> SeveralHeads:
+        """Add what another object learned of other data, head by head; as ``merge`` of one estimator.
+
+        Parameters
+        ----------
+        other
+            Of the same heads of the same model, fitted to other data.
+
+        Returns
+        -------
+        This object.
+
+        Raises
+        ------
+        InputError
+            If the other one has other heads, and as of one estimator. Nothing is changed then.
+        NotFittedError, UnsupportedError
+            As of one estimator.
+        """
+        return self._combined("merge", other)
+
+    def subtract(self, other: SeveralHeads) -> SeveralHeads:
+        """Remove what another object learned of some of the data, head by head; as ``subtract`` of one estimator.
+
+        Parameters
+        ----------
+        other
+            Of the same heads of the same model, fitted to the data to remove.
+
+        Returns
+        -------
+        This object.
+
+        Raises
+        ------
+        InputError
+            If the other one has other heads, and as of one estimator. Nothing is changed then.
+        NotFittedError, UnsupportedError
+            As of one estimator.
+        """
+        return self._combined("subtract", other)
+
+    def _combined(self, how: str, other: Any) -> SeveralHeads:
+        """Each estimator with its like."""
+        if not isinstance(other, SeveralHeads) or (self.keys, self._is_joint) != (other.keys, other._is_joint):
+            msg = f"{how} takes several heads, of the same weights and with the keys {list(self.keys)}."
+            raise InputError(msg)
+        with all_or_nothing(*self._estimators):
+            for la, there in zip(self._estimators, other._estimators, strict=True):
+                getattr(la, how)(there)
+        return self
 
     def tune(self, val_loader: Iterable[Any], **options: Any) -> dict[Key, Any] | Any:
         """Choose hyperparameters on validation data: of each last layer, or the prior precision of all weights.

@@ -48,6 +48,11 @@ def check_likelihood(likelihood: Any, f: Tensor, y: Tensor) -> None:
     root = likelihood.hessian_root(f)
     assert root.shape[2] <= n_outputs
     assert_close(root @ root.mT, fisher, "square of the root of the Hessian")
+    lazy = likelihood.lazy_root(f)
+    alone = torch.eye(lazy.sizes.shape[1], dtype=f.dtype).unsqueeze(1).expand(-1, len(f), -1)
+    columns = torch.stack([lazy.mix(weights) for weights in alone], -1)
+    assert_close(columns @ columns.mT, fisher, "square of the columns of the root")
+    assert_close(columns.square().sum(1), lazy.sizes, "squared lengths of the columns")
 
     for_targets = likelihood.for_targets()
     expected = kind.expect(f, lambda at, y: kind.numbers(y, n_outputs).to(at))

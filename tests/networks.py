@@ -99,11 +99,11 @@ def vision() -> nn.Module:
     )  # fmt: skip
 
 
-def recurrent(cls: type[nn.Module], **options: Any) -> Callable[[], nn.Module]:
+def recurrent(cls: type[nn.Module], width: int = 4, **options: Any) -> Callable[[], nn.Module]:
     return lambda: Applied(
         lambda m, x: m.head(m.recurrent(x)[0][:, -1]),
         recurrent=cls(3, 4, batch_first=True, **options),
-        head=nn.Linear(4, 3),
+        head=nn.Linear(width, 3),
     )
 
 
@@ -227,8 +227,9 @@ NETWORKS = (
     Network("encoder", encoder, tokens(7, 4), C3),
     Network("encoder_norm_first", lambda: encoder(norm_first=True), tokens(7, 4), C3),
     Network("vision", vision, normal(1, 4, 4), C3, slow=()),
-    Network("lstm", recurrent(nn.LSTM), normal(4, 3), C3, slow=("recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "recurrent.bias_ih_l0", "recurrent.bias_hh_l0")),
-    Network("gru_two_layers", recurrent(nn.GRU, num_layers=2), normal(4, 3), C3, slow=tuple(f"recurrent.{k}_{s}_l{n}" for n in (0, 1) for k in ("weight", "bias") for s in ("ih", "hh"))),
+    Network("lstm", recurrent(nn.LSTM), normal(4, 3), C3),
+    Network("gru_two_layers", recurrent(nn.GRU, num_layers=2), normal(4, 3), C3),
+    Network("lstm_projected", recurrent(nn.LSTM, width=2, proj_size=2), normal(3, 3), C3, slow=tuple(f"recurrent.{k}_l0" for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"))),
     Network("tied_layers", tied_layers, normal(4), C3),
     Network("tied_embedding", tied_embedding, tokens(4, 3), labels(4), 4, kron=False),
     Network("weight_norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)), normal(3), C3),

@@ -154,3 +154,41 @@ def test_lasting_results_are_no_inference_tensors_and_modes_come_back():
     assert make.__doc__ == "Documented."
     x = torch.ones(2, requires_grad=True)
     assert (linalg.lasting(lambda: x * kept)()).requires_grad, "outside inference mode nothing changes"
+
+
+def low_rank(size: int, rank: int) -> torch.Tensor:
+    root = torch.randn(size, rank, generator=torch.Generator().manual_seed(rank)).double()
+    return (root * torch.logspace(0, -3, rank).double()) @ root.T
+
+
+@pytest.mark.parametrize("rank", [0, 1, 12])
+def test_few_outer_products_are_decomposed_by_their_range(rank, monkeypatch):
+    matrix = low_rank(90, rank)
+    expected, sizes = torch.linalg.eigvalsh(matrix), []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda each: sizes.append(len(each)) or eigh(each))
+    values, vectors = linalg.eigh(matrix, rank=rank)
+    assert sizes == [rank + linalg.PROBES]
+    assert_close(values, expected.clamp(min=0))
+    assert_close((vectors * values) @ vectors.T, matrix, "the matrix")
+    assert_close(vectors.T @ vectors, torch.eye(90, dtype=torch.float64), "a basis of all")
+
+
+def test_more_outer_products_than_said_are_seen(monkeypatch):
+    matrix, sizes, eigh = low_rank(90, 60), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda each: sizes.append(len(each)) or eigh(each))
+    values, vectors = linalg.eigh(matrix, rank=12)
+    assert sizes[-1] == 90
+    assert_close((vectors * values) @ vectors.T, matrix)
+
+
+def test_a_matrix_with_the_digits_of_float32_is_decomposed_in_float32(monkeypatch):
+    eps, dtypes, eigh = torch.finfo(torch.float32).eps, [], torch.linalg.eigh
+    matrix = 1e60 * low_rank(60, 60)
+    expected = torch.linalg.eigvalsh(matrix)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda each: dtypes.append(each.dtype) or eigh(each))
+    values, vectors = linalg.eigh(matrix, resolution=eps)
+    assert dtypes == [torch.float32]
+    assert values.dtype == vectors.dtype == torch.float64
+    torch.testing.assert_close(values / expected[-1], expected / expected[-1], rtol=0, atol=8 * eps)
+    torch.testing.assert_close((vectors * values) @ vectors.T / 1e60, matrix / 1e60, rtol=0, atol=1e-4)

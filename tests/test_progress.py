@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from laplace import Laplace
 from laplace.evaluation import fit_temperature, predict, side_by_side
@@ -39,6 +40,7 @@ CALLS = {
     marglik: ["[Optimizing the marginal likelihood]"],
     gridsearch: ["[Linearizing at validation data]", "[Grid search]"],
     lambda la, **shown: predict(la, BATCHES, **shown): ["[Predicting]"],
+    lambda la, **shown: la.predict(DataLoader(TensorDataset(X, torch.arange(12) % 3), 4), **shown): ["[Predicting]"],
     lambda la, **shown: fit_temperature(la.model, BATCHES, **shown): ["[Fitting the temperature]"],
     lambda la, **shown: side_by_side(la.model, {"Laplace": la}, BATCHES, ood_loader=BATCHES, **shown): [
         "[Predicting test data: MAP]",

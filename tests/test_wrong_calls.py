@@ -41,7 +41,10 @@ TYPED = tuple(
     if isinstance(error, type) and error.__module__ == errors.__name__ and not issubclass(error, Warning)
 )
 NEVER = {
+    "merge": ("lowrank", "ekfac", "gp", "ella", "valla"),
+    "subtract": ("lowrank", "ekfac", "gp", "ella", "valla"),
     "sample": ("ella", "valla"),
+    "plan": ("gp", "ella", "valla"),
     "log_marginal_likelihood": ("valla",),
     "optimize_prior_precision": ("valla",),
     "tune": ("valla",),

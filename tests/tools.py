@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import gc
+from collections.abc import Callable, Collection, Iterable
 from itertools import product
 from typing import Any
 
@@ -78,3 +79,16 @@ class LargestTensor(TorchDispatchMode):
                 if numel > self.numel:
                     self.numel, self.operation = numel, f"{func} {tuple(tensor.shape)}"
         return result
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory in use at once while a function runs, above what was before, by the events of the allocator."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak

@@ -60,6 +60,13 @@ class Subject:
         la.fit(batches(self.likelihood), **self.fit_options)
         return la
 
+    def part(self) -> Any:
+        """Fitted to some of the same data, where that is possible; not fitted else."""
+        la = self.make()
+        if la.curvature_type.name.value != "gp":
+            la.fit(batches(self.likelihood)[:1])
+        return la
+
 
 def _subjects() -> list[Subject]:
     classification, regression, pairs = "classification", "regression", "reward_modeling"
@@ -124,17 +131,21 @@ def base_arguments(subject: Subject, method: str) -> list[dict[str, Any]]:
     data = batches(subject.likelihood)
     n = 5 if "subnet" in subject.name else N_WEIGHTS[subject.name[:3] == "all", subject.n_out]
     given: dict[str, Any] = {
-        "x": inputs(), "X": inputs(), "train_loader": data, "val_loader": data, "grid": [1.0, 2.0],
+        "x": inputs(), "X": inputs(), "train_loader": data, "val_loader": data, "grid": [1.0, 2.0], "data": data,
         "value": torch.zeros(n), "Js": torch.ones(1, 2, n), "Js_star": torch.ones(1, 2, n),
         "jacobians": torch.ones(1, 2, n), "subnet_samples": torch.zeros(2, n), "device": "cpu",
         "pred_type": "glm", "link_approx": "probit", "n_samples": 3, "state_dict": {},
     }  # fmt: skip
     parameters = inspect.signature(getattr(takes(subject), method)).parameters
+    if "other" in parameters:
+        given["other"] = subject.part()
     needed = {name: given[name] for name, p in parameters.items() if p.default is p.empty and name in given}
     if method == "ood_score":
         if subject.likelihood == "reward_modeling" or (subject.likelihood == "regression" and "subnet" in subject.name):
             return []  # there is no score
         return [{**needed, "kind": "max_prob" if subject.likelihood == "classification" else "density"}]
+    if method == "plan":
+        return [{**needed, "tune": False}]
     if method == "tune":
         return [{**needed, "n_steps": 2}]
     if method == "optimize_prior_precision" and "method" in parameters:

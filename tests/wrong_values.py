@@ -204,6 +204,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "output key": {"list": [0], "true": True, "float": 1.0, "class": dict, "tensor": torch.ones(1)},
     "output function": {"text": "logits", "number": 3, "list": [], "true": True},
     "axis": {"zero": 0, "text": "1", "true": True, "float": 1.0, "list": [1]},
+    "estimator": {"none": None, "text": "x", "number": 3, "mapping": {}, "model": nn.Linear(2, 2), "true": True},
     "state": {"none": None, "text": "x", "empty": {}, "list": [], "number": 3, "other keys": {"a": 1}},
 }  # fmt: skip
 """Wrong values by the sort of keyword."""
@@ -233,6 +234,7 @@ SORTS = {
     "scheduler_kwargs": "keywords", "n_epochs": "count", "lr_hyp": "number from 0", "n_epochs_burnin": "count or zero",
     "n_hypersteps": "count", "marglik_frequency": "count", "prior_prec_init": "positive",
     "sigma_noise_init": "positive", "fix_sigma_noise": "flag", "device": "device", "state_dict": "state",
+    "other": "estimator", "tune": "flag", "data": "loader",
     "output_key": "output key", "output_fn": "output function", "output_dim": "axis", "shift_labels": "flag or none",
 }  # fmt: skip
 """The sort of each keyword, wherever it stands; exceptions follow."""
@@ -254,9 +256,9 @@ UNREAD = {"marglik": ("val_loader", "train_loader", "loss"), "gridsearch": ("tra
 
 METHODS = (
     "__call__", "assemble_full_samples", "fit", "functional_covariance", "functional_samples", "functional_variance",
-    "functional_variance_fast", "load_state_dict", "log_marginal_likelihood", "log_prob", "optimize_hyperparameters",
-    "ood_score", "optimize_prior_precision", "predict", "predict_std", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm", "to",
-    "tune",
+    "functional_variance_fast", "load_state_dict", "log_marginal_likelihood", "log_prob", "merge", "optimize_hyperparameters",
+    "ood_score", "optimize_prior_precision", "plan", "predict", "predict_std", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm",
+    "subtract", "to", "tune",
 )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ COLUMNS = (
     "likelihoods",
     "positions",
     "`stochastic`",
+    "`columns`",
     "`asdl_fisher_kwargs`",
     "extra",
 )
@@ -72,6 +73,7 @@ def row(backend: type[CurvatureInterface]) -> list[str]:
         ", ".join(sorted(likelihood.value for likelihood in backend.likelihoods)),
         yes(backend.takes_positions),
         yes(issubclass(backend, GGNInterface)),
+        yes(backend.takes_columns),
         yes(backend.accepts_fisher_kwargs),
         f"`{backend.extra}`" if issubclass(backend, PackageInterface) else "–",
     ]

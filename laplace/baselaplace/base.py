@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -104,6 +104,8 @@ class BaseLaplace(ABC):
     _sigma_noise: Tensor
     _temperature: float | Tensor
     _output_temperature: float = 1.0
+    _predictors: Mapping[tuple[Any, ...], Any] = {}
+    """What compiled predictions run, by their options; none are left when an attribute was assigned."""
     _is_untuned: bool = False
     """Whether hyperparameters are still the defaults, and no prediction was compared with the network's."""
     _weights_type: ClassVar[type[AllWeights]] = AllWeights
@@ -167,6 +169,7 @@ class BaseLaplace(ABC):
             if name in vars(self) and "_backend" in vars(self) and value is not vars(self)[name]:
                 value = self._replaced(name, value)
         super().__setattr__(name, value)
+        vars(self)["_predictors"] = {}
         if name in untuned.HYPERPARAMETERS:
             vars(self)["_is_untuned"] = False
 
@@ -325,8 +328,7 @@ class BaseLaplace(ABC):
 
     def _likelihood(self, *, graph: bool) -> AbstractLikelihood:
         """The likelihood with its present noise and temperatures, in the precision of the evidence."""
-        device, dtype = self._place
-        temperature, sigma_noise = torch.as_tensor(self._temperature, dtype=dtype, device=device), self._sigma_noise
+        temperature, sigma_noise = linalg.number(self._temperature, *self._place), self._sigma_noise
         if not graph:
             temperature, sigma_noise = temperature.detach(), sigma_noise.detach()
         return self._unit_likelihood.at(sigma_noise.to(temperature), temperature, self._output_temperature)

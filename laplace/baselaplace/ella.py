@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from laplace import checks, linalg, tuning
+from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
 from laplace.baselaplace.tuned import collected
@@ -167,6 +167,7 @@ class ELLA(FeatureLaplace):
         fitting fails, this object as well.
         """
         checks.loader("train_loader", train_loader)
+        processes.refuse(type(self).__name__)
         if isinstance(train_loader, Iterator):
             msg = (
                 "fit goes over the training data twice, and this loader can be used once only. Pass a DataLoader or a "

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from laplace import checks, pending
 from laplace.baselaplace.options import check_model_keywords
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
+from laplace.free_memory import explained_predictions
 from laplace.network import evaluating, full_precision
-from laplace.network.batches import inputs_of, is_loader
+from laplace.network.batches import inputs_of, is_loader, number_of
 from laplace.predictive import Options, Prediction, compare
 from laplace.predictive.prediction import explain, joined
 from laplace.types import Inputs
@@ -26,6 +29,7 @@ def predict(
     n_samples: int = 100,
     generator: torch.Generator | None = None,
     fitting: bool = False,
+    progress_bar: bool = False,
     **model_kwargs: Any,
 ) -> Prediction:
     """Predict, and say how much of the uncertainty is that of the weights.
@@ -43,6 +47,8 @@ def predict(
         Source of randomness, on the model's device.
     fitting
         Reward modeling: ``x`` are pairs, ``[batch, 2, ...]``; predict which item is preferred. Others raise.
+    progress_bar
+        Show a progress bar over the batches of a loader.
     **model_kwargs
         Passed to the model's ``forward``.
 
@@ -63,7 +69,8 @@ def predict(
 
     Notes
     -----
-    One forward pass (of all weights also one backward pass per output). Of classes, ``n_samples`` samples of the
+    One forward pass (of all weights also one backward pass per output). A loader is read batch by batch: of each the
+    prediction is kept, without a graph, on the device of the model. Of classes, ``n_samples`` samples of the
     outputs are drawn. Width at foreign inputs counts as epistemic. Of a mixture (``average="mixture"``) samples are
     those of the averaged head.
 
@@ -77,9 +84,14 @@ def predict(
     if options.link is LinkApprox.PROBIT:
         options = replace(options, diagonal_output=True)
     check_model_keywords(self._network, predict, model_kwargs)
+    progress_bar = checks.flag("progress_bar", progress_bar)
     if not is_loader(x):
         return _at(self, x, options, model_kwargs)
-    parts = [_at(self, inputs_of(batch, self._device), options, model_kwargs) for batch in x]
+    parts: list[Prediction] = []
+    with torch.no_grad(), pending.gathered() as flags:
+        for batch in tqdm(iter(x), "[Predicting]", number_of(x), disable=not progress_bar):
+            parts.append(_at(self, inputs_of(batch, self._device), options, model_kwargs).alone())
+            flags.next_batch()
     if not parts:
         msg = "The loader yields no batch: there is nothing to predict. An iterator can be read once only."
         raise InputError(msg)
@@ -123,10 +135,11 @@ def predict_std(
     return found.total_variance.sqrt()
 
 
+@pending.gathers
 def _at(la: Any, x: Inputs, options: Options, model_kwargs: dict[str, Any]) -> Prediction:
     """Of one batch."""
-    posterior, likelihood = la._predicting_posterior, la._frozen_likelihood
-    with evaluating(la.model, enable_backprop=la.enable_backprop):
+    with explained_predictions(), evaluating(la.model, enable_backprop=la.enable_backprop):
+        posterior, likelihood = la._predicting_posterior, la._frozen_likelihood
         inputs = la._checked_linearization(x, **model_kwargs)
         with full_precision(la._device):
             found = la._adjustments.predict(inputs, la._fitted, posterior, likelihood, options, la._dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, tuning
-from laplace.baselaplace import explained, statefile, states, tuned
+from laplace.baselaplace import explained, merging, plan, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
@@ -24,6 +24,7 @@ from laplace.errors import refuse_before_fit
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen
 from laplace.network import Batch, full_precision, iterate
+from laplace.network.shards import without_padding
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, check_entries, nested
@@ -47,7 +48,8 @@ class FittedLaplace(BaseLaplace):
     """There once it was fitted."""
     _posterior_cache: dict[str, AbstractPrecision]
 
-    predict, predict_std = explained.predict, explained.predict_std
+    predict, predict_std, plan = explained.predict, explained.predict_std, plan.plan
+    merge, subtract = merging.merge, merging.subtract
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._random_weights.subset
@@ -88,7 +90,7 @@ class FittedLaplace(BaseLaplace):
         """Batches of a user's loader, on the device of the model."""
         told = {name: getattr(self, name) for name in ("dict_key_x", "dict_key_y", "shift_labels")}
         batches = iterate(loader, **told, device=self._device, progress_bar=progress_bar, description=description)
-        return map(self._random_weights.aligned, batches)
+        return map(self._random_weights.aligned, without_padding(loader, batches))
 
     def _checked_jacobians(self, jacobians: Any) -> Tensor:
         """Jacobians of a user in the precision of the posterior; their shape is checked where they are used."""
@@ -135,8 +137,7 @@ class FittedLaplace(BaseLaplace):
         """C."""
         n_outputs = self._fitted.n_outputs
         if not n_outputs:
-            what = "n_outputs"
-            refuse_before_fit(what)
+            refuse_before_fit("n_outputs")
         return n_outputs
 
     # -- posterior ----------------------------------------------------------------------------------------------------
@@ -162,8 +163,7 @@ class FittedLaplace(BaseLaplace):
     @linalg.lasting
     def _frozen_posterior(self) -> AbstractPrecision:
         """The same, never on a graph and always cached: predictions are differentiated in their inputs alone."""
-        fit = self._fitted
-        cache = self._posterior_cache
+        fit, cache = self._fitted, self._posterior_cache
         if "posterior" not in cache:
             with torch.no_grad(), full_precision(self._device):
                 scale = self._output_likelihood.curvature_scale(self.backend.kind)
@@ -412,7 +412,7 @@ class FittedLaplace(BaseLaplace):
 
     def _problem(self) -> tuning.Problem:
         """What was learned and is not chosen, cut off the graph of hyperparameters."""
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        temperature = linalg.number(self._temperature, *self._place).detach()
         return tuning.Problem(
             self._fitted,
             self._prior_mean.detach().to(self._dtype),

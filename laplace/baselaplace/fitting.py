@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,18 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace import pending, processes
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.observed import UNSEEN, Observed
 from laplace.baselaplace.random_weights import AllWeights
+from laplace.baselaplace.statefile import digest
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
+from laplace.free_memory import explained
 from laplace.network import Batch, Passes, evaluating
 from laplace.network.feature_extractor import seeing_features
+from laplace.network.looking import Look, looking
+from laplace.network.shards import filled, in_step, is_collective
+from laplace.processes import Team
 from laplace.structures import AbstractCurvature
 
 Learned = tuple[Tensor, AbstractCurvature]
 """Negative log-likelihood ``[]``, or ``[C]`` by output, and curvature, at unit noise and temperature."""
+
+
+LESS = (
+    "la.plan(loader) says what would fit: smaller batches, hessian_structure='diag' or 'kron', the last layer, or "
+    "backend_kwargs={'stochastic': True}."
+)
+"""What a fit that has no memory could be instead."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +63,46 @@ class Training:
 
     def fit(self, loader: Iterable[Any]) -> Fit:
         """Learn from a loader."""
-        counts: dict[str, int] = {}
+        counts: dict[str, Any] = {}
+        collective = is_collective(self.weights.model)
+        if collective and not self.weights.of_head:
+            msg = (
+                "The weights of the model are spread over processes (FSDP), and a posterior over all of them needs "
+                'each process to hold them. Use subset_of_weights="last_layer", or a model that is not sharded.'
+            )
+            raise UnsupportedError(msg)
 
         def read() -> Iterator[Batch]:
             if counts and self.observed is not None:
                 self.observed.stop()
+                look.extractor = None
             counts.update(data=0, positions=0)
-            return self._counted(self.read(loader), counts, seen)
+            if self.backend.leading is not None:
+                self.backend.leading.begin_pass()
+            batches = self.read(loader)
+            if team is not None:
+                batches = filled(team, batches, self.weights.first.device)
+                batches = in_step(team, batches, self.weights.outputs) if collective else batches
+            return self._counted(batches, counts, seen, look)
 
-        with evaluating(self.weights.model), self._noise_by_output() as shape, seeing_features() as seen:
+        with (
+            explained("fit", lambda: LESS),
+            evaluating(self.weights.model),
+            self._noise_by_output() as shape,
+            seeing_features() as seen,
+            looking() as look,
+            processes.summing() as team,
+        ):
             learned = self.accumulate(Passes(loader, read))
+            if team is not None and learned is not None:
+                self._share(team, counts)
         if learned is None:
             msg = "The training loader is empty: there is nothing to learn the curvature from."
             if isinstance(loader, Iterator):
                 msg += " It is an iterator, such as a generator, and may have been read before: pass a new one."
             raise InputError(msg)
-        if not counts["positions"]:
+        n_positions = int(counts["positions"])  # one that was counted on an accelerator is read here, once
+        if not n_positions:
             msg = (
                 f"All {counts['data']} rows of training data are masked: there is nothing to learn the curvature from."
             )
@@ -76,12 +114,37 @@ class Training:
             msg = f"sigma_noise has {self.sigma_noise.numel()} values, one for each output; the model has {n_outputs}."
             raise ShapeError(msg)
         mean, by_output = subset.vector().to(self.dtype()), nll if nll.dim() else None
-        numbers = counts["data"], counts["positions"], n_outputs
+        numbers = counts["data"], n_positions, n_outputs
         density = None if self.observed is None else self.observed.density
+        if self.backend.leading is not None:
+            print(self.backend.leading, file=sys.stderr)
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
 
-    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Show features to whoever looks at them: those of the pass over a head, or of a pass of their own."""
+    def _share(self, team: Team, counts: dict[str, Any]) -> None:
+        """Bring counts, and what was seen of features, together, and see that processes have the same weights.
+
+        Raises
+        ------
+        InputError
+            If they have others.
+        """
+        subset = self.weights.subset
+        assert subset is not None, "the model has run"
+        marks = [record["weights"] for record in team.exchange("weights", weights=digest({"": subset.vector()}))]
+        if len(set(marks)) > 1:
+            msg = (
+                "The processes have different weights, around which their curvatures have no sum. Load the same "
+                "weights in each (DistributedDataParallel does), or fit in each alone, within "
+                "laplace.processes.within(None)."
+            )
+            raise InputError(msg)
+        numbers = team.summed([torch.tensor([int(count) for count in counts.values()])], "counts")[0].tolist()
+        counts.update(zip(counts, numbers, strict=True))
+        if self.observed is not None:
+            self.observed.share(team)
+
+    def _observe(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]], look: Look) -> None:
+        """Show features to whoever looks at them: those that were seen in a pass, or of a pass of their own."""
         observed, weights = self.observed, self.weights
         if observed is None:
             return
@@ -97,12 +160,16 @@ class Training:
             observed.give_up("Features are not looked at for a subnetwork.")
         elif observed.wanted:
             try:
-                observed.add(*weights.outputs_and_features(batch.x), batch.y)
+                with torch.no_grad():
+                    found = look.read(batch.x)
+                observed.add(*(weights.outputs_and_features(batch.x) if found is None else found), batch.y)
+                look.extractor = weights.extractor if observed.wanted else None
             except (UnsupportedError, ShapeError) as error:
                 observed.give_up(f"The features of the last layer are not known. {error}")
+                look.extractor = None
 
     def _counted(
-        self, batches: Iterator[Batch], counts: dict[str, int], seen: list[tuple[Tensor, Tensor]]
+        self, batches: Iterator[Batch], counts: dict[str, Any], seen: list[tuple[Tensor, Tensor]], look: Look
     ) -> Iterator[Batch]:
         """Pass batches on; count rows and positions; check the prior as soon as the weights are known."""
         for batch in batches:
@@ -110,10 +177,12 @@ class Training:
                 self.weights.before_first(self.backend, batch.x)
                 self.ready()
             seen.clear()
+            look.passed = None
             yield batch
             if not counts["data"]:
                 self.check_prior()
-            self._observe(batch, seen)
+            with pending.unchecked():  # the back end has checked outputs and targets
+                self._observe(batch, seen, look)
             counts["data"] += len(batch.y)
             counts["positions"] += self.backend.count(batch.y)
 
@@ -163,8 +232,8 @@ def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
     elif now.scale or now.mixture is not None or now.reference is not None:
         la._adjustments = now.without_rows()
         msg = (
-            "More data change the density of the features: widths of predictions at foreign inputs, and what ood_score "
-            "compares with, are gone. Call tune(val_loader) again."
+            "Other data change the density of the features: widths of predictions at foreign inputs, and what "
+            "ood_score compares with, are gone. Call tune(val_loader) again."
         )
         warn(msg, UserWarning)
 

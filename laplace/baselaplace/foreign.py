@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import density
+from laplace import density, pending
 from laplace.baselaplace.adjustments import distance
 from laplace.density import FeatureDensity, Reference
 from laplace.enums import ForeignScore, PredType, choose
@@ -47,6 +47,7 @@ def _chosen(kind: ForeignScore | str | None, likelihood: AbstractLikelihood, n_o
     return found
 
 
+@pending.gathers
 def score(la: ParametricLaplace, x: Inputs, kind: Any, options: Options) -> Float[Tensor, "batch ..."]:
     """One number for each input, ``[batch, *positions]``."""
     fit, likelihood = la._fitted, la._frozen_likelihood

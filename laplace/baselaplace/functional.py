@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, tuning
+from laplace import checks, pending, tuning
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
@@ -22,6 +22,7 @@ from laplace.baselaplace.options import check_model_keywords
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
+from laplace.free_memory import explained_predictions
 from laplace.likelihoods.base import check_outputs
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
@@ -67,6 +68,13 @@ class BaseFunctionalLaplace(FittedLaplace):
             msg = (
                 f"A Gaussian process is the posterior of a generalized Gauss-Newton matrix; {type(backend).__name__} "
                 f"computes an {backend.matrix}. Pass a GGN back end, or backend=None."
+            )
+            raise UnsupportedError(msg)
+        if backend.leading is not None:
+            msg = (
+                f"{type(self).__name__} takes exact Hessians in the outputs, which cost it no backward pass for each "
+                "column: leave columns out of backend_kwargs. Posteriors over weights (hessian_structure='diag', "
+                "'kron', 'full', ...) take it."
             )
             raise UnsupportedError(msg)
 
@@ -134,6 +142,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         check_outputs(inputs.f)
         return compare(inputs) if options.fitting else inputs
 
+    @pending.gathers
     def __call__(
         self,
         x: Inputs,
@@ -184,14 +193,15 @@ class BaseFunctionalLaplace(FittedLaplace):
         """
         options = self._function_options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
-        posterior = self._frozen_posterior
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
+        with explained_predictions(), evaluating(self.model, enable_backprop=self.enable_backprop):
+            posterior = self._frozen_posterior
             inputs = self._checked_functions(x, options, **model_kwargs)
             with full_precision(self._device):
                 found = predict(inputs, posterior, likelihood := self._frozen_likelihood, options, self._dtype)
         found = self._compared(inputs.f, found, likelihood) if self._is_untuned else found
         return self._reading.returned(found)
 
+    @pending.gathers
     def predictive_moments(self, x: Inputs, *, joint: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs, before any link and without observation noise.
 

@@ -13,11 +13,13 @@ from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.enums import Likelihood
+from laplace.errors import UnsupportedError
 from laplace.likelihoods import AbstractLikelihood
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, flag
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
 from laplace.structures.by_hand import independent
+from laplace.structures.wide_kron import WideKronCurvature
 
 
 @described
@@ -37,6 +39,8 @@ class KronLaplace(ParametricLaplace):
     kept between groups. A layer of O outputs and I inputs (of a convolution: channels times kernel) takes memory
     O(O² + I²), and time O(O³ + I³) to factorize, once. Fitting all weights takes a backward pass for each output of a
     datum. Norms and other groups without factors get their exact block, dense while it is small, else its diagonal.
+    Beyond 4,096 outputs of a last layer G is diagonal plus low rank: its diagonal, and its block of the 2,048 outputs
+    with most curvature, in memory O(C D) and time O(2048³ + D³); ``fit`` warns of it.
 
     References
     ----------
@@ -114,7 +118,19 @@ class KronLaplace(ParametricLaplace):
 
     @property
     def H_facs(self) -> Kron:  # noqa: N802 - the recorded name
-        """The Kronecker factors of the curvature; zero before ``fit``. A copy."""
+        """The Kronecker factors of the curvature; zero before ``fit``. A copy.
+
+        Raises
+        ------
+        UnsupportedError
+            Of a last layer of more than 4,096 outputs, whose factors are under ``H``.
+        """
         curvature = self._zero_curvature if self._is_prior else self._fitted.curvature
+        if isinstance(curvature, WideKronCurvature):
+            msg = (
+                f"The output factor of {len(curvature.sums.diagonal)} outputs is diagonal plus low rank, not a Kron of "
+                "matrices: la.H has its diagonal, the outputs that are kept, and their block."
+            )
+            raise UnsupportedError(msg)
         assert isinstance(curvature, KronCurvature), "made by this class"
         return independent(curvature.factors)

@@ -48,10 +48,14 @@ class LowRankLaplace(ParametricLaplace):
     Fitting makes 3 passes over the data with ``rank`` (r + 10 directions in each; of a Hessian up to 6, with the
     directions of all in memory and a warning if fewer positive eigenvalues are found), and as many as it takes with
     ``captured_trace`` (32 directions in the first, twice as many in each later one, and a last one that sharpens them);
-    one where the directions span all weights. ``n_passes`` says how many it were. A loader that can be read once is
-    refused; of a last layer the features of the first pass are kept, and the model runs once. A pass takes time O(P r)
-    for each output of a datum. What is below the precision of the curvature beside the largest eigenvalue is dropped:
-    pass ``curvature_dtype=torch.float64`` where it matters.
+    one where the directions span all weights. Where it would take more directions than an eighth of the weights, or
+    more than the first 32 with at most 4,096 weights, the matrix is formed instead, in one last pass, if 4 P² numbers
+    fit the memory: eigenpairs are then exact, and the cost that of ``"full"`` plus an eigendecomposition. ``n_passes``
+    says how many passes it were. A loader that can be read once is refused; of a last layer the features of the first
+    pass are kept, and the model runs once. A pass takes time O(P r) for each output of a datum. What is below the
+    precision of the curvature beside the largest eigenvalue is dropped: pass ``curvature_dtype=torch.float64`` where
+    it matters. Of equal eigenvalues that ``rank`` divides, as of outputs that share their curvature, those are kept
+    whose eigenvectors lie in the first weights.
     The random directions are the same in every call. ``fit(override=False)`` compresses the sum of both, and warns.
 
     References

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, linalg, tuning
-from laplace.baselaplace import foreign, properties, recipe, recorded, states, tuned
+from laplace import checks, linalg, pending, processes, tuning
+from laplace.baselaplace import compiled, foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
@@ -23,6 +23,7 @@ from laplace.baselaplace.options import check_marginals, check_model_keywords, c
 from laplace.enums import ForeignScore, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, HEAD_ENTRIES, Fit
+from laplace.free_memory import explained_predictions
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
@@ -92,11 +93,11 @@ class ParametricLaplace(FittedLaplace):
         if previous is not None:
             previous.check_merge()
         observed = Observed(self._frozen_likelihood)
-        training = self._training(progress_bar, observed)
-        fit, kept = training.fit(train_loader), observed.kept
-        if previous is not None and previous.trained is not None:
-            fit = self._at_head(fit, kept, previous.mean)
-        fit = fit if previous is None else previous.merge(fit)
+        with processes.agreed():
+            fit, kept = self._training(progress_bar, observed).fit(train_loader), observed.kept
+            if previous is not None and previous.trained is not None:
+                fit = self._at_head(fit, kept, previous.mean)
+            fit = fit if previous is None else previous.merge(fit)
         with states.all_or_nothing(self):
             take_fit(self, fit, again=previous is None)
             if previous is not None and kept is not None:
@@ -154,7 +155,9 @@ class ParametricLaplace(FittedLaplace):
         subset = self._random_weights.subset
         if subset is not None:
             tensors = subset.parameters if subset.choice is None else [subset.vector()]
-            self.curvature_type.check_memory(tensors, self._dtype)
+            head, kind = self._head_shapes, self.curvature_type
+            kind = kind if head is None else kind.of_head(head[0][0])
+            kind.check_memory(tensors, self._dtype)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class ParametricLaplace(FittedLaplace):
     def __getstate__(self) -> dict[str, Any]:
         """Without the data that ``fit`` kept."""
         why_not = self._why_not if self._kept is None else (self._why_not[0], "Copies have none.")
-        return {**super().__getstate__(), "_kept": None, "_why_not": why_not}
+        return {**super().__getstate__(), "_kept": None, "_why_not": why_not, "_predictors": {}}
 
     # -- without a fit, and by hand -----------------------------------------------------------------------------------
 
@@ -418,6 +421,7 @@ class ParametricLaplace(FittedLaplace):
         """
         return self._gaussian.functional_covariance(self._checked_jacobians(Js))
 
+    @pending.gathers
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
         """Outputs (logits, of a classifier) and their variances, without covariances and without a Jacobian.
 
@@ -515,14 +519,20 @@ class ParametricLaplace(FittedLaplace):
         Immer, Korzepa & Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
         arXiv:2008.08400
         """
+        if torch.compiler.is_compiling() and self._weights_type.of_head and generator is None:
+            how = pred_type, joint, link_approx, n_samples, diagonal_output, fitting
+            return compiled.predict(self, x, how, model_kwargs)
         options = self._options(pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         check_model_keywords(self._network, type(self).__call__, model_kwargs)
         return self._reading.returned(self._predicted(x, options, **model_kwargs))
 
+    _prepare = compiled.prepare
+
+    @pending.gathers
     def _predicted(self, x: Inputs, options: Options, **model_kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """A prediction with C last."""
-        posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
-        with evaluating(self.model, enable_backprop=self.enable_backprop):
+        with explained_predictions(), evaluating(self.model, enable_backprop=self.enable_backprop):
+            posterior, likelihood = self._predicting_posterior, self._frozen_likelihood
             inputs = self._checked_linearization(x, options.pred_type, **model_kwargs)
             with full_precision(self._device):
                 found = self._adjustments.predict(inputs, self._fitted, posterior, likelihood, options, self._dtype)
@@ -659,6 +669,7 @@ class ParametricLaplace(FittedLaplace):
         check_marginals(options)
         return options
 
+    @pending.gathers
     def _functions(
         self, x: Inputs, options: Options, *, adjusted: bool = False, **model_kwargs: Any
     ) -> Float[Tensor, "samples batch ..."]:

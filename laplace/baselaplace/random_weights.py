@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.baselaplace.statefile import move
 from laplace.curvature import CurvatureInterface
 from laplace.enums import PredType
@@ -98,12 +99,14 @@ class AllWeights:
     def warn_if_moved(self, mean: Float[Tensor, " params"]) -> None:
         """Warn where the model has other weights than a fit had: outputs and posterior then belong to other ones."""
         subset = self.subset
-        if subset is None or not subset.equals(mean):
-            msg = (
-                f"The {self.called} have changed since fit, or la.mean was assigned: predictions are centered at the "
-                "weights of the model, their uncertainty belongs to la.mean. Fit again."
-            )
+        msg = (
+            f"The {self.called} have changed since fit, or la.mean was assigned: predictions are centered at the "
+            "weights of the model, their uncertainty belongs to la.mean. Fit again."
+        )
+        if subset is None:
             warn(msg, UserWarning)
+        else:
+            pending.when(subset.differ(mean), lambda: warn(msg, UserWarning))
 
     def before_first(self, backend: CurvatureInterface, x: Inputs) -> None:
         """Prepare for the first batch: a back end with outputs of its own may not tell how many there are."""
@@ -132,7 +135,8 @@ class AllWeights:
         return Batch(batch.x, self.reading.targets(batch.y))
 
     @cached_property
-    def _extractor(self) -> FeatureExtractor:
+    def extractor(self) -> FeatureExtractor:
+        """Sees what enters the last linear layer."""
         extractor = FeatureExtractor(self.model, **self._options)
         extractor.only_looks = True
         return extractor
@@ -140,7 +144,7 @@ class AllWeights:
     def outputs_and_features(self, x: Inputs, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Outputs and what enters the last linear layer, ``[batch, *positions, D]``, by a forward pass."""
         with torch.no_grad(), evaluating(self.model):
-            return self._extractor.forward_with_features(x, **model_kwargs)
+            return self.extractor.forward_with_features(x, **model_kwargs)
 
     def linearize(
         self,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from laplace import checks, linalg
+from laplace import checks, linalg, processes
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitting import Learned, Training
 from laplace.baselaplace.functional import BaseFunctionalLaplace
@@ -28,6 +28,7 @@ from laplace.gp.subset_curvature import SubsetCurvature
 from laplace.likelihoods import AbstractLikelihood
 from laplace.network import Batch, evaluating
 from laplace.network.batches import in_precision, to_device
+from laplace.network.shards import places
 from laplace.predictive import Linearization
 from laplace.schema import Known, Table, flag, nested, tensor, whole
 from laplace.structures import AbstractCurvature
@@ -154,7 +155,9 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         """
         checks.loader("train_loader", train_loader)
         backend = self.backend
-        accumulate = partial(self._accumulate, expected_rows(train_loader, self.dict_key_y))
+        if not self._random_weights.of_head:
+            processes.refuse(type(self).__name__)
+        accumulate = partial(self._accumulate, train_loader)
         training = Training(
             self._random_weights,
             backend,
@@ -165,11 +168,17 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             self._sigma_noise,
             lambda: self._dtype,
         )
-        self._fit = training.fit(train_loader)
+        with processes.agreed():
+            fit = training.fit(train_loader)
+        self._fit = fit
         self._hyperparameters_changed()
 
-    def _accumulate(self, n_rows: int | None, batches: Iterable[Batch]) -> Learned | None:
+    def _accumulate(self, loader: Any, batches: Iterable[Batch]) -> Learned | None:
         """Negative log-likelihood of all data and curvature of the subset; ``None`` when there are no data."""
+        n_rows, team, where = expected_rows(loader, self.dict_key_y), processes.summed_over(), None
+        if team is not None:
+            where = places(team, loader, n_rows)
+            n_rows = None if where is None else len(where)
         subset = Subset(
             self.n_subset,
             self.seed,
@@ -177,6 +186,8 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             diagonal=self.diagonal_hessian,
             independent=self.independent_outputs,
             linearize=self._derive,
+            team=team,
+            places=where,
         )
         learned = self.curvature_type.accumulate(self.backend, batches, subset=subset)
         if learned is None or not bool(torch.isfinite(learned[0]).all()):

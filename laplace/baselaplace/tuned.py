@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from laplace import tuning
+from laplace import processes, tuning
 from laplace.baselaplace import states, untuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.enums import TuningMethod
 from laplace.errors import UnsupportedError, warn
 from laplace.network import evaluating
+from laplace.network.shards import in_turn, is_collective
 from laplace.predictive import Linearization
 from laplace.types import Inputs
 
@@ -67,9 +68,18 @@ def collected(la: FittedLaplace, asked: tuning.Settings, loader: Iterable[Any] |
         with evaluating(la.model):
             return la._for_tuning(asked.options.pred_type, x)
 
-    with evaluating(la.model):
+    with processes.agreed() as team, evaluating(la.model):
         batches = la._iterate(loader, asked.progress_bar, f"[Linearizing at {what} data]")
-        return tuning.CachedData.collect(batches, linearize, la._frozen_likelihood, what)
+        if team is not None and not _sees_features(la):
+            batches, team = in_turn(team, batches, la._device), None
+        return tuning.CachedData.collect(batches, linearize, la._frozen_likelihood, what, team, la._device)
+
+
+def _sees_features(la: FittedLaplace) -> bool:
+    """Whether tuning sees features of a last layer, that each process can make of its own data."""
+    likelihood, over_weights = la._unit_likelihood, hasattr(la, "_kept")
+    alone = over_weights and not is_collective(la.model) and likelihood.for_targets() is likelihood
+    return la._random_weights.of_head and alone
 
 
 def assign(la: FittedLaplace, found: tuning.Tuning, *, verbose: bool) -> tuning.Tuning:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from laplace import checks, linalg, tuning
+from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace import inducing
 from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
@@ -232,6 +232,7 @@ class VaLLA(FeatureLaplace):
         object.
         """
         checks.loader("train_loader", train_loader)
+        processes.refuse(type(self).__name__)
         iterations = checks.whole("iterations", iterations)
         lr = checks.number("lr", lr, positive=True)
         override = checks.flag("override", override)
@@ -318,7 +319,7 @@ class VaLLA(FeatureLaplace):
         """The likelihood at a noise."""
         if sigma is None:
             return self._frozen_likelihood
-        temperature = torch.as_tensor(self._temperature, dtype=self._dtype, device=self._device).detach()
+        temperature = linalg.number(self._temperature, *self._place).detach()
         return self._unit_likelihood.at(sigma, temperature, 1.0)
 
     def _score(self, loader: Iterable[Any], features: InducingMap) -> Any:

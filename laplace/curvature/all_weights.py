@@ -6,7 +6,7 @@ memory is bounded by activations, never by outputs times weights.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.curvature import kfac
 from laplace.curvature.columns import ColumnSums, Sums
 from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.leading import Remainder
 from laplace.curvature.memory import Memory
 from laplace.curvature.recording import Recording
 from laplace.curvature.replay import check_repeatable
@@ -25,7 +27,9 @@ from laplace.curvature.uses import MixedBlock
 from laplace.enums import HessianStructure
 from laplace.errors import PerformanceWarning, UnsupportedError, warn
 from laplace.likelihoods import Positions
+from laplace.likelihoods.roots import Root
 from laplace.network.batches import count_rows, differentiable
+from laplace.network.compiled import as_written
 from laplace.network.modes import full_precision
 from laplace.network.threads import alone
 from laplace.network.whole_network import WholeNetwork
@@ -46,11 +50,16 @@ class AllWeightsEngine:
 
     def record(self, x: Inputs, *, create_graph: bool = False, **model_kwargs: Any) -> Recording:
         """Run the model and keep what derivatives are made of."""
+
+        def run(rows: Any) -> Tensor:
+            # Keywords travel with the inputs, so that single rows get their own.
+            with as_written(self.network.model.modules()):
+                return self.backend.outputs(rows[0], **rows[1])
+
         with alone(self.network.model):
             self.network.check_still_random()
             return Recording(
-                # Keywords travel with the inputs, so that single rows get their own.
-                lambda rows: self.backend.outputs(rows[0], **rows[1]),
+                run,
                 differentiable((x, model_kwargs)),
                 self.network.subset,
                 self.network.constants,
@@ -67,15 +76,27 @@ class AllWeightsEngine:
         recording = self.record(x)
         f = recording.f
         with torch.no_grad(), full_precision(f.device):
-            positions = self.backend.positions(f, y)
-            recording.mask = mask_of(positions, f)
-            root = self.backend.output_root(positions)
-            together = self.backend.adds_over_positions or self.backend.is_sampled
-            columns = directions(root, positions, f, together=together)
-            factors = partial(kron, recording, columns, self.network, reduce=self.reduce)
-            blocks = (recording.blocks(some) for some in chunks(recording, columns))
+            positions = self.backend.positions(f, y, whole=True)
+            blocks = self._blocks(recording, positions)
+            factors = partial(masked_kron, recording, positions, blocks, self.network, reduce=self.reduce)
             like = torch.zeros((), dtype=recording.dtype, device=f.device)
             yield self.backend.loss(positions), ColumnSums(blocks, self.network.subset.sizes, like, factors)
+
+    def _blocks(self, recording: Recording, positions: Positions) -> Iterator[list[JacobianBlock]]:
+        """Derivatives along the columns of the output Hessian's root, some at a time."""
+        backend, f = self.backend, recording.f
+        if backend.leading is not None:
+            root, n_mixtures = backend.leading.draw(backend.output_likelihood, positions)
+            columns = directions(root, positions, f)
+            if n_mixtures:
+                return measured(recording, columns, n_mixtures, backend.leading.remainder)
+            return blocks_of(recording, columns)
+        if backend.adds_over_positions or backend.is_sampled:
+            return blocks_of(recording, directions(backend.output_root(positions), positions, f))
+        likelihood = backend.output_likelihood
+        return blocks_of(
+            recording, Directions(likelihood.lazy_root(likelihood.observed(positions.f, positions.y)), positions, f)
+        )
 
     def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:
         """Jacobians ``[rows, outputs, P]`` and outputs ``[rows, outputs]``, written out."""
@@ -93,7 +114,7 @@ class AllWeightsEngine:
         with torch.no_grad():
             positions = self.backend.positions(recording.f, y)
             root = self.backend.output_likelihood.gradient(positions.f, positions.y).unsqueeze(-1)
-            blocks = recording.blocks(directions(root, positions, recording.f, together=True))
+            blocks = recording.blocks(directions(root, positions, recording.f))
             gradients = torch.cat([block.dense() for block in blocks], -1)[0]
             return gradients, self.backend.output_likelihood.nll(positions.f, positions.y)
 
@@ -107,6 +128,8 @@ class AllWeightsEngine:
 
 def mask_of(positions: Positions, f: Tensor) -> Bool[Tensor, "batch positions"] | None:
     """Which positions count, ``[batch, positions]``; ``None`` when all do."""
+    if positions.counted is not None:
+        return None if bool(positions.counted.all()) else positions.counted.reshape(len(f), -1)
     if positions.kept is None:
         return None
     rows = torch.zeros(f.numel() // positions.f.shape[-1], dtype=torch.bool, device=f.device)
@@ -114,42 +137,63 @@ def mask_of(positions: Positions, f: Tensor) -> Bool[Tensor, "batch positions"] 
     return rows.reshape(len(f), -1)
 
 
-def directions(
-    root: Float[Tensor, "rows outputs columns"], positions: Positions, f: Tensor, *, together: bool
-) -> list[Tensor]:
-    """Columns of the root as directions in the outputs, ``[batch, *positions, C]`` each.
+def spread(rows: Float[Tensor, "rows outputs"], positions: Positions, f: Tensor) -> Tensor:
+    """Numbers of unmasked positions in the shape of the outputs, ``[batch, *positions, C]``; zeros at masked ones."""
+    if positions.kept is None:
+        return rows.to(f.dtype).reshape(f.shape)
+    everywhere = rows.new_zeros(f.numel() // rows.shape[1], rows.shape[1])
+    return everywhere.index_copy(0, positions.kept, rows).to(f.dtype).reshape(f.shape)
+
+
+def directions(root: Float[Tensor, "rows outputs columns"], positions: Positions, f: Tensor) -> list[Tensor]:
+    """Columns that all positions of a datum share (those of gradients, samples and mixtures) as directions in ``f``."""
+    return [spread(column, positions, f) for column in root.unbind(-1)]
+
+
+class Directions(Sequence[Tensor]):
+    """Columns of roots as directions in the outputs, one for each position of a datum, made when they are asked for.
 
     Parameters
     ----------
     root
-        One a row of unmasked positions.
+        Of the output Hessians of unmasked positions.
     positions
         Which those are.
     f
         Outputs.
-    together
-        One direction for all positions of a datum (gradients and samples, which add up); else one for each of them.
     """
-    n_rows, n_outputs, n_columns = f.numel() // root.shape[1], root.shape[1], root.shape[2]
-    everywhere = root
-    if positions.kept is not None:
-        everywhere = root.new_zeros(n_rows, n_outputs, n_columns).index_copy(0, positions.kept, root)
-    split = everywhere.to(f.dtype).reshape(len(f), -1, n_outputs, n_columns)
-    if together or split.shape[1] == 1:
-        return [column.reshape(f.shape) for column in split.unbind(-1)]
-    columns: list[Tensor] = []
-    for t in range(split.shape[1]):
-        if bool((split[:, t] != 0).any()):
-            here = torch.zeros_like(split)
-            here[:, t] = split[:, t]
-            columns += [column.reshape(f.shape) for column in here.unbind(-1)]
-    if len(columns) > MANY_COLUMNS:
-        msg = (
-            f"The exact curvature takes a backward pass for each of {len(columns)} outputs of a datum. Pass "
-            "backend_kwargs={'stochastic': True} to sample it with one."
-        )
-        warn(msg, PerformanceWarning)
-    return columns
+
+    def __init__(self, root: Root, positions: Positions, f: Tensor) -> None:
+        self.root, self.positions, self.f = root, positions, f
+        sizes = root.sizes
+        each = max(1, f.numel() // positions.f.shape[-1] // max(1, len(f)))
+        rows = torch.arange(len(sizes), device=f.device) if positions.kept is None else positions.kept
+        self.position, self.shared = rows % each, each > 1
+        # Columns that are zero for all data need no pass; where none need be, nothing is read.
+        self.places = [(t, j) for t in range(each) for j in range(sizes.shape[1])]
+        if positions.kept is not None or pending.is_free(sizes.device):
+            some = sizes.new_zeros(each, sizes.shape[1]).index_add(0, self.position, (sizes != 0).to(sizes))
+            self.places = [(int(t), int(j)) for t, j in some.nonzero().tolist()]
+        if len(self) > MANY_COLUMNS:
+            msg = (
+                f"The exact curvature takes a backward pass for each of {len(self)} outputs of a datum. Pass "
+                "backend_kwargs={'columns': k} for the largest k of them and one random mixture of the others, or "
+                "backend_kwargs={'stochastic': True} to sample it with one."
+            )
+            warn(msg, PerformanceWarning)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One of them, or a list of some."""
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        t, j = self.places[index]
+        weights = torch.zeros_like(self.root.sizes)
+        weights[:, j] = (self.position == t).to(weights) if self.shared else 1
+        return spread(self.root.mix(weights), self.positions, self.f)
 
 
 def unit_directions(f: Tensor) -> list[Tensor]:
@@ -158,28 +202,55 @@ def unit_directions(f: Tensor) -> list[Tensor]:
     return [row.reshape(1, *f.shape[1:]).expand_as(f) for row in eye]
 
 
-def chunks(recording: Recording, columns: list[Tensor]) -> Iterator[list[Tensor]]:
+def chunks(recording: Recording, columns: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """As many columns at a time as memory allows."""
     step = recording.n_columns_at_once
     for start in range(0, len(columns), step):
-        yield columns[start : start + step]
+        yield list(columns[start : start + step])
 
 
-def kron(recording: Recording, columns: list[Tensor], network: WholeNetwork, *, reduce: bool) -> Kron:
+def masked_kron(
+    recording: Recording,
+    positions: Positions,
+    columns: Iterable[list[JacobianBlock]],
+    network: WholeNetwork,
+    *,
+    reduce: bool,
+) -> Kron:
+    """Factors with inputs averaged over rows that count: what else is summed needs directions alone, zero at others."""
+    recording.mask = mask_of(positions, recording.f)
+    return kron(recording, columns, network, reduce=reduce)
+
+
+def blocks_of(recording: Recording, columns: Sequence[Tensor]) -> Iterator[list[JacobianBlock]]:
+    """Derivatives along columns, as many at a time as memory allows; those of zero where there are none."""
+    for some in chunks(recording, columns or [torch.zeros_like(recording.outputs)]):
+        yield recording.blocks(some)
+
+
+def measured(
+    recording: Recording, columns: list[Tensor], n_mixtures: int, remainder: Remainder
+) -> Iterator[list[JacobianBlock]]:
+    """The same, with the last columns one by one, while their squares are compared."""
+    exact = len(columns) - n_mixtures
+    for start, some in ((0, columns[:exact]), *((n, [columns[n]]) for n in range(exact, len(columns)))):
+        for blocks in blocks_of(recording, some):
+            remainder.see(torch.cat([block.squares() for block in blocks]), mixture=start >= exact)
+            yield blocks
+
+
+def kron(recording: Recording, columns: Iterable[list[JacobianBlock]], network: WholeNetwork, *, reduce: bool) -> Kron:
     """Factors of ``Σ J Jᵀ``: raw sums with the number of rows in the inputs' side of each block."""
     diagonal = check_kron(recording, network)
 
     def blocks() -> Iterator[list[JacobianBlock]]:
-        for some in chunks(recording, columns or [torch.zeros_like(recording.outputs)]):
-            found = recording.blocks(some)
+        for found in columns:
             for group, block in enumerate(found):
                 if isinstance(block, MixedBlock):
                     refuse(network, group, "it is used in ways that share no factors (as a table and as a matrix, say)")
             yield found
 
-    # A device without float64 sums in what it has.
-    wide = recording.dtype if recording.outputs.device.type == "mps" else torch.float64
-    return kfac.kron(blocks(), diagonal, wide, torch.finfo(recording.dtype).eps, reduce=reduce)
+    return kfac.kron(blocks(), diagonal, torch.finfo(recording.dtype).eps, reduce=reduce)
 
 
 def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
@@ -195,8 +266,9 @@ def check_kron(recording: Recording, network: WholeNetwork) -> set[int]:
     layers = sorted({network.owner(group)[0] for group in diagonal})
     if layers:
         msg = (
-            f"The recurrent layers {', '.join(map(repr, layers))} have no Kronecker factors here: their blocks are "
-            "exact diagonals, computed one datum at a time. Freeze them with requires_grad_(False) to leave them out."
+            f"The recurrent layers {', '.join(map(repr, layers))} have no Kronecker factors here, as with proj_size: "
+            "their blocks are exact diagonals, computed one datum at a time. Freeze them with requires_grad_(False) to "
+            "leave them out."
         )
         warn(msg, PerformanceWarning)
     return diagonal

@@ -17,16 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace import checks
 from laplace.curvature.all_weights import AllWeightsEngine
 from laplace.curvature.by_autograd import hessian_products, hessian_rows
 from laplace.curvature.columns import Sums
-from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface, check_generator
 from laplace.curvature.last_layer import LastLayerEngine
+from laplace.curvature.leading import Leading
 from laplace.curvature.structured import Basis, check_count, without_count
 from laplace.enums import HessianStructure, KfacApprox, Likelihood, SubsetOfWeights, choose
+from laplace.errors import UnsupportedError
+from laplace.likelihoods import OutputHessian, Positions
 from laplace.network.batches import differentiable
 from laplace.network.parameters import ParameterSubset
 from laplace.structures import FullCurvature, Kron
+from laplace.structures.wide_kron import WideKron
 from laplace.types import Inputs, Jacobians
 
 
@@ -113,7 +118,7 @@ class AutogradInterface(CurvatureInterface):
         with self._engine.sums(x, y) as (loss, sums):
             return loss, sums.diag()
 
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron | WideKron]:
         """Loss ``[]`` and Kronecker factors; the inputs' side divided by ``N`` (times the positions of a datum).
 
         The factors of a last layer are summed in float64 whatever the model is: an eigenvalue that is zero but for
@@ -127,9 +132,9 @@ class AutogradInterface(CurvatureInterface):
             factors = sums.kron()
         if N == 1:
             return loss, factors
-        n_data = max(self.count(y), 1)
+        n_data = max(int(self.count(y)), 1)
         counts = [n_data] * len(factors) if factors.counts is None else factors.counts
-        return loss, factors.divide_inputs([count * N / n_data for count in counts])
+        return loss, factors.divide_inputs([int(count) * N / n_data for count in counts])
 
     def blockdiag(self, x: Inputs, y: Tensor, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Loss ``[]`` and the diagonal block of each parameter group: O(rows · Σ p²), for all weights times columns."""
@@ -172,7 +177,7 @@ class AutogradInterface(CurvatureInterface):
 
 
 class AutogradGGN(AutogradInterface, GGNInterface):
-    """Generalized Gauss–Newton matrix, exact or (``stochastic=True``) with Λ sampled from the model.
+    """Generalized Gauss–Newton matrix: exact, in part exact (``columns=k``), or with Λ sampled (``stochastic=True``).
 
     Parameters
     ----------
@@ -182,11 +187,69 @@ class AutogradGGN(AutogradInterface, GGNInterface):
     kfac_approx
         For all weights and the Kronecker structure: ``"expand"`` treats the positions that share a weight as data,
         ``"reduce"`` averages them.
+    columns
+        For all weights and for a subnetwork: k backward passes per batch for the k largest columns of a root of Λ of
+        each datum (of classification those of its k likeliest classes), and one for all others, mixed by random signs.
+        Unbiased; in batches 1, 4, 16, … there are two mixtures, from which ``columns_error`` is estimated. ``None``:
+        all columns, one pass each.
+    generator
+        Source of randomness for samples and signs.
+
+    Raises
+    ------
+    InputError
+        If ``columns`` is no positive whole number.
+    UnsupportedError
+        If ``columns`` is given with ``stochastic=True``, or for a last layer, which needs no backward pass.
     """
 
-    def __init__(self, *args: Any, kfac_approx: KfacApprox | str = KfacApprox.EXPAND, **kwargs: Any) -> None:
+    takes_columns: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *args: Any,
+        kfac_approx: KfacApprox | str = KfacApprox.EXPAND,
+        columns: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._reduce = choose(KfacApprox, kfac_approx, "kfac_approx") is KfacApprox.REDUCE
+        if columns is None:
+            super().__init__(*args, generator=generator, **kwargs)
+            return
+        n_columns = checks.whole("columns", columns)
         super().__init__(*args, **kwargs)
+        check_generator(generator, self.model)
+        if self.stochastic:
+            msg = (
+                "stochastic=True samples the output Hessian, columns=k takes the largest k columns of its root exactly "
+                "and mixes the others: pass one of them."
+            )
+            raise UnsupportedError(msg)
+        if self.last_layer:
+            msg = (
+                "columns=k saves backward passes, and a last layer takes none: its curvature is exact after one "
+                "forward pass. Leave columns out, or take subset_of_weights='all'."
+            )
+            raise UnsupportedError(msg)
+        self.generator, self.is_sampled = generator, True
+        self.leading = Leading(n_columns, generator)
+
+    @property
+    def columns_error(self) -> float | None:
+        """With ``columns=k`` the estimated standard error of the diagonal of the curvature, relative to its length.
+
+        That of the latest pass over the data; it falls with the square root of their number, and ``fit`` prints it. NaN
+        before the first batch, 0 where nothing is left to mix, ``None`` without ``columns``.
+        """
+        return None if self.leading is None else self.leading.remainder.error
+
+    def output_hessian(self, positions: Positions) -> OutputHessian:
+        """That of the likelihood, its samples, or with ``columns`` the k largest columns and a mixture."""
+        if self.leading is None:
+            return super().output_hessian(positions)
+        root, _ = self.leading.draw(self.output_likelihood, positions)
+        return OutputHessian(positions.f.shape[-1], root=root)
 
 
 class AutogradHessian(AutogradInterface):

@@ -40,6 +40,8 @@ class Capabilities:
     """Whether its first forward pass may find the last layer; if not, one pass before finds it."""
     accepts_fisher_kwargs: ClassVar[bool] = False
     """Whether ``asdl_fisher_kwargs`` have a meaning; they are then passed to ``full``, ``diag`` and ``kron``."""
+    takes_columns: ClassVar[bool] = False
+    """Whether ``columns`` can say how many columns of the output Hessian's root are exact."""
     takes_positions: ClassVar[bool] = True
     """Whether outputs may have axes between batch and classes."""
 
@@ -48,7 +50,7 @@ class Capabilities:
     adds_over_positions: ClassVar[bool] = False
     """Whether gradients of the positions of a datum add up before they are squared."""
     is_sampled = False
-    """Whether output Hessians are sampled."""
+    """Whether output Hessians are random, drawn anew in each call."""
 
     likelihood: str
     subset: SubsetOfWeights

@@ -35,13 +35,15 @@ def agrees(
     flat = truth.reshape(-1).to(like.dtype)
     differences, sizes = [], []
     for _ in range(PROJECTIONS if eps >= LOW_PRECISION else 1):
-        v = torch.randn(1, truth.numel(), generator=noise, dtype=torch.float32).to(like.device, like.dtype)
+        v = torch.randn(1, truth.numel(), generator=noise, dtype=torch.float32)
+        v = v.to(like.device, like.dtype, non_blocking=True)
         terms = torch.stack([block.apply(v).flatten() for block in blocks]).sum(0)
         differences.append(terms.sum() - flat @ v[0])
         sizes.append(torch.linalg.vector_norm(terms))
-    difference, size = (float(torch.stack(values).square().mean().sqrt()) for values in (differences, sizes))
+    means = (torch.stack(values).square().mean().sqrt() for values in (differences, sizes))
+    difference, size, norm = torch.stack([*means, flat.norm()]).tolist()
     # A NaN difference agrees with nothing.
-    if difference <= tolerance * (size + float(flat.norm())) + floor:
+    if difference <= tolerance * (size + norm) + floor:
         return True
     return difference <= tolerance * scale() + floor
 

@@ -22,6 +22,7 @@ from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures import Kron
 from laplace.structures.dense_jacobian import dense_rows
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, sum_parts
+from laplace.structures.wide_kron import WideKron
 from laplace.types import Inputs, Scalar
 
 Columns: TypeAlias = "Iterable[Sequence[JacobianBlock]]"
@@ -41,8 +42,13 @@ def full(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, 
 def diag(columns: Columns, sizes: Sequence[int], like: Tensor) -> Float[Tensor, " params"]:
     """Its diagonal ``[P]``: exact, layer by layer."""
     total = like.new_zeros(sum(sizes))
+    parts = total.split(list(sizes))
     for blocks in columns:
-        total += torch.cat([block.squares() for block in blocks])
+        if len(blocks) != len(parts):  # chosen weights in another order are one block
+            total += torch.cat([block.squares() for block in blocks])
+            continue
+        for block, part in zip(blocks, parts, strict=True):
+            block.add_squares(part)
     return total
 
 
@@ -113,7 +119,7 @@ class Sums(Protocol):
         ...
 
     @property
-    def kron(self) -> Callable[[], Kron]:
+    def kron(self) -> Callable[[], Kron | WideKron]:
         """Makes Kronecker factors, raw sums."""
         ...
 
@@ -140,7 +146,7 @@ class ColumnSums:
     """Number of weights in each parameter group."""
     like: Tensor
     """Any tensor in the precision of the result, where it is to be."""
-    kron: Callable[[], Kron]
+    kron: Callable[[], Kron | WideKron]
     """Kronecker factors, raw sums, which columns alone do not give."""
 
     def full(self) -> Tensor:

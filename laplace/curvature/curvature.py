@@ -26,6 +26,14 @@ from laplace.types import Inputs
 __all__ = ["CurvatureInterface", "EFInterface", "GGNInterface"]
 
 
+def check_generator(generator: torch.Generator | None, model: nn.Module) -> None:
+    """Raise if a generator is on another device than a model."""
+    device = next(model.parameters()).device
+    if generator is not None and generator.device.type != device.type:
+        msg = f"The generator is on {generator.device}, the model on {device}; create it on the model's device."
+        raise InputError(msg)
+
+
 class GGNInterface(ColumnsInterface):
     """Generalized Gauss–Newton matrix ``Σ Jᵀ Λ J``, or the Fisher sampled from the model, from Jacobians.
 
@@ -73,10 +81,7 @@ class GGNInterface(ColumnsInterface):
         if not stochastic and (num_samples != 1 or generator is not None):
             msg = "num_samples and generator belong to the sampled Fisher: pass stochastic=True with them."
             raise UnsupportedError(msg)
-        device = next(model.parameters()).device
-        if generator is not None and generator.device.type != device.type:
-            msg = f"The generator is on {generator.device}, the model on {device}; create it on the model's device."
-            raise InputError(msg)
+        check_generator(generator, model)
         self.stochastic = self.is_sampled = stochastic
         self.num_samples = num_samples
         self.generator = generator

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from laplace.attributes import check_attribute, is_own
 from laplace.curvature.by_autograd import WrittenOut, by_functorch, select_outputs
+from laplace.curvature.leading import Leading
 from laplace.curvature.structured import StructuredInterface
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
 from laplace.errors import UnknownAttributeError, UnsupportedError
@@ -184,8 +185,10 @@ class CurvatureInterface(StructuredInterface, ABC):
             raise UnsupportedError(msg)
         return layer
 
-    def count(self, y: Tensor) -> int:
+    def count(self, y: Tensor) -> int | Tensor:
         """Number of unmasked positions among targets: what the inputs' Kronecker factor is divided by.
+
+        While ``fit`` reads an accelerator's data it stays there, a tensor ``[]``.
 
         Parameters
         ----------
@@ -408,7 +411,7 @@ class CurvatureInterface(StructuredInterface, ABC):
         self.output_likelihood = likelihood
         return self
 
-    def positions(self, f: Tensor, y: Tensor) -> Positions:
+    def positions(self, f: Tensor, y: Tensor, *, whole: bool = False) -> Positions:
         """Outputs and their targets, checked and flattened to unmasked rows, in the precision of the curvature.
 
         Parameters
@@ -417,11 +420,16 @@ class CurvatureInterface(StructuredInterface, ABC):
             Outputs, ``[batch, *positions, C]``.
         y
             Targets.
+        whole
+            Masked rows may stay, if they say nothing.
         """
         f = self._widen(f)
         if self.last_layer:
             self.output_likelihood.check_head(heads.n_outputs(self._head))
-        return self.output_likelihood.flatten(f, y)
+        return self.output_likelihood.whole(f, y) if whole else self.output_likelihood.flatten(f, y)
+
+    leading: Leading | None = None
+    """Which columns of the output Hessian's root are exact, where not all are; ``None``: all."""
 
     loss_by_output: bool = False
     """Whether losses of a last layer come output by output, ``[C]``: set while an estimator of regression is fitted."""

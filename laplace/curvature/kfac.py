@@ -26,15 +26,17 @@ network architectures", arXiv:2311.00636 (expand and reduce: section 3).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace import pending
 from laplace.structures import Kron
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import JacobianBlock, SumBlock
+from laplace.structures.open_kron import OpenKron, add_upper
 from laplace.structures.product import ProductBlock
 
 DENSE_LIMIT = 1024
@@ -42,118 +44,131 @@ DENSE_LIMIT = 1024
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The Kronecker factors, or the exact block, of one parameter group."""
+class Rows:
+    """What the factors of one parameter group are summed of: rows r of ``Σ r rᵀ``, or a diagonal."""
 
     outputs: Tensor
-    """G, or the exact block: a matrix, or a vector for a diagonal."""
+    """Rows of G, or of the exact block; a vector for its diagonal."""
+    gradients: Tensor | None = None
+    """Gradients that they were made of, if other groups may have the same."""
     inputs: Tensor | None = None
-    """A, a raw sum; ``None`` when there is one factor."""
-    count: int = 0
+    """Rows of A, or a diagonal; ``None`` when there is one factor."""
+    count: int | Tensor = 0
     """Number of rows in A."""
     inputs_first: bool = False
     """Whether the first axis of the weight belongs to the inputs."""
 
-    @property
-    def sides(self) -> list[Tensor]:
-        """Its factors, in the order of the axes of the weight."""
-        if self.inputs is None:
-            return [self.outputs]
-        return [self.inputs, self.outputs] if self.inputs_first else [self.outputs, self.inputs]
-
 
 def kron(
-    columns: Iterable[Sequence[JacobianBlock]],
-    diagonal: Collection[int],
-    dtype: torch.dtype,
-    resolution: float,
-    *,
-    reduce: bool,
+    columns: Iterable[Sequence[JacobianBlock]], diagonal: Collection[int], resolution: float, *, reduce: bool
 ) -> Kron:
-    """Factors of the same data, some columns at a time: raw sums, with the number of rows in the inputs' sides."""
-    total: list[Factors] = []
+    """Factors of the same data, some columns at a time: raw sums, with the number of rows in the inputs' sides.
+
+    Inputs are summed with the first columns, since all have the same; outputs that groups share stay shared.
+    """
+    outputs, inputs = Moments(), Moments()
+    groups: list[tuple[int | Tensor, bool]] = []
     for blocks in columns:
-        moment, inputs = Moments(dtype), not total
-        new = [
-            factors(block, moment, reduce=reduce, inputs=inputs, diagonal=group in diagonal)
-            for group, block in enumerate(blocks)
-        ]
-        total = more_columns(total, new) if total else new
-    return Kron([group.sides for group in total], [group.count for group in total], resolution)
-
-
-def more_columns(first: list[Factors], second: list[Factors]) -> list[Factors]:
-    """Add further columns of the same data: inputs are counted once, and outputs that groups share stay shared."""
-    sums: dict[tuple[int, int], Tensor] = {}
-    added: list[Factors] = []
-    for ours, theirs in zip(first, second, strict=True):
-        key = (id(ours.outputs), id(theirs.outputs))
-        if key not in sums:
-            sums[key] = ours.outputs + theirs.outputs
-        added.append(replace(ours, outputs=sums[key]))
-    return added
+        each = enumerate(blocks)
+        new = [rows(block, reduce=reduce, inputs=not groups, diagonal=group in diagonal) for group, block in each]
+        outputs.add([(row.outputs, row.gradients) for row in new])
+        if not groups:
+            groups = [(row.count, row.inputs_first) for row in new]
+            inputs.add([(row.inputs, row.inputs) for row in new])
+    sides = [[G] if A is None else [G, A] for G, A in zip(outputs.finished(), inputs.finished(), strict=True)]
+    turned = [pair[::-1] if first else pair for pair, (_, first) in zip(sides, groups, strict=True)]
+    factors = [[side for side in pair if side is not None] for pair in turned]
+    return OpenKron(factors, [count for count, _ in groups], resolution)
 
 
 class Moments:
-    """Sums of outer products, returned in ``dtype`` and each made once: a weight and its bias share their gradients."""
+    """Sums of outer products, each made once: a weight and its bias share their gradients, layers their inputs."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
+    def __init__(self) -> None:
+        self.totals: list[Tensor | None] = []
+        self._owner: list[int] = []
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Σ r rᵀ over all axes but the last."""
-        # Equal keys mean the same numbers in the same order: axes of length 1 do not matter, a transposition does.
-        axes = tuple(axis for axis in zip(rows.shape, rows.stride(), strict=True) if axis[0] > 1)
-        key = (rows.data_ptr(), rows.shape[-1], axes)
-        if key not in self._known:
-            flat = rows.reshape(-1, rows.shape[-1])
-            # The rows are kept, so that their address is not used again.
-            self._known[key] = (rows, (flat.T @ flat).to(self.dtype))
-        return self._known[key][1]
+    def add(self, groups: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
+        """Add Σ r rᵀ for each group, over all axes of its rows but the last; a vector is a diagonal, added as it is.
+
+        Beside the rows there is what they were made of: groups in which it is the same share the sum.
+        """
+        if not self._owner:
+            known: dict[Any, int] = {}
+            self._owner = [known.setdefault(address(source), number) for number, (_, source) in enumerate(groups)]
+            self.totals = [None] * len(groups)
+        for number, (rows, _) in enumerate(groups):
+            if rows is None or self._owner[number] != number:
+                continue
+            total, n = self.totals[number], rows.shape[-1]
+            if rows.dim() == 1:
+                self.totals[number] = rows if total is None else total.add_(rows)
+                continue
+            if total is None:
+                self.totals[number] = total = rows.new_zeros(n, n)
+            add_upper(total, rows.reshape(-1, n))
+
+    def finished(self) -> list[Tensor | None]:
+        """The sums, those that groups share being one tensor; of matrices what is on the diagonal and above."""
+        return [self.totals[owner] for owner in self._owner]
 
 
-def factors(block: JacobianBlock, moment: Moments, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Factors:
-    """The factors of a block of Jacobians.
+def _occurrences(block: GatherBlock, dtype: torch.dtype) -> Tensor:
+    """How often each token of a table was looked up, ``[tokens]``."""
+    ones = torch.ones(len(block.row_token), dtype=dtype, device=block.row_token.device)
+    return ones.new_zeros(block.n_tokens).index_add_(0, block.row_token, ones)
+
+
+def address(rows: Tensor | None) -> Any:
+    """What is equal where rows are the same numbers in the same order, as long as they live."""
+    if rows is None or not rows.numel():
+        return object()
+    # Axes of length 1 do not matter, a transposition does.
+    axes = tuple(axis for axis in zip(rows.shape, rows.stride(), strict=True) if axis[0] > 1)
+    return rows.data_ptr(), rows.shape[-1], axes
+
+
+def rows(block: JacobianBlock, *, reduce: bool, inputs: bool, diagonal: bool = False) -> Rows:
+    """What the factors of a block of Jacobians are summed of.
 
     Parameters
     ----------
     block
         Derivatives in one group of weights.
-    moment
-        Makes sums, shared by the groups.
     reduce
         Average positions instead of treating them as data.
     inputs
-        Compute A, too; ``False`` for further columns of the same data.
+        Those of A, too; ``False`` for further columns of the same data.
     diagonal
         Keep only the diagonal of an exact block.
 
     Returns
     -------
-    G and A, or an exact block.
+    Rows of G and A, or an exact block.
 
     Notes
     -----
-    Time O(rows · (O² · columns + I²)) for a weight of O × I.
+    Time of the sums O(rows · (O² · columns + I²)) for a weight of O × I.
     """
     if isinstance(block, ProductBlock):
         left, right, count = block.left, block.right, block.count
+        gradients = left.transpose(2, 3).flatten(3)  # [columns, batch, positions, groups · O]
         if reduce:
             left = left.sum(3, keepdim=True)
             right = right.sum(2, keepdim=True) / block.counts.clamp(min=1).reshape(-1, 1, 1, 1)
-            count = int((block.counts > 0).sum()) * right.shape[1]
+            count = pending.count((block.counts > 0).sum() * right.shape[1])
         # The groups of a grouped convolution belong to the first axis of its weight; on the other side they are data.
-        if block.transposed:
-            right = right.transpose(1, 2).flatten(2)  # [batch, positions, groups · I]
+        if not block.transposed:
+            left = left.transpose(2, 3).flatten(3)
         else:
-            left = left.transpose(2, 3).flatten(3)  # [columns, batch, positions, groups · O]
-        return Factors(moment(left), moment(right) if inputs else None, count, block.transposed)
+            right = right.transpose(1, 2).flatten(2)  # [batch, positions, groups · I]
+        source = None if block.transposed and block.left.shape[2] > 1 else gradients
+        return Rows(left, source, right if inputs else None, count, block.transposed)
     if isinstance(block, GatherBlock):
-        tokens = torch.bincount(block.row_token, minlength=block.n_tokens).to(moment.dtype) if inputs else None
-        return Factors(moment(block.left), tokens, len(block.row_token), inputs_first=True)
+        tokens = _occurrences(block, block.left.dtype) if inputs else None
+        return Rows(block.left, None, tokens, len(block.row_token), inputs_first=True)
     if isinstance(block, SumBlock):
-        return Factors(moment(block.values if reduce else block.left))
+        return Rows(block.values if reduce else block.left, block.left)
     if diagonal or block.n_params > DENSE_LIMIT:
-        return Factors(block.squares().to(moment.dtype))
-    return Factors(moment(block.dense()))
+        return Rows(block.squares())
+    return Rows(block.dense())

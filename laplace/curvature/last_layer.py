@@ -27,11 +27,12 @@ from laplace.curvature.replay import Features, Replay
 from laplace.curvature.structured import Basis
 from laplace.enums import HessianStructure
 from laplace.likelihoods import OutputHessian, Positions
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.network.modes import full_precision
 from laplace.structures import Kron
 from laplace.structures.head_block import HeadBlock
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
+from laplace.structures.wide_kron import WideKron, is_wide
 from laplace.types import Inputs, Jacobians, Scalar
 
 
@@ -46,7 +47,7 @@ def diag(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Float[Tensor, "
     return torch.cat([(strength @ block.phi.square()).flatten() for block in blocks])
 
 
-def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron:
+def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 1.0) -> Kron | WideKron:
     """Factors ``[Σ Λ, Σ φφᵀ]`` of the weight, raw sums; of the bias, which multiplies a constant, its block.
 
     Notes
@@ -58,9 +59,35 @@ def kron(blocks: Sequence[HeadBlock], hessian: OutputHessian, constant: float = 
     Martens & Grosse (2015), "Optimizing neural networks with Kronecker-factored approximate curvature".
     arXiv:1503.05671; Ritter, Botev & Barber (2018), "A scalable Laplace approximation for neural networks".
     """
+    if is_wide(hessian.n_outputs):
+        return wide_kron(blocks, hessian)
     outer = hessian.sum()
     of_bias = bias_block(outer, constant)
     return Kron([[outer, block.phi.T @ block.phi] if len(block.shape) > 1 else [of_bias] for block in blocks])
+
+
+def wide_kron(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> WideKron:
+    """The same of very many outputs: the diagonal of Σ Λ, and a block of it.
+
+    Nothing is made that is larger than the outputs. Time O(rows · (C + m² + D²)), m the outputs that are kept.
+    """
+    phi = next((block.phi for block in blocks if len(block.shape) > 1), None)
+    wide, shapes = linalg.wide_dtype(blocks[0].phi), [block.shape for block in blocks]
+    step = max(1, chunk_elements(blocks[0].phi.device) // hessian.n_outputs)
+    parts = [slice(start, start + step) for start in range(0, blocks[0].n_rows, step)]
+    diagonal = torch.stack([hessian.select(rows).diag().sum(0, dtype=wide) for rows in parts]).sum(0)
+
+    def block_of(kept: Int[Tensor, " kept"]) -> Float[Tensor, "kept kept"]:
+        if hessian.root is None:
+            return torch.diag(diagonal[kept])
+        block = diagonal.new_zeros(len(kept), len(kept))
+        for rows in parts:
+            flat = hessian.root[rows][:, kept].mT.reshape(-1, len(kept)).to(wide)
+            block.addmm_(flat.mT, flat, alpha=hessian.sign)
+        return block  # its diagonal is known
+
+    inputs = None if phi is None else phi.to(wide).mT @ phi.to(wide)
+    return WideKron.of(diagonal, block_of, inputs, shapes, torch.finfo(blocks[0].phi.dtype).eps)
 
 
 def bias_block(outer: Float[Tensor, "outputs outputs"], constant: float) -> Float[Tensor, "outputs outputs"]:
@@ -151,7 +178,7 @@ def lowrank(
     parts = directions.split([n_outputs * width for width in widths])
     sides = torch.cat([part.unflatten(0, (n_outputs, -1)) for part in parts], 1)  # [C, D, k]
     total = torch.zeros_like(sides)
-    step = max(1, CHUNK_ELEMENTS // max(1, n_outputs * n_directions))
+    step = max(1, chunk_elements(directions.device) // max(1, n_outputs * n_directions))
     for start in range(0, len(phi), step):
         rows = slice(start, start + step)
         moved = torch.einsum("nd,cdk->nck", phi[rows], sides)
@@ -176,7 +203,7 @@ def products(phi: Float[Tensor, "rows features"], hessian: OutputHessian) -> Flo
     """Σ Λ ⊗ φφᵀ over rows with Λ as matrices, in chunks of rows; output by output."""
     n_outputs, width = hessian.n_outputs, phi.shape[1]
     total = phi.new_zeros(n_outputs**2, width**2)
-    step = max(1, CHUNK_ELEMENTS // (n_outputs**2 + width**2))
+    step = max(1, chunk_elements(phi.device) // (n_outputs**2 + width**2))
     for start in range(0, len(phi), step):
         rows = slice(start, start + step)
         squares = phi[rows].unsqueeze(2) * phi[rows].unsqueeze(1)
@@ -192,7 +219,7 @@ def outer_products(
     n_rows, n_outputs, n_samples = root.shape
     width = n_outputs * phi.shape[1]
     total = phi.new_zeros(width, width)
-    step = max(1, CHUNK_ELEMENTS // (width * n_samples))
+    step = max(1, chunk_elements(phi.device) // (width * n_samples))
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
         z = torch.einsum("nck,nd->nkcd", root[rows], phi[rows]).reshape(-1, width)
@@ -221,11 +248,10 @@ def public_order(
 
 
 def datum_columns(
-    blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], datum: Int[Tensor, " rows"]
+    blocks: Sequence[HeadBlock], gradient: Float[Tensor, "rows outputs"], positions: Sequence[int]
 ) -> Iterator[list[JacobianBlock]]:
-    """Gradients of each datum in the weights, summed over its positions first: one column, some data at a time."""
-    positions = torch.unique_consecutive(datum, return_counts=True)[1].tolist()
-    step = max(1, CHUNK_ELEMENTS // sum(block.n_params for block in blocks))
+    """Gradients of each datum in the weights, summed over its ``positions`` first: one column, some data at a time."""
+    step = max(1, chunk_elements(gradient.device) // sum(block.n_params for block in blocks))
     gradients, features = gradient.split(positions), [block.phi.split(positions) for block in blocks]
     for start in range(0, len(positions), step):
         # Padded with zeros to [chunk, positions, ·]: the sum over positions becomes a batched product.
@@ -234,6 +260,13 @@ def datum_columns(
             for rows in (gradients, *features)
         )
         yield [DenseBlock((padded.mT @ phi).flatten(1).unsqueeze(0)) for phi in phis]
+
+
+def _positions_of_each(positions: Positions, n_data: int) -> list[int]:
+    """How many rows each datum has, of those that have some."""
+    if positions.kept is None:
+        return [len(positions.f) // max(n_data, 1)] * n_data
+    return torch.unique_consecutive(positions.datum, return_counts=True)[1].tolist()
 
 
 @dataclass(frozen=True)
@@ -257,8 +290,10 @@ class HeadSums:
         """Diagonal ``[P]``: O(rows · C D)."""
         return diag(self.blocks, self.hessian(self.positions))
 
-    def kron(self) -> Kron:
+    def kron(self) -> Kron | WideKron:
         """Kronecker factors, raw sums in float64: O(rows · (C² + D²))."""
+        if is_wide(self.positions.f.shape[1]):
+            return kron(self.blocks, self.hessian(self.positions), self.constant)
         return kron(*self._wide(), self.constant)
 
     def blockdiag(self) -> list[Tensor]:
@@ -298,7 +333,7 @@ class LastLayerEngine:
         with torch.no_grad():
             f, phi = self.features(x)
             with full_precision(f.device):
-                positions = self.backend.positions(f, y)
+                positions = self.backend.positions(f, y, whole=True)
                 likelihood, shapes = self.backend.output_likelihood, self.backend.shapes
                 phi, constant = likelihood.head_rows(positions, phi.to(positions.f.dtype))
                 of_bias = phi.new_full((len(phi), 1), constant)
@@ -310,7 +345,7 @@ class LastLayerEngine:
                 # Gradients of the positions of a datum add up before they are squared.
                 root = head.hessian(positions).root
                 assert root is not None, "gradients are roots"
-                columns = datum_columns(blocks, root.squeeze(-1), positions.datum)
+                columns = datum_columns(blocks, root.squeeze(-1), _positions_of_each(positions, len(f)))
                 yield loss, ColumnSums(columns, [block.n_params for block in blocks], positions.f, head.kron)
 
     def jacobians(self, x: Inputs, enable_backprop: bool) -> tuple[Jacobians, Tensor]:

@@ -25,12 +25,22 @@ def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def as_they_are(g: Tensor) -> Tensor:
+    """Gradients at rows."""
+    return g
+
+
+def by_position(g: Tensor) -> Tensor:
+    """Gradients at images, position by position: ``[columns, batch, channels, *space]`` with the channels last."""
+    return g.flatten(3).transpose(2, 3)
+
+
 def linear(out: Tensor, call: Mapping[str, Any]) -> Roles:
     """``out = x Wᵀ + b``."""
     x, n_lead = call["input"], out.dim() - 1
-    roles: Roles = [(call["weight"], Product(lambda: x.unsqueeze(-2), lambda g: g.unsqueeze(-2), n_lead))]
+    roles: Roles = [(call["weight"], Product(lambda: x.unsqueeze(-2), as_they_are, n_lead))]
     if call.get("bias") is not None:
-        roles.append((call["bias"], Sum(lambda g: g, n_lead)))
+        roles.append((call["bias"], Sum(as_they_are, n_lead)))
     return roles
 
 
@@ -39,8 +49,7 @@ def matmul(out: Tensor, call: Mapping[str, Any]) -> Roles:
     x, weight = call["input"], call["other"] if "other" in call else call["mat2"]
     if weight.dim() != 2 or x.dim() < 2:
         return []
-    inputs, outputs = (lambda: x.unsqueeze(-2)), (lambda g: g.unsqueeze(-2))
-    return [(weight, Product(inputs, outputs, out.dim() - 1, transposed=True))]
+    return [(weight, Product(lambda: x.unsqueeze(-2), as_they_are, out.dim() - 1, transposed=True))]
 
 
 def addmm(out: Tensor, call: Mapping[str, Any]) -> Roles:
@@ -64,12 +73,9 @@ def convolution(out: Tensor, call: Mapping[str, Any]) -> Roles:
     def inputs() -> Tensor:
         return patches(x, kernel, stride, padding, dilation).unflatten(2, (groups, -1))
 
-    def outputs(g: Tensor) -> Tensor:
-        return g.flatten(3).transpose(2, 3).unflatten(3, (groups, -1))
-
-    roles: Roles = [(weight, Product(inputs, outputs, 2))]
+    roles: Roles = [(weight, Product(inputs, by_position, 2, groups))]
     if call.get("bias") is not None:
-        roles.append((call["bias"], Sum(lambda g: g.flatten(3).transpose(2, 3), 2)))
+        roles.append((call["bias"], Sum(by_position, 2)))
     return roles
 
 
@@ -92,11 +98,11 @@ def transposed_convolution(out: Tensor, call: Mapping[str, Any]) -> Roles:
         # The part that output_padding adds beyond the last kernel is cut off again.
         beyond = [(low, high - more) for (low, high), more in zip(padding, extra, strict=True)]
         cut = patches(g.flatten(0, 1), kernel, stride, beyond, dilation)[:, :n_positions]
-        return cut.unflatten(0, g.shape[:2]).unflatten(3, (groups, -1))
+        return cut.unflatten(0, g.shape[:2])
 
-    roles: Roles = [(weight, Product(inputs, outputs, 2, transposed=True))]
+    roles: Roles = [(weight, Product(inputs, outputs, 2, groups, transposed=True))]
     if call.get("bias") is not None:
-        roles.append((call["bias"], Sum(lambda g: g.flatten(3).transpose(2, 3), 2)))
+        roles.append((call["bias"], Sum(by_position, 2)))
     return roles
 
 

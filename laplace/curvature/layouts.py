@@ -9,8 +9,9 @@ negative: scaling by them commutes with rounding, so that ratios are exact in wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +40,7 @@ def datum_weights(n_rows: int, narrow: bool, device: torch.device) -> Float[Tens
     passes = [numbers[order % len(numbers)]]
     while (order := order // len(numbers)).any():
         passes.append(numbers[order % len(numbers)])
-    return torch.stack(passes).to(device)
+    return torch.stack(passes).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,31 @@ class Layout:
         return rows * (self.index >= 0).reshape(shape)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """The layouts that gradients may have, and what tells which of them they have, not read yet."""
+
+    candidates: Sequence[Layout]
+    numbers: Float[Tensor, " numbers"]
+    """Whether and how well each one fits, and whether gradients are large enough to tell, ``[2 · candidates + 1]``."""
+    scattered: Callable[[], Layout | None] = lambda: None
+    """Finds the layout of rows in no order."""
+
+    def decide(self, numbers: Sequence[float]) -> tuple[Layout | None, bool]:
+        """The layout, ``None`` if a row mixes data, by the numbers that were read; and whether it is certain.
+
+        A layout is certain if it is the only one that these gradients allow.
+        """
+        n = len(self.candidates)
+        fitting = [
+            (far, layout) for far, fits, layout in zip(numbers[n:-1], numbers[:n], self.candidates, strict=True) if fits
+        ]
+        if not fitting:
+            return self.scattered(), True
+        best = min(fitting, key=lambda found: found[0])[1]
+        return best, len(fitting) == 1 and bool(numbers[-1])
+
+
 def find(
     plain: Tensor,
     weighed: Sequence[Tensor],
@@ -81,40 +107,39 @@ def find(
     eps: float,
     *,
     narrow: bool = False,
-) -> tuple[Layout | None, bool]:
-    """The layout of rows from gradients ``[*lead, *after]``, ``None`` if a row mixes data; and whether it is certain.
+) -> Trial:
+    """What tells the layout of rows from gradients ``[*lead, *after]``.
 
     ``plain`` are gradients in a random direction of the outputs, ``weighed`` the same with each datum multiplied by its
-    weight. A layout is certain if it is the only one that these gradients allow.
+    weight.
     """
     lead, n_rows = tuple(plain.shape[:n_lead]), weights.shape[1]
     if n_rows == 1:
-        return Layout((1, *lead)), True
+        return Trial([Layout((1, *lead))], torch.ones(3, device=plain.device))
     dtype = torch.promote_types(plain.dtype, torch.float32)
     rows = [g.reshape(max(1, lead_size(lead)), -1) for g in (plain, *weighed)]
     # A few random projections of a row stand for the row: what holds for them holds for it.
     noise = torch.randn(rows[0].shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     # In units of the largest gradient, whose square may overflow or underflow.
     unit = rows[0].abs().amax().to(dtype).clamp(min=torch.finfo(dtype).tiny)
-    flat, *targets = (row.to(dtype) @ noise.to(row.device, dtype) / unit for row in rows)
+    noise = noise.to(plain.device, dtype, non_blocking=True)
+    flat, *targets = (row.to(dtype) @ noise / unit for row in rows)
     target = torch.stack(targets)
     size = torch.linalg.vector_norm(rows[0].to(dtype) / unit, dim=1, keepdim=True)
     is_sure = plain.device.type == "cpu" and eps <= torch.finfo(torch.float32).eps
     relative, small = (SURE, SURE) if is_sure else (max(TOLERANCE, 8 * eps), max(SMALL, eps))
     least = least_exact(plain.dtype, narrow) / unit
     allowed = relative * size + small * size.max() + least
-    fitting: list[tuple[float, Layout]] = []
-    for candidate in candidates(lead, n_rows):
+    possible, fits, far = list(candidates(lead, n_rows)), [], []
+    for candidate in possible:
         data = candidate.apply(torch.arange(len(flat), device=flat.device).reshape(lead), n_lead)
         datum = torch.empty_like(data.flatten())
         datum[data.flatten()] = torch.arange(n_rows, device=flat.device).repeat_interleave(data.shape[1])
         residual = deviation(flat, target, weights[:, datum])
-        if bool((residual <= allowed).all()):
-            fitting.append((float(residual.sum()), candidate))
-    if not fitting:
-        return scattered(flat, target, weights, allowed), True
-    best = min(fitting, key=lambda found: found[0])[1]
-    return best, len(fitting) == 1 and bool((size > least).any())
+        fits.append((residual <= allowed).all())
+        far.append(residual.sum())
+    numbers = torch.stack([number.to(torch.float32) for number in (*fits, *far, (size > least).any())])
+    return Trial(possible, numbers, partial(scattered, flat, target, weights, allowed))
 
 
 def least_exact(dtype: torch.dtype, narrow: bool) -> float:

@@ -28,6 +28,10 @@ class Verdict:
     """Groups among these that no watched function uses."""
     unused: set[int] = field(default_factory=set)
     """Groups on which the outputs do not depend."""
+    settled: set[int] = field(default_factory=set)
+    """Groups that later passes need not check: their gradient was large enough to judge by."""
+    largest: float = 0.0
+    """Norm of the largest gradient of any group so far."""
 
 
 Found: TypeAlias = "list[list[tuple[Layout | None, Tensor | None] | None]]"

@@ -79,7 +79,7 @@ class Recording:
         self.calls: list[Call] = tape.calls
         self._tracked, self._opaque = tape.tracked, tape.opaque
         self._memory, self.names = memory, names
-        self._kept = Kept(2 * CHUNK_ELEMENTS)
+        self._kept = Kept(2 * CHUNK_ELEMENTS, self.outputs[0].numel())
         self._lookups, self._reorders = tape.lookups, tape.reorders
         self.mask = mask
 
@@ -105,7 +105,13 @@ class Recording:
     def _direction(self) -> Tensor:
         """A random direction in the outputs of each datum."""
         noise = torch.Generator().manual_seed(0)
-        return torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs)
+        return torch.randn(self.outputs.shape, generator=noise, dtype=torch.float32).to(self.outputs, non_blocking=True)
+
+    @cached_property
+    def _plain(self) -> list[Tensor | None]:
+        """Gradients in that direction, without a graph; dropped once layouts and verdict are known."""
+        with torch.no_grad():
+            return self._gradients(self._direction)
 
     @cached_property
     def _dtypes(self) -> set[torch.dtype]:
@@ -145,23 +151,35 @@ class Recording:
         found: Found = []
         all_certain = True
         with torch.no_grad():
-            plain = self._gradients(self._direction)
+            plain = self._plain
             narrow = torch.float16 in self._dtypes or self._is_faint(plain)
             weights = layouts.datum_weights(self.n_rows, narrow, self.outputs.device)
             weighed = [self._direction * each.to(self.outputs).reshape(shape) for each in weights if self.n_rows > 1]
             heavy = [self._gradients(direction) for direction in weighed]
             seen = plain if self.mask is None else self._gradients(self._direction * self._spread(self.mask))
+            trials: list[list[tuple[layouts.Trial, Tensor, int] | None]] = []
             for call, *grads in zip(self.calls, plain, seen, *heavy, strict=True):
-                row: list[tuple[Layout | None, Tensor | None] | None] = []
+                trials.append([])
                 for _, role in call.roles:
                     if any(g is None for g in grads):
-                        row.append(None)
+                        trials[-1].append(None)
                         continue
                     first, unmasked, *others = (role.rows(g.unsqueeze(0)).squeeze(0) for g in grads if g is not None)
-                    layout, certain = layouts.find(first, others, weights, role.n_lead, self._eps, narrow=narrow)
+                    trial = layouts.find(first, others, weights, role.n_lead, self._eps, narrow=narrow)
+                    trials[-1].append((trial, unmasked, role.n_lead))
+            # Read together: an accelerator is waited for once.
+            numbers = [item[0].numbers for row in trials for item in row if item is not None]
+            read = iter(torch.cat(numbers).tolist() if numbers else [])
+            for row in trials:
+                found.append([])
+                for item in row:
+                    if item is None:
+                        found[-1].append(None)
+                        continue
+                    trial, unmasked, n_lead = item
+                    layout, certain = trial.decide([next(read) for _ in range(len(trial.numbers))])
                     all_certain &= certain
-                    row.append((layout, None if layout is None else self._counted(unmasked, layout, role.n_lead)))
-                found.append(row)
+                    found[-1].append((layout, None if layout is None else self._counted(unmasked, layout, n_lead)))
         return found, all_certain
 
     def _is_faint(self, gradients: Sequence[Tensor | None]) -> bool:
@@ -200,49 +218,59 @@ class Recording:
         if known is None or attempts:
             known, proven = self._judge(known)
             remember(self._memory.verdicts, key, (known, 0 if proven else attempts - 1))
-        mixing = {
-            group: "its use mixes the data of a batch" for group in range(len(self.parameters)) if self._mixes(group)
-        }
+        mixing = dict.fromkeys(sorted(self._mixing), "its use mixes the data of a batch")
+        vars(self).pop("_plain", None)  # as many numbers as all activations
         return replace(known, slow={**known.slow, **mixing})
 
     def _judge(self, known: Verdict | None) -> tuple[Verdict, bool]:
         """Compare derivatives with autograd's; also whether every weight had a gradient large enough to judge by."""
+        known = known or Verdict()
+        groups = [group for group in range(len(self.parameters)) if group not in known.settled]
         exact = torch.autograd.grad(
-            along(self.outputs, self._direction), self.parameters, retain_graph=True, allow_unused=True
+            along(self.outputs, self._direction),
+            [self.parameters[group] for group in groups],
+            retain_graph=True,
+            allow_unused=True,
         )
         exact = [None if truth is None else dense(truth) for truth in exact]
-        norms = [0.0 if truth is None else float(truth.to(self.dtype).norm()) for truth in exact]
-        if all(truth is None for truth in exact):
+        if not known.settled and all(truth is None for truth in exact):
             raise UnsupportedError(NO_DEPENDENCE)
+        found = [truth.to(self.dtype).norm() for truth in exact if truth is not None]
+        read = iter(torch.stack(found).tolist() if found else [])
+        norms = [0.0 if truth is None else next(read) for truth in exact]
         # A gradient that is zero up to rounding (as of the bias of attention's keys) agrees with any other.
-        largest = max(norms)
-        verdict = Verdict(dict(known.slow) if known else {}, set(known.unseen) if known else set())
+        largest = max([known.largest, *norms])
+        verdict = Verdict(dict(known.slow), set(known.unseen), set(), set(known.settled), largest)
         noise, proven = torch.Generator().manual_seed(1), True
         with torch.no_grad():
-            parts = self._parts([self._direction], set(), masked=False)
-            for group, (truth, blocks) in enumerate(zip(exact, parts, strict=True)):
-                name = self._opaque.get(group)
+            parts = self._parts([], set(known.settled), masked=False, columns=[list(self._plain)])
+            for group, norm, truth in zip(groups, norms, exact, strict=True):
+                name, blocks = self._opaque.get(group), parts[group]
                 if truth is None:
                     verdict.unused.add(group)
                 elif name is not None:
                     verdict.slow[group] = f"it is used by {name}, which has no formula here"
-                elif not blocks and not self._mixes(group):
+                elif not blocks and group not in self._mixing:
                     verdict.unseen.add(group)
                     verdict.slow[group] = "it is used by a function that cannot be watched"
-                elif blocks and not self._mixes(group):
+                elif blocks and group not in self._mixing:
                     scale = partial(self._scale, group)
                     if not agrees(truth, blocks, scale, largest, self._eps, noise):
                         verdict.slow[group] = "part of its use cannot be watched"
-                proven &= truth is None or proves(norms[group], largest, self._eps)
+                proves_it = proves(norm, largest, self._eps)
+                proven &= truth is None or proves_it
+                if proves_it and group not in self._mixing:
+                    verdict.settled.add(group)
         # Tensors made here have no graph.
-        self._kept = Kept(2 * CHUNK_ELEMENTS)
+        self._kept = Kept(2 * CHUNK_ELEMENTS, self.outputs[0].numel())
         return verdict, proven and largest > 0
 
-    def _mixes(self, group: int) -> bool:
-        """Whether a use of a group mixes data in this pass."""
+    @cached_property
+    def _mixing(self) -> frozenset[int]:
+        """The groups of which a use mixes data in this pass."""
         rows = zip(self.calls, self.layouts, strict=True)
         uses = (use for call, row in rows for use in zip(call.roles, row, strict=True))
-        return any(found == (None, None) and group in self._tracked[id(tensor)][1] for (tensor, _), found in uses)
+        return frozenset().union(*(self._tracked[id(t)][1] for (t, _), found in uses if found == (None, None)))
 
     def _scale(self, group: int) -> float:
         """Norm of the terms that the gradient of a group is a sum of."""
@@ -289,11 +317,20 @@ class Recording:
         return self.blocks([row.to(self.outputs.dtype).reshape(shape).expand_as(self.outputs) for row in mix])
 
     def _parts(
-        self, directions: Sequence[Tensor], leave_out: set[int], *, masked: bool = True
+        self,
+        directions: Sequence[Tensor],
+        leave_out: set[int],
+        *,
+        masked: bool = True,
+        columns: list[list[Tensor | None]] | None = None,
     ) -> list[list[JacobianBlock]]:
-        """For each group the blocks of its uses; ``masked`` if directions are zero at masked outputs."""
+        """For each group the blocks of its uses; ``masked`` if directions are zero at masked outputs.
+
+        Where their gradients are known, they are given as ``columns``, which are used up.
+        """
         parts: list[list[JacobianBlock]] = [[] for _ in self.parameters]
-        columns = [self._gradients(direction, create_graph=self.create_graph) for direction in directions]
+        if columns is None:
+            columns = [self._gradients(direction, create_graph=self.create_graph) for direction in directions]
         for number, call in enumerate(self.calls):
             grads = [column[number] for column in columns]
             if all(g is None for g in grads):
@@ -301,6 +338,7 @@ class Recording:
             some = next(g for g in grads if g is not None)
             whole = [torch.zeros_like(some) if g is None else g for g in grads]
             stacked = some.unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
+            self._kept.rows.clear()
             for column in columns:
                 column[number] = None  # freed one by one: they take as much memory as all activations times columns
             for (tensor, role), found in zip(call.roles, self.layouts[number], strict=True):
@@ -339,7 +377,7 @@ class Recording:
             first = row_view(view, parameter)
             if first is not None:
                 pad = (first, parameter.shape[0] - first - view.shape[0])
-                return SumBlock(*(torch.nn.functional.pad(v, pad) for v in (block.values, block.left)))
+                return SumBlock(torch.nn.functional.pad(block.left, pad))
         return None
 
     def _pulled_back(self, block: JacobianBlock, tensor: Tensor, parameter: Tensor) -> DenseBlock:

@@ -14,20 +14,22 @@ from torch import Tensor
 from laplace.curvature.layouts import Layout
 from laplace.structures.gather import GatherBlock
 from laplace.structures.jacobian import DenseBlock, JacobianBlock, SumBlock
-from laplace.structures.product import ProductBlock
+from laplace.structures.product import ProductBlock, Shared
 
 Places: TypeAlias = "tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, int]"
 """Mask of the positions that count; pair of datum and token, and token, of each; datum and token of each pair; B."""
 
 
 class Kept:
-    """Inputs of layers and their products with matrices, which columns of one pass share; ``limit`` counts numbers."""
+    """What the ``n_columns`` columns of one pass share: inputs of layers, up to ``limit`` numbers of them, and more."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, n_columns: int = 1) -> None:
         self.left = limit
         self.inputs: dict[int, Tensor] = {}
         self.places: dict[int, Places] = {}
-        self.rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.rows: dict[int, Tensor] = {}
+        """Gradients at the rows of the present call, by the function that makes them."""
+        self.shared = Shared(n_columns)
 
     def get(self, role: Role, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """The inputs of a role, and whether they are kept."""
@@ -39,6 +41,13 @@ class Kept:
             self.left -= inputs.numel()
             self.inputs[id(role)] = inputs
         return inputs, fits
+
+    def gradients(self, role: Product | Sum, g: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Gradients ``[columns, batch, positions, outputs]``, the same for all roles of a call that see the same."""
+        key = id(role.outputs)
+        if key not in self.rows:
+            self.rows[key] = layout.apply(role.outputs(g), role.n_lead, 1).to(dtype)
+        return self.rows[key]
 
 
 def wide(values: Tensor) -> torch.dtype:
@@ -74,9 +83,11 @@ class Product(Role):
     inputs: Callable[[], Tensor]
     """Makes a, ``[*lead, groups, i]``; not called before it is needed."""
     outputs: Callable[[Tensor], Tensor]
-    """Makes g, ``[columns, *lead, groups, o]``."""
+    """Makes g, ``[columns, *lead, groups · o]``; roles of a call that have the same function share what it makes."""
     n_lead: int
     """Number of leading axes."""
+    groups: int = 1
+    """Number of groups of channels."""
     transposed: bool = False
     """Whether the weight is stored inputs first."""
 
@@ -86,12 +97,13 @@ class Product(Role):
 
     def scale(self, g: Tensor) -> Tensor:
         """√Σ |g_t|² |a_t|²."""
-        left, right = (torch.linalg.vector_norm(v, dim=-1, dtype=wide(v)) for v in (self.outputs(g), self.inputs()))
+        g = self.outputs(g).unflatten(-1, (self.groups, -1))
+        left, right = (torch.linalg.vector_norm(v, dim=-1, dtype=wide(v)) for v in (g, self.inputs()))
         return torch.linalg.vector_norm(left * right)
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> ProductBlock:
         """Gradients and inputs."""
-        left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
+        left = kept.gradients(self, g, layout, dtype)
 
         def make() -> Tensor:
             inputs = self.inputs()
@@ -99,8 +111,8 @@ class Product(Role):
             return (right if counted is None else right * counted[:, :, None, None]).transpose(1, 2)
 
         right, is_kept = kept.get(self, make)
-        rotations = kept.rotations if is_kept else None
-        return ProductBlock(left.transpose(2, 3), right, self.transposed, counted, rotations=rotations)
+        left = left.unsqueeze(2) if self.groups == 1 else left.unflatten(3, (self.groups, -1)).transpose(2, 3)
+        return ProductBlock(left, right, self.transposed, counted, shared=kept.shared, is_kept=is_kept)
 
 
 @dataclass(frozen=True)
@@ -122,8 +134,7 @@ class Sum(Role):
 
     def block(self, g: Tensor, layout: Layout, kept: Kept, dtype: torch.dtype, counted: Tensor | None) -> SumBlock:
         """Gradients, to be summed over positions."""
-        left = layout.apply(self.outputs(g), self.n_lead, 1).to(dtype)
-        return SumBlock(left.sum(2), left)
+        return SumBlock(kept.gradients(self, g, layout, dtype))
 
 
 @dataclass(frozen=True)
@@ -212,5 +223,6 @@ class Elementwise(Role):
         values = g.to(dtype)
         if self.factor is not None:
             values = values * kept.get(self, lambda: self._factor().to(dtype))[0]
-        values = layout.apply(self.rows(self.sign * values), self.n_lead, 1).sum(2)
+        values = layout.apply(self.rows(values), self.n_lead, 1).sum(2)
+        values = values if self.sign == 1 else self.sign * values
         return DenseBlock(values.flatten(2) if values.dim() > 2 else values.unsqueeze(2))

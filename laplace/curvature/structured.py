@@ -13,6 +13,7 @@ from laplace.curvature.replay import check_repeatable
 from laplace.enums import HessianStructure, SubsetOfWeights
 from laplace.errors import InputError
 from laplace.structures import Kron
+from laplace.structures.wide_kron import WideKron
 from laplace.types import Inputs
 
 Basis: TypeAlias = "Sequence[Sequence[Tensor | None]]"
@@ -59,7 +60,7 @@ class StructuredInterface(Capabilities):
         """Loss ``[]`` and diagonal of the curvature ``[P]`` of a batch; ``N`` as for ``full``."""
         raise self.cannot(HessianStructure.DIAG)
 
-    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+    def kron(self, x: Inputs, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron | WideKron]:
         """Loss ``[]`` and Kronecker factors of a batch; the inputs' side is divided by ``N`` (1 for raw sums)."""
         raise self.cannot(HessianStructure.KRON)
 

@@ -8,7 +8,7 @@ the role in place of the weight, and their derivatives are pulled back to it.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from laplace.curvature.layers import READERS, bind
+from laplace.curvature.recurrent import CELLS, SINGLE, unrolled
 from laplace.curvature.roles import Role
 
 REORDERING = {
@@ -27,6 +28,8 @@ REORDERING = {
     "take_along_dim", "topk",
 }  # fmt: skip
 """Functions that may put the rows of a batch into an order that depends on data, as indexing by tensors may."""
+PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, slice}
+"""Types of most arguments that are no tensors."""
 MUTATING = {"__setitem__", "set_", "copy_"}
 """Functions that write into their first argument, besides those whose name ends with an underscore."""
 
@@ -73,14 +76,16 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside(func, args, kwargs)
-        tensors = list(tensors_in((args, kwargs)))
+        if (func in CELLS or func in SINGLE) and not kwargs and (out := self._unrolled(func, args)) is not None:
+            return out
+        tensors = tensors_in((args, kwargs))
         weights = [tensor for tensor in tensors if id(tensor) in self.tracked]
         data = [t for t in tensors if id(t) not in self.tracked and id(t) not in self.constants]
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        by_tensor = name in {"__getitem__", "__setitem__"} and any(True for _ in tensors_in(args[1]))
+        by_tensor = name in {"__getitem__", "__setitem__"} and bool(tensors_in(args[1]))
         self.reorders |= bool(data) and (name in REORDERING or by_tensor)
-        made = list(tensors_in(out))
+        made = tensors_in(out)
         if weights and (data or self._spreads(func, weights, made)):
             self._meet(func, name, args, kwargs, weights, data, made)
         elif not data:
@@ -144,6 +149,28 @@ class Tape(TorchFunctionMode):
                 Call(name, tuple(out.shape), out.dtype, get_gradient_edge(seen_whole(out)), roles, inputs)
             )
 
+    def _unrolled(self, func: Any, args: Sequence[Any]) -> Any:
+        """Run a recurrent layer step by step and record what its weights do; ``None`` where that cannot be."""
+        # After inputs, lengths and state come the weights: a list, or of a cell one by one.
+        first = next((n for n in (2, 3) if n < len(args) and isinstance(args[n], (tuple, list))), 2)
+        weights = {id(tensor) for tensor in tensors_in(args[first:])}
+        others = [t for t in tensors_in(args) if id(t) not in weights]
+        is_data = any(id(t) not in self.tracked and id(t) not in self.constants for t in others)
+        found = unrolled(func, args) if weights & self.tracked.keys() and is_data else None
+        if found is None:
+            return None
+        name: str = func.__name__
+        for tensor in others:  # an initial state that is learned
+            if id(tensor) in self.tracked:
+                self.opaque.update(dict.fromkeys(self.tracked[id(tensor)][1], name))
+        inputs = [(tensor, tensor._version) for tensor in others]
+        for product, roles in found.calls:
+            known = [(tensor, role) for tensor, role in roles if id(tensor) in self.tracked]
+            if known:
+                edge = get_gradient_edge(product)
+                self.calls.append(Call(name, tuple(product.shape), product.dtype, edge, known, inputs))
+        return found.outputs
+
     def _inside(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the Python body of a function so that the functions it calls are watched in turn."""
         code = getattr(func, "__code__")  # noqa: B009 - a function of Python, not a built-in one
@@ -154,16 +181,15 @@ class Tape(TorchFunctionMode):
             return body(*args, **kwargs)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+        return [value]
+    if type(value) in PLAIN:
+        return []
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [tensor for item in value.values() for tensor in tensors_in(item)] if isinstance(value, Mapping) else []
 
 
 def seen_whole(out: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def combined(blocks: Sequence[JacobianBlock], zeros: Float[Tensor, "columns batc
         return DenseBlock(zeros.new_zeros(*zeros.shape[:2], n_params))
     if all(isinstance(b, SumBlock) for b in blocks):
         left = torch.cat([b.left for b in blocks if isinstance(b, SumBlock)], 2)
-        return SumBlock(left.sum(2), left)
+        return SumBlock(left)
     products = [b for b in blocks if isinstance(b, ProductBlock)]
     if len(products) == len(blocks) and len({(b.transposed, b.left.shape[2]) for b in products}) == 1:
         left, right = (torch.cat([getattr(b, side) for b in products], -2) for side in ("left", "right"))

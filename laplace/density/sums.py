@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import pending
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.linalg import lasting, wide_dtype
+from laplace.processes import Team
 from laplace.schema import Check, Known, Table, flag, refuse, tensor
 from laplace.types import Features
 
@@ -212,6 +214,10 @@ class ClassSums:
             counts * kept, sums * kept.unsqueeze(1), moments * parts.view(-1, 1, 1), normalized=self.normalized
         )
 
+    def summed(self, team: Team) -> ClassSums:
+        """The sums over the rows of all processes."""
+        return ClassSums(*team.summed(self._tensors, "density"), normalized=self.normalized)
+
     @lasting
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ClassSums:
         """On another device or in another dtype; nothing is copied that is already there."""
@@ -264,12 +270,15 @@ class Accumulator:
         self._total: ClassSums | None = None
         self._rows: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self._counted: list[Tensor] = []
         self._waiting = 0
 
     @lasting
     @torch.no_grad()
-    def add(self, phi: Features, labels: Tensor | None = None) -> None:
+    def add(self, phi: Features, labels: Tensor | None = None, counted: Tensor | None = None) -> None:
         """Add rows with their classes ``[rows]`` or soft labels ``[rows, C]``; without labels all are of class 0.
+
+        Rows that are not ``counted`` ``[rows]`` must be zeros, of whatever class.
 
         Raises
         ------
@@ -296,6 +305,8 @@ class Accumulator:
         # A copy: what comes after may write into the features.
         self._rows.append(phi.detach().to(self._total.sums, copy=True))
         self._labels.append(labels.detach().to(self._total.counts if labels.dim() == 2 else torch.int64, copy=True))
+        ones = torch.ones(len(phi), dtype=self._total.counts.dtype, device=phi.device)
+        self._counted.append(ones if counted is None else ones * counted)
         self._waiting += len(phi)
         if self._waiting >= self._enough(phi.shape[1]):
             self._flush(self._total)
@@ -326,10 +337,10 @@ class Accumulator:
     def _flush(self, total: ClassSums) -> None:
         """Add the rows that wait."""
         if self._waiting:
-            rows, labels = torch.cat(self._rows), torch.cat(self._labels)
+            rows, labels, counted = torch.cat(self._rows), torch.cat(self._labels), torch.cat(self._counted)
             rows = normalized(rows) if self.normalize_features else rows
-            (_add_soft if labels.dim() == 2 else _add_hard)(total, rows, labels)
-        self._rows, self._labels, self._waiting = [], [], 0
+            (_add_soft if labels.dim() == 2 else _add_hard)(total, rows, labels, counted)
+        self._rows, self._labels, self._counted, self._waiting = [], [], [], 0
 
 
 def _add_products(moment: Tensor, left: Tensor, right: Tensor) -> None:
@@ -338,31 +349,48 @@ def _add_products(moment: Tensor, left: Tensor, right: Tensor) -> None:
         moment[start : start + BLOCK, start:].addmm_(left[:, start : start + BLOCK].mT, right[:, start:])
 
 
-def _add_hard(total: ClassSums, rows: Tensor, labels: Tensor) -> None:
+def _add_hard(total: ClassSums, rows: Tensor, labels: Tensor, counted: Tensor) -> None:
     """Rows with one class each: sorted by class, each class is a slice."""
+    if total.tied:
+        _check_classes(total, labels)
+        labels = labels.clamp(0, total.n_classes - 1)
+        total.counts.index_add_(0, labels, counted)
+        total.sums.index_add_(0, labels, rows)
+        _add_products(total.moments[0], rows, rows)
+        return
     ordered, order = labels.sort(stable=True)
     edges = torch.searchsorted(ordered, torch.arange(total.n_classes + 1, device=labels.device))
     starts: list[int] = edges.tolist()
     if starts[0] != 0 or starts[-1] != len(labels):
-        wrong = int(ordered[0 if starts[0] else -1])
-        msg = f"Expected classes from 0 to {total.n_classes - 1}; got {wrong}. Leave masked rows out."
-        raise InputError(msg)
+        _check_classes(total, labels)
     rows = rows[order]
-    total.counts.add_(edges.diff())
+    total.counts.index_add_(0, labels, counted)
     total.sums.index_add_(0, ordered, rows)
-    if total.tied:
-        _add_products(total.moments[0], rows, rows)
-        return
     for moment, start, end in zip(total.moments, starts[:-1], starts[1:], strict=True):
         if end > start:
             _add_products(moment, rows[start:end], rows[start:end])
 
 
-def _add_soft(total: ClassSums, rows: Tensor, weights: Tensor) -> None:
+def _check_classes(total: ClassSums, labels: Tensor) -> None:
+    """Raise if a label is no class."""
+    pending.refuse(
+        ((labels < 0) | (labels >= total.n_classes)).any(),
+        InputError,
+        lambda least, most: (
+            f"Expected classes from 0 to {total.n_classes - 1}; got {int(least if least < 0 else most)}. Leave masked "
+            "rows out."
+        ),
+        lambda: [labels.min(), labels.max()],
+    )
+
+
+def _add_soft(total: ClassSums, rows: Tensor, weights: Tensor, counted: Tensor) -> None:  # noqa: ARG001 - all do
     """Rows with a share in each class: one product for each class, or one for all in the tied form."""
-    if not bool((weights >= 0).all() & torch.isfinite(weights).all()):
-        msg = "Soft labels must be finite and not negative; give the probabilities of classes."
-        raise InputError(msg)
+    pending.refuse(
+        ~((weights >= 0) & torch.isfinite(weights)).all(),
+        InputError,
+        lambda: "Soft labels must be finite and not negative; give the probabilities of classes.",
+    )
     total.counts.add_(weights.sum(0))
     total.sums.addmm_(weights.mT, rows)
     shares = weights.sum(1, keepdim=True) if total.tied else weights

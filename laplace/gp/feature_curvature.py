@@ -52,11 +52,17 @@ class FeatureCurvature(AbstractCurvature):
         """Itself: no matrix over the weights is built."""
         return self
 
-    def merge(self, other: Any) -> FeatureCurvature:
-        """Not available: other data have other features."""
-        del other
+    @classmethod
+    def check_exact(cls) -> None:
+        """Other data have other features: raises."""
         msg = "What was learned of different features does not add: fit to all data at once."
         raise UnsupportedError(msg)
+
+    def merge(self, other: Any) -> FeatureCurvature:
+        """Not available."""
+        del other
+        self.check_exact()
+        raise AssertionError
 
 
 @dataclass(frozen=True)

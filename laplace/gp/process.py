@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import pending
 from laplace.errors import NumericalWarning, warn
 from laplace.gp.derivatives import clamped_diagonal, jacobian
 from laplace.gp.kernel import SubsetKernel
 from laplace.gp.subset_curvature import KernelBasis
 from laplace.gp.subset_of_data import SubsetPrecision
 from laplace.likelihoods.draws import draw
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.predictive.base import Linearization
 from laplace.structures import AbstractPrecision, DiagPrecision
 from laplace.structures.basis import Basis
@@ -131,14 +132,17 @@ class ProcessLinearization(Process):
     def _left(self, prior: Tensor, left: Tensor) -> Tensor:
         """Variances that are left, if they can be told from the rounding of what they are differences of."""
         resolution = torch.finfo(torch.promote_types(self.f.dtype, torch.float32)).eps
-        lost = int((left.detach() < LOST * resolution * prior.detach()).sum())
-        if lost:
+        lost, n, dtype = (left.detach() < LOST * resolution * prior.detach()).sum(), left.numel(), self.f.dtype
+
+        def tell(n_lost: float) -> None:
             msg = (
-                f"{lost} of {left.numel()} variances are less than {LOST * resolution:.1e} of the prior's, of which "
-                f"they are differences: {str(self.f.dtype).removeprefix('torch.')} leaves them few digits or none. Use "
+                f"{int(n_lost)} of {n} variances are less than {LOST * resolution:.1e} of the prior's, of which "
+                f"they are differences: {str(dtype).removeprefix('torch.')} leaves them few digits or none. Use "
                 'the model in float64 (model.double()), a stronger prior, or hessian_structure="full".'
             )
             warn(msg, NumericalWarning)
+
+        pending.when(lost > 0, tell, lambda: [lost])
         return left
 
     def _left_between(self, prior: Tensor, taken: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ class RotatedProcess(Process):
         n_rows, C = self.unit_variance.shape
         parts = 1 if self._met else len(self.basis.eigenvalues)
         keep = n_rows * (C if self._met else parts) * columns <= KEPT_SQUARES
-        step = max(1, CHUNK_ELEMENTS // max(1, C * columns))
+        step = max(1, chunk_elements(self.unit_variance.device) // max(1, C * columns))
         for start in range(0, n_rows, step):
             rows = slice(start, start + step)
             z = self.kernel.project(self._cross_rows(rows), self.basis.root, self.basis.whitening).square()

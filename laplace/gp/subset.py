@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace import linalg
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, OutOfMemoryError
 from laplace.gp.kernel import SubsetKernel
 from laplace.likelihoods import Positions
 from laplace.network import full_precision
 from laplace.network.batches import rows_of
 from laplace.network.sampler import SoDSampler
+from laplace.network.shards import follow
 from laplace.predictive import Linearization
+from laplace.processes import Team
 from laplace.structures.head_block import HeadBlock
 from laplace.types import Inputs
 
@@ -54,12 +57,26 @@ class Subset:
         diagonal: bool,
         independent: bool,
         linearize: Callable[[Inputs], Linearization],
+        team: Team | None = None,
+        places: Int[Tensor, " data"] | None = None,
     ) -> None:
+        """``places``: where the data of this process are among those of a ``team``, if it is known."""
         self.size, self.seed, self.expected = size, seed, expected
+        self.team, self.places = team, places
         self.diagonal, self.independent, self.linearize = diagonal, independent, linearize
         self.n_seen, self._n_kept, self._largest = 0, 0, 1
-        self._chosen = None if expected is None else self._draw(expected)
+        self._chosen = None if expected is None else self._drawn(expected)
         self._datum: list[Tensor] = []
+
+    def _drawn(self, n_data: int) -> Int[Tensor, " subset"]:
+        """Which data of this process are in the subset."""
+        if self.team is None:
+            return self._draw(n_data)
+        if self.places is None:
+            self.places = follow(self.team, [record["n"] for record in self.team.exchange("rows", n=n_data)])
+        assert len(self.places) == n_data, "there is a place for each datum"
+        n_all = int(self.team.summed([torch.tensor(n_data)], "subset")[0])
+        return torch.isin(self.places, self._draw(n_all)).nonzero().squeeze(1)
 
     def _draw(self, n_data: int) -> Int[Tensor, " subset"]:
         if self.size > n_data:
@@ -137,8 +154,9 @@ class Subset:
         return SubsetKernel(batches, sizes, width, n_params, separate, positions.f.dtype, self.linearize), chosen
 
     def _note(self, datum: Tensor, size: int) -> None:
-        """Remember which data rows belong to, while it is not known which are in the subset."""
+        """Remember which data rows belong to, while it is not known which are in the subset or where they belong."""
         if self._chosen is not None:
+            self._datum += [] if self.team is None else [datum]
             return
         self._datum.append(datum)
         self._n_kept += size
@@ -156,22 +174,25 @@ class Subset:
         if available is not None and needed > available:
             msg = (
                 f"n_subset={self.size} makes {parts} matrices of {columns}×{columns} numbers, about "
-                f"{needed / 1e9:.1f} GB with their factors; this device has {available / 1e9:.1f} GB. Pass a smaller "
+                f"{needed / 1e9:.1f} GB with their factors; {available / 1e9:.1f} GB are free. Pass a smaller "
                 "n_subset, or independent_outputs=True."
             )
-            raise UnsupportedError(msg)
+            raise OutOfMemoryError(msg)
 
     def finish(self, kernel: SubsetKernel, root: Tensor) -> tuple[SubsetKernel, Tensor, float]:
         """Kernel and roots of the subset, once all data have passed by, and N/M."""
+        n_seen, is_ghost = self.n_seen, self.team is not None and self.team.is_ghost
         if self._chosen is None:
-            chosen = self._draw(self.n_seen)
-            kernel, root = self._restrict(kernel, root, chosen)
-        elif self.n_seen != self.expected:
+            kernel, root = self._restrict(kernel, root, self._drawn(0 if is_ghost else n_seen))
+        elif n_seen != self.expected and not is_ghost:
             msg = (
                 f"The training loader has {self.expected} rows by its length and yielded {self.n_seen}: the subset was "
                 "drawn from the wrong number. Pass a generator over it, whose rows are counted as they come."
             )
             raise InputError(msg)
+        if self.team is not None:
+            n_seen = int(self.team.summed([torch.tensor(n_seen)], "seen")[0])
+            kernel, root = self._gathered(self.team, kernel, root)
         if not bool((root != 0).any()):
             msg = (
                 f"No target of the {self.size} data of the subset counts: all are masked, or the network is so "
@@ -179,12 +200,26 @@ class Subset:
             )
             raise InputError(msg)
         kernel = kernel.joined(kernel.n_rows if kernel.shares else self._largest)
-        return kernel, root, self.n_seen / self.size
+        return kernel, root, n_seen / self.size
 
     def _restrict(self, kernel: SubsetKernel, root: Tensor, chosen: Tensor) -> tuple[SubsetKernel, Tensor]:
         """To the chosen data; a row of a last layer is one datum of its kernel."""
-        here = torch.isin(torch.cat(self._datum), chosen.to(root.device))
+        datum = torch.cat(self._datum)
+        here = torch.isin(datum, chosen.to(root.device))
+        self._datum = [datum[here]]
         return kernel.restricted(here.nonzero().squeeze(1) if kernel.shares else chosen.to(root.device)), root[here]
+
+    def _gathered(self, team: Team, kernel: SubsetKernel, root: Tensor) -> tuple[SubsetKernel, Tensor]:
+        """The rows of all processes, of a last layer, in the order of their places."""
+        own = None
+        if kernel.n_rows and not team.is_ghost:
+            assert self.places is not None, "known when the subset is drawn"
+            datum = torch.cat(self._datum)
+            own = [torch.cat([*kernel.batches]), root, self.places.to(datum.device)[datum]]
+        rows = [record["rows"] for record in team.exchange("subset", rows=own) if record["rows"] is not None]
+        phi, root, place = (torch.cat([part.to(root.device) for part in parts]) for parts in zip(*rows, strict=True))
+        order = place.argsort(stable=True)
+        return replace(kernel, batches=(phi[order],), sizes=((len(phi), 1),), _kept={}), root[order]
 
 
 __all__ = ["Subset", "expected_rows"]

@@ -88,6 +88,24 @@ class SubsetCurvature(AbstractCurvature):
         kernel = SubsetKernel.from_state(state["kernel"], dtype, linearize)
         return cls(kernel, state["root"].to(dtype), float(state["ratio"]))
 
+    def summands(self) -> list[Tensor]:
+        """None: rows of processes follow each other when all are there."""
+        return []
+
+    def with_summands(self, parts: Sequence[Tensor]) -> SubsetCurvature:
+        """Itself."""
+        del parts
+        return self
+
+    @classmethod
+    def check_exact(cls) -> None:
+        """Two random subsets are not one of all data: raises."""
+        msg = (
+            'hessian_structure="gp" is the posterior of a random subset of the data, and subsets of two data sets are '
+            'none of their union. Fit all data at once, or use a posterior over weights ("kron", "diag", "full", ...).'
+        )
+        raise UnsupportedError(msg)
+
     def merge(self, other: SubsetCurvature) -> SubsetCurvature:
         """The rows of both."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"

@@ -23,7 +23,7 @@ from torch import Tensor
 from laplace import linalg
 from laplace.errors import UnsupportedError
 from laplace.gp.kernel import SubsetKernel
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.structures import AbstractPrecision
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.types import Scalar
@@ -132,7 +132,7 @@ class SubsetPrecision(AbstractPrecision):
         self._check_weights()
         total = self.variance.expand(self.n_params).clone()
         n_parts, size = len(self._factors), self.gram.shape[1]
-        step = max(1, CHUNK_ELEMENTS // self.n_params)
+        step = max(1, chunk_elements(self.gram.device) // self.n_params)
         for number, factor in enumerate(self._factors):
             for columns in torch.arange(size, device=factor.device).split(step):
                 unit = torch.zeros(size, len(columns)).to(factor)
@@ -181,7 +181,7 @@ def weight_rows(kernel: SubsetKernel, root: Tensor) -> Iterator[Float[Tensor, "c
     if root.dim() == 2:
         whole = torch.diag_embed(root.expand(-1, kernel.n_outputs))
     n, width, k = whole.shape
-    step = max(1, CHUNK_ELEMENTS // max(kernel.n_params, n * width))
+    step = max(1, chunk_elements(root.device) // max(kernel.n_params, n * width))
     for columns in torch.arange(n * k, device=root.device).split(step):
         u = whole.new_zeros(len(columns), n, width)
         u[torch.arange(len(columns)), columns // k] = whole[columns // k, :, columns % k]

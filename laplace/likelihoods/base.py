@@ -13,13 +13,14 @@ from enum import Enum
 from typing import Any, ClassVar, NoReturn, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from laplace import linalg
 from laplace.enums import CurvatureKind, LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.roots import DenseRoot, DiagonalRoot, Root
 from laplace.types import Outputs, Scalar, Targets
 
 Link = Callable[[Tensor, Tensor], Any]
@@ -53,6 +54,11 @@ class Positions:
     """Which row of the loader each belongs to, ``[rows]``; ``None`` when every datum has one position."""
     n_items: int = 1
     """How many scored items share a row, one after the other: 2 for pairs."""
+    counted: Bool[Tensor, " rows"] | None = None
+    """Which rows count, where masked ones are still there (``AbstractLikelihood.whole``); ``None`` when all do.
+
+    Outputs at the others are sure of their targets: their loss, gradients and Hessians are zero.
+    """
 
     def to(self, dtype: torch.dtype) -> Positions:
         """The same in another precision."""
@@ -62,7 +68,19 @@ class Positions:
     def select(self, values: Tensor) -> Tensor:
         """Flatten ``[batch, *positions, k]`` and keep the same rows, ``[rows, n_items · k]``: items side by side."""
         flat = values.reshape(-1, self.n_items * values.shape[-1])
-        return flat if self.kept is None else flat[self.kept]
+        flat = flat if self.kept is None else flat[self.kept]
+        return flat if self.counted is None else torch.where(self.counted.unsqueeze(-1), flat, 0.0)
+
+    def selected(self, n_counted: int | None = None) -> Positions:
+        """Without the masked rows, of which those that count are ``n_counted``: where it is known nothing is read."""
+        if self.counted is None:
+            return self
+        n_counted = int(self.counted.sum()) if n_counted is None else n_counted
+        if n_counted == len(self.f):
+            return replace(self, counted=None)
+        kept = self.counted.byte().sort(descending=True, stable=True)[1][:n_counted]
+        datum = kept if self.datum is None else self.datum[kept]
+        return replace(self, f=self.f[kept], y=self.y[kept], kept=kept, datum=datum, counted=None)
 
 
 class AbstractLikelihood(ABC):
@@ -277,6 +295,17 @@ class AbstractLikelihood(ABC):
         f
             Outputs, ``[rows, C]``.
         """
+
+    def lazy_root(self, f: Outputs) -> Root:
+        """A root of the Hessians whose columns are made when they are asked for: all of them, or mixtures.
+
+        Parameters
+        ----------
+        f
+            Outputs, ``[rows, C]``.
+        """
+        hessian = self.hessian(f)
+        return DiagonalRoot(hessian.diag()) if hessian.root is None else DenseRoot(self.hessian_root(f))
 
     @abstractmethod
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
@@ -587,6 +616,16 @@ class AbstractLikelihood(ABC):
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
+    def whole(self, f: Tensor, y: Tensor) -> Positions:
+        """The same as ``flatten``, but that masked rows may be left where dropping them would wait for a device.
+
+        Parameters
+        ----------
+        f, y
+            As in ``flatten``.
+        """
+        return self.flatten(f, y)
+
     @abstractmethod
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check targets and flatten ``[batch, *positions, C]`` to unmasked rows.
@@ -644,8 +683,8 @@ class AbstractLikelihood(ABC):
         return None
 
     @abstractmethod
-    def count(self, y: Tensor, n_outputs: int) -> int:
-        """Number of unmasked positions in a batch of targets.
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:
+        """Number of unmasked positions in a batch of targets, maybe as a tensor on their device: ``pending.count``.
 
         Parameters
         ----------

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import linalg, pending
 from laplace.density import log_one_minus_max
 from laplace.enums import Likelihood, LinkApprox
 from laplace.errors import InputError, ShapeError, UnsupportedError
@@ -139,7 +140,7 @@ class BernoulliLikelihood(PredictsProbabilities):
 
     def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
         """At the output temperature."""
-        return log_one_minus_max(f / torch.as_tensor(self.output_temperature).to(f))
+        return log_one_minus_max(f / linalg.number(self.output_temperature, f.device, f.dtype))
 
     # -- variational inference ----------------------------------------------------------------------------------------
 
@@ -186,9 +187,9 @@ class BernoulliLikelihood(PredictsProbabilities):
         if y.shape not in (f.shape, f.shape[:-1]):
             msg = f"Binary targets must have the shape {list(f.shape[:-1])} or {list(f.shape)}; got {list(y.shape)}."
             raise ShapeError(msg)
-        if y.is_complex() or not bool(((y == 0) | (y == 1)).all()):
-            msg = 'likelihood="binary" takes targets that are 0 or 1, of any type; others came.'
-            raise InputError(msg)
+        proper = ((y == 0) | (y == 1)).all() & (not y.is_complex())
+        msg = 'likelihood="binary" takes targets that are 0 or 1, of any type; others came.'
+        pending.refuse(~proper, InputError, lambda: msg)
         check_outputs(f)
         flat = f.reshape(-1, 1)
         return Positions(flat, y.reshape(-1, 1).to(f.dtype), datum=datum_index(len(f), len(flat), f.device))
@@ -197,7 +198,7 @@ class BernoulliLikelihood(PredictsProbabilities):
         """Raise unless there is one output."""
         check_one_output(n_outputs)
 
-    def count(self, y: Tensor, n_outputs: int) -> int:  # noqa: ARG002
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:  # noqa: ARG002
         """Number of targets."""
         return y.numel()
 

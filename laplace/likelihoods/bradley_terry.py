@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.enums import Likelihood, LinkApprox, PredType
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.likelihoods import softmax
@@ -180,11 +181,16 @@ class BradleyTerryLikelihood(PredictsMoments):
                 f"{list(y.shape)}. Stack the two items of each pair along the second axis of the inputs."
             )
             raise ShapeError(msg)
-        if bool(((y != 0) & (y != 1)).any()):
-            msg = f"Preferences must be 0 or 1, the index of the preferred item; got {int(y.min())}..{int(y.max())}."
-            raise InputError(msg)
+        pending.refuse(
+            ((y != 0) & (y != 1)).any(),
+            InputError,
+            lambda least, most: (
+                f"Preferences must be 0 or 1, the index of the preferred item; got {int(least)}..{int(most)}."
+            ),
+            lambda: [y.min(), y.max()],
+        )
         check_outputs(f)
-        return Positions(f.reshape(n_pairs, 2), y.long(), n_items=2)
+        return Positions(f.reshape(n_pairs, 2), y.long().clamp(0, 1), n_items=2)
 
     def check_axes(self, shape: Sequence[int], axis: int | None) -> None:
         """Scores have no axis of classes."""

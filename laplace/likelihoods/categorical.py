@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import linalg, pending
 from laplace.density import log_one_minus_max
 from laplace.enums import Likelihood, LinkApprox
 from laplace.errors import InputError, ShapeError, UnsupportedError
@@ -19,12 +21,17 @@ from laplace.likelihoods import softmax
 from laplace.likelihoods.base import Ask, Link, Positions, check_outputs, check_same_shape, datum_index
 from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.likelihoods.predictions import PredictsProbabilities
+from laplace.likelihoods.roots import CategoricalRoot
 from laplace.types import Outputs, Scalar, Targets
 
 COARSE = (torch.float32, torch.bfloat16, torch.float16)
 """Precisions that outputs may have been computed in before they got here in a wider one."""
 CHANCE = 1e-5
 """With which probability, about, outputs that are none may be taken for probabilities: few coarse rows tell nothing."""
+FEW = 1024
+"""Number of rows that tell whether outputs are probabilities."""
+SURE = -1e4
+"""A logit whose probability is zero, with all derivatives."""
 IGNORED = -100
 """The target that masks a position, as in PyTorch's cross-entropy."""
 
@@ -84,6 +91,7 @@ class CategoricalLikelihood(PredictsProbabilities):
         Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
         matrix of the multinomial distribution, with applications".
         """
+        _check_room(f)
         p = f.softmax(-1)
         from_here = p.flip(-1).cumsum(-1).flip(-1)  # q_{j−1}
         here, before, after = p[:, :-1], from_here[:, :-1], from_here[:, 1:]
@@ -96,6 +104,10 @@ class CategoricalLikelihood(PredictsProbabilities):
         root.diagonal(dim1=1, dim2=2).copy_(ratio * after.sqrt())
         return root
 
+    def lazy_root(self, f: Outputs) -> CategoricalRoot:
+        """A Cholesky factor in closed form, with the likeliest class of each row first."""
+        return CategoricalRoot.of(f.softmax(-1))
+
     def n_groups(self, n_outputs: int) -> int:
         """C."""
         return n_outputs
@@ -107,8 +119,12 @@ class CategoricalLikelihood(PredictsProbabilities):
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Softmax(f) minus labels drawn from it, ``[samples, rows, C]``."""
         p = f.softmax(-1)
-        labels = torch.multinomial(p, n_samples, replacement=True, generator=generator)
-        return p - F.one_hot(labels.T, f.shape[-1]).to(f.dtype)
+        if n_samples == 1:  # as multinomial does it, which reads whether probabilities are valid
+            labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+        else:
+            labels = torch.multinomial(p, n_samples, replacement=True, generator=generator)
+        each = p.expand(n_samples, *p.shape)
+        return each.scatter_add(-1, labels.T.unsqueeze(-1), -torch.ones_like(each[..., :1]))
 
     def expectation(self, f: Tensor) -> Tensor:
         """Class probabilities, ``[..., C]``."""
@@ -137,7 +153,7 @@ class CategoricalLikelihood(PredictsProbabilities):
 
     def log_doubt(self, f: Tensor) -> Float[Tensor, "*rows"]:
         """At the output temperature."""
-        return log_one_minus_max(f / torch.as_tensor(self.output_temperature).to(f))
+        return log_one_minus_max(f / linalg.number(self.output_temperature, f.device, f.dtype))
 
     def energy_asks(self, alpha: float) -> Ask:
         """Variances are enough for the probit approximation."""
@@ -159,6 +175,10 @@ class CategoricalLikelihood(PredictsProbabilities):
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check class indices ``[batch, *positions]`` (−100: masked) or soft labels; flatten unmasked positions."""
+        return self.whole(f, y).selected()
+
+    def whole(self, f: Tensor, y: Tensor) -> Positions:
+        """The same; on an accelerator masked positions stay."""
         n_outputs = f.shape[-1]
         if n_outputs == 1:
             msg = (
@@ -172,9 +192,12 @@ class CategoricalLikelihood(PredictsProbabilities):
             check_same_shape(f, y, "Soft labels (floating-point targets of a classifier)")
             soft = y.reshape(flat.shape).to(f.dtype)
             tolerance = 10 * torch.finfo(y.dtype).eps * n_outputs
-            if not bool((soft >= 0).all()) or not bool(((soft.sum(-1) - 1).abs() <= tolerance).all()):
-                msg = "Soft labels must be non-negative, finite, and sum to one over the classes of each position."
-                raise InputError(msg)
+            proper = (soft >= 0).all() & ((soft.sum(-1) - 1).abs() <= tolerance).all()  # not where there are NaN
+            pending.refuse(
+                ~proper,
+                InputError,
+                lambda: "Soft labels must be non-negative, finite, and sum to one over the classes of each position.",
+            )
             check_logits(flat)
             return Positions(flat, soft, datum=datum)
         if y.shape != f.shape[:-1]:
@@ -188,18 +211,26 @@ class CategoricalLikelihood(PredictsProbabilities):
             raise InputError(msg)
         labels = y.reshape(-1).long()
         masked = labels == IGNORED
-        if bool((((labels < 0) | (labels >= n_outputs)) & ~masked).any()):
-            msg = (
+        wrong = ((labels < 0) | (labels >= n_outputs)) & ~masked
+        given = labels
+        pending.refuse(
+            wrong.any(),
+            InputError,
+            lambda least, most: (
                 f"Class indices must lie in 0..{n_outputs - 1} (or be {IGNORED} to mask a position); the batch "
-                f"has {int(labels.min())}..{int(labels.max())}. Does the model have one output for each class?"
-            )
-            raise InputError(msg)
-        if not bool(masked.any()):
-            check_logits(flat)
-            return Positions(flat, labels, datum=datum)
-        kept = (~masked).nonzero().squeeze(-1)
-        check_logits(flat[kept])
-        return Positions(flat[kept], labels[kept], kept, kept if datum is None else datum[kept])
+                f"has {int(least)}..{int(most)}. Does the model have one output for each class?"
+            ),
+            lambda: [given.min(), given.max()],
+        )
+        if pending.is_free(labels.device):
+            found = Positions(flat, labels, datum=datum, counted=~masked if bool(masked.any()) else None).selected()
+            check_logits(found.f)
+            return found
+        # Masked rows stay, with probability 1 of their label; no kernel survives indices out of range.
+        sure = (torch.arange(n_outputs, device=flat.device) == 0).to(flat.dtype)
+        check_logits(torch.where(masked.unsqueeze(-1), sure, flat), ~masked)
+        flat = torch.where(masked.unsqueeze(-1), SURE * (1 - sure), flat)
+        return Positions(flat, labels.masked_fill(wrong | masked, 0), datum=datum, counted=~masked)
 
     def tells_axis(self, shape: Sequence[int]) -> bool:
         """Class indices leave out the axis of classes, unless all axes are equally long."""
@@ -217,9 +248,9 @@ class CategoricalLikelihood(PredictsProbabilities):
         """``CrossEntropyLoss`` and 1."""
         return nn.CrossEntropyLoss(reduction="sum"), 1.0
 
-    def count(self, y: Tensor, n_outputs: int) -> int:
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:
         """Number of positions that are not masked."""
-        return y.numel() // n_outputs if y.is_floating_point() else int((y.long() != IGNORED).sum())
+        return y.numel() // n_outputs if y.is_floating_point() else pending.count((y.long() != IGNORED).sum())
 
 
 def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
@@ -228,15 +259,16 @@ def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         return F.cross_entropy(rows, y.reshape(rows.shape))
     labels = y.reshape(-1).long()
-    n_unmasked = int((labels != IGNORED).sum())
+    n_unmasked = (labels != IGNORED).sum()
     # A batch without labels says nothing: its mean would be 0/0.
-    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / max(1, n_unmasked)
+    return F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum") / n_unmasked.clamp(min=1)
 
 
-def check_logits(f: Outputs) -> None:
+def check_logits(f: Outputs, counted: Tensor | None = None) -> None:
     """Raise if outputs are not finite, or probabilities: none is negative, and each row sums to one.
 
-    Log probabilities are logits: their softmax is the probabilities.
+    Log probabilities are logits: their softmax is the probabilities. Rows that are not ``counted`` ``[rows]`` must
+    look like probabilities.
 
     Raises
     ------
@@ -246,18 +278,53 @@ def check_logits(f: Outputs) -> None:
         If they are probabilities.
     """
     check_outputs(f)
-    f = f.detach()
-    if not len(f) or bool((f < 0).any()):
-        return
-    seen = [dtype for dtype in COARSE if torch.equal(f.to(dtype).to(f.dtype), f)]
-    eps = max(torch.finfo(dtype).eps for dtype in (f.dtype, *seen))
+    f = f.detach()[:FEW]
+    n_rows = len(f) if counted is None else counted[:FEW].sum()
+    # Reading whether one is negative saves the rest, where it costs nothing.
+    if len(f) and not (pending.is_free(f.device) and bool((f < 0).any())):
+        pending.refuse(
+            are_probabilities(f, n_rows),
+            UnsupportedError,
+            lambda: (
+                "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
+                'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the '
+                "end of the model, or return log probabilities, which are logits, too."
+            ),
+        )
+
+
+def are_probabilities(f: Outputs, n_rows: int | Tensor) -> Tensor:
+    """Whether no output is negative and each row sums to one, to the coarsest precision that they can have, ``[]``.
+
+    ``n_rows`` are those that say something.
+    """
     # Each probability is rounded once; sums over classes are accumulated in float32 at least.
-    total = f.sum(-1, dtype=torch.promote_types(f.dtype, torch.float32))
+    off = (f.sum(-1, dtype=torch.promote_types(f.dtype, torch.float32)) - 1).abs().max()
+    found = _sums_to_one(off, f, n_rows, f.dtype)
+    # From fine to coarse: the coarsest precision in which they are exact decides.
+    for dtype in sorted(COARSE, key=lambda dtype: torch.finfo(dtype).eps):
+        if torch.finfo(dtype).eps > torch.finfo(f.dtype).eps:
+            found = torch.where((f.to(dtype).to(f.dtype) == f).all(), _sums_to_one(off, f, n_rows, dtype), found)
+    return found & (f >= 0).all()
+
+
+def _sums_to_one(off: Tensor, f: Outputs, n_rows: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether sums are one in a precision, and in so many rows as not to be so by chance."""
+    eps = torch.finfo(dtype).eps
     tolerance = 4 * (eps + min(eps, torch.finfo(torch.float32).eps) * f.shape[-1] ** 0.5)
-    if tolerance ** len(f) <= CHANCE and bool(((total - 1).abs() <= tolerance).all()):
+    return (off <= tolerance) & (n_rows * math.log(tolerance) <= math.log(CHANCE))
+
+
+def _check_room(f: Outputs) -> None:
+    """Raise if all columns of the roots of a batch have no room: beside them two temporaries of their size."""
+    n_rows, n_outputs = f.shape
+    needed, available = 3 * n_rows * n_outputs * (n_outputs - 1) * f.element_size(), linalg.memory_of(f.device)
+    if available is not None and needed > available:
         msg = (
-            "The outputs of the model are probabilities: none is negative, and in each row they sum to one. "
-            'likelihood="classification" takes logits and applies the softmax itself. Leave out the softmax at the end '
-            "of the model, or return log probabilities, which are logits, too."
+            f"The exact curvature of {n_rows} rows with {n_outputs} classes takes {n_outputs - 1} columns for each, "
+            f"about {needed / 1e9:.1f} GB; this device has {available / 1e9:.1f} GB. What takes less: "
+            'backend_kwargs={"columns": k} (the k leading columns exactly, the others as one random mixture), '
+            'backend_kwargs={"stochastic": True} (one sampled column), diagonal_hessian=True for '
+            'hessian_structure="gp", smaller batches, or subset_of_weights="last_layer" with "kron" or "diag".'
         )
         raise UnsupportedError(msg)

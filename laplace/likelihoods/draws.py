@@ -74,10 +74,11 @@ def sobol_normals(
     ----------
     Owen (1998), "Scrambling Sobol' and Niederreiter–Xing points".
     """
-    device = like.device if generator is None else generator.device
+    # Without a generator the seed is the host's, which waits for no device.
+    device = torch.device("cpu") if generator is None else generator.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     uniform = SobolEngine(n_outputs, scramble=True, seed=seed).draw(n_points, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(2.0**-32, 1 - 2.0**-32)).to(like)
+    return torch.special.ndtri(uniform.clamp(2.0**-32, 1 - 2.0**-32)).to(like, non_blocking=True)
 
 
 def antithetic_normals(
@@ -100,6 +101,7 @@ def antithetic_normals(
 
 def chunks(total: int, elements_each: int) -> Iterator[int]:
     """Split ``total`` items of ``elements_each`` numbers into chunks of bounded size."""
+    # Not by the memory that is free: random numbers would be others.
     step = max(1, CHUNK_ELEMENTS // max(elements_each, 1))
     for start in range(0, total, step):
         yield min(step, total - start)

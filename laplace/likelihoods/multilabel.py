@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from laplace import pending
 from laplace.enums import Likelihood
 from laplace.errors import InputError
 from laplace.likelihoods.base import Positions, check_outputs, check_same_shape, datum_index
 from laplace.likelihoods.bernoulli import BernoulliLikelihood
-from laplace.likelihoods.categorical import IGNORED
+from laplace.likelihoods.categorical import IGNORED, SURE
 from laplace.types import Outputs, Targets
-
-SURE = -1e4
-"""A logit whose probability, and all derivatives, are zero."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +59,36 @@ class MultiLabelLikelihood(BernoulliLikelihood):
 
     def flatten(self, f: Tensor, y: Tensor) -> Positions:
         """Check labels, in the shape of the outputs, and flatten positions with at least one label."""
+        return self.whole(f, y).selected()
+
+    def whole(self, f: Tensor, y: Tensor) -> Positions:
+        """The same; on an accelerator positions without labels stay, and say nothing."""
         check_same_shape(f, y, "Labels")
         labels = known(y).reshape(-1, f.shape[-1])
-        if y.is_complex() or not bool(((labels >= 0) & (labels <= 1) | labels.isnan()).all()):
-            msg = (
-                'likelihood="multilabel" takes labels that are 0 or 1, or probabilities between them; NaN (of integers '
-                f"{IGNORED}) says that a label is missing. Others came."
-            )
+        msg = (
+            'likelihood="multilabel" takes labels that are 0 or 1, or probabilities between them; NaN (of integers '
+            f"{IGNORED}) says that a label is missing. Others came."
+        )
+        if y.is_complex():
             raise InputError(msg)
+        pending.refuse(~((labels >= 0) & (labels <= 1) | labels.isnan()).all(), InputError, lambda: msg)
         flat = f.reshape(labels.shape)
         datum = datum_index(len(f), len(flat), f.device)
         masked = labels.isnan().all(-1)
-        if not bool(masked.any()):
-            check_outputs(flat)
-            return Positions(flat, labels.to(f.dtype), datum=datum)
-        kept = (~masked).nonzero().squeeze(-1)
-        check_outputs(flat[kept])
-        return Positions(flat[kept], labels[kept].to(f.dtype), kept, kept if datum is None else datum[kept])
+        found = Positions(flat, labels.to(f.dtype), datum=datum)
+        if not pending.is_free(masked.device):
+            found = replace(found, f=torch.where(masked.unsqueeze(-1), SURE, flat), counted=~masked)
+        elif bool(masked.any()):
+            found = replace(found, counted=~masked).selected()
+        check_outputs(found.f)
+        return found
 
     def check_head(self, n_outputs: int) -> None:
         """Any number of outputs is one."""
 
-    def count(self, y: Tensor, n_outputs: int) -> int:
+    def count(self, y: Tensor, n_outputs: int) -> int | Tensor:
         """Number of positions with at least one label."""
-        return int((~known(y).reshape(-1, n_outputs).isnan()).any(-1).sum())
+        return pending.count((~known(y).reshape(-1, n_outputs).isnan()).any(-1).sum())
 
 
 def known(y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laplace import checks
+from laplace import checks, linalg
 from laplace.enums import Likelihood
 from laplace.likelihoods import quadrature
 from laplace.likelihoods.poisson import PoissonLikelihood, log_ways
@@ -45,10 +45,10 @@ class NegativeBinomialLikelihood(PoissonLikelihood):
 
     def _excess(self, f: Tensor) -> Tensor:
         """log α μ, whose logistic function is the probability that the distribution has for a parameter."""
-        return f + torch.as_tensor(self.dispersion).to(f).log()
+        return f + linalg.number(self.dispersion, f.device, f.dtype).log()
 
     def _nll(self, f: Tensor, y: Tensor) -> Tensor:
-        r = torch.as_tensor(1 / self.dispersion).to(f)
+        r = linalg.number(1 / self.dispersion, f.device, f.dtype)
         return (y + r) * F.softplus(self._excess(f)) - y * f + log_ways(r, y)
 
     def _slope(self, f: Tensor, y: Tensor) -> Tensor:

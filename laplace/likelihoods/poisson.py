@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg
+from laplace import linalg, pending
 from laplace.enums import Likelihood, LinkApprox
 from laplace.errors import InputError, NumericalWarning, ShapeError, warn
 from laplace.likelihoods import quadrature
@@ -174,15 +174,22 @@ class PoissonLikelihood(PredictsMoments):
             raise InputError(msg)
         linalg.check_finite(y, "Counts", "Leave those rows out of the data.")
         count = self._counts(y)
-        if bool((count < 0).any()) or (y.is_floating_point() and bool((count != count.round()).any())):
-            msg = f'likelihood="{self.name}" takes counts: 0, 1, 2, … of any type; others came.'
-            raise InputError(msg)
-        if self.exposure and not bool((y[..., 1] > 0).all()):
-            msg = (
-                f"Exposures must be greater than 0; the least is {float(y[..., 1].min()):g}. Where nothing was "
-                "observed there is no count: leave those rows out of the data."
+        broken = count < 0
+        if y.is_floating_point():
+            broken = broken | (count != count.round())
+        msg = f'likelihood="{self.name}" takes counts: 0, 1, 2, … of any type; others came.'
+        pending.refuse(broken.any(), InputError, lambda: msg)
+        if self.exposure:
+            exposure = y[..., 1]
+            pending.refuse(
+                ~(exposure > 0).all(),
+                InputError,
+                lambda least: (
+                    f"Exposures must be greater than 0; the least is {least:g}. Where nothing was observed there is no "
+                    "count: leave those rows out of the data."
+                ),
+                lambda: [exposure.min()],
             )
-            raise InputError(msg)
         flat = f.reshape(-1, f.shape[-1])
         y = y.reshape(*flat.shape, *last).to(f.dtype)
         return Positions(flat, y, datum=datum_index(len(f), len(flat), f.device))
@@ -219,12 +226,12 @@ def log_normal(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     else:
         rate = (mean + cov.diagonal(dim1=-2, dim2=-1) / 2).exp()
         spread = rate.unsqueeze(-1) * rate.unsqueeze(-2) * cov.expm1()
-    if not bool(rate.detach().isfinite().all()) or not bool(spread.detach().isfinite().all()):
-        msg = (
-            "A predicted rate is too large for its type: the posterior is so wide that its exponential overflows. "
-            "Choose the prior precision with tune(val_loader), or a larger one."
-        )
-        warn(msg, NumericalWarning)
+    msg = (
+        "A predicted rate is too large for its type: the posterior is so wide that its exponential overflows. "
+        "Choose the prior precision with tune(val_loader), or a larger one."
+    )
+    finite = rate.detach().isfinite().all() & spread.detach().isfinite().all()
+    pending.when(~finite, lambda: warn(msg, NumericalWarning))
     return rate, spread
 
 

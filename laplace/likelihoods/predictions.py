@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import linalg
 from laplace.density import entropy
 from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
@@ -147,7 +148,7 @@ class PredictsProbabilities(AbstractLikelihood):
 
     def foreign_variance(self, scale: float, excess: Float[Tensor, " rows"]) -> Float[Tensor, "rows outputs"]:
         """T² s² e of each logit."""
-        T = torch.as_tensor(self.output_temperature).to(excess)
+        T = linalg.number(self.output_temperature, excess.device, excess.dtype)
         return (T**2 * scale * excess).unsqueeze(-1)
 
     @classmethod

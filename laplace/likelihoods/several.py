@@ -14,6 +14,7 @@ from laplace.enums import LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.likelihoods.base import AbstractLikelihood, Ask, Link, Positions
 from laplace.likelihoods.output_hessian import OutputHessian
+from laplace.likelihoods.roots import SideBySide
 from laplace.types import Outputs, Scalar, Targets
 
 
@@ -109,6 +110,10 @@ class SeveralLikelihood(AbstractLikelihood):
             block[:, part.outputs] = _scale(part, f).sqrt().reshape(-1, 1) * root
             wide.append(block)
         return torch.cat(wide, -1)
+
+    def lazy_root(self, f: Outputs) -> SideBySide:
+        """Those of the heads, side by side."""
+        return SideBySide([(part.likelihood.lazy_root(f[:, part.outputs]), _scale(part, f)) for part in self.parts])
 
     def sample_gradient(self, f: Outputs, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Those of the heads, side by side, ``[samples, rows, C]``."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.draws import draw
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.types import Outputs, Scalar, Targets
 
 LogProbabilities = Float[Tensor, "rows outputs"]
@@ -124,7 +124,7 @@ def _pairwise(mean: Tensor, variance: Float[Tensor, "rows outputs outputs"]) -> 
 
 def _rows_at_once(mean: Tensor) -> int:
     """How many rows of pairs of classes fit the memory that chunks may take."""
-    return max(1, CHUNK_ELEMENTS // mean.shape[-1] ** 2)
+    return max(1, chunk_elements(mean.device) // mean.shape[-1] ** 2)
 
 
 def bridge(mean: Float[Tensor, "rows outputs"], cov: Float[Tensor, "rows outputs outputs"]) -> LogProbabilities:

@@ -32,9 +32,15 @@ class Batch(NamedTuple):
 def to_device(value: Any, device: torch.device) -> Any:
     """Copy the tensors of a nested structure to ``device``; what is there already, or has no values, is kept.
 
-    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), as do named tuples.
+    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), as do named tuples. The host does not wait
+    for copies to an accelerator.
     """
-    return _map(value, lambda item: item.to(device) if isinstance(item, Tensor) and not item.is_meta else item)
+    ahead = device.type != "cpu"
+
+    def move(item: Any) -> Any:
+        return item.to(device, non_blocking=ahead) if isinstance(item, Tensor) and not item.is_meta else item
+
+    return _map(value, move)
 
 
 def copied(value: Any) -> Any:
@@ -81,8 +87,18 @@ def _map(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
-    """Split what a loader yielded, a mapping or a sequence of at least two entries, into inputs and targets."""
+def split(batch: Any, dict_key_y: str, device: torch.device | None = None) -> Batch:
+    """Split what a loader yielded, a mapping or a sequence of at least two entries, into inputs and targets.
+
+    On a device, or where they are.
+
+    Raises
+    ------
+    InputError
+        If it is neither; a ``MissingKeyError`` if a mapping has no targets.
+    MissingKeyError
+        Likewise.
+    """
     if isinstance(batch, Mapping):
         if dict_key_y not in batch:
             keys = ", ".join(repr(key) for key in batch)
@@ -92,11 +108,11 @@ def split(batch: Any, dict_key_y: str, device: torch.device) -> Batch:
             )
             raise MissingKeyError(msg)
         check_targets(batch[dict_key_y], batch)
-        x = to_device(batch, device)
+        x = batch if device is None else to_device(batch, device)
         y = x[dict_key_y]
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
         check_targets(batch[-1], batch)
-        *inputs, y = to_device(tuple(batch), device)
+        *inputs, y = batch if device is None else to_device(tuple(batch), device)
         x = inputs[0] if len(inputs) == 1 else tuple(inputs)
     else:
         hint = ""
@@ -161,12 +177,15 @@ def iterate(
         )
         raise InputError(msg)
     # The bar is given an iterator: of a loader it would ask for two, each with worker processes and random numbers.
-    bar = tqdm(iter(loader), desc=description, total=_length(loader), disable=not progress_bar)
+    bar = tqdm(iter(loader), desc=description, total=number_of(loader), disable=not progress_bar)
     shift = Shift(shift_labels)
     for index, batch in enumerate(bar):
         with numbered(index):
+            # Where the loader leaves them, labels are compared with inputs: mostly in the memory of the host.
+            given = split(batch, dict_key_y)
+            y = shift(given.x, given.y, dict_key_x)
             found = split(batch, dict_key_y, device)
-            found = found._replace(y=shift(found.x, found.y, dict_key_x))
+            found = found if y is given.y else found._replace(y=to_device(y, device))
         if len(found.y) or count_rows(found.x):
             yield found
 
@@ -195,7 +214,7 @@ class Passes:
             raise InputError(msg)
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def number_of(loader: Iterable[Any]) -> int | None:
     """Number of batches, where it is known: a loader of a stream has ``__len__``, which raises."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
@@ -296,7 +315,8 @@ def count_rows(x: Inputs) -> int:
 
 def one_row(x: Inputs) -> bool:
     """Whether inputs are a single row for sure: there are tensors, and each is."""
-    return set(_sizes(x)) == {1}
+    sizes = list(_sizes(x))
+    return bool(sizes) and all(n == 1 for n in sizes)  # a set would fix the sizes of a compiled graph
 
 
 def _sizes(x: Inputs) -> Iterator[int]:

@@ -9,18 +9,15 @@ are those of the model.
 from __future__ import annotations
 
 import difflib
-import threading
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from laplace.attributes import check_attribute
 from laplace.enums import FeatureReduction, choose
@@ -28,16 +25,14 @@ from laplace.errors import MissingModuleError, ShapeError, UnsupportedError, war
 from laplace.network import heads
 from laplace.network.batches import call, one_row
 from laplace.network.candidates import candidates, listed, sharing
+from laplace.network.compiled import around, as_written
 from laplace.network.failures import check_weights
 from laplace.network.heads import Head, head_of, is_head
-from laplace.network.matching import check_useful, close, matches, picked, reduce, unsqueezed
+from laplace.network.matching import check_useful, close, matches, picked, reduce, require_close, unsqueezed
 from laplace.network.outputs import Reading
 from laplace.network.threads import together
+from laplace.network.watched import Pass, watched
 from laplace.types import Inputs
-
-_HOOKS = threading.RLock()
-"""Held while hooks are set and removed: PyTorch numbers them without a lock, so that two could get one number."""
-
 
 _SEEN: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("_SEEN", default=None)
 
@@ -51,17 +46,6 @@ def seeing_features() -> Generator[list[tuple[Tensor, Tensor]]]:
         yield seen
     finally:
         _SEEN.reset(token)
-
-
-@dataclass
-class Pass:
-    """What one forward pass showed."""
-
-    calls: Counter[str | None] = field(default_factory=Counter)
-    seen: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Input and output of layers, in the order in which they ran last."""
-    f: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Outputs, in the layout of the model."""
 
 
 class FeatureExtractor(nn.Module):
@@ -259,7 +243,7 @@ class FeatureExtractor(nn.Module):
             if not passed.seen:
                 self._explain_unseen()
             return self._accepted(self._read(passed, self.last_layer_name, known, x))
-        layers = self._linear_layers()
+        layers = candidates(self.model)
         passed = self._run(x, model_kwargs, layers)
         if not passed.seen:
             self._explain_unseen()
@@ -289,33 +273,39 @@ class FeatureExtractor(nn.Module):
         self, x: Inputs, model_kwargs: dict[str, Any], layers: dict[str | None, nn.Module], *, keep: bool = False
     ) -> Pass:
         """One pass of the model, with the input and output of the layer that ran last, or of all."""
-        here, passed = threading.get_ident(), Pass()
-
-        def watch(name: str | None) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
-                if threading.get_ident() != here:
-                    return  # the pass of another thread; it may find half of a hook that is just removed
-                kwargs, output = others
-                passed.calls[name] += 1
-                if not keep:
-                    passed.seen.clear()
-                passed.seen.pop(name, None)
-                passed.seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
-
-            return hook
-
-        handles: list[RemovableHandle] = []
-        try:
-            with _HOOKS:
-                for name, layer in layers.items():
-                    handles.append(layer.register_forward_hook(watch(name), with_kwargs=True))
-            returned = call(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y, **model_kwargs)
-        finally:
-            with _HOOKS:
-                for handle in handles:
-                    handle.remove()
+        keys = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y}
+        with watched(layers, keep=keep) as passed, as_written(around(self.model, layers)):
+            returned = call(self.model, x, **keys, **model_kwargs)
         passed.f = self.reading.tensor(returned)
         return passed
+
+    @contextmanager
+    def watching(self) -> Generator[Pass | None]:
+        """Watch the last layer in a pass that the body runs, for ``read``; ``None`` while the layer is not known."""
+        layer = self.last_layer if self._verified else None
+        if layer is None:
+            yield None
+            return
+        with watched({self.last_layer_name: layer}) as passed:
+            yield passed
+
+    def read(self, passed: Pass, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs and features of a pass that was watched.
+
+        Parameters
+        ----------
+        passed
+            By ``watching``, with the outputs of the model.
+        x
+            Its inputs.
+
+        Returns
+        -------
+        As ``forward_with_features``.
+        """
+        if not passed.seen:
+            self._explain_unseen()
+        return self._read(passed, self.last_layer_name, self.last_layer, x)
 
     def _accepted(self, found: tuple[Tensor, Tensor], name: str | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and features of a layer that is the last from now on."""
@@ -348,7 +338,8 @@ class FeatureExtractor(nn.Module):
             f, phi = unsqueezed(f, phi, layer)
         f = self._channels_last(f, made, head)
         f, phi = self._align(f, phi, made, layer, name)
-        self._verify(f, phi, made, layer, name)
+        if not torch.compiler.is_compiling():  # values cannot be looked at
+            self._verify(f, phi, made, layer, name)
         return f, phi
 
     def _channels_last(self, f: Tensor, made: Tensor, head: Head) -> Tensor:
@@ -371,9 +362,8 @@ class FeatureExtractor(nn.Module):
             return f, phi
         pooled = phi.dim() >= 3 and f.shape == (phi.shape[0], n_outputs)
         if self.feature_reduction is not None and pooled:
-            return f, reduce(
-                phi, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
-            )
+            position = picked(f, made, self.feature_reduction, first=not self._verified)
+            return f, reduce(phi, self.feature_reduction, position)
         rows = phi.numel() // width
         if f.numel() == rows * n_outputs:
             # Squeezed, or the scores [batch, 2] of pairs that ran through the layer as [2 · batch] rows.
@@ -383,7 +373,7 @@ class FeatureExtractor(nn.Module):
                 return f, phi.reshape(*f.shape[:-1], width)
         msg = (
             f"The last linear layer {name!r} maps features {list(phi.shape)} to {n_outputs} outputs, but the "
-            f"model returns {list(f.shape)}. {self._said_axis(f)}"
+            f"model returns {list(f.shape)}. {self._said_axis(f.dim())}"
         )
         if pooled:
             fits = [
@@ -398,10 +388,6 @@ class FeatureExtractor(nn.Module):
                 "If they are interpolated, interpolate what enters a 1×1 convolution instead: the outputs are the same."
             )
         raise ShapeError(msg + self._candidates())
-
-    def _picked(self, f: Tensor, made: Tensor, reduction: FeatureReduction) -> Tensor | None:
-        """The positions that are picked; on the first pass not all of them at the other end than was said."""
-        return picked(f, made, reduction, first=not self._verified)
 
     def _verify(self, f: Tensor, phi: Tensor, made: Tensor, layer: nn.Module, name: str | None) -> None:
         """Check that the outputs are the last layer applied to the features.
@@ -419,28 +405,30 @@ class FeatureExtractor(nn.Module):
                 made = reduce(
                     made, self.feature_reduction, picked(f, made, self.feature_reduction, first=not self._verified)
                 )
-            if f.numel() == made.numel() and close(f, made.reshape(f.shape), f.dtype):
+            if f.numel() == made.numel():
+                require_close(f, made.reshape(f.shape), partial(self._foreign, f.dim(), name))
                 return
         elif matches(f, phi, layer):
             return
+        raise UnsupportedError(self._foreign(f.dim(), name))
+
+    def _foreign(self, n_axes: int, name: str | None) -> str:
+        """That outputs with so many axes are not those of a layer."""
         reduced = "" if self.feature_reduction is None else f" reduced by {self.feature_reduction.value!r}"
         msg = (
             f"The outputs of the model are not those of its last linear layer {name!r}{reduced}. Likely causes, in "
             "order: something follows that layer (a softmax, a scaling: return the logits instead), another layer is "
             "the last one (pass last_layer_name=), the features are reduced in another way (feature_reduction=). "
         )
-        raise UnsupportedError(msg + self._said_axis(f) + self._candidates())
+        return msg + self._said_axis(n_axes) + self._candidates()
 
-    def _said_axis(self, f: Tensor) -> str:
-        """What may be wrong about an axis that was given."""
-        if self.reading.dim is None or f.dim() < 3:
+    def _said_axis(self, n_axes: int) -> str:
+        """What may be wrong about an axis that was given, of outputs with so many."""
+        if self.reading.dim is None or n_axes < 3:
             return ""
         return f"Maybe output_dim={self.reading.dim} is another axis than that of the outputs of the layer. "
 
     # -- which layers there are ---------------------------------------------------------------------------------------
-
-    def _linear_layers(self) -> dict[str | None, nn.Module]:
-        return candidates(self.model)
 
     def _candidates(self) -> str:
         return listed(self.model)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from laplace.errors import UnsupportedError
 
@@ -282,6 +283,15 @@ def is_quantized(layer: nn.Module) -> bool:
     return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether the weights of a layer are spread over processes, so that this one has none of them or a part."""
+    if not is_head(layer):
+        return False
+    weights = [weight for weight in layer.parameters() if not is_lazy(weight)]
+    there = any(weight.dim() > 1 for weight in weights) or any(map(is_lazy, layer.parameters()))
+    return not there or any(type(weight).__name__ == "DTensor" for weight in weights)
+
+
 def objection(layer: nn.Module) -> str | None:
     """Why a layer cannot be a last layer although it looks like one, and what to do; ``None`` when it can."""
     if is_quantized(layer):
@@ -289,6 +299,12 @@ def objection(layer: nn.Module) -> str | None:
             f"it is quantized ({type(layer).__name__}), and rounded weights have no posterior. Load the model without "
             "quantization, or with the last layer left out of it (of transformers: llm_int8_skip_modules=, "
             "modules_to_not_convert=), or replace that layer by a torch.nn.Linear with its dequantized weights"
+        )
+    if is_sharded(layer):
+        return (
+            "its weights are spread over processes, and each of them needs all. Leave the last layer out: shard the "
+            "rest (fully_shard(model.backbone)), or pass ignored_params= or, of FullyShardedDataParallel, "
+            "ignored_modules=[model.head]"
         )
     found = head_in_table(layer)
     return None if found is None else found.objection(layer)

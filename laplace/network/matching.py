@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.enums import FeatureReduction
 from laplace.errors import UnsupportedError, warn
 from laplace.network import heads
@@ -44,7 +47,8 @@ def picked(f: Tensor, made: Tensor, reduction: FeatureReduction, *, first: bool)
     with torch.no_grad():
         flat = made.detach().flatten(1, -2)
         fixed = flat[:, 0 if reduction is FeatureReduction.PICK_FIRST else -1]
-        if fixed.shape != f.shape or close(f, fixed, f.dtype):
+        # What was said fits: found out where reading is free, and else in the same way as any other position.
+        if fixed.shape != f.shape or (pending.is_free(f.device) and close(f, fixed, f.dtype)):
             return None
         distance = (flat - f.detach().unsqueeze(1)).abs().amax(-1)
         last = distance.shape[1] - 1
@@ -52,7 +56,7 @@ def picked(f: Tensor, made: Tensor, reduction: FeatureReduction, *, first: bool)
             position, other_end = distance.argmin(1), last
         else:
             position, other_end = last - distance.flip(1).argmin(1), 0
-        return None if first and bool((position == other_end).all()) else position
+        return None if not torch.compiler.is_compiling() and first and bool((position == other_end).all()) else position
 
 
 def check_useful(reduction: FeatureReduction, phi: Tensor) -> None:
@@ -87,10 +91,31 @@ def close(f: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """
     if expected.shape != f.shape:
         return False
-    if expected.dtype is f.dtype and torch.equal(f, expected):
+    if is_same(f, expected) or (expected.dtype is f.dtype and torch.equal(f, expected)):
         return True
+    return not bool(are_far(f, expected, dtype))
+
+
+def require_close(f: Tensor, expected: Tensor, message: Callable[[], str]) -> None:
+    """Raise unless outputs agree: see ``close``."""
+    if not is_same(f, expected):
+        pending.refuse(are_far(f, expected, f.dtype), UnsupportedError, message)
+
+
+def is_same(f: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory, as outputs of a model are those that its head made."""
+    if torch.compiler.is_compiling() or f.dtype is not expected.dtype:
+        return False
+    try:
+        return f.is_set_to(expected)
+    except RuntimeError:  # within transformations of functions tensors have no memory
+        return False
+
+
+def are_far(f: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether some outputs do not agree, ``[]``: see ``close``."""
     with torch.no_grad():
         f, expected = f.detach().double(), expected.detach().double()
-        finite = expected[torch.isfinite(expected)].abs()
-        size = float(finite.max()) if finite.numel() else 0.0
-        return torch.allclose(f, expected, rtol=0.0, atol=torch.finfo(dtype).eps ** 0.5 * size, equal_nan=True)
+        size = torch.where(torch.isfinite(expected), expected.abs(), 0.0).amax() if expected.numel() else expected.sum()
+        alike = (f == expected) | (f.isnan() & expected.isnan())
+        return ~(alike | ((f - expected).abs() <= torch.finfo(dtype).eps ** 0.5 * size)).all()

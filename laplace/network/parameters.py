@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from laplace import pending
 from laplace.network.choice import Choice, Interleaved
 from laplace.network.heads import head_of
 
@@ -109,10 +110,14 @@ class ParameterSubset:
         theta
             ``[P]``, maybe in another dtype or on another device.
         """
+        return not bool(self.differ(theta))
+
+    def differ(self, theta: Float[Tensor, " params"]) -> bool | Tensor:
+        """Whether they are others; ``[]`` where reading it would wait for the device of the weights."""
         if self.choice is not None:
-            return _same(self.vector(), theta)
+            return pending.differ([_alike(self.vector(), theta)])
         parts = zip(self.parameters, split_sizes(theta, self.sizes), strict=True)
-        return all(_same(parameter.detach().reshape(-1), part) for parameter, part in parts)
+        return pending.differ(_alike(parameter.detach().reshape(-1), part) for parameter, part in parts)
 
     def restrict(self, values: Shaped[Tensor, "*batch all"]) -> Shaped[Tensor, "*batch params"]:
         """Of values for all weights of ``parameters``, one after another along the last axis, those of random ones."""
@@ -126,10 +131,10 @@ class ParameterSubset:
         return values.new_zeros(*values.shape[:-1], n_all).index_copy(-1, self.choice.index, values)
 
 
-def _same(now: Tensor, then: Tensor) -> bool:
-    """Whether two vectors agree in the coarser of their precisions, on the device of the first."""
+def _alike(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+    """Two vectors in the coarser of their precisions, on the device of the first."""
     dtype = max(now.dtype, then.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return torch.equal(now.to(dtype), then.to(now.device, dtype))
+    return now.to(dtype), then.to(now.device, dtype)
 
 
 def split_sizes(vector: Float[Tensor, "*batch params"], sizes: Sequence[int]) -> tuple[Tensor, ...]:

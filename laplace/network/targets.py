@@ -55,7 +55,7 @@ def agreeing(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> Tensor | No
         return None
     if y.dim() < 2 or y.shape[1] < 2:
         return None
-    counts = y != IGNORED
+    x, counts = x.to(y.device), y != IGNORED
     labels = y[counts].long()
     return labels if torch.equal(x[counts].long(), labels) else None
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.network.axes import Axes
 from laplace.network.batches import arguments, call, count_rows, one_row
+from laplace.network.compiled import as_written
 from laplace.network.failures import check_weights, explained
+from laplace.network.looking import seen
 from laplace.network.modes import attributes_restored
 from laplace.network.outputs import Reading
 from laplace.network.parameters import ParameterSubset
@@ -91,7 +94,8 @@ class WholeNetwork:
         axes = None if self._looked else Axes()
         # Alone: layers may assign tensors made of their weights to themselves, and derivatives go through their graph.
         with alone(self.model), axes or nullcontext():
-            f = self.reading.tensor(call(self.model, x, **keys, **model_kwargs))
+            run = partial(call, self.model, x, **keys, **model_kwargs)
+            f = self.reading.tensor(seen(self.model, run, self.reading.tensor))
         if axes is not None and f.dim() > 1:
             self._looked = True
             self.reading.see(f.dim(), axes.of(f))
@@ -106,7 +110,8 @@ class WholeNetwork:
         weights = dict(zip(self.names, self.subset.at(theta), strict=True))
         args, kwargs = arguments(self.model, x, dict_key_x=self.dict_key_x, dict_key_y=self.dict_key_y)
         kwargs = {**kwargs, **model_kwargs}
-        with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs):
+        written = as_written(self.model.modules())
+        with alone(self.model), attributes_restored(self.model), explained(self.model, x, args, kwargs), written:
             outputs = torch.func.functional_call(self.model, weights, args, kwargs)
         return with_axes(self.reading.last(self.reading.tensor(outputs)), x)
 

@@ -66,6 +66,16 @@ class Prediction:
         changed = {name: function(v) for name, v in parts.items() if v is not None and v.dim() == n_axes}
         return Prediction(**{**parts, **changed})
 
+    def alone(self) -> Prediction:
+        """With parts that hold no memory but their own: no graph, and no larger tensor that they are views of."""
+
+        def own(value: Tensor) -> Tensor:
+            value = value.detach()
+            return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Prediction(**{name: own(value) for name, value in parts.items() if value is not None})
+
     def as_tuple(self) -> tuple[Tensor, ...]:
         """The parts that are there, in the order of the attributes: the mean first."""
         values = (getattr(self, field.name) for field in fields(self))

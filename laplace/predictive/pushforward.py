@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import free_memory
 from laplace.enums import LinkApprox, PredType
 from laplace.likelihoods import AbstractLikelihood, Ask, Link
 from laplace.likelihoods.draws import draw
@@ -46,6 +47,7 @@ def predict(
     """Predict at linearized inputs: probabilities ``[batch, *positions, C]``, or mean and (co)variance."""
     likelihood = likelihood.for_targets() if options.fitting else likelihood
     if asked(likelihood, options) is Ask.JOINT:
+        _require(inputs.f.numel() ** 2, inputs, dtype, "The covariance of all outputs of all rows")
         mean, cov = likelihood.predict_joint(inputs.mean(dtype), inputs.joint_covariance(precision, dtype))
         return mean.to(inputs.f.dtype), cov.to(inputs.f.dtype)
     mean, cov, link = moments(inputs, precision, likelihood, options, dtype)
@@ -97,7 +99,14 @@ def moments_of_each(
             functions = _functions(inputs, precision, options, dtype)
             yield likelihood.average(functions, options.n_samples, inputs.mean(dtype))
         else:
+            _require(inputs.f.numel() * inputs.n_outputs, inputs, dtype, "The covariances of the outputs of each row")
             yield inputs.mean(dtype), inputs.covariance(precision, dtype), _link(likelihood, options)
+
+
+def _require(numbers: int, inputs: Linearization, dtype: torch.dtype, what: str) -> None:
+    """Raise if there is no room for a matrix and its root."""
+    if not torch.compiler.is_compiling():
+        free_memory.require(2 * numbers * dtype.itemsize, inputs.f.device, what, free_memory.FOR_PREDICTIONS)
 
 
 def _link(likelihood: AbstractLikelihood, options: Options) -> Link:

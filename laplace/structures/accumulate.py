@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from laplace import pending, processes
 from laplace.errors import InputError, numbered, warn
 
 Summand = TypeVar("Summand")
@@ -20,20 +21,37 @@ def add_up(
     of_batch: Callable[[Any, Tensor], tuple[Tensor, Summand]],
     merge: Callable[[Summand, Summand], Summand],
 ) -> tuple[Tensor, Summand] | None:
-    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty."""
+    """Negative log-likelihood and something else that adds up, over a whole data set; ``None`` when it is empty.
+
+    Where processes fit together the data set is that of all of them.
+
+    Raises
+    ------
+    InputError
+        If a batch cannot be used, or its negative log-likelihood is not finite.
+    """
     total: tuple[Tensor, Summand] | None = None
-    for index, (x, y) in enumerate(batches):
-        with numbered(index, x):
-            nll, summand = of_batch(x, y)
-        if not bool(torch.isfinite(nll).all()):
-            msg = (
-                f"The negative log-likelihood of batch {index} (counting from 0) is {float(nll.sum())}. Its inputs or "
-                "targets, or the outputs of the model for them, are NaN or infinite (or overflow when squared): "
-                "look for them in the data."
-            )
-            raise InputError(msg)
-        total = (nll, summand) if total is None else (total[0] + nll, merge(total[1], summand))
-    return total
+    with pending.gathered() as checks:
+        for index, (x, y) in enumerate(batches):
+            with numbered(index, x):
+                nll, summand = of_batch(x, y)
+            check_loss(nll, index)
+            total = (nll, summand) if total is None else (total[0] + nll, merge(total[1], summand))
+            checks.next_batch()
+    return None if total is None else processes.total(*total)
+
+
+def check_loss(nll: Tensor, index: int) -> None:
+    """Raise unless the loss of a batch is finite."""
+    pending.refuse(
+        ~torch.isfinite(nll).all(),
+        InputError,
+        lambda total: (
+            f"The negative log-likelihood of batch {index} (counting from 0) is {total}. Its inputs or targets, or the "
+            "outputs of the model for them, are NaN or infinite (or overflow when squared): look for them in the data."
+        ),
+        lambda: [nll.sum()],
+    )
 
 
 def check_same_data(first: Tensor, now: Tensor) -> None:

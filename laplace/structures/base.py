@@ -16,7 +16,8 @@ from torch import Tensor
 
 from laplace import linalg
 from laplace.enums import HessianStructure
-from laplace.errors import UnsupportedError
+from laplace.errors import OutOfMemoryError, UnsupportedError
+from laplace.free_memory import amount, limited_by
 from laplace.prior import GaussianPrior
 from laplace.schema import Table
 from laplace.structures.accumulate import add_up, require_finite
@@ -78,7 +79,7 @@ class AbstractCurvature(ABC):
             If a batch cannot be used, or its negative log-likelihood or the curvature is not finite.
         """
         found = add_up(
-            batches, lambda x, y: cls.from_batch(backend, x, y, **options), lambda total, new: total.merge(new)
+            batches, lambda x, y: cls.from_batch(backend, x, y, **options), lambda total, new: total.absorbing(new)
         )
         require_finite(found is None or found[1].is_finite)
         return found
@@ -95,6 +96,33 @@ class AbstractCurvature(ABC):
         return
 
     @classmethod
+    def check_exact(cls) -> None:
+        """Raise where the sum of two curvatures is not exactly that of all their data.
+
+        Raises
+        ------
+        UnsupportedError
+            If it is not.
+        """
+        cls.check_merge()
+
+    @classmethod
+    def of_head(cls, n_outputs: int) -> type[AbstractCurvature]:  # noqa: ARG003 - the same for any number
+        """The kind of curvature that holds a last layer of so many outputs.
+
+        Parameters
+        ----------
+        n_outputs
+            C.
+
+        Raises
+        ------
+        UnsupportedError
+            If the structure needs a C×C matrix that is too large.
+        """
+        return cls
+
+    @classmethod
     @abstractmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
         """Memory that curvature, factorization and one more copy take.
@@ -109,7 +137,7 @@ class AbstractCurvature(ABC):
 
     @classmethod
     def check_memory(cls, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Raise if the curvature cannot fit the memory of the device, whatever else is there.
+        """Raise if the curvature cannot fit the memory that is free on the device.
 
         Parameters
         ----------
@@ -120,20 +148,22 @@ class AbstractCurvature(ABC):
 
         Raises
         ------
-        UnsupportedError
+        OutOfMemoryError
             If it cannot; the message says what would be needed and what fits.
         """
         needed = cls.bytes_needed([tuple(parameter.shape) for parameter in parameters], dtype)
-        available = linalg.memory_of(parameters[0].device)
+        device = parameters[0].device
+        available = linalg.memory_of(device)
         if available is not None and needed > available:
             n_params = sum(parameter.numel() for parameter in parameters)
             msg = (
-                f"hessian_structure={cls.name.value!r} for {n_params} weights takes about {needed / 1e9:.1f} GB; this "
-                f"device has {available / 1e9:.1f} GB. What takes less: hessian_structure='diag' "
-                f"({3 * n_params * dtype.itemsize / 1e9:.2g} GB), 'kron' unless a layer is very wide, or fewer random "
-                "weights (subset_of_weights='last_layer', or requires_grad_(False) on some layers)."
+                f"hessian_structure={cls.name.value!r} for {n_params} weights takes about {amount(needed)}; "
+                f"{amount(available)} are free{limited_by(device)}. What takes less: hessian_structure='diag' "
+                f"({amount(3 * n_params * dtype.itemsize)}), 'kron' unless a layer is very wide, or fewer random "
+                "weights (subset_of_weights='last_layer', or requires_grad_(False) on some layers). la.plan(loader) "
+                "says what each would take."
             )
-            raise UnsupportedError(msg)
+            raise OutOfMemoryError(msg)
 
     @property
     @abstractmethod
@@ -179,6 +209,56 @@ class AbstractCurvature(ABC):
         other
             A curvature of the same structure and size, unscaled as this one.
         """
+
+    def absorbing(self, other: Any) -> AbstractCurvature:
+        """What ``merge`` gives, where this curvature is not used any more and may be written to.
+
+        Parameters
+        ----------
+        other
+            As of ``merge``; it stays as it is.
+        """
+        return self.merge(other)
+
+    def summands(self) -> list[Tensor]:
+        """The tensors that add up when data of several processes are merged.
+
+        Raises
+        ------
+        UnsupportedError
+            If the structure does not say it.
+        """
+        msg = (
+            f"{type(self).__name__} does not say how it adds up over processes (summands, with_summands). Fit in "
+            "each alone, within laplace.processes.within(None)."
+        )
+        raise UnsupportedError(msg)
+
+    def with_summands(self, parts: Sequence[Tensor]) -> AbstractCurvature:
+        """The same curvature with other tensors, in the order of ``summands``."""
+        del parts
+        raise NotImplementedError
+
+    def subtract(self, other: Any, *, squares: bool = True) -> AbstractCurvature:
+        """Curvature of the data that are not among those of another one, exactly; the inverse of ``merge``.
+
+        Parameters
+        ----------
+        other
+            A curvature of the same structure and size, unscaled, of some of the data of this one.
+        squares
+            Whether curvatures are sums of squares, whose diagonal cannot be negative; not so of a Hessian.
+
+        Raises
+        ------
+        InputError
+            If the other data cannot be part of these, since something would be negative.
+        UnsupportedError
+            If the structure keeps no sums.
+        """
+        del other, squares
+        msg = f"hessian_structure={self.name.value!r} does not say what is left when data are removed: fit the others."
+        raise UnsupportedError(msg)
 
     @abstractmethod
     def __mul__(self, factor: float | Tensor) -> AbstractCurvature:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.prior import GaussianPrior
 from laplace.structures.base import AbstractPrecision
 from laplace.structures.head_block import head_of
@@ -73,12 +73,12 @@ class DenseBasis(Basis):
         head = head_of(blocks)
         if head is not None:
             sides = self.eigenvectors[head.order].transpose(0, 1).flatten(1)  # [D, C · P]
-            step = max(1, CHUNK_ELEMENTS // sides.shape[1])
+            step = max(1, chunk_elements(sides.device) // sides.shape[1])
             for rows in head.augmented.split(step):
                 yield (rows @ sides).view(len(rows), head.n_outputs, -1)
             return
         parts = self.eigenvectors.split([block.n_params for block in blocks])
-        step = max(1, CHUNK_ELEMENTS // max(1, blocks[0].n_columns * len(self.eigenvectors)))
+        step = max(1, chunk_elements(self.eigenvectors.device) // max(1, blocks[0].n_columns * len(self.eigenvectors)))
         for start in range(0, blocks[0].n_rows, step):
             rows = slice(start, start + step)
             products = [block.dense(rows) @ side for block, side in zip(blocks, parts, strict=True)]

@@ -77,6 +77,19 @@ class BlockDiagCurvature(AbstractCurvature):
         """Sum of the two."""
         return replace(self, parts=[mine.merge(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True)])
 
+    def summands(self) -> list[Tensor]:
+        """The blocks."""
+        return [part.matrix for part in self.parts]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> BlockDiagCurvature:
+        """Of other blocks."""
+        return replace(self, parts=[FullCurvature(block) for block in parts])
+
+    def subtract(self, other: BlockDiagCurvature, *, squares: bool = True) -> BlockDiagCurvature:
+        """Difference of the two."""
+        pairs = zip(self.parts, other.parts, strict=True)
+        return replace(self, parts=[mine.subtract(theirs, squares=squares) for mine, theirs in pairs])
+
     def __mul__(self, factor: float | Tensor) -> BlockDiagCurvature:
         """Scale the blocks; their eigenvalues are shared."""
         return replace(self, parts=[part * factor for part in self.parts])

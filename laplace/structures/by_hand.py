@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError, ShapeError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.structures.base import AbstractCurvature
 from laplace.structures.blockdiag import BlockDiagCurvature
 from laplace.structures.diag import DiagCurvature
@@ -19,6 +19,7 @@ from laplace.structures.full import FullCurvature
 from laplace.structures.kron import Kron, KronCurvature, densify
 from laplace.structures.kron_decomposed import KronDecomposed
 from laplace.structures.lowrank import LowRankCurvature
+from laplace.structures.wide_kron import WIDE, WideKron, WideKronCurvature, WidePrecision, is_wide
 
 Shapes: TypeAlias = "Sequence[tuple[int, ...]]"
 """Shapes of the parameter groups."""
@@ -37,7 +38,7 @@ def independent(value: Any, known: dict[int, Any] | None = None) -> Any:
         return type(value)([independent(item, known) for item in cast("Sequence[Any]", value)])
     if isinstance(value, Kron):
         return Kron(independent(value.kfacs, known), value.counts, value.resolution)
-    if isinstance(value, (KronDecomposed, EKFACPrecision)):
+    if isinstance(value, (KronDecomposed, EKFACPrecision, WideKron, WidePrecision)):
         return replace(value, **{each.name: independent(getattr(value, each.name), known) for each in fields(value)})
     return value
 
@@ -69,7 +70,9 @@ def zero_curvature(kind: type[AbstractCurvature], shapes: Shapes, like: Tensor) 
 def zero_form(curvature: AbstractCurvature) -> Any:
     """What users find under ``H`` before any data: of a Kronecker structure its factors, as matrices."""
     if isinstance(curvature, KronCurvature):
-        return Kron([[densify(side) for side in block] for block in curvature.sums.kfacs])
+        return Kron(
+            [[side if is_wide(len(side)) else densify(side) for side in block] for block in curvature.sums.kfacs]
+        )
     return curvature.public
 
 
@@ -131,6 +134,12 @@ def _blockdiag(value: Any, shapes: Shapes, check: Check, now: AbstractCurvature 
 
 def _kron(value: Any, shapes: Shapes, check: Check, now: AbstractCurvature | None) -> KronCurvature:
     """Raw sums of given factors: counts are those of the data that were fitted."""
+    if isinstance(value, WideKron) or isinstance(now, WideKronCurvature):
+        msg = (
+            f"H of a last layer of more than {WIDE} outputs is diagonal plus low rank, and cannot be assigned: call "
+            "fit, load a state, or use hessian_structure='diag'."
+        )
+        raise UnsupportedError(msg)
     if not isinstance(value, (Kron, KronDecomposed)):
         msg = (
             "H must be a laplace.utils.Kron of factors, such as la.H_facs, or a KronDecomposed, such as la.H; got "

@@ -22,6 +22,7 @@ from laplace.structures.base import AbstractCurvature, AbstractPrecision, Suppor
 from laplace.structures.dense_jacobian import check_jacobians
 from laplace.structures.head_block import joined
 from laplace.structures.jacobian import JacobianBlock, sum_parts
+from laplace.structures.remainder import remainder
 from laplace.types import Scalar
 
 
@@ -74,6 +75,18 @@ class DiagCurvature(AbstractCurvature):
     def merge(self, other: DiagCurvature) -> DiagCurvature:
         """Sum of the two."""
         return replace(self, vector=self.vector + other.vector)
+
+    def summands(self) -> list[Tensor]:
+        """The vector."""
+        return [self.vector]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> DiagCurvature:
+        """Of another vector."""
+        return replace(self, vector=parts[0])
+
+    def subtract(self, other: DiagCurvature, *, squares: bool = True) -> DiagCurvature:
+        """Difference of the two."""
+        return replace(self, vector=remainder(self.vector, other.vector, squares=squares))
 
     def __mul__(self, factor: float | Tensor) -> DiagCurvature:
         """Elementwise."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg
+from laplace import linalg, processes
 from laplace.enums import HessianStructure
 from laplace.errors import UnsupportedError
 from laplace.network.parameters import split_sizes
@@ -32,6 +33,7 @@ from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
 from laplace.structures.kron import KronCurvature
 from laplace.structures.rotated import RotatedPrecision
+from laplace.structures.wide_kron import WideKronCurvature, refuse_wide
 from laplace.types import Scalar
 
 
@@ -89,11 +91,11 @@ class EKFACCurvature(AbstractCurvature):
     ) -> tuple[Tensor, EKFACCurvature] | None:
         """Two passes: the factors, then the diagonal in their eigenbasis."""
         batches = backend.repeatable(batches, cls.name)
-        found = KronCurvature.accumulate(backend, batches, **options)
+        found = add_up(batches, partial(_dense_factors, backend, **options), lambda total, new: total.merge(new))
         if found is None:
             return None
         nll, factors = found
-        assert isinstance(factors, KronCurvature), "made by itself"
+        require_finite(factors.is_finite)
         vectors, shapes = basis_of(factors), factors.decomposed.shapes
         second = add_up(
             batches,
@@ -110,6 +112,12 @@ class EKFACCurvature(AbstractCurvature):
     def check_merge(cls) -> None:
         """Two bases have no common one."""
         refuse_merge()
+
+    @classmethod
+    def of_head(cls, n_outputs: int) -> type[EKFACCurvature]:
+        """None with very many outputs."""
+        refuse_wide(n_outputs, "hessian_structure='ekfac'")
+        return cls
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -216,19 +224,31 @@ class EKFACPrecision(RotatedPrecision):
         return [tuple(values.shape) for values in self.eigenvalues]
 
 
+def _dense_factors(backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, KronCurvature]:
+    """The factors of a batch, refused where that of the outputs is no matrix."""
+    nll, found = KronCurvature.from_batch(backend, x, y, **options)
+    if isinstance(found, WideKronCurvature):
+        refuse_wide(len(found.sums.diagonal), "hessian_structure='ekfac'")
+    assert isinstance(found, KronCurvature), "of the back end"
+    return nll, found
+
+
 def basis_of(curvature: KronCurvature) -> list[list[Tensor | None]]:
     """Eigenvectors of the factors; the identity for those that are diagonal, where any order of them would do."""
     found: list[list[Tensor | None]] = []
     for sides, vectors in zip(curvature.sums.kfacs, curvature.decomposed.eigenvectors, strict=True):
         pairs = zip(sides, vectors, strict=True)
         found.append([None if side.dim() == 1 or linalg.is_diagonal(side) else basis for side, basis in pairs])
-    return found
+    every = [basis for block in found for basis in block if basis is not None]
+    same = dict(zip(map(id, every), processes.shared(every), strict=True))
+    return [[None if basis is None else same[id(basis)] for basis in block] for block in found]
 
 
 def refuse_merge() -> NoReturn:
     """Raise: the eigenbases of two data sets are not that of their union."""
     msg = (
-        'hessian_structure="ekfac" cannot add to an earlier fit (override=False): the eigenbases of two data sets are '
-        'not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which adds.'
+        'hessian_structure="ekfac" cannot add to an earlier fit (override=False, merge): the eigenbases of two data '
+        'sets are not that of their union. Fit all data at once (one iterable over both loaders), or use "kron", which '
+        "adds."
     )
     raise UnsupportedError(msg)

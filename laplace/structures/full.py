@@ -25,6 +25,7 @@ from laplace.structures.basis import DenseBasis
 from laplace.structures.diag import DiagPrecision
 from laplace.structures.head_block import HeadBlock, head_of
 from laplace.structures.jacobian import JacobianBlock
+from laplace.structures.remainder import remainder
 from laplace.types import Scalar
 
 
@@ -81,6 +82,18 @@ class FullCurvature(AbstractCurvature):
         """Sum of the two."""
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         return replace(self, matrix=self.matrix + other.matrix, _cache={})
+
+    def summands(self) -> list[Tensor]:
+        """The matrix."""
+        return [self.matrix]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> FullCurvature:
+        """Of another matrix."""
+        return replace(self, matrix=parts[0], _cache={})
+
+    def subtract(self, other: FullCurvature, *, squares: bool = True) -> FullCurvature:
+        """Difference of the two."""
+        return replace(self, matrix=remainder(self.matrix, other.matrix, squares=squares), _cache={})
 
     def __mul__(self, factor: float | Tensor) -> FullCurvature:
         """Scale the matrix; its eigenvalues are shared."""

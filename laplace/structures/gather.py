@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
 
 
@@ -139,7 +139,9 @@ class GatherBlock(JacobianBlock):
     def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:
         """Added datum by datum."""
         total = self.values.new_zeros(self.n_rows, self.n_columns, self.n_columns)
-        step = max(1, CHUNK_ELEMENTS // max(self.n_columns**2, self.n_columns * self.values.shape[2]))
+        step = max(
+            1, chunk_elements(self.values.device) // max(self.n_columns**2, self.n_columns * self.values.shape[2])
+        )
         half = w.view(self.shape).sqrt()
         for start in range(0, len(self.token), step):
             part = slice(start, start + step)

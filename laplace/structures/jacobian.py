@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -70,17 +71,23 @@ class JacobianBlock(ABC):
     def size(self) -> int:
         """How many numbers it keeps."""
 
+    def cuts(self, n_columns: int, *, whole_batch: bool = False) -> Iterator[tuple[slice, slice, slice]]:
+        """Rows, units and weights of bounded pieces of some columns."""
+        n_rows, n_units, n_params, limit = self.n_rows, self.n_units, self.n_params, piece_elements(self.sample.device)
+        unit = n_params // n_units
+        rows_each = n_rows if whole_batch else max(1, limit // max(1, n_columns * n_params))
+        rows_each = max(1, min(rows_each, n_rows))
+        units_each = max(1, min(n_units, limit // max(1, n_columns * rows_each * unit)))
+        for start in range(0, n_rows, rows_each):
+            rows = slice(start, min(start + rows_each, n_rows))
+            for first in range(0, n_units, units_each):
+                last = min(first + units_each, n_units)
+                yield rows, slice(first, last), slice(first * unit, last * unit)
+
     def pieces(self, *, whole_batch: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
         """All of J in bounded pieces, of rows and weights or of weights only, each ``[columns, rows, weights]``."""
-        unit, limit = self.n_params // self.n_units, piece_elements(self.sample.device)
-        rows_each = self.n_rows if whole_batch else max(1, limit // max(1, self.n_columns * self.n_params))
-        rows_each = max(1, min(rows_each, self.n_rows))
-        units_each = max(1, min(self.n_units, limit // max(1, self.n_columns * rows_each * unit)))
-        for start in range(0, self.n_rows, rows_each):
-            rows = slice(start, start + rows_each)
-            for first in range(0, self.n_units, units_each):
-                last = min(first + units_each, self.n_units)
-                yield rows, slice(first * unit, last * unit), self.piece(rows, slice(first, last))
+        for rows, units, weights in self.cuts(self.n_columns, whole_batch=whole_batch):
+            yield rows, weights, self.piece(rows, units)
 
     def dense(self, rows: slice | None = None) -> Float[Tensor, "columns batch params"]:
         """J of some rows, written out."""
@@ -113,6 +120,10 @@ class JacobianBlock(ABC):
             for _, weights, J in column.pieces():
                 total[weights] += column.squared(J).sum((0, 1))
         return total
+
+    def add_squares(self, total: Float[Tensor, " params"]) -> None:
+        """Add Σ J² to a total ``[p]``."""
+        total += self.squares()
 
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
         """Σ_p w_p J_p²."""
@@ -214,6 +225,19 @@ class DenseBlock(JacobianBlock):
         """That of J."""
         return self.values.numel()
 
+    @property
+    def _is_small(self) -> bool:
+        """Whether a temporary of the size of J is allowed."""
+        return self.values.numel() <= piece_elements(self.values.device)
+
+    def squares(self) -> Float[Tensor, " params"]:
+        """At once where it is small."""
+        return self.values.square().sum((0, 1)) if self._is_small else super().squares()
+
+    def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
+        """At once where it is small."""
+        return self.values.square() @ w if self._is_small else super().variance(w)
+
     def cross(self, other: JacobianBlock) -> Float[Tensor, "columns batch others points"]:
         """One product, where both are written out."""
         if not isinstance(other, DenseBlock):
@@ -231,12 +255,40 @@ class DenseBlock(JacobianBlock):
         return DenseBlock(values.flatten(2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SumBlock(DenseBlock):
-    """The block of a bias, ``J_qb = Σ_t g_qbt``, which remembers its positions."""
+    """The block of a bias, ``J_qb = Σ_t g_qbt``, which remembers its positions and adds them up when it is asked to."""
 
     left: Float[Tensor, "columns batch positions params"]
     """g, ``[columns, batch, positions, p]``."""
+
+    def __init__(self, left: Float[Tensor, "columns batch positions params"]) -> None:
+        object.__setattr__(self, "left", left)
+
+    @cached_property
+    def values(self) -> Float[Tensor, "columns batch params"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """J."""
+        return self.left.sum(2)
+
+    @property
+    def n_columns(self) -> int:
+        """Q."""
+        return self.left.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        """B."""
+        return self.left.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(p,)``."""
+        return (self.left.shape[3],)
+
+    @property
+    def sample(self) -> Tensor:
+        """g."""
+        return self.left
 
     def compact(self) -> DenseBlock:
         """Without the positions."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,21 +20,36 @@ from torch import Tensor, nn
 from laplace import linalg
 from laplace.attributes import check_attribute
 from laplace.enums import HessianStructure
-from laplace.errors import ShapeError
+from laplace.errors import InputError, ShapeError
 from laplace.prior import GaussianPrior
-from laplace.schema import Known, Table, factor, finite, groups, refuse, whole
+from laplace.schema import Known, Table, factor, finite, groups, indices, nested, refuse, symmetric, tensor, whole
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.basis import RotatedGroups
+from laplace.structures.eigenbases import eigenbases
 from laplace.structures.kron_decomposed import KronDecomposed
+from laplace.structures.remainder import lost, remainder
 from laplace.structures.rotated import apply_blocks
+from laplace.structures.wide_kron import WideKron, WideKronCurvature, is_wide
 from laplace.types import Scalar
+
+
+def _length(value: Any, where: str, known: Known) -> int:
+    """The size of a factor; that of very many outputs is a mapping."""
+    if not isinstance(value, Mapping):
+        return factor(value, where, known)
+    sizes: Known = {**known, "negative": False}
+    nested({"diagonal": tensor(("n",), low=0), "kept": indices("m"), "block": symmetric("m")})(value, where, sizes)
+    length, kept = len(value["diagonal"]), value["kept"]
+    if sizes["negative"] or not len(kept) or int(kept.max()) >= length or bool((kept.diff() <= 0).any()):
+        refuse(where, "outputs in ascending order and a matrix without negative numbers on its diagonal", kept)
+    return length
 
 
 def _factors(value: Any, where: str, known: Known) -> None:
     """One or two sides of a saved block, whose sizes multiply to the number of weights."""
     if not isinstance(value, list) or len(value) not in (1, 2):
         refuse(where, "a list of one or two factors", value)
-    lengths = [factor(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
+    lengths = [_length(part, f"{where}[{index}]", known) for index, part in enumerate(value)]
     if math.prod(lengths) != known["p"]:
         refuse(where, f"factors of {known['p']} weights", math.prod(lengths))
 
@@ -49,7 +64,7 @@ class KronCurvature(AbstractCurvature):
 
     sums: Kron
     """Raw sums: G and ``Σ φ φᵀ`` for each weight, G for each bias."""
-    counts: tuple[int, ...]
+    counts: tuple[int | Tensor, ...]
     """For each block the number of rows (unmasked positions) in the sum of its inputs."""
     scale: Scalar | float = 1.0
     """Factor of the whole matrix."""
@@ -60,11 +75,35 @@ class KronCurvature(AbstractCurvature):
     name: ClassVar[HessianStructure] = HessianStructure.KRON
 
     @classmethod
-    def from_batch(cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any) -> tuple[Tensor, KronCurvature]:
+    def from_batch(
+        cls, backend: SupportsCurvature, x: Any, y: Tensor, **options: Any
+    ) -> tuple[Tensor, KronCurvature | WideKronCurvature]:
         """Ask the back end for its factors; ``N=1`` means raw sums in every back end."""
         nll, sums = backend.kron(x, y, N=1, **options)
+        if isinstance(sums, WideKron):
+            return nll, WideKronCurvature(sums, int(backend.count(y)), nll.dtype)
         counts = sums.counts or [backend.count(y)] * len(sums)
         return nll, cls(sums, tuple(counts), dtype=nll.dtype)
+
+    @classmethod
+    def accumulate(
+        cls, backend: SupportsCurvature, batches: Iterable[tuple[Any, Tensor]], **options: Any
+    ) -> tuple[Tensor, AbstractCurvature] | None:
+        """With counts that are read once, at the end; of a last layer with very many outputs, say what is kept."""
+        found = super().accumulate(backend, batches, **options)
+        if found is None:
+            return None
+        nll, total = found
+        if isinstance(total, WideKronCurvature):
+            total.say_what_is_kept()
+            return nll, total
+        assert isinstance(total, KronCurvature), "made by itself"
+        return nll, replace(total, counts=tuple(int(count) for count in total.counts), _cache={})
+
+    @classmethod
+    def of_head(cls, n_outputs: int) -> type[AbstractCurvature]:
+        """With very many outputs another one."""
+        return WideKronCurvature if is_wide(n_outputs) else cls
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -91,11 +130,11 @@ class KronCurvature(AbstractCurvature):
     @property
     @linalg.lasting
     def decomposed(self) -> KronDecomposed:
-        """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³)."""
+        """The factors in their eigenbasis, unscaled; computed once, O(C³ + D³); of few rows N O(C³ + D² N)."""
         if "decomposed" not in self._cache:
             with torch.no_grad():
-                decomposed = self.sums.divide_inputs(self.counts).decompose()
-            self._cache["decomposed"] = decomposed if self.dtype is None else decomposed.to(self.dtype)
+                found = eigenbases(self.sums.kfacs, self.sums.resolution, [int(n) for n in self.counts], self.dtype)
+            self._cache["decomposed"] = KronDecomposed(*found)
         return self._cache["decomposed"]
 
     @property
@@ -110,8 +149,10 @@ class KronCurvature(AbstractCurvature):
         return {"sums": self.sums.kfacs, "counts": list(self.counts), "resolution": float(self.sums.resolution)}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature:
+    def from_state(cls, state: Mapping[str, Any], dtype: torch.dtype) -> KronCurvature | WideKronCurvature:
         """From raw sums and their counts."""
+        if isinstance(state["sums"][0][0], Mapping):
+            return WideKronCurvature.from_state(state, dtype)
         return cls(Kron(state["sums"], resolution=state["resolution"]), tuple(state["counts"]), dtype=dtype)
 
     def merge(self, other: KronCurvature) -> KronCurvature:
@@ -119,6 +160,32 @@ class KronCurvature(AbstractCurvature):
         assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are merged unscaled"
         counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
         return replace(self, sums=self.sums + other.sums, counts=counts, _cache={})
+
+    def summands(self) -> list[Tensor]:
+        """Each factor once, and the counts."""
+        return [*self.sums.sides.values(), torch.tensor(self.counts)]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> KronCurvature:
+        """Of other sums."""
+        *sides, counts = parts
+        return replace(self, sums=self.sums.with_sides(sides), counts=tuple(counts.tolist()), _cache={})
+
+    def subtract(self, other: KronCurvature, *, squares: bool = True) -> KronCurvature:
+        """Subtract sums and counts."""
+        assert isinstance(self.scale, float) and isinstance(other.scale, float), "curvatures are subtracted unscaled"
+        counts = tuple(ours - theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
+        if min(counts, default=0) < 0:
+            msg = (
+                f"The Kronecker factors are sums over {list(self.counts)} rows, and {list(other.counts)} were to be "
+                "removed: only data that were fitted can be."
+            )
+            raise InputError(msg)
+        return replace(self, sums=self.sums.without(other.sums, squares=squares), counts=counts, _cache={})
+
+    def absorbing(self, other: KronCurvature) -> KronCurvature:
+        """The same, in place where the sums of batches allow it."""
+        counts = tuple(ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True))
+        return replace(self, sums=self.sums.absorbing(other.sums), counts=counts, _cache={})
 
     def __mul__(self, factor: float | Tensor) -> KronCurvature:
         """Scale the matrix; the eigenbasis is shared."""
@@ -165,6 +232,11 @@ class KronCurvature(AbstractCurvature):
         return self.factors.to_matrix() * self.scale
 
 
+def _divisor(count: float | Tensor) -> float | Tensor:
+    """What sums are divided by: their count, or 1 where there is nothing."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else count or 1
+
+
 class Kron:
     """A block-diagonal matrix whose blocks are Kronecker products.
 
@@ -186,12 +258,13 @@ class Kron:
     """
 
     def __init__(
-        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int] | None = None, resolution: float = 0.0
+        self, kfacs: Sequence[Sequence[Tensor]], counts: Sequence[int | Tensor] | None = None, resolution: float = 0.0
     ) -> None:
-        self.kfacs = [list(block) for block in kfacs]
+        blocks = [list(block) for block in kfacs]
+        self.kfacs = blocks
         self.counts = None if counts is None else list(counts)
         self.resolution = resolution
-        for block in self.kfacs:
+        for block in blocks:
             square = all(side.dim() == 1 or (side.dim() == 2 and side.shape[0] == side.shape[1]) for side in block)
             if len(block) not in (1, 2) or not square:
                 shapes = [list(side.shape) for side in block]
@@ -244,20 +317,76 @@ class Kron:
         if not isinstance(other, Kron):
             msg = f"A Kron adds to another Kron, factor by factor; got {type(other).__name__}."
             raise TypeError(msg)
-        # A factor that two blocks share (the bias has the weight's G) stays shared: stored and decomposed once.
-        sums: dict[tuple[int, int], Tensor] = {}
+        counts = None
+        if self.counts is not None and other.counts is not None:
+            counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
+        return Kron(self._with(other, torch.add), counts, max(self.resolution, other.resolution))
+
+    @property
+    def sides(self) -> dict[int, Tensor]:
+        """Each factor once, by its identity; blocks may share one."""
+        return {id(side): side for block in self.kfacs for side in block}
+
+    def with_sides(self, sides: Sequence[Tensor]) -> Kron:
+        """The same with other factors, in the order of ``sides``; shared ones stay shared.
+
+        Parameters
+        ----------
+        sides
+            The other factors.
+        """
+        new = dict(zip(self.sides, sides, strict=True))
+        return Kron([[new[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
+
+    def _with(self, other: Kron, combine: Callable[[Tensor, Tensor], Tensor]) -> list[list[Tensor]]:
+        """Combine factor by factor. One that two blocks share (the bias has the weight's G) stays shared."""
+        found: dict[tuple[int, int], Tensor] = {}
         blocks = []
         check_forms(self, other)
         for ours, theirs in zip(self.kfacs, other.kfacs, strict=True):
             pairs = list(zip(ours, theirs, strict=True))
             for a, b in pairs:
-                if (id(a), id(b)) not in sums:
-                    sums[id(a), id(b)] = a + b
-            blocks.append([sums[id(a), id(b)] for a, b in pairs])
-        counts = None
-        if self.counts is not None and other.counts is not None:
-            counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
-        return Kron(blocks, counts, max(self.resolution, other.resolution))
+                if (id(a), id(b)) not in found:
+                    found[id(a), id(b)] = combine(a, b)
+            blocks.append([found[id(a), id(b)] for a, b in pairs])
+        return blocks
+
+    def without(self, other: Kron, *, squares: bool = True) -> Kron:
+        """Raw sums less others that are part of them, which must leave no negative diagonal where they are squares.
+
+        Parameters
+        ----------
+        other
+            Sums over some of the rows.
+        squares
+            Whether they are sums of squares.
+
+        Raises
+        ------
+        InputError
+            If the others are not part of these.
+        """
+        rounding = max(self.resolution, other.resolution)
+        larger = [1.0]
+
+        def less(here: Tensor, there: Tensor) -> Tensor:
+            left = remainder(here, there, squares=squares, resolution=rounding)
+            larger.append(lost(here, left))
+            return left
+
+        blocks = self._with(other, less)
+        level = max([rounding, *(torch.finfo(side.dtype).eps for block in blocks for side in block)])
+        return Kron(blocks, resolution=level * max(larger))
+
+    def absorbing(self, other: Kron) -> Kron:
+        """The sum of both, after which this one must not be used: its factors may have become those of the sum.
+
+        Parameters
+        ----------
+        other
+            Factors of the same shapes, which stay as they are.
+        """
+        return self + other
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Multiply the matrix, spreading the scalar evenly over the factors of each block."""
@@ -269,7 +398,7 @@ class Kron:
         known = {id(side): side.to(dtype) for block in self.kfacs for side in block}
         return Kron([[known[id(side)] for side in block] for block in self.kfacs], self.counts, self.resolution)
 
-    def divide_inputs(self, count: float | Sequence[float]) -> Kron:
+    def divide_inputs(self, count: float | Sequence[float | Tensor]) -> Kron:
         """Divide each product by a count, in its second factor, the inputs' side: from sums to a mean.
 
         Parameters
@@ -279,7 +408,7 @@ class Kron:
         """
         counts = [count] * len(self) if isinstance(count, (int, float)) else count
         blocks = zip(self.kfacs, counts, strict=True)
-        divided = [[*block[:1], *(side / (number or 1) for side in block[1:])] for block, number in blocks]
+        divided = [[*block[:1], *(side / _divisor(number) for side in block[1:])] for block, number in blocks]
         return Kron(divided, resolution=self.resolution)
 
     __radd__ = __add__
@@ -306,16 +435,7 @@ class Kron:
         -----
         O(n³) for a factor of size n.
         """
-        known: dict[int, tuple[Tensor, Tensor | None]] = {}
-        vectors: list[list[Tensor | None]] = []
-        values: list[list[Tensor]] = []
-        for block in self.kfacs:
-            for side in block:
-                if id(side) not in known:
-                    known[id(side)] = (side, None) if side.dim() == 1 else linalg.eigh(side, resolution=self.resolution)
-            values.append([known[id(side)][0] for side in block])
-            vectors.append([known[id(side)][1] for side in block])
-        return KronDecomposed(vectors, values, damping=damping)
+        return KronDecomposed(*eigenbases(self.kfacs, self.resolution), damping=damping)
 
     def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
         """Multiply rows by a power of the matrix.

@@ -2,11 +2,13 @@
 
 H ≈ U diag(λ) Uᵀ,   A = s·U diag(λ) Uᵀ + diag(δ),   |A| = |diag(δ)| · |I + Wᵀ W|   with W = diag(δ)^(−½) U (s λ)^(½)
 
-Products of the curvature with a block of directions, summed over the data, are all that is asked of a back end. The
-directions start at random and are replaced by the products, made orthonormal, pass by pass; eigenpairs are those of the
-curvature within their span (Rayleigh and Ritz). No eigenvalue found exceeds the true one of its rank. Of an indefinite
-matrix the directions of all passes are kept, for those of large negative eigenvalues use up the last ones. A sampled
-one is another matrix in each pass: its eigenpairs are those of the last products alone (Nyström).
+Where many directions are needed the curvature itself is cheaper than its products (``pays_as_matrix``): it is then
+formed in one pass, and its eigenpairs are found without reading the data again. Else products of the curvature with a
+block of directions, summed over the data, are all that is asked of a back end. The directions start at random and are
+replaced by the products, made orthonormal, pass by pass; eigenpairs are those of the curvature within their span
+(Rayleigh and Ritz). No eigenvalue found exceeds the true one of its rank. Of an indefinite matrix the directions of all
+passes are kept, for those of large negative eigenvalues use up the last ones. A sampled one is another matrix in each
+pass: its eigenpairs are those of the last products alone (Nyström).
 
 References
 ----------
@@ -23,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace import linalg, processes
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, UnsupportedError, warn
 from laplace.prior import GaussianPrior
@@ -30,7 +33,7 @@ from laplace.schema import Known, Table, finite, optional, refuse, tensor, whole
 from laplace.structures.accumulate import add_up, check_same_data, require_finite
 from laplace.structures.base import AbstractCurvature, SupportsCurvature
 from laplace.structures.lowrank_precision import LowRankPrecision
-from laplace.structures.subspace import extended, nystrom, ritz
+from laplace.structures.subspace import check_directions, extended, nystrom, pays_as_matrix, ritz
 from laplace.types import Scalar
 
 N_PASSES = 3
@@ -161,19 +164,30 @@ class LowRankCurvature(AbstractCurvature):
         With a rank r: ``N_PASSES`` passes with r + ``OVERSAMPLING`` directions; where the curvature may be indefinite
         up to ``MOST_PASSES``, with the directions of all of them in memory. With a share of the trace: as many as
         it takes, with twice as many directions in each, and one more. One pass is exact where the directions span all
-        weights. The random numbers are the same in every call, and no generator of the user moves.
+        weights. Where the matrix costs less than the directions it is formed in one pass, the last one. The random
+        numbers are the same in every call, and no generator of the user moves.
         """
         chosen = truncation or cls.default
         data = backend.repeatable(batches, cls.name)
         noise = torch.Generator().manual_seed(0)
         basis: Tensor | None = None
+        matrix: Tensor | None = None
         first_nll: Tensor | None = None
+        as_matrix = False
 
         def of_batch(x: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-            nonlocal basis
+            nonlocal basis, as_matrix
             if basis is None:
                 like = backend.zeros()
-                basis = extended(None, chosen.n_first(len(like)), like, noise)
+                n_first = chosen.n_first(len(like))
+                # A share of the trace may turn out to be held by few directions; a rank says how many there are.
+                as_matrix = chosen.rank is not None and pays_as_matrix(backend, like, n_first, small=False)
+                if chosen.rank is None and n_first < len(like):
+                    check_directions(min(2 * n_first, len(like)), like)  # as a rule the first are too few
+                basis = extended(None, 0 if as_matrix else n_first, like, noise)
+            if as_matrix:
+                nll, whole_matrix = backend.full(x, y, **options)
+                return nll, [whole_matrix]
             nll, products, trace = backend.lowrank(x, y, basis, **options)
             if trace is None and chosen.rank is None:
                 msg = (
@@ -183,25 +197,37 @@ class LowRankCurvature(AbstractCurvature):
                 raise UnsupportedError(msg)
             return nll, [products] if trace is None else [products, trace]
 
+        products, trace = torch.empty(0), None
         n_passes, enough = 0, False
         seen: list[tuple[Tensor, Tensor]] = []
         while True:
-            n_passes += 1
-            total = add_up(data, of_batch, lambda old, new: [a + b for a, b in zip(old, new, strict=True)])
-            if total is None:
-                return None
-            assert basis is not None, "there were data"
-            first_nll = total[0] if first_nll is None else first_nll
-            check_same_data(first_nll, total[0])
-            products, trace = total[1][0], total[1][1] if len(total[1]) > 1 else None
-            require_finite(bool(torch.isfinite(products).all()))
+            if matrix is None:
+                n_passes += 1
+                total = add_up(data, of_batch, lambda old, new: [a + b for a, b in zip(old, new, strict=True)])
+                if total is None:
+                    return None
+                nll, (products, *traces) = total
+                first_nll = nll if first_nll is None else first_nll
+                check_same_data(first_nll, nll)
+                require_finite(bool(torch.isfinite(products).all()))
+                trace = traces[0] if traces else None
+                if as_matrix:
+                    matrix, trace = products, products.trace()
+            assert basis is not None and first_nll is not None, "there were data"
+            if matrix is not None:
+                if not 0 < 4 * basis.shape[1] <= len(matrix):
+                    values, vectors, trace = _eigenpairs(matrix)
+                    n_kept, n_found = chosen.n_kept(values, trace), len(matrix)
+                    break
+                products = matrix @ basis
             seen = [*(seen if trace is None else []), (basis, products)]
             directions = torch.cat([part for part, _ in seen], 1)
             n_params, n_found = directions.shape
-            if backend.is_sampled and trace is not None and n_found < n_params:
+            if backend.is_sampled and trace is not None and matrix is None and n_found < n_params:
                 values, vectors = nystrom(basis, products)
             else:
                 values, vectors = ritz(directions, torch.cat([part for _, part in seen], 1))
+            values, vectors = processes.shared([values, vectors])
             n_kept = chosen.n_kept(values, trace)
             # Once a share is found one more pass sharpens the eigenpairs that hold it.
             if n_found == n_params or (enough if chosen.rank is None else chosen.done(n_passes, n_kept, trace)):
@@ -212,7 +238,12 @@ class LowRankCurvature(AbstractCurvature):
                 wanted = min(block, n_params - n_found)
                 basis = extended(products[:, :wanted], wanted, products[:, 0], noise, directions)
             else:
-                basis = extended(products, block if enough else min(n_params, 2 * block), products[:, 0], noise)
+                wanted = block if enough else min(n_params, 2 * block)
+                basis = extended(products, wanted, products[:, 0], noise)
+                # The matrix may be another sample, whose share is looked for anew.
+                as_matrix = chosen.rank is None and not enough
+                as_matrix = as_matrix and pays_as_matrix(backend, products[:, 0], wanted, small=True)
+        n_params = len(vectors)
         if chosen.rank is not None and trace is None and n_found < n_params and n_kept != chosen.rank:
             msg = (
                 f"{n_kept} positive eigenvalues were found in {n_passes} passes, fewer than rank={chosen.rank}: this "
@@ -221,9 +252,20 @@ class LowRankCurvature(AbstractCurvature):
             )
             warn(msg, NumericalWarning)
         kept = slice(0, truncation_or_all(n_kept, values))
+        values, vectors = in_order(values, vectors, kept.stop)
         # The largest may be zero where the data say nothing; none is negative.
         found = LowRankCurvature(vectors[:, kept].contiguous(), values[kept].clamp(min=0), trace, chosen, n_passes)
         return first_nll, found
+
+    @classmethod
+    def check_exact(cls) -> None:
+        """What was dropped of one is not there to be added to what the other kept: raises."""
+        msg = (
+            'hessian_structure="lowrank" keeps the leading eigenpairs of a fit and drops the rest, so that no sum or '
+            "difference of two is that of their data. Fit all data at once, add data with fit(loader, override=False), "
+            'which compresses again and warns, or use "kron", "diag", "blockdiag" or "full", whose sums are exact.'
+        )
+        raise UnsupportedError(msg)
 
     @classmethod
     def bytes_needed(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> int:
@@ -288,6 +330,7 @@ class LowRankCurvature(AbstractCurvature):
         values = singular.square()
         trace = None if self.trace is None or other.trace is None else self.trace + other.trace
         kept = slice(0, truncation_or_all(other.truncation.n_kept(values, trace), values))
+        values, vectors = in_order(values, vectors, kept.stop)
         merged = LowRankCurvature(
             vectors[:, kept].contiguous(), values[kept], trace, other.truncation, self.n_passes + other.n_passes
         )
@@ -323,6 +366,38 @@ class LowRankCurvature(AbstractCurvature):
     def to_dense(self) -> Float[Tensor, "params params"]:
         """U diag(s λ) Uᵀ."""
         return (self.vectors * (self.values * self.scale)) @ self.vectors.T
+
+
+def _eigenpairs(matrix: Float[Tensor, "params params"]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All eigenpairs, largest first, and the trace; ``None`` of an indefinite matrix, whose trace says little."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(0), vectors.flip(1)
+    level = 1e3 * torch.finfo(values.dtype).eps * values.abs().max()
+    return values, vectors, None if bool((values < -level).any()) else matrix.trace()
+
+
+def in_order(
+    values: Float[Tensor, " found"], vectors: Float[Tensor, "params found"], n_kept: int
+) -> tuple[Float[Tensor, " found"], Float[Tensor, "params found"]]:
+    """The same eigenpairs, equal ones that a cut divides in an order that rounding does not decide.
+
+    Eigenvectors of equal eigenvalues (as of outputs that share their curvature) are any basis of what they span. Those
+    taken here lie in the first weights as far as that is possible: the eigenvectors, within the span, of the matrix
+    that has the places of the weights on its diagonal.
+    """
+    if not 0 < n_kept < len(values):
+        return values, vectors
+    last, following = values[n_kept - 1 : n_kept + 1].tolist()
+    if last <= 0 or following < last * (1 - TIE):
+        return values, vectors
+    tied = (values - last).abs() <= TIE * last
+    some = vectors[:, tied].to(linalg.wide_dtype(vectors))
+    places = torch.linspace(0, 1, len(vectors), dtype=some.dtype, device=some.device)
+    turn = torch.linalg.eigh((some * places.unsqueeze(1)).mT @ some)[1]
+    values, vectors = values.clone(), vectors.clone()
+    values[tied] = turn.square().mT.to(values) @ values[tied]
+    vectors[:, tied] = (some @ turn).to(vectors)
+    return values, vectors
 
 
 def truncation_or_all(n_kept: int | None, values: Tensor) -> int:

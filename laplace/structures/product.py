@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from laplace import pending
 from laplace.linalg import CHUNK_ELEMENTS, piece_elements
 from laplace.structures.jacobian import DenseBlock, JacobianBlock
+
+
+class Shared:
+    """What the columns of one pass share, of which there are ``n_columns`` in all: see the attributes."""
+
+    def __init__(self, n_columns: int = 1) -> None:
+        self.n_columns = n_columns
+        self.rotations: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        """Products of inputs with a matrix, by the ids of both."""
+        self._buffer: Tensor | None = None
+
+    def buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory for a piece of J, which the next piece overwrites: it stays in the cache, and is mapped once."""
+        n, have = prod(shape), self._buffer
+        inside = torch.is_inference_mode_enabled()
+        if have is None or len(have) < n or have.dtype != like.dtype or have.is_inference() != inside:
+            self._buffer = have = like.new_empty(n)
+        return have[:n].view(*shape)
 
 
 @dataclass(frozen=True)
@@ -29,8 +49,10 @@ class ProductBlock(JacobianBlock):
         Which positions of a count (are neither masked nor there to fill up), ``[batch, positions]``; all when ``None``.
     basis
         J is returned in this basis of the weights, ``Lᵀ J R``.
-    rotations
-        Where products of the inputs with a matrix are kept for other columns, by the ids of both.
+    shared
+        What other columns use, too; ``None`` when there is nothing.
+    is_kept
+        The inputs are those of other columns, too.
     """
 
     left: Float[Tensor, "columns batch groups positions o"]
@@ -38,7 +60,8 @@ class ProductBlock(JacobianBlock):
     transposed: bool = False
     counted: Bool[Tensor, "batch positions"] | None = None
     basis: tuple[Tensor | None, Tensor | None] = (None, None)
-    rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
+    shared: Shared | None = field(default=None, compare=False, repr=False)
+    is_kept: bool = field(default=False, compare=False, repr=False)
 
     @property
     def n_columns(self) -> int:
@@ -51,9 +74,12 @@ class ProductBlock(JacobianBlock):
         return self.left.shape[1]
 
     @property
-    def count(self) -> int:
+    def count(self) -> int | Tensor:
         """Number of rows of a that count: data times positions times groups."""
-        return int(self.counts.sum()) * self.right.shape[1]
+        each = self.right.shape[1]
+        if self.counted is None:
+            return self.n_rows * self.right.shape[2] * each
+        return pending.count(self.counted.sum() * each)
 
     @property
     def counts(self) -> Int[Tensor, " batch"]:
@@ -97,15 +123,18 @@ class ProductBlock(JacobianBlock):
             return 1
         return self.left.shape[2] if self.left.shape[2] > 1 else self.shape[0]
 
+    def _part(self, rows: slice, units: slice) -> tuple[Tensor, Tensor]:
+        """The gradients and inputs of which some units of J are made."""
+        left, right = self.left[:, rows], self.right[rows]
+        if self._rotated:
+            return left, right
+        if left.shape[2] > 1:
+            return left[:, :, units], right[:, units]
+        return (left, right[..., units]) if self.transposed else (left[..., units], right)
+
     def piece(self, rows: slice, units: slice) -> Float[Tensor, "columns batch part"]:
         """One batched product over positions."""
-        left, right = self.left[:, rows], self.right[rows]
-        if not self._rotated and left.shape[2] > 1:
-            left, right = left[:, :, units], right[:, units]
-        elif not self._rotated and self.transposed:
-            right = right[..., units]
-        elif not self._rotated:
-            left = left[..., units]
+        left, right = self._part(rows, units)
         J = right.mT @ left if self.transposed else left.mT @ right
         if self._rotated:
             (outer, inner), matrix = self.basis, J.flatten(2, 3)
@@ -149,6 +178,27 @@ class ProductBlock(JacobianBlock):
         for q in range(self.n_columns):
             yield replace(self, left=self.left[q : q + 1])
 
+    @property
+    def _in_buffer(self) -> bool:
+        """Whether pieces may overwrite each other: in the basis they come in and without a graph."""
+        if self._rotated:
+            return False
+        return not (torch.is_grad_enabled() and (self.left.requires_grad or self.right.requires_grad))
+
+    def products(self) -> Iterator[tuple[int, slice, slice, Float[Tensor, "rows part"]]]:
+        """Pieces of one column each, batched products that are made in one buffer: each overwrites the one before."""
+        shared, grouped = self.shared or Shared(), self.left.shape[2] > 1
+        cuts = list(self.cuts(1))
+        for q, left in enumerate(self.left):
+            first, second = (self.right, left) if self.transposed else (left, self.right)
+            for rows, units, weights in cuts:
+                x, y = first[rows], second[rows]
+                x, y = (x[:, units], y[:, units]) if grouped else (x[..., units], y)
+                x, y = x.flatten(0, 1), y.flatten(0, 1)
+                J = shared.buffer((len(x), x.shape[2], y.shape[2]), x)
+                torch.bmm(x.mT, y, out=J)
+                yield q, rows, weights, J.view(rows.stop - rows.start, -1)
+
     def squared(self, J: Tensor) -> Tensor:
         """In place where that is allowed: a piece is made for this and stays in the cache."""
         return J.square() if J.requires_grad else J.square_()
@@ -160,24 +210,25 @@ class ProductBlock(JacobianBlock):
         outer, inner = reversed(sides) if self.transposed else sides
         columns, _, groups, positions, o = self.left.shape
         i = self.right.shape[3]
-        factors_first = positions * (columns * o * o + i * i) <= columns * o * i * (o + i)
+        # Inputs that are kept are turned once for all columns.
+        portion = min(1.0, columns / self.shared.n_columns) if self.shared and self.is_kept else 1.0
+        factors_first = positions * (columns * o * o + portion * i * i) <= columns * o * i * (o + i)
         if groups > 1 or self._rotated or not factors_first:
             assert not self._rotated, "rotated once"
             first, second = sides
             return replace(self, basis=(first, second))
         left = self.left if outer is None else self.left @ outer
-        return replace(
-            self, left=left, right=self.right if inner is None else self._rotated_inputs(inner), rotations=None
-        )
+        right = self.right if inner is None else self._rotated_inputs(inner)
+        return replace(self, left=left, right=right, is_kept=False)
 
     def _rotated_inputs(self, inner: Tensor) -> Tensor:
-        if self.rotations is None:
+        if self.shared is None or not self.is_kept:
             return self.right @ inner
-        key = (id(self.right), id(inner))
-        if key not in self.rotations:
-            # The matrix is kept with the product, so that its id is not used again.
-            self.rotations[key] = (inner, self.right @ inner)
-        return self.rotations[key][1]
+        known, key = self.shared.rotations, (id(self.right), id(inner))
+        if key not in known:
+            # Both are kept with the product, so that their ids are not used again.
+            known[key] = (self.right, inner, self.right @ inner)
+        return known[key][2]
 
     def _strength(self, w: Tensor) -> Float[Tensor, "batch o"]:
         """Σ_i a_bi² w_oi, with one position."""
@@ -186,15 +237,33 @@ class ProductBlock(JacobianBlock):
 
     def squares(self) -> Float[Tensor, " params"]:
         """With one position a product of squares."""
-        if not self._single:
+        if not self._single and not self._in_buffer:
             return super().squares()
+        if not self._single:
+            total = self.left.new_zeros(self.n_params)
+            self.add_squares(total)
+            return total
         left, right = self.left.square().sum(0).flatten(1), self.right.flatten(1).square()
         return (right.T @ left if self.transposed else left.T @ right).flatten()
 
+    def add_squares(self, total: Float[Tensor, " params"]) -> None:
+        """Column by column: each piece is squared in place and summed by a product with ones."""
+        if self._single or not self._in_buffer:
+            super().add_squares(total)
+            return
+        ones = self.right.new_ones(self.n_rows)
+        for _, rows, weights, J in self.products():
+            total[weights].addmv_(J.square_().T, ones[rows])
+
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
         """With one position a product of squares."""
-        if not self._single:
+        if not self._single and not self._in_buffer:
             return super().variance(w)
+        if not self._single:
+            total = self.left.new_zeros(self.n_columns, self.n_rows)
+            for q, rows, weights, J in self.products():
+                total[q, rows].addmv_(J.square_(), w[weights])
+            return total
         return (self.left.flatten(2).square() * self._strength(w)).sum(-1)
 
     def covariance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "batch columns columns"]:

@@ -16,8 +16,43 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import linalg
-from laplace.errors import UnsupportedError
+from laplace import linalg, processes
+from laplace.enums import HessianStructure
+from laplace.errors import OutOfMemoryError
+from laplace.structures.supports import SupportsCurvature
+
+MATRIX_ELEMENTS = 2**24
+"""A matrix of so many numbers (4,096 weights: 64 MB in float32) is formed where the first directions are too few."""
+DIRECTIONS_OF_MATRIX = 8
+"""The matrix is formed where a pass would have more directions than one of so many weights."""
+
+
+def pays_as_matrix(backend: SupportsCurvature, like: Float[Tensor, " params"], wanted: int, *, small: bool) -> bool:
+    """Whether a curvature is better formed than multiplied with so many more directions.
+
+    Forming it takes 2 P² operations for each column of a datum, a product with k directions 4 P k, and there are two
+    passes with k at least, and as a rule one with twice as many. ``small``: a small matrix is formed in any case.
+    """
+    if processes.summed_over() is not None:  # free memory differs between processes, which must do the same
+        return False
+    provides = getattr(backend, "provides", None)
+    if not callable(getattr(backend, "full", None)) or (provides and not provides(HessianStructure.FULL)):
+        return False
+    n_params, available = len(like), linalg.memory_of(like.device)
+    fits = available is None or 4 * like.itemsize * n_params**2 <= available
+    return fits and (DIRECTIONS_OF_MATRIX * wanted > n_params or (small and n_params**2 <= MATRIX_ELEMENTS))
+
+
+def check_directions(wanted: int, like: Float[Tensor, " params"]) -> None:
+    """Raise if so many directions, their products and an orthonormal basis of these have no room."""
+    needed, available = 6 * like.itemsize * len(like) * wanted, linalg.memory_of(like.device)
+    if available is not None and needed > available:
+        msg = (
+            f"{wanted} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; "
+            f"{available / 1e9:.1f} GB are free. Keep fewer eigenpairs: rank=, or a smaller captured_trace=; or take "
+            "hessian_structure='kron' or 'diag'."
+        )
+        raise OutOfMemoryError(msg)
 
 
 def extended(
@@ -29,13 +64,7 @@ def extended(
 ) -> Float[Tensor, "params wanted"]:
     """An orthonormal basis of the span of some products and of random directions."""
     n_beside = 0 if beside is None else beside.shape[1]
-    needed, available = 4 * like.itemsize * len(like) * (wanted + n_beside), linalg.memory_of(like.device)
-    if available is not None and needed > available:
-        msg = (
-            f"{wanted + n_beside} directions for {len(like)} weights take about {needed / 1e9:.1f} GB; this device has "
-            f"{available / 1e9:.1f} GB. Keep fewer eigenpairs: rank=, or a smaller captured_trace=."
-        )
-        raise UnsupportedError(msg)
+    check_directions(wanted + n_beside, like)
     known = [part for part in (beside, products) if part is not None]
     n_random = wanted + n_beside - sum(part.shape[1] for part in known)
     random = torch.randn(len(like), n_random, generator=noise, dtype=torch.float32).to(like)

@@ -36,6 +36,6 @@ class SupportsCurvature(Protocol):
         """The same data in a form that can be read several times."""
         ...
 
-    def count(self, y: Tensor) -> int:
+    def count(self, y: Tensor) -> int | Tensor:
         """Number of unmasked positions among targets."""
         ...

@@ -8,7 +8,7 @@ runs to its limit where no row is wrong. Points are weighed by exp(−criterion)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,10 @@ COARSE, FINE, ROUNDS = 0.7, 4, 4
 MOST_POINTS = 32
 """Points of a mixture."""
 
-Evaluate = Callable[[int, float, float], float]
+Evaluate = Callable[[int, float, float], "float | Tensor"]
 """Candidate, log T or log σ, and s² → negative log predictive density of all validation rows, in nats."""
+Search = Generator[list[float], list[float], "Point"]
+"""Yields values of log T, is sent the criterion there, and returns the best point."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,15 @@ def points(
 ) -> list[Point]:
     """The best log T of every candidate and scale, within limits; ``prior``: with that on log T."""
 
-    def criterion(candidate: int, scale: float) -> Callable[[float], float]:
-        return lambda t: evaluate(candidate, t, scale) + (0.5 * t * t if prior else 0.0)
+    def best(starts: Sequence[tuple[int, float | None]], scale: float) -> list[Point]:
+        """Of candidates, each from a log T that may be known, side by side."""
+        searches = [_search(k, scale, limits, near) for k, near in starts]
+        return _side_by_side(searches, lambda i, t: evaluate(starts[i][0], t, scale), prior=prior)
 
     found: list[Point] = []
     for k in range(n_candidates):
         near = found[-1].log_width if found and math.isfinite(found[-1].criterion) else None
-        found.append(_best(criterion(k, scales[0]), k, scales[0], limits, near))
+        found += best([(k, near)], scales[0])
     finite = [point.criterion for point in found if math.isfinite(point.criterion)]
     if not finite:
         msg = (
@@ -75,47 +79,87 @@ def points(
         )
         raise InputError(msg)
     least = min(finite)
-    for start in [point for point in found if point.criterion < least + LEFT_OUT]:
-        before = start
-        for scale in scales[1:]:
-            before = _best(criterion(start.candidate, scale), start.candidate, scale, limits, before.log_width)
-            found.append(before)
-    return [point for point in found if math.isfinite(point.criterion)]
+    before, wider = [point for point in found if point.criterion < least + LEFT_OUT], []
+    for scale in scales[1:]:
+        before = best([(point.candidate, point.log_width) for point in before], scale)
+        wider += before
+    every = [*found, *sorted(wider, key=lambda point: point.candidate)]
+    return [point for point in every if math.isfinite(point.criterion)]
 
 
-def _best(
-    criterion: Callable[[float], float], candidate: int, scale: float, limits: tuple[float, float], near: float | None
-) -> Point:
+def _side_by_side(
+    searches: Sequence[Search], evaluate: Callable[[int, float], float | Tensor], *, prior: bool
+) -> list[Point]:
+    """Run searches step by step, so that their numbers are read together; ``prior``: with that on log T."""
+    found: dict[int, Point] = {}
+    asked = {i: next(search) for i, search in enumerate(searches)}
+    while asked:
+        read = iter(_read([evaluate(i, t) for i, widths in asked.items() for t in widths]))
+        answers = {i: [next(read) + (0.5 * t * t if prior else 0.0) for t in widths] for i, widths in asked.items()}
+        asked = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = searches[i].send(answer)
+            except StopIteration as end:
+                found[i] = end.value
+    return [found[i] for i in range(len(searches))]
+
+
+def _read(values: Sequence[float | Tensor]) -> list[float]:
+    """Numbers, of which those on a device are read at once."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else value for value in values]
+
+
+def _search(candidate: int, scale: float, limits: tuple[float, float], near: float | None) -> Search:
     """The optimum in log T: the best of a grid, or downhill from ``near``, then by parabolas."""
     low, high = limits
     if low == high:
-        return Point(candidate, low, 0.0, scale, criterion(low))
+        (value,) = yield [low]
+        return Point(candidate, low, 0.0, scale, value)
     values: dict[float, float] = {}
 
+    def within(t: float) -> float:
+        return min(max(t, low), high)
+
     def at(t: float) -> float:
-        t = min(max(t, low), high)
-        if t not in values:
-            value = criterion(t)
-            values[t] = value if math.isfinite(value) else math.inf
-        return values[t]
+        return values[within(t)]
+
+    def ask(*widths: float) -> Generator[list[float], list[float], None]:
+        new = [t for t in dict.fromkeys(map(within, widths)) if t not in values]
+        if new:
+            answer = yield new
+            values.update(
+                (t, value if math.isfinite(value) else math.inf) for t, value in zip(new, answer, strict=True)
+            )
 
     step = min(COARSE, (high - low) / 4)
     if near is None:
         count = math.ceil((high - low) / step)
-        near = min((low + i * (high - low) / count for i in range(count + 1)), key=at)
+        grid = [low + i * (high - low) / count for i in range(count + 1)]
+        yield from ask(*grid)
+        near = min(grid, key=at)
     best = near
+    yield from ask(best - step, best, best + step)
     for way in (step, -step):
-        while low < best + way < high and at(best + way) < at(best):
+        while low < best + way < high:
+            yield from ask(best + way)
+            if not at(best + way) < at(best):
+                break
             best += way
     bend, inside = math.nan, False
     for _ in range(ROUNDS):
+        yield from ask(best - step, best, best + step)
         bend = (at(best - step) - 2 * at(best) + at(best + step)) / step**2
         rise = (at(best + step) - at(best - step)) / (2 * step)
         inside = low < best - step and best + step < high and math.isfinite(bend) and bend > 0
         move = min(max(-rise / bend, -step), step) if inside else 0.0
+        yield from ask(best + move)
         best = min((best, best + move, best - step, best + step), key=at)
         best = min(max(best, low), high)
         step /= FINE
+    yield from ask(best)
     return Point(candidate, best, 1 / bend if inside else step**2, scale, at(best))
 
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace import pending
 from laplace.errors import InputError, numbered
 from laplace.likelihoods import AbstractLikelihood, Positions
 from laplace.linalg import CHUNK_ELEMENTS, trying
 from laplace.network.batches import copied
-from laplace.predictive import Linearization
+from laplace.predictive import Linearization, NetworkLinearization
 from laplace.predictive.pairs import compare
 from laplace.predictive.pushforward import Options, moments_of_each
+from laplace.processes import Team
 from laplace.structures import AbstractPrecision
 from laplace.structures.basis import Basis
 from laplace.tuning.scores import Score
@@ -42,8 +44,13 @@ class CachedData:
         linearize: Callable[[Any], Linearization],
         likelihood: AbstractLikelihood,
         what: str = "validation",
+        team: Team | None = None,
+        device: torch.device | None = None,
     ) -> CachedData:
         """Run the model over data, once; keep what predictions are made of while memory allows.
+
+        With a ``team`` the features of a last layer, on a device, are those of all its processes, each of which runs
+        the model over its own data.
 
         Features of a last layer are always few. Derivatives of a whole network are kept for as many batches as fit
         ``KEPT_ELEMENTS`` numbers; the batches after those are run again whenever they are scored.
@@ -59,19 +66,24 @@ class CachedData:
         def arranged(x: Any) -> Linearization:
             return likelihood.arranged(linearize(x), compare)
 
-        for index, batch in enumerate(batches):
-            # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
-            x, y = copied(batch[0]), copied(batch[1])
-            with numbered(index, x):
-                inputs = arranged(x)
-                positions = likelihood.flatten(inputs.f, y)
-            found = inputs.kept(left)
-            if found is None:
-                collected.append((partial(arranged, x), positions))
-            else:
-                kept, size = found
-                left -= size
-                collected.append((partial(_same, kept), positions))
+        with pending.gathered() as flags:
+            for index, batch in enumerate(batches):
+                # Copies, since derivatives hold inputs, and loaders may fill the same tensor again.
+                x, y = copied(batch[0]), copied(batch[1])
+                with numbered(index, x):
+                    inputs = arranged(x)
+                    positions = likelihood.whole(inputs.f, y)
+                found = inputs.kept(left)
+                if found is None:
+                    collected.append((partial(arranged, x), positions))
+                else:
+                    kept, size = found
+                    left -= size
+                    collected.append((partial(_same, kept), positions))
+                flags.next_batch()
+        collected = _unmasked(collected)
+        if team is not None:
+            collected = _gathered(team, collected, what, device)
         if not any(len(positions.f) for _, positions in collected):
             empty = "every target is masked" if collected else "it is empty"
             msg = f"The {what} loader has nothing to score hyperparameters on: {empty}. Pass labeled batches."
@@ -177,6 +189,13 @@ class CachedData:
         return [_number(score.whole(*arguments), score.name) for arguments in columns]
 
 
+def _unmasked(batches: list[tuple[Callable[[], Linearization], Positions]]) -> list[Any]:
+    """Without masked rows, which are counted together."""
+    masks = [p.counted for _, p in batches if p.counted is not None]
+    counts = iter(torch.stack([mask.sum() for mask in masks]).tolist() if masks else [])
+    return [(get, p if p.counted is None else p.selected(next(counts))) for get, p in batches]
+
+
 def _number(value: Any, name: str) -> Any:
     """What a loss returned, which must be a number."""
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -214,13 +233,36 @@ def _joined(batches: Batches) -> Batches:
     return [(partial(_same, found[0].followed_by(found[1:])), _all_positions(positions))]
 
 
+def _gathered(
+    team: Team, batches: Batches, what: str, device: torch.device | None
+) -> list[tuple[Callable[[], Linearization], Positions]]:
+    """Features, outputs and targets of all processes as one batch; O(rows · (D + C)) numbers go to each."""
+    own = None
+    if batches:
+        parts = [(get(), positions) for get, positions in batches]
+        found = [item if p.kept is None else item.select(p.kept) for item, p in parts]
+        inputs, positions = found[0].followed_by(found[1:]), _all_positions([p for _, p in parts])
+        assert isinstance(inputs, NetworkLinearization), "of a last layer"
+        shapes = [list(block.shape) for block in inputs.head]
+        own = [positions.f, inputs.head[0].phi, positions.y, positions.datum, shapes]
+    records = [record["rows"] for record in team.exchange(f"{what} data", rows=own)]
+    collected: list[tuple[Callable[[], Linearization], Positions]] = []
+    for f, phi, y, datum, shapes in filter(None, records):
+        f, phi, y = (part.to(device) for part in (f, phi, y))
+        inputs = NetworkLinearization.of_head(f, phi, [tuple(shape) for shape in shapes])
+        collected.append((partial(_same, inputs), Positions(f, y, datum=None if datum is None else datum.to(device))))
+    return collected
+
+
 def _all_positions(parts: Sequence[Positions]) -> Positions:
     """Unmasked positions of all batches; data are counted on."""
     datum, start = [], 0
+    known = [part.datum for part in parts if part.datum is not None and len(part.datum)]
+    last = iter(torch.stack([index.max() for index in known]).tolist() if known else [])
     for part in parts:
         index = torch.arange(len(part.f), device=part.f.device) if part.datum is None else part.datum
         datum.append(index + start)
-        start += int(index.max()) + 1 if len(index) else 0
+        start += len(index) if part.datum is None or not len(index) else next(last) + 1
     alone = all(part.datum is None for part in parts)
     first = parts[0]
     f, y = torch.cat([part.f for part in parts]), torch.cat([part.y for part in parts])

@@ -32,6 +32,7 @@ from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagCurvature, DiagPrecision, FullCurvature, Kron
 from laplace.structures.head_block import HeadBlock, head_blocks
 from laplace.structures.kron import KronCurvature
+from laplace.structures.wide_kron import refuse_wide
 from laplace.tuning.head import HeadData, fit_at
 from laplace.tuning.newton import Head, mode, scaled
 from laplace.tuning.problem import Problem
@@ -62,6 +63,7 @@ class Family:
 
 
 def _sum(blocks: Sequence[HeadBlock], hessian: OutputHessian) -> Sums:  # noqa: ARG001 - features do not change
+    refuse_wide(hessian.n_outputs, 'method="elbo" with hessian_structure="kron"')
     return hessian.sum()
 
 

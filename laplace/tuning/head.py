@@ -24,6 +24,7 @@ from laplace.predictive import Linearization, NetworkLinearization
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, AbstractPrecision, Kron
 from laplace.structures.accumulate import SAME
+from laplace.structures.wide_kron import WideKron
 from laplace.tuning.cached import CachedData
 from laplace.tuning.newton import Head, mode
 from laplace.types import Features, Outputs, Scalar, Targets
@@ -119,7 +120,7 @@ class HeadBackend:
         vector = last_layer.diag(self.head.blocks(x), self.hessian(f, y))
         return self.head.likelihood.nll(f, y), vector
 
-    def kron(self, x: Features, y: Targets, N: int) -> tuple[Scalar, Kron]:
+    def kron(self, x: Features, y: Targets, N: int) -> tuple[Scalar, Kron | WideKron]:
         """Negative log-likelihood and Kronecker factors, raw sums in float64 for ``N=1``."""
         assert N == 1, "structures ask for raw sums"
         f = self.head.outputs(self.theta, x)

@@ -20,6 +20,7 @@ from laplace.curvature import last_layer
 from laplace.likelihoods import AbstractLikelihood
 from laplace.optimizers import Memory
 from laplace.prior import GaussianPrior
+from laplace.structures.wide_kron import is_wide
 from laplace.tuning.head import ROWS_AT_ONCE, HeadData
 from laplace.tuning.newton import DENSE_PARAMS, Head, check_start, mode, multiply, warn_of_rest
 from laplace.types import Features, Outputs
@@ -260,8 +261,8 @@ def _in_span(head: Head, point: Iterate, moves: Sequence[Move], share: float) ->
 class Scaling:
     """Coordinates in which the Hessian of a loss has ones on its diagonal."""
 
-    vectors: Float[Tensor, "outputs outputs"]
-    """Eigenvectors of the sum of the Hessians in the outputs."""
+    vectors: Float[Tensor, "outputs outputs"] | None
+    """Eigenvectors of the sum of the Hessians in the outputs; ``None`` of very many outputs: the outputs themselves."""
     width: Float[Tensor, "outputs k"]
     """Of a unit of these coordinates."""
 
@@ -269,17 +270,21 @@ class Scaling:
     def of(cls, head: Head, f: Outputs) -> Scaling:
         """Where outputs are ``f``."""
         hessian = head.output_hessian(f)
-        vectors = linalg.eigh(hessian.sum(), "sum of the Hessians in the outputs")[1]
+        n, vectors = hessian.n_outputs, None
+        if not is_wide(n):
+            vectors = linalg.eigh(hessian.sum(), "sum of the Hessians in the outputs")[1]
         (diagonal,) = last_layer.ekfac(head.blocks(head.phi), hessian, [(vectors, None)])
-        return cls(vectors, (diagonal.view(len(vectors), -1) + head.prior.precision).rsqrt())
+        return cls(vectors, (diagonal.view(n, -1) + head.prior.precision).rsqrt())
 
     def weights(self, x: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
         """From these coordinates."""
-        return (self.vectors @ (self.width * x.view_as(self.width))).flatten()
+        scaled = self.width * x.view_as(self.width)
+        return (scaled if self.vectors is None else self.vectors @ scaled).flatten()
 
     def gradient(self, gradient: Float[Tensor, " params"]) -> Float[Tensor, " params"]:
         """In these coordinates, from one in the weights."""
-        return (self.width * (self.vectors.T @ gradient.view_as(self.width))).flatten()
+        turned = gradient.view_as(self.width)
+        return (self.width * (turned if self.vectors is None else self.vectors.T @ turned)).flatten()
 
 
 def _minimize(head: Head, point: Iterate, share: float) -> Iterate:

@@ -27,6 +27,7 @@ from laplace.tuning.head import HeadData
 from laplace.tuning.path import cost, heads_along
 from laplace.tuning.problem import Problem
 from laplace.tuning.settings import Settings
+from laplace.types import Scalar
 
 N_PRECISIONS, STRONGEST, WEAKEST = 9, 10.0, 1e-6
 """How many prior precisions heads are fitted with, and from which to which: in units of the mean curvature of a weight
@@ -180,7 +181,11 @@ class Validation:
 
     def nll(self, f: Tensor, variance: Tensor | None, likelihood: AbstractLikelihood, scale: float = 0.0) -> float:
         """Negative log predictive density of all rows, in nats."""
-        return float(likelihood.for_targets().predictive_nll(f, *self._seen(f, variance, likelihood, scale)))
+        return float(self.unread_nll(f, variance, likelihood, scale))
+
+    def unread_nll(self, f: Tensor, variance: Tensor | None, likelihood: AbstractLikelihood, scale: float) -> Scalar:
+        """The same, where it was computed."""
+        return likelihood.for_targets().predictive_nll(f, *self._seen(f, variance, likelihood, scale))
 
     def nll_of_mixture(self, points: Sequence[tuple[float, Tensor, Tensor | None, float, float]]) -> float:
         """The same of average probabilities: share, outputs, variance, T and s² of each point."""
@@ -231,14 +236,14 @@ def choose(
     """
     outputs = [rows.outputs(candidate.theta) for candidate in candidates]
 
-    def predicted(f: Tensor, variance: Tensor | None, t: float, scale: float) -> float:
+    def predicted(f: Tensor, variance: Tensor | None, t: float, scale: float) -> Scalar:
         if unit is None:
-            return rows.nll(f, variance, rows.problem.likelihood(output_temperature=math.exp(t)), scale)
+            return rows.unread_nll(f, variance, rows.problem.likelihood(output_temperature=math.exp(t)), scale)
         # Precisions are those at unit noise, under which variances grow with the noise.
         variance = None if variance is None else math.exp(2 * t) * variance
-        return rows.nll(f, variance, rows.problem.likelihood(math.exp(t) * unit), scale)
+        return rows.unread_nll(f, variance, rows.problem.likelihood(math.exp(t) * unit), scale)
 
-    def evaluate(candidate: int, t: float, scale: float) -> float:
+    def evaluate(candidate: int, t: float, scale: float) -> Scalar:
         return predicted(outputs[candidate], candidates[candidate].variance, t, scale)
 
     n_rows = len(rows.positions.f)
@@ -254,7 +259,7 @@ def choose(
     if mixture:
         value = rows.nll_of_mixture([(w, outputs[k], candidates[k].variance, t, s2) for w, k, t, s2 in mixture])
     else:
-        value = predicted(rows.outputs(theta), candidates[best.candidate].variance, log_width, scale)
+        value = float(predicted(rows.outputs(theta), candidates[best.candidate].variance, log_width, scale))
     return Chosen(
         theta,
         log_width,

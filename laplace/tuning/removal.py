@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace.enums import CurvatureKind
 from laplace.errors import NotPositiveDefiniteError, UnsupportedError
 from laplace.likelihoods import AbstractLikelihood, Positions
-from laplace.linalg import CHUNK_ELEMENTS
+from laplace.linalg import chunk_elements
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.predictive.pairs import Pairs
 from laplace.structures import AbstractPrecision, DiagPrecision
@@ -120,7 +120,7 @@ def _joint_covariances(
         yield slice(None), inputs.covariance(precision, dtype)
     elif inputs.is_linear:
         blocks = _blocks(inputs, dtype)
-        step = max(1, CHUNK_ELEMENTS // (n_positions * inputs.n_outputs) ** 2)
+        step = max(1, chunk_elements(inputs.f.device) // (n_positions * inputs.n_outputs) ** 2)
         rows = torch.arange(n_data * n_positions, device=inputs.f.device).view(n_data, n_positions)
         for start in range(0, n_data, step):
             part = slice(start, start + step)
@@ -197,7 +197,7 @@ def _head_without(
     """Shift and variances of a last layer; one precision per weight ``[chunk, C, D]`` for each datum, no Jacobian."""
     a, augmented = vector[head.order], head.augmented.view(*gradient.shape[:2], -1)
     shift, variance = torch.empty_like(gradient), torch.empty_like(gradient)
-    step = max(1, CHUNK_ELEMENTS // a.numel())
+    step = max(1, chunk_elements(a.device) // a.numel())
     for start in range(0, len(augmented), step):
         part = slice(start, start + step)
         features = augmented[part]
@@ -215,7 +215,7 @@ def _blocks_without(
     n_data, n_joint, _ = root.shape
     total = root.new_zeros(n_data, n_joint, n_joint)
     for block, a in zip(blocks, vector.split([block.n_params for block in blocks]), strict=True):
-        step = max(1, CHUNK_ELEMENTS // (n_joint * block.n_params))
+        step = max(1, chunk_elements(root.device) // (n_joint * block.n_params))
         for start in range(0, n_data, step):
             part = slice(start, start + step)
             J = block.dense(part).transpose(0, 1)

@@ -239,3 +239,25 @@ def test_a_likelihood_that_says_no_variance_is_refused() -> None:
     la.fit([(X, TARGETS["regression"])])
     with pytest.raises(UnsupportedError, match="noise_variance"):
         la.predict(X)
+
+
+class View(nn.Module):
+    """Outputs that are a view of a much larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[:, -1]
+
+
+def test_of_a_loader_neither_graphs_nor_larger_tensors_are_kept() -> None:
+    inputs = torch.randn(6, 50, 4)
+    la = Laplace(View(), "regression", "all", "diag", enable_backprop=True)
+    la.fit([(inputs, torch.randn(6, 2))])
+    prediction = la.predict(DataLoader(TensorDataset(inputs.requires_grad_(), torch.randn(6, 2)), batch_size=6))
+    for part in prediction.as_tuple():
+        assert not part.requires_grad
+        assert part.untyped_storage().nbytes() == part.nbytes
+    assert la.predict(inputs).mean.requires_grad

@@ -54,7 +54,7 @@ def test_empirical_fisher_is_exact_and_takes_gradients_a_datum(case):
 
 @pytest.mark.parametrize("case", [BASIC[0], named("masked_positions")], ids=str)
 def test_small_chunks_do_not_change_the_empirical_fisher(case, monkeypatch):
-    monkeypatch.setattr(last_layer, "CHUNK_ELEMENTS", 30)
+    monkeypatch.setattr(last_layer, "chunk_elements", lambda device: 30)
     check_backend(backend(AutogradEF, case), case, fisher=True)
 
 

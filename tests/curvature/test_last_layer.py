@@ -84,7 +84,7 @@ def test_the_bias_shares_the_factor_of_the_outputs_unless_it_cancels():
 def test_chunks_do_not_change_the_dense_matrix(kind, monkeypatch):
     phi, output_hessian = torch.randn(9, 3).double(), hessian(kind, 9, 2)
     whole = last_layer.full(blocks(phi, output_hessian, True), output_hessian)
-    monkeypatch.setattr(last_layer, "CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr(last_layer, "chunk_elements", lambda device: 10)
     assert_close(last_layer.full(blocks(phi, output_hessian, True), output_hessian), whole)
 
 

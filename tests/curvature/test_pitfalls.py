@@ -259,6 +259,7 @@ def test_masks_send_no_weight_the_slow_way(masked):
     y[masked] = -100
     engine = AutogradGGN(model, "classification")
     with engine._engine.sums(x, y) as (_, sums):
+        sums.kron()
         recording = sums.kron.args[0]
         assert recording.mask is not None
         assert not recording.verdict.slow

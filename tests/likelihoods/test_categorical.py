@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from laplace import linalg
 from laplace.enums import CurvatureKind
-from laplace.errors import InputError, ShapeError
+from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.likelihoods import CategoricalLikelihood
 from tests.contracts import check_likelihood
 from tests.tools import assert_close
@@ -122,3 +123,15 @@ def test_predictive_nll_is_the_cross_entropy_of_the_link():
     one_hot = torch.nn.functional.one_hot(y, 3).double()
     assert_close(likelihood.predictive_nll(f, cov, one_hot, link), likelihood.nll(f, y))
     assert_close(likelihood.predict(f, cov, link), f.softmax(-1))
+
+
+def test_columns_that_have_no_room_are_refused_before_they_are_made(monkeypatch):
+    f = torch.randn(4, 50, dtype=torch.float64)
+    monkeypatch.setattr(linalg, "memory_of", lambda device: 3 * 4 * 50 * 49 * 8)
+    root = CategoricalLikelihood().hessian_root(f)
+    assert root.shape == (4, 50, 49)
+    monkeypatch.setattr(linalg, "memory_of", lambda device: 3 * 4 * 50 * 49 * 8 - 1)
+    with pytest.raises(
+        UnsupportedError, match=r"4 rows with 50 classes takes 49 columns .*\"columns\".*\"stochastic\""
+    ):
+        CategoricalLikelihood().hessian_root(f)

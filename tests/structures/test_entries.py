@@ -32,7 +32,7 @@ def embedding() -> GatherBlock:
 
 def bias() -> SumBlock:
     left = normal(Q, B, 4, 20)
-    return SumBlock(left.sum(2), left)
+    return SumBlock(left)
 
 
 BLOCKS = {

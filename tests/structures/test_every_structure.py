@@ -252,7 +252,7 @@ def network() -> tuple[list[JacobianBlock], Tensor, list[tuple[int, ...]]]:
     for n, (b, t) in enumerate(zip(datum.tolist(), token.tolist(), strict=True)):
         table[:, b, t] = values[:, n]
     left = normal(Q, B, 4, 3, seed=31)
-    blocks = [*products, GatherBlock(values, datum, token, B, 5, values, token), SumBlock(left.sum(2), left)]
+    blocks = [*products, GatherBlock(values, datum, token, B, 5, values, token), SumBlock(left)]
     J = torch.cat([*map(of_product, products), table.flatten(2), left.sum(2)], -1)
     return blocks, J, [block.shape for block in blocks]
 
@@ -263,8 +263,8 @@ limited = pytest.mark.parametrize("limited", [False, True], ids=["at once", "pie
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("jacobian", "product"):
         monkeypatch.setattr(f"laplace.structures.{module}.piece_elements", lambda device: 7)
-    for module in ("gather", "lowrank_precision"):
-        monkeypatch.setattr(f"laplace.structures.{module}.CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("laplace.structures.gather.chunk_elements", lambda device: 7)
+    monkeypatch.setattr("laplace.structures.lowrank_precision.CHUNK_ELEMENTS", 7)
 
 
 def check_moments(precision: Any, blocks: list[JacobianBlock], J: Tensor, dense: Tensor) -> None:

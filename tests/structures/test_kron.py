@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from laplace import utils
-from laplace.errors import NotPositiveDefiniteError, ShapeError, UnsupportedError
+from laplace import KronLaplace, linalg, utils
+from laplace.errors import NotPositiveDefiniteError, PerformanceWarning, ShapeError, UnsupportedError
+from laplace.structures import eigenbases
 from laplace.structures.kron import Kron, KronCurvature
 from laplace.utils import matrix
 from tests.contracts import check_curvature
@@ -178,3 +179,54 @@ def test_blocks_that_are_no_products_of_square_matrices_are_refused(block):
 def test_factors_that_are_not_finite_are_refused_in_words():
     with pytest.raises(NotPositiveDefiniteError, match="NaN"):
         Kron([[torch.full((2, 2), float("nan"))]]).decompose()
+
+
+# -- eigendecompositions ----------------------------------------------------------------------------------------------
+
+
+def wide_network() -> KronLaplace:
+    """More inputs of a layer than four times the rows, in float32; fitted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 90), nn.Tanh(), nn.Linear(90, 3)).float()
+    la = KronLaplace(model, "classification", prior_precision=0.1)
+    la.fit([(torch.randn(7, 80).float(), torch.arange(7) % 3)])
+    return la
+
+
+def test_predictions_and_evidence_are_those_of_a_decomposition_in_float64(monkeypatch):
+    x, found = torch.randn(4, 80).float(), []
+    for quick in (True, False):
+        if not quick:
+            monkeypatch.setattr(linalg, "is_few", lambda rank, size: False)
+            monkeypatch.setattr(linalg, "is_coarse", lambda dtype, resolution: False)
+        la = wide_network()
+        found.append((la(x), la.functional_variance_fast(x)[1], la.log_marginal_likelihood().detach()))
+        found[-1] += (la.posterior_precision.diag(-1),)
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_few_rows_are_decomposed_by_their_range(monkeypatch):
+    la, sizes, eigh = wide_network(), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda each: sizes.append(len(each)) or eigh(each))
+    la(torch.randn(2, 80).float())
+    assert sorted(sizes) == [3, 7 + linalg.PROBES, 7 + linalg.PROBES, 90], "inputs of both layers have 7 rows"
+
+
+def test_a_long_decomposition_is_told_before_and_shows_how_far_it_is(monkeypatch, capsys):
+    la = wide_network()
+    monkeypatch.setattr(eigenbases, "LONG", 0.0)
+    with pytest.warns(PerformanceWarning, match=r"4 Kronecker factors of up to 90×90 .* once for this fit: .* seconds"):
+        la(torch.randn(2, 80).float())
+    assert "[Eigendecompositions]" in capsys.readouterr().err
+    la(torch.randn(2, 80).float())
+    assert not capsys.readouterr().err, "they are kept"
+
+
+def test_the_time_of_large_matrices_is_measured(monkeypatch):
+    monkeypatch.setattr(eigenbases, "PROBE", 20)
+    like = torch.zeros((), dtype=torch.float64)
+    assert eigenbases.expected_seconds(1e6, 100, like) == pytest.approx(1e6 * eigenbases.SECONDS), "short"
+    measured = eigenbases.expected_seconds(1e12, 10_000, like)
+    assert measured > 0
+    assert measured != 1e12 * eigenbases.SECONDS

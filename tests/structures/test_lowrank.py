@@ -23,8 +23,17 @@ class Matrix:
     def __init__(self, size: int, *, trace: bool = True):
         self.size, self.has_trace, self.asked = size, trace, []
 
-    full = diag = kron = blockdiag = ekfac = None
+    diag = kron = blockdiag = ekfac = None
     is_sampled = False
+    gives_matrix = False
+
+    def provides(self, structure):
+        assert structure is HessianStructure.FULL
+        return self.gives_matrix
+
+    def full(self, x, y):
+        self.asked.append("matrix")
+        return y.sum() * 0, x
 
     def zeros(self):
         return torch.zeros(self.size).double()
@@ -78,6 +87,61 @@ def test_a_rank_takes_three_passes_and_finds_the_leading_eigenpairs():
     overlap = (curvature.vectors * vectors.flip(1)[:, :6]).sum(0).abs()
     torch.testing.assert_close(overlap, torch.ones(6), rtol=1e-7, atol=0)
     assert_close(curvature.vectors.T @ curvature.vectors, torch.eye(6))
+
+
+class Formed(Matrix):
+    """One that gives the matrix as well."""
+
+    gives_matrix = True
+
+
+def formed(matrices, truncation, **options):
+    backend = Formed(len(matrices[0]), **options)
+    _, curvature = LowRankCurvature.accumulate(backend, [(m, torch.zeros(1)) for m in matrices], truncation=truncation)
+    return backend, curvature
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_where_a_few_directions_do_not_suffice_the_matrix_is_formed_once(share):
+    """And eigenpairs are those of the matrix, whether it is decomposed or multiplied with again."""
+    first, second = psd(400, 5, rank=120), psd(400, 6, rank=80)
+    backend, curvature = formed([first, second], Truncation(captured_trace=share))
+    assert backend.asked == [32, 32, "matrix", "matrix"]
+    assert curvature.n_passes == 2
+    held = torch.linalg.eigvalsh(first + second).flip(0)
+    fewest = int((held.cumsum(0) / held.sum() >= share).int().argmax()) + 1
+    assert curvature.captured >= share
+    assert fewest <= len(curvature.values) <= 1.2 * fewest + 2
+    others = fit([first, second], Truncation(captured_trace=share))[1]
+    assert len(curvature.values) == pytest.approx(len(others.values), abs=2)
+    assert_close(curvature.vectors.T @ curvature.vectors, torch.eye(len(curvature.values)))
+
+
+def test_a_rank_of_many_directions_takes_the_matrix_in_one_pass():
+    matrix = psd(90, 1, rank=50) - psd(90, 2, rank=30)
+    backend, curvature = formed([matrix], Truncation(rank=20), trace=False)
+    assert backend.asked == ["matrix"]
+    values, vectors = torch.linalg.eigh(matrix)
+    assert_close(curvature.values, values.flip(0)[:20])
+    kept = vectors[:, -20:]
+    assert_close(curvature.to_dense(), (kept * values[-20:]) @ kept.T)
+    assert curvature.captured is None, "the trace of an indefinite matrix"
+    assert formed([psd(90, 1, rank=50)], Truncation(rank=20))[1].captured == pytest.approx(0.68, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_cut_among_equal_eigenvalues_does_not_depend_on_rounding(dtype):
+    """Those of outputs that share their curvature: the eigenpair of the first output is kept."""
+    matrix = torch.kron(torch.eye(2), decaying(20)).to(dtype)
+    matrix = matrix + 1e-12 * torch.randn(40, 40, generator=generator(5)).to(dtype)
+    backend = Formed(40)
+    backend.zeros = lambda: torch.zeros(40, dtype=dtype)
+    _, curvature = LowRankCurvature.accumulate(
+        backend, [((matrix + matrix.T) / 2, torch.zeros(1))], truncation=Truncation(rank=3)
+    )
+    assert curvature.vectors.dtype == dtype
+    assert float(curvature.vectors[20:, 2].abs().max()) < 1e-4
+    assert_close(curvature.values, torch.tensor([1.0, 1.0, 0.5], dtype=dtype))
 
 
 def test_no_ritz_value_exceeds_the_eigenvalue_of_its_rank():

@@ -99,7 +99,7 @@ def test_chunks_of_data_change_nothing(monkeypatch, name, structure):
     data, arguments = collected(la, case.batches(4)), (la._frozen_posterior, la._frozen_likelihood, torch.float64)
     (at_once, _), *_ = leave_one_out(data, *arguments).batches
     expected = at_once()
-    monkeypatch.setattr(removal, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(removal, "chunk_elements", lambda device: 1)
     (in_chunks, _), *_ = leave_one_out(data, *arguments).batches
     assert_close(in_chunks().f, expected.f)
     assert_close(in_chunks().moment, expected.moment)

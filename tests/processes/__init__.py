@@ -1,0 +1,1 @@
+"""Fits of several real processes, which talk by gloo."""

@@ -1,0 +1,246 @@
+"""Several processes fit and tune together, and have what one process with all data has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from laplace import Laplace, processes
+from laplace.errors import InputError, ProcessError, UnsupportedError
+from laplace.network import Batch
+from laplace.network.shards import without_padding
+from tests.kinds import KINDS, data, dense, make, network
+from tests.processes.run import alone, assert_alike, assert_same_everywhere, run, shard
+
+BINARY: dict[str, Any] = {"likelihood": "classification"}
+X, Y = data("classification")
+X, Y = X[:19], Y[:19]  # neither two nor three processes have equally many rows
+TARGETS = data()[1][:19]
+
+
+def refused(error: type[Exception], words: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def equals_one_process(subset: str, structure: str, likelihood: str) -> None:
+    y = Y if likelihood == "classification" else TARGETS
+    options: dict[str, Any] = {"likelihood": likelihood}
+    la, one = make(subset, structure, **options), alone(make(subset, structure, **options), [(X, y)])
+    if structure == "lowrank":
+        la._truncation = one._truncation = type(one._truncation)(4)  # does not cut pairs of equal eigenvalues
+        alone(one, [(X, y)])
+    la.fit(shard(X, y))
+    assert (la.n_data, la._fit.n_positions) == (19, 19)
+    assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
+    assert_alike(la.log_marginal_likelihood(), one.log_marginal_likelihood())
+    assert_alike(la._fit.nll_of_outputs if subset == "last_layer" and likelihood == "regression" else la.loss,
+                 one._fit.nll_of_outputs if subset == "last_layer" and likelihood == "regression" else one.loss)  # fmt: skip
+    assert (la._fit.density is None) == (one._fit.density is None)
+    if la._fit.density is not None:
+        for ours, theirs in zip(la._fit.density._tensors, one._fit.density._tensors, strict=True):
+            assert_alike(ours, theirs)
+    assert_same_everywhere(dense(la.posterior_precision), la.loss)
+
+
+def every_kind(rank: int, n: int) -> None:
+    """Structures of all weights, last layers and subnetworks."""
+    for index, (subset, structure) in enumerate(KINDS):
+        equals_one_process(subset, structure, ("classification", "regression")[(index + n) % 2])
+
+
+def sampled(rank: int, n: int) -> None:
+    """Each process draws its own numbers; all end with the same sums."""
+    torch.manual_seed(rank)
+    for structure in ("kron", "lowrank", "ekfac"):
+        la = make("all", structure, backend_kwargs={"stochastic": True}, **BINARY)
+        la.fit(shard(X, Y))
+        assert_same_everywhere(dense(la.posterior_precision))
+
+
+def tuned(rank: int, n: int) -> None:
+    """`tune` and `optimize_prior_precision` read shards, and find what one process finds."""
+    for kind in (("last_layer", "kron"), ("all", "diag")):
+        la, one = make(*kind, **BINARY), alone(make(*kind, **BINARY), [(X, Y)])
+        la.fit(shard(X, Y))
+        la.tune(shard(X + 0.1, Y))
+        with processes.within(None):
+            one.tune([(X + 0.1, Y)])
+        found = la.prior_precision, la.mean, torch.tensor(la.output_temperature), torch.tensor(la.tuning_.value)
+        assert_alike(found[0], one.prior_precision, tolerance=1e-6)
+        assert_alike(found[1], one.mean, tolerance=1e-6)
+        assert_alike(la.output_temperature, one.output_temperature, tolerance=1e-6)
+        assert_alike(la.tuning_.value, one.tuning_.value, tolerance=1e-6)
+        assert_same_everywhere(*found)
+        la.optimize_prior_precision(method="gridsearch", grid_size=3, val_loader=shard(X, Y))
+        with processes.within(None):
+            one.optimize_prior_precision(method="gridsearch", grid_size=3, val_loader=[(X, Y)])
+        assert_alike(la.prior_precision, one.prior_precision)
+    if kind[0] == "all":
+        return
+    assert len(la._kept.phi) == 19
+
+
+def shards_of_any_kind(rank: int, n: int) -> None:
+    """Lists, generators, unequal and empty shards; a process without data has the same posterior."""
+    rows = [slice(0, 12), slice(12, 19), slice(19, 19)][rank]
+    batches = [(X[rows], Y[rows])] if rank < 2 else []
+    for kind in (("last_layer", "kron"), ("all", "kron"), ("last_layer", "lowrank"), ("all", "ekfac")):
+        la = make(*kind, last_layer_name=None, **BINARY) if kind[0] == "last_layer" else make(*kind, **BINARY)
+        la.fit(iter(batches) if kind[0] == "last_layer" else batches)
+        one = alone(make(*kind, **BINARY), [(X, Y)])
+        assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
+        assert la.n_data == 19
+        if la._kept is not None:
+            assert_alike(la._kept.phi, one._kept.phi)
+            assert torch.equal(la._kept.y, Y)
+        la.tune(batches)
+        assert_same_everywhere(dense(la.posterior_precision), la.prior_precision, la.mean)
+    refused(InputError, "empty", lambda: la.fit([]))
+
+
+def more_data(rank: int, n: int) -> None:
+    la, one = make("last_layer", "kron", **BINARY), alone(make("last_layer", "kron", **BINARY), [(X, Y)])
+    la.fit(shard(X[:7], Y[:7]))
+    la.fit(shard(X[7:], Y[7:]), override=False)
+    assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
+
+
+def one_fails(rank: int, n: int) -> None:
+    """All raise, nothing is changed, and the next call works."""
+
+    def broken() -> Iterator[tuple[Tensor, Tensor]]:
+        yield X[rank : rank + 5], Y[rank : rank + 5]
+        if rank == 1:
+            raise OSError("disk on fire")
+        yield X[5:], Y[5:]
+
+    for kind in (("last_layer", "kron"), ("all", "diag")):
+        la = make(*kind, **BINARY)
+        la.fit(shard(X, Y))
+        before = la.log_marginal_likelihood()
+        for call in (la.fit, la.tune):
+            error, words = (OSError, "on fire") if rank == 1 else (ProcessError, "process 1 of . raised OSError: disk")
+            refused(error, words, lambda call=call: call(broken()))
+        assert la.log_marginal_likelihood() == before
+        la.fit(shard(X, Y))
+
+
+def what_has_no_sum(rank: int, n: int) -> None:
+    refused(InputError, "same data.*within", lambda: make("last_layer", "kron", **BINARY).fit([(X, Y)]))
+    other = network()
+    with torch.no_grad():
+        other[2].weight.add_(rank)
+    refused(InputError, "different weights", lambda: make("last_layer", "kron", other, **BINARY).fit(shard(X, Y)))
+    unlike = make("last_layer", "kron" if rank else "diag", **BINARY)
+    refused(InputError, "other shapes", lambda: unlike.fit(shard(X, Y)))
+    steps = make("all", "ekfac" if rank else "diag", **BINARY)
+    refused((InputError, ProcessError), "other shapes|different steps", lambda: steps.fit(shard(X, Y)))
+    for options in (
+        {"subset_of_weights": "all", "n_subset": 4},
+        {"functional_approximation": "nystrom", "subsample_size": 4, "n_eigenvalues": 2},
+        {"functional_approximation": "variational", "inducing_locations": X[:3]},
+    ):
+        la = Laplace(network(), "classification", hessian_structure="gp", **options)
+        refused(UnsupportedError, "one process", lambda la=la: la.fit(shard(X, Y)))
+
+
+def processes_over_functions(rank: int, n: int) -> None:
+    """The subset is that of one process, whose loader yields the data in order."""
+    for likelihood, y in (("classification", Y), ("regression", TARGETS)):
+        parts = [(X[r::n], y[r::n]) for r in range(n)]
+        for loader, whole in ((shard(X, y), [(X, y)]), (iter([parts[rank]]), parts)):
+            la, one = (Laplace(network(), likelihood, hessian_structure="gp", n_subset=7) for _ in range(2))
+            la.fit(loader)
+            alone(one, whole)
+            assert_alike(la.log_marginal_likelihood(), one.log_marginal_likelihood())
+            assert_alike(la.predictive_moments(X)[1], one.predictive_moments(X)[1])
+            assert la.n_data == 19
+    la.fit([(X, TARGETS)] if rank == 0 else [])
+    alone(one, [(X, TARGETS)])
+    assert_alike(la.predictive_moments(X)[1], one.predictive_moments(X)[1])
+    la.tune(shard(X, TARGETS))
+    with processes.within(None):
+        one.tune([(X, TARGETS)])
+    assert_alike(la.prior_precision, one.prior_precision, tolerance=1e-5)
+
+
+def several_heads(rank: int, n: int) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            f = self.body(x)
+            return {"a": f, "b": f[:, :1]}
+
+    def fitted(loader: Any, group: Any) -> Tensor:
+        la = Laplace(Two(), {"a": "classification", "b": "regression"}, "all", "diag")
+        with processes.within(group):
+            la.fit(loader)
+        return la.log_marginal_likelihood()
+
+    together = fitted([(X[rank::n], {"a": Y[rank::n], "b": TARGETS[rank::n, :1]})], dist.group.WORLD)
+    assert_alike(together, fitted([(X, {"a": Y, "b": TARGETS[:, :1]})], None))
+
+
+def groups(rank: int, n: int) -> None:
+    """Two of three work together; the other is alone."""
+    pair = dist.new_group([0, 1])
+    la, one = make("last_layer", "kron", **BINARY), alone(make("last_layer", "kron", **BINARY), [(X, Y)])
+    if rank < 2:
+        with processes.within(pair):
+            la.fit([(X[rank::2], Y[rank::2])])
+            assert_same_everywhere(la.loss)
+    else:
+        alone(la, [(X, Y)])
+    assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        every_kind, sampled, tuned, shards_of_any_kind, more_data, one_fails, what_has_no_sum,
+        processes_over_functions, several_heads, groups,
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return run(CHECKS, 3, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_three_processes(outcomes: dict[str, list[str]], name: str) -> None:
+    assert outcomes[name] == ["ok"] * 3
+
+
+TWO = {check.__name__: check for check in (every_kind, tuned, one_fails)}
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    assert run(TWO, 2, tmp_path) == dict.fromkeys(TWO, ["ok"] * 2)
+
+
+# -- without any other process ----------------------------------------------------------------------------------------
+
+
+def test_one_process_is_alone():
+    assert processes.team() is None
+    batch = Batch(X, Y)
+    assert list(without_padding(shard_of_three(0), iter([batch]))) == [batch]
+
+
+def shard_of_three(rank: int) -> Any:
+    data = torch.utils.data.TensorDataset(X, Y)
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=3, rank=rank, shuffle=False)
+    return torch.utils.data.DataLoader(data, 4, sampler=sampler)
