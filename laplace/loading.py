@@ -67,8 +67,7 @@ def load(
     --------
     >>> import tempfile, torch, laplace
     >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
-    >>> la = laplace.Laplace(model, "classification", prior_precision=2.0)
-    >>> la.fit([(x, y)])
+    >>> la = laplace.Laplace(model, "classification", prior_precision=2.0).fit([(x, y)])
     >>> path = tempfile.mkdtemp() + "/la.pt"
     >>> la.save(path)
     >>> torch.equal(laplace.load(path, model)(x), la(x))

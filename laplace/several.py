@@ -168,7 +168,7 @@ class SeveralHeads:
     # -- learning -----------------------------------------------------------------------------------------------------
 
     @processes.agreed()
-    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
+    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> SeveralHeads:
         """Learn the curvature of all heads.
 
         Parameters
@@ -178,6 +178,10 @@ class SeveralHeads:
             heads. Last layers read it once for each head.
         override, progress_bar
             As in ``ParametricLaplace.fit``.
+
+        Returns
+        -------
+        This object.
 
         Raises
         ------
@@ -197,11 +201,12 @@ class SeveralHeads:
             with all_or_nothing(joint):
                 joint.fit(self._of(train_loader, None, parts), **options)
             self._joint, self._parts = joint, parts
-            return
+            return self
         self._check_readable(train_loader)
         with all_or_nothing(*self._estimators):
             for key, la in self._heads.items():
                 la.fit(self._of(train_loader, key), **options)
+        return self
 
     def merge(self, other: SeveralHeads) -> SeveralHeads:
         """Add what another object learned of other data, head by head; as ``merge`` of one estimator.

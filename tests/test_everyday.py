@@ -217,3 +217,9 @@ def test_predict_std_of_probabilities_is_refused() -> None:
     la.fit([(X, Y)])
     with pytest.raises(UnsupportedError, match=r"entropies instead\. la\.predict"):
         la.predict_std(X)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_fit_returns_the_estimator(name: str) -> None:
+    la: Any = CLASSES[name](network(), "classification", **OPTIONS.get(name, {}))
+    assert la.fit([(X, Y)], **({"iterations": 2} if name.endswith("VaLLA") else {})) is la

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from laplace.schema import Table, finite, listed, nested, real, whole
 from laplace.structures import AbstractCurvature
 from laplace.tuning import methods
 from laplace.types import Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @described
@@ -128,7 +131,7 @@ class ELLA(FeatureLaplace):
         val_steps: int | None = None,
         balanced: bool = False,
         progress_bar: bool = False,
-    ) -> None:
+    ) -> Self:
         """Choose features, and learn what the data say about them.
 
         Parameters
@@ -146,6 +149,10 @@ class ELLA(FeatureLaplace):
             Rows whose target is masked belong to no class and are not drawn.
         progress_bar
             Show a progress bar.
+
+        Returns
+        -------
+        This object.
 
         Raises
         ------
@@ -188,6 +195,7 @@ class ELLA(FeatureLaplace):
             fit, history = self._accumulate(batches, directions, data, every)
         self._fit, self.fit_history_ = fit, history
         self._hyperparameters_changed()
+        return self
 
     def _directions(self, train_loader: Iterable[Any], balanced: bool) -> Tensor:
         """Vᵀ, ``[K, P]``, from a subsample of the data."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,9 @@ from laplace.structures.by_hand import assigned_curvature, independent, zero_cur
 from laplace.tuning import HeadData, fit_at
 from laplace.types import Inputs, Scalar
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FROM_STATE = "The state that was loaded holds none: fit again."
 """Why there is no density, and why there are no features, after loading."""
 
@@ -55,7 +58,7 @@ class ParametricLaplace(FittedLaplace):
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     @linalg.lasting
-    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> None:
+    def fit(self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False) -> Self:
         """Learn the curvature at the weights the model has.
 
         Parameters
@@ -67,6 +70,10 @@ class ParametricLaplace(FittedLaplace):
             Start again; ``False`` adds the new data to what was learned before, exactly.
         progress_bar
             Show a progress bar.
+
+        Returns
+        -------
+        This object.
 
         Raises
         ------
@@ -104,6 +111,7 @@ class ParametricLaplace(FittedLaplace):
                 kept = None if self._kept is None else self._kept.followed_by(kept)
             self._kept, self._why_not = kept, observed.reasons(previous is not None)
             self._hyperparameters_changed()
+        return self
 
     def _fit_options(self) -> dict[str, Any]:
         """Options of the structure's ``accumulate``."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,9 @@ from laplace.predictive import Linearization
 from laplace.schema import Known, Table, flag, nested, tensor, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @described
@@ -128,7 +131,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     @linalg.lasting
-    def fit(self, train_loader: Iterable[Any], progress_bar: bool = False) -> None:
+    def fit(self, train_loader: Iterable[Any], progress_bar: bool = False) -> Self:
         """Choose the subset, and learn what its kernel is made of.
 
         Parameters
@@ -138,6 +141,10 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             that has no length needs memory for all data until the subset is drawn.
         progress_bar
             Show a progress bar.
+
+        Returns
+        -------
+        This object.
 
         Raises
         ------
@@ -172,6 +179,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
             fit = training.fit(train_loader)
         self._fit = fit
         self._hyperparameters_changed()
+        return self
 
     def _accumulate(self, loader: Any, batches: Iterable[Batch]) -> Learned | None:
         """Negative log-likelihood of all data and curvature of the subset; ``None`` when there are no data."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from laplace.predictive import Linearization
 from laplace.schema import Known, Table, finite, listed, real, refuse, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @described
@@ -182,7 +185,7 @@ class VaLLA(FeatureLaplace):
         progress_bar: bool = False,
         override: bool = True,
         train_hyperparameters: bool = True,
-    ) -> None:
+    ) -> Self:
         """Train what the data say at the inducing points, with prior precision and noise.
 
         Parameters
@@ -204,6 +207,10 @@ class VaLLA(FeatureLaplace):
             model have changed since, that is where training starts, and all else is of the new weights.
         train_hyperparameters
             Train prior precision (and the noise of regression); ``False`` leaves them as they are.
+
+        Returns
+        -------
+        This object.
 
         Raises
         ------
@@ -281,6 +288,7 @@ class VaLLA(FeatureLaplace):
         self._fit = Fit(mean, learned, sums.nll.to(self._dtype), *counts)
         self.fit_history_ = history
         self._hyperparameters_changed()
+        return self
 
     @property
     def _trained(self) -> InducingCurvature | None:

@@ -44,8 +44,7 @@ class Prediction:
     --------
     >>> from laplace import Laplace
     >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
-    >>> la = Laplace(model, "classification", prior_precision=2.0)
-    >>> la.fit([(x, y)])
+    >>> la = Laplace(model, "classification", prior_precision=2.0).fit([(x, y)])
     >>> prediction = la.predict(x)
     >>> prediction.mean.shape, prediction.mutual_information.shape
     (torch.Size([8, 3]), torch.Size([8]))
