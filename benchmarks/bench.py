@@ -1,6 +1,6 @@
 """Every table of costs, and one page of them: beside bare passes of the same model and beside laplace-torch.
 
-    python benchmarks/bench.py [--peer PATH/TO/PYTHON] [--output DIR] [--page]
+    python benchmarks/bench.py [--peer PATH/TO/PYTHON] [--keep-peer] [--output DIR] [--page]
 
 Runs the scripts named in ``SCRIPTS`` on the CPU and, where there is one, on a CUDA device; each writes a table of its
 own into ``results/``. Then it prints ``results/bench.md``. ``--page`` makes the page of tables that are there already.
@@ -180,11 +180,12 @@ def main() -> None:
     """Measure everything and print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
+    parser.add_argument("--keep-peer", action="store_true", help="take the peer's rows from the last results")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the tables and the page")
     parser.add_argument("--page", action="store_true", help="measure nothing: make the page of the tables")
     arguments = parser.parse_args()
     devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
-    peer = ["--peer", arguments.peer] if arguments.peer else []
+    peer = ["--peer", arguments.peer] if arguments.peer else ["--keep-peer"] * arguments.keep_peer
     for device in [] if arguments.page else devices:
         for name in SCRIPTS:
             where = ["--device", device, "--output", str(arguments.output)]

@@ -11,11 +11,10 @@ diagonal of the softmax Hessian alone: compare its classification with the row t
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, named, number, run, shorten, table_arguments, write
+from measuring import PEER, earlier, key, libraries, markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -82,35 +81,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(COLUMNS, lines)
 
 
-def key(row: dict[str, Any]) -> str:
-    """What was measured, of which library."""
-    return json.dumps({name: value for name, value in row.items() if name != "result"}, sort_keys=True)
-
-
 def main() -> None:
     """Measure every case and write the table."""
     parser = table_arguments(__doc__)
-    parser.add_argument("--keep-peer", action="store_true", help="take the peer's rows from the last results")
     parser.add_argument("--config", type=Path, default=HERE / "function_space.json")
     arguments = parser.parse_args()
     output = arguments.output or HERE / "results"
     config = json.loads(arguments.config.read_text())
-    peer = "laplace-torch 0.3"
-    libraries = {"laplace": sys.executable} | ({peer: arguments.peer} if arguments.peer or arguments.keep_peer else {})
-    earlier = output / f"{named('function_space', arguments.device)}.json"
-    last = json.loads(earlier.read_text())["rows"] if arguments.keep_peer else []
-    kept = {key(row): row["result"] for row in last if row["library"] == peer}
+    kept = earlier(arguments, "function_space", HERE / "results")
     rows = []
     for index, case in enumerate(config["cases"]):
-        for library, python in libraries.items():
+        for library, python in libraries(arguments).items():
             if library != "laplace" and case.get("diagonal"):
                 continue  # the row before is the same there
             where = ["--config", str(arguments.config.resolve()), "--case", str(index), "--device", arguments.device]
-            result = kept.get(key({"library": library, **case}))
+            result = kept.get(key(case)) if library == PEER else None
             if result is None and python is None:
                 continue
             if result is None:
-                result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library == peer)
+                result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library == PEER)
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     write(output, "function_space", config, rows, table(rows), arguments.device)

@@ -1,6 +1,6 @@
 """What the last layer costs, in units of bare inference of the same model in the same run.
 
-    python benchmarks/last_layer.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--output DIR]
+    python benchmarks/last_layer.py [--peer PATH/TO/PYTHON] [--keep-peer] [--device DEVICE] [--output DIR]
 
 Writes ``results/last_layer.json`` and ``results/last_layer.md``. ``--peer`` names an interpreter in whose environment
 laplace-torch is installed; its rows are measured with the same models, data and settings.
@@ -9,11 +9,10 @@ laplace-torch is installed; its rows are measured with the same models, data and
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, table_arguments, write
+from measuring import PEER, earlier, key, libraries, markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "last_layer.json"
@@ -100,13 +99,15 @@ def main() -> None:
     """Measure every case and write the table."""
     arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
-    libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
+    kept = earlier(arguments, "last_layer", HERE / "results")
     rows = []
     for index, case in enumerate(config["cases"]):
-        for library, python in libraries.items():
-            peer = library != "laplace"
+        for library, python in libraries(arguments).items():
             where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
-            result = run(python, HERE / "measure_last_layer.py", where, config["limit_s"], peer)
+            result = kept.get(key(case)) if library == PEER else None
+            if result is None and python is None:
+                continue
+            result = result or run(python, HERE / "measure_last_layer.py", where, config["limit_s"], library == PEER)
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     write(arguments.output or HERE / "results", "last_layer", config, rows, table(rows), arguments.device)

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,9 +136,37 @@ def table_arguments(doc: str | None) -> argparse.ArgumentParser:
     """What every script that writes a table takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="interpreter of an environment with laplace-torch")
+    parser.add_argument("--keep-peer", action="store_true", help="take the peer's rows from the last results")
     parser.add_argument("--device", default="cpu", help="where models and data are: cpu or cuda")
     parser.add_argument("--output", type=Path, help="folder of the results (default: results/)")
     return parser
+
+
+PEER = "laplace-torch 0.3"
+BOUNDS = {
+    "case", "density", "fit", "fit_mb", "library", "mb", "passes", "predict", "predict_mb", "predict_ms", "result",
+}  # fmt: skip
+"""What a row says beside what was measured."""
+
+
+def key(row: dict[str, Any]) -> str:
+    """What was measured."""
+    return json.dumps({name: value for name, value in row.items() if name not in BOUNDS}, sort_keys=True)
+
+
+def libraries(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Interpreters of the libraries that a table has rows of; of the peer ``None`` where rows are kept."""
+    with_peer = arguments.peer or arguments.keep_peer
+    return {"laplace": sys.executable} | ({PEER: arguments.peer} if with_peer else {})
+
+
+def earlier(arguments: argparse.Namespace, name: str, results: Path) -> dict[str, dict[str, Any]]:
+    """The peer's results in the last table, by what was measured; none unless they are asked for."""
+    path = (arguments.output or results) / f"{named(name, arguments.device)}.json"
+    if not arguments.keep_peer or not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {key(row): row["result"] for row in rows if row.get("back_end") or row.get("library") == PEER}
 
 
 def named(name: str, device: str) -> str:

@@ -1,6 +1,6 @@
 """How costs grow with data, outputs, features, inducing points and weights, beside what the formulas say.
 
-    python benchmarks/scale.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--output DIR]
+    python benchmarks/scale.py [--peer PATH/TO/PYTHON] [--keep-peer] [--device DEVICE] [--output DIR]
 
 Writes ``results/scale.json`` and ``results/scale.md``. An exponent is the slope of log time over log size between the
 two largest sizes of a sweep, of which all but one number stay as they are (the configuration is ``scale.json``). It is
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, run, table_arguments, write
+from measuring import PEER, earlier, key, libraries, markdown, run, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "scale.json"
@@ -80,12 +79,15 @@ def main() -> None:
     """Measure every sweep and write the table."""
     arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
-    libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
+    kept = earlier(arguments, "scale", HERE / "results")
     rows: list[dict[str, Any]] = []
     for index, case in enumerate(config["cases"]):
-        for library, python in libraries.items():
+        for library, python in libraries(arguments).items():
             where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
-            result = run(python, HERE / "measure_scale.py", where, config["limit_s"], library != "laplace")
+            result = kept.get(key(case)) if library == PEER else None
+            if result is None and python is None:
+                continue
+            result = result or run(python, HERE / "measure_scale.py", where, config["limit_s"], library == PEER)
             rows.append({"library": library, **case, "result": result})
             print(markdown(COLUMNS, [cells(rows[-1])]).splitlines()[-1], flush=True)
     write(arguments.output or HERE / "results", "scale", config, rows, table(rows), arguments.device)

@@ -1,6 +1,6 @@
 """What tuning a last layer costs, in units of bare inference over the validation data in the same run.
 
-    python benchmarks/tuning_cost.py [--peer PATH/TO/PYTHON] [--device DEVICE] [--output DIR]
+    python benchmarks/tuning_cost.py [--peer PATH/TO/PYTHON] [--keep-peer] [--device DEVICE] [--output DIR]
 
 Writes ``results/tuning_cost.json`` and ``results/tuning_cost.md``. ``--peer`` names an interpreter in whose environment
 laplace-torch is installed; its grid has fewer points (the configuration is ``tuning_cost.json``).
@@ -9,11 +9,10 @@ laplace-torch is installed; its grid has fewer points (the configuration is ``tu
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, table_arguments, write
+from measuring import PEER, earlier, key, libraries, markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "tuning_cost.json"
@@ -64,12 +63,15 @@ def main() -> None:
     """Measure every case and write the table."""
     arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
-    libraries = {"laplace": sys.executable} | ({"laplace-torch 0.3": arguments.peer} if arguments.peer else {})
+    kept = earlier(arguments, "tuning_cost", HERE / "results")
     rows = []
     for index, case in enumerate(config["cases"]):
-        for library, python in libraries.items():
+        for library, python in libraries(arguments).items():
             where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
-            result = run(python, HERE / "measure_tuning.py", where, config["limit_s"], library != "laplace")
+            result = kept.get(key(case)) if library == PEER else None
+            if result is None and python is None:
+                continue
+            result = result or run(python, HERE / "measure_tuning.py", where, config["limit_s"], library == PEER)
             rows.append({"library": library, **case, "result": result})
             print(table(rows[-1:], config).splitlines()[-1], flush=True)
     text = table(rows, config)

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measuring import markdown, number, run, shorten, table_arguments, write
+from measuring import PEER, earlier, key, markdown, number, run, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "whole_network.json"
-PEER = "laplace-torch 0.3"
 
 COLUMNS = [
     "network",
@@ -141,7 +140,8 @@ def main() -> None:
     parser.add_argument("-k", default="", help="only the cases whose network and title contain this text")
     arguments = parser.parse_args()
     config = json.loads(CONFIG.read_text())
-    back_ends = [None, *(config["peer_back_ends"] if arguments.peer else [])]
+    kept = earlier(arguments, "whole_network", HERE / "results")
+    back_ends = [None, *(config["peer_back_ends"] if arguments.peer or kept else [])]
     output = arguments.output or (None if arguments.k else HERE / "results")
     rows: list[dict[str, Any]] = []
     for index, case in enumerate(config["cases"]):
@@ -153,7 +153,10 @@ def main() -> None:
             python = arguments.peer if back_end else sys.executable
             network = config["networks"][case["network"]]
             limit = network.get("peer_limit_s", network["limit_s"]) if back_end else network["limit_s"]
-            result = run(python, HERE / "measure_whole_network.py", where, limit, peer=back_end is not None)
+            result = kept.get(key({**case, "back_end": back_end})) if back_end else None
+            if result is None and python is None:
+                continue
+            result = result or run(python, HERE / "measure_whole_network.py", where, limit, peer=back_end is not None)
             rows.append({"case": index, **case, "back_end": back_end, "result": result})
             print(markdown(COLUMNS, [cells(rows[-1], rows[-1:])]).splitlines()[-1], flush=True)
         if output:  # after each case: a run that is cut off keeps what it has
