@@ -260,7 +260,7 @@ class Planner:
             weights.outputs_and_features(self.x)
         except (UnsupportedError, ShapeError):
             return None
-        layer = weights._extractor.last_layer
+        layer = weights.extractor.last_layer
         return None if layer is None else head_of(layer).groups(layer)
 
 
