@@ -73,7 +73,7 @@ def test_estimators_pass_the_checks_of_scikit_learn(estimator: Any, monkeypatch:
     assert len(told) > 45
 
 
-def test_a_trained_network_gives_the_numbers_of_the_librarys_estimator() -> None:
+def test_a_trained_network_gives_the_numbers_of_laplace_itself() -> None:
     model, rows, labels = trained(), torch.from_numpy(X), torch.from_numpy(Y)
     before = copy.deepcopy(model.state_dict())
     classifier = LaplaceClassifier(model, batch_size=64).fit(X[::2], NAMES[::2], X_val=X[1::2], y_val=NAMES[1::2])
