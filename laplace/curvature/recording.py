@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Recording:
         self.calls: list[Call] = tape.calls
         self._tracked, self._opaque = tape.tracked, tape.opaque
         self._memory, self.names = memory, names
-        self._kept = Kept(2 * CHUNK_ELEMENTS, self.outputs[0].numel())
+        self._kept = Kept(2 * CHUNK_ELEMENTS, prod(self.outputs.shape[1:]))
         self._lookups, self._reorders = tape.lookups, tape.reorders
         self.mask = mask
 
@@ -262,7 +263,7 @@ class Recording:
                 if proves_it and group not in self._mixing:
                     verdict.settled.add(group)
         # Tensors made here have no graph.
-        self._kept = Kept(2 * CHUNK_ELEMENTS, self.outputs[0].numel())
+        self._kept = Kept(2 * CHUNK_ELEMENTS, prod(self.outputs.shape[1:]))
         return verdict, proven and largest > 0
 
     @cached_property

@@ -121,7 +121,7 @@ def test_data_that_are_kept_until_they_are_counted_have_a_bound(monkeypatch):
 
 
 def test_matrices_that_cannot_fit_are_refused_in_the_first_batch(monkeypatch):
-    monkeypatch.setattr(linalg, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(linalg, "memory_of", lambda device: 1500)
     with pytest.raises(
         UnsupportedError, match=r"n_subset=5 makes 1 matrices of 15×15 numbers.*independent_outputs=True"
     ):

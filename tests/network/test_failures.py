@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from laplace import Laplace
-from laplace.errors import InputError, MissingKeyError, ModelError, UnsupportedError
+from laplace.errors import InputError, MissingKeyError, ModelError, OutOfMemoryError, UnsupportedError
 from laplace.network.batches import iterate
 from laplace.network.failures import described
 from tests.contracts import model_untouched
@@ -90,7 +90,16 @@ def test_a_failing_model_is_named_with_the_batch_its_shapes_and_its_own_exceptio
     assert torch.equal(la(X), before)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt(), OSError("disk")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError("full")])
+def test_a_model_that_runs_out_of_memory_is_told_what_takes_less(error):
+    la = estimator("all", Fussy(error))
+    with pytest.raises(OutOfMemoryError, match=r"full.*smaller batches") as caught:
+        la.fit([(100 * torch.ones(2, 3), Y[:2])])
+    assert caught.value.__cause__ is error
+    assert isinstance(caught.value, (torch.OutOfMemoryError, MemoryError))  # loops that try smaller batches see it
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk")])
 def test_exceptions_that_mean_something_else_pass(error):
     la = estimator("all", Fussy(error))
     with pytest.raises(type(error)) as caught:
