@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laplace.curvature.layers import as_they_are
 from laplace.curvature.roles import Product, Role, Sum
 
 Roles = list[tuple[Tensor, Role]]
@@ -214,17 +215,17 @@ def roles(x: Tensor, steps: Steps, weights: Sequence[Tensor], series: Series) ->
     """What the weights do, in terms of gradients at p, ``[columns, *lead, G]``."""
     n_lead = x.dim() - 1
 
-    def hidden(g: Tensor) -> Tensor:
-        if not steps.resets:
-            return g
-        reset = series.join(steps.resets)
-        return torch.cat([g[..., : -reset.shape[-1]], g[..., -reset.shape[-1] :] * reset], -1)
+    def reset(g: Tensor) -> Tensor:
+        factor = series.join(steps.resets)
+        return torch.cat([g[..., : -factor.shape[-1]], g[..., -factor.shape[-1] :] * factor], -1)
 
-    of_hidden = Product(lambda: series.join(steps.before).unsqueeze(-2), lambda g: hidden(g).unsqueeze(-2), n_lead)
-    of_inputs = Product(lambda: x.unsqueeze(-2), lambda g: g.unsqueeze(-2), n_lead)
+    hidden = reset if steps.resets else as_they_are
+    # Functions that a weight and its bias have in common, so that what they make is shared.
+    of_inputs = Product(lambda: x.unsqueeze(-2), as_they_are, n_lead)
+    of_hidden = Product(lambda: series.join(steps.before).unsqueeze(-2), hidden, n_lead)
     found: Roles = [(weights[0], of_inputs), (weights[1], of_hidden)]
     if len(weights) > 2:
-        found += [(weights[2], Sum(lambda g: g, n_lead)), (weights[3], Sum(hidden, n_lead))]
+        found += [(weights[2], Sum(as_they_are, n_lead)), (weights[3], Sum(hidden, n_lead))]
     return found
 
 
