@@ -252,7 +252,8 @@ def _of_rank(matrix: Float[Tensor, "n n"], rank: int, resolution: float) -> tupl
         return None
     zeros = values.new_zeros(size - len(values))
     vectors = torch.cat([basis[:, rank + PROBES :], some @ turn], 1)
-    return torch.cat([zeros, values.clamp(min=0)]).to(matrix), vectors.to(matrix)
+    values, order = torch.cat([zeros, values]).sort(stable=True)
+    return values.to(matrix), vectors[:, order].to(matrix)
 
 
 def wide_dtype(like: Tensor) -> torch.dtype:

@@ -51,6 +51,14 @@ def test_clearly_negative_eigenvalues_are_refused():
         linalg.eigh(torch.diag(torch.tensor([1.0, -0.1]).double()))
 
 
+def test_clearly_negative_eigenvalues_are_refused_where_the_range_is_found_by_products():
+    matrix = low_rank(200, 3)
+    vectors = torch.linalg.eigh(matrix)[1][:, -3:]
+    indefinite = vectors @ torch.diag(torch.tensor([1.0, 0.5, -0.4]).double()) @ vectors.T
+    with pytest.raises(NotPositiveDefiniteError, match="negative eigenvalue, -4"):
+        linalg.eigh(indefinite, rank=3)
+
+
 @pytest.mark.parametrize("rank", [0, 2, 5])
 def test_a_root_exists_for_singular_matrices_too(rank):
     matrix = torch.stack([psd(5, seed, rank=rank) for seed in range(3)])

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from laplace.baselaplace.measured import Call, Measured, Repeated, Watch, measured, peak_of, whole
 from laplace.baselaplace.observed import KEPT_FEATURES
@@ -20,6 +21,7 @@ from laplace.free_memory import Memory, amount, explained, of_device
 from laplace.network import ParameterSubset, evaluating
 from laplace.network.batches import inputs_of, rows_of
 from laplace.network.heads import head_of
+from laplace.network.whole_network import unwrap
 from laplace.structures import STRUCTURES
 
 FEW = 2
@@ -142,7 +144,7 @@ class Planner:
     def _prediction(self, fitted: Any, kept: int) -> Cost:
         """Of predictions: the first factorizes, those after it do not."""
         own = vars(self.la).get("_fit")
-        la, network = fitted if own is None else self._twin(own), self.la._network
+        la, network = fitted if own is None else self._twin(own), self._network
 
         def predict(loader: Repeated) -> list[Any]:
             with torch.no_grad():
@@ -168,7 +170,7 @@ class Planner:
         def tune(la: Any, loader: Repeated) -> None:
             self._twin(la._fit, **{name: vars(la)[name] for name in names if name in vars(la)}).tune(loader)
 
-        network = self.la._network
+        network = self._network
         try:
             with explained("tuning", lambda: ""):
                 found = measured(lambda loader: tune(fitted, loader), self.batch, self._watch, network)
@@ -186,6 +188,11 @@ class Planner:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _network(self) -> nn.Module:
+        """The module whose passes are counted: of a compiled or a parallel one the inner one, which all passes run."""
+        return unwrap(self.la._network)
+
     def _watch(self) -> Watch:
         return Watch(self.rows, self.la._device)
 
@@ -196,7 +203,7 @@ class Planner:
             with explained("the batch", lambda: ""):
                 needed = self._more_than_free(run, beside)
                 if needed is None:
-                    return measured(run, self.batch, self._watch, self.la._network)
+                    return measured(run, self.batch, self._watch, self._network)
         except OutOfMemoryError as error:
             return Cost(fits=False, instead=(str(error), *self._fewer_rows(None)))
         return Cost(bytes=needed, fits=False, instead=self._fewer_rows(needed))
@@ -207,7 +214,7 @@ class Planner:
         while self.memory is not None and rows < self.rows:
             few = rows_of(self.batch, slice(0, rows), self.rows)
             try:
-                sizes.append((rows, beside + peak_of(run, few, self._watch(), self.la._network)[0]))
+                sizes.append((rows, beside + peak_of(run, few, self._watch(), self._network)[0]))
             except InputError:  # where all of these rows are masked, or some class is not among them
                 return None
             if _at(sizes, self.rows) < self.memory.free / 2:

@@ -23,6 +23,7 @@ from laplace.network import Batch, FeatureExtractor, ParameterSubset, WholeNetwo
 from laplace.network.heads import head_of, is_head, n_outputs
 from laplace.network.outputs import Reading
 from laplace.network.threads import together
+from laplace.network.whole_network import unwrap
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.schema import Known, Table, check_entries, indices, optional, text
 from laplace.types import Inputs
@@ -137,7 +138,7 @@ class AllWeights:
     @cached_property
     def extractor(self) -> FeatureExtractor:
         """Sees what enters the last linear layer."""
-        extractor = FeatureExtractor(self.model, **self._options)
+        extractor = FeatureExtractor(unwrap(self.model), **self._options)  # as the back end runs it
         extractor.only_looks = True
         return extractor
 

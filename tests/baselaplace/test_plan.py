@@ -57,6 +57,17 @@ class Counter:
         return self.forward - before[0], self.backward - before[1]
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize("subset", ["last_layer", "all"])
+def test_passes_of_a_model_in_a_wrapper_are_those_of_the_model(subset, wrap):
+    plain = Laplace(network(), "classification", subset, "diag").plan(LOADER, tune=False)
+    wrapped = Laplace(wrap(network()), "classification", subset, "diag").plan(LOADER, tune=False)
+    for name in ("fit", "predict"):
+        own, other = getattr(plain, name), getattr(wrapped, name)
+        assert own.forward_passes > 0
+        assert (own.forward_passes, own.backward_passes) == (other.forward_passes, other.backward_passes)
+
+
 @pytest.mark.parametrize("subset", ["last_layer", "all"])
 @pytest.mark.parametrize("structure", slow_but(["kron"], ["diag", "kron", "ekfac", "full"]))
 def test_passes_are_those_of_the_calls(subset: str, structure: str) -> None:
