@@ -15,7 +15,7 @@ from laplace import Laplace, pending, processes
 from laplace.errors import InputError, ProcessError, UnsupportedError
 from laplace.network import Batch
 from laplace.network.shards import without_padding
-from laplace.structures import wide_kron
+from laplace.structures import subspace, wide_kron
 from tests.kinds import KINDS, data, dense, make, network
 from tests.processes.run import alone, assert_alike, assert_same_everywhere, run, shard
 
@@ -262,6 +262,26 @@ def calls_that_differ(rank: int, n: int) -> None:
     la.tune(shard(X, Y))
 
 
+def as_a_matrix(rank: int, n: int) -> None:
+    """Processes form a matrix where one would, and none does where one of them has no room."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 12), torch.nn.Tanh(), torch.nn.Linear(12, 2)).double()
+    for options in ({}, {"rank": 15}):
+        la, one = (Laplace(net, "classification", "all", "lowrank", **options) for _ in range(2))
+        la.fit(shard(X, Y))
+        alone(one, [(X, Y)])
+        assert la._fit.curvature.n_passes == one._fit.curvature.n_passes
+        assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
+        assert_same_everywhere(dense(la.posterior_precision))
+    known, subspace.MATRIX_ELEMENTS = subspace.MATRIX_ELEMENTS, 0 if rank == 1 else 2**24
+    try:
+        la = Laplace(net, "classification", "all", "lowrank")
+        la.fit(shard(X, Y))
+    finally:
+        subspace.MATRIX_ELEMENTS = known
+    assert_same_everywhere(dense(la.posterior_precision))
+
+
 def many_outputs(rank: int, n: int) -> None:
     """All keep the outputs with most curvature in the sum; where no others were dropped, the sum is that of one."""
     before = wide_kron.WIDE, wide_kron.KEPT
@@ -292,7 +312,7 @@ CHECKS = {
     for check in (
         every_kind, sampled, tuned, shards_of_any_kind, more_data, one_fails, what_has_no_sum,
         processes_over_functions, several_heads, groups, on_accelerators, calls_that_differ,
-        many_outputs,
+        many_outputs, as_a_matrix,
     )
 }  # fmt: skip
 
