@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,8 @@ class Fit:
     """Sums of the features of each class; ``None`` where there are none."""
     averaged: bool = False
     """Whether the curvature is averaged over a Gaussian around the mean, by variational inference."""
+    parts: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Digests of the fits that were merged (1) or subtracted (−1) since; not saved."""
 
     @property
     def feature_density(self) -> FeatureDensity | None:
@@ -106,7 +108,7 @@ class Fit:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled, also where it said of a head only whether it has a bias."""
-        vars(self).update(state)
+        vars(self).update({"parts": {}, **state})
         bias = vars(self).pop("head_bias", None)
         if bias is not None:
             width = len(self.mean) // self.n_outputs - int(bias)
@@ -229,6 +231,7 @@ class Fit:
             other.noise_shape,
             other.trained,
             density,
+            parts=self.parts,
         )
 
     def subtract(self, other: Fit, *, squares: bool = True) -> Fit:

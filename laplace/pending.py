@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from laplace.errors import InputError, current_batch, of_batch
+from laplace.errors import InputError, ProcessError, current_batch, of_batch
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -75,7 +75,8 @@ _GATHERED: ContextVar[Gathered | None] = ContextVar("_GATHERED", default=None)
 def gathered() -> Generator[Gathered]:
     """Gather flags in the body and read them at its end; of a body within another, at the end of that.
 
-    Where the body raises, an earlier flag may say why: its error comes instead.
+    Where the body raises, an earlier flag may say why: its error comes instead, but not of what another process raised,
+    which all know already.
     """
     outer = _GATHERED.get()
     if outer is not None:
@@ -85,8 +86,9 @@ def gathered() -> Generator[Gathered]:
     token = _GATHERED.set(here)
     try:
         yield here
-    except Exception:
-        here.read()
+    except Exception as error:
+        if not isinstance(error, ProcessError):
+            here.read()
         raise
     finally:
         _GATHERED.reset(token)

@@ -12,7 +12,7 @@ from torch import nn
 
 from laplace import Laplace, pending
 from laplace.curvature import AutogradEF
-from laplace.errors import InputError, UnsupportedError
+from laplace.errors import InputError, ProcessError, UnsupportedError
 from tests.synchronizations import Synchronizations
 from tests.tools import assert_close
 
@@ -281,3 +281,17 @@ def test_the_counter_sees_what_waits_and_nothing_else():
         torch.where(x > 1, x, 0.0).sum(), x[2:], x[torch.arange(2)], x.sort(), torch.full((), 3.0, device="cpu")
         torch.linalg.cholesky_ex(torch.eye(2)), x.repeat_interleave(2)
     assert not found.count, str(found)
+
+
+def test_flags_do_not_hide_that_another_process_failed(reading_waits):
+    """All know of that one; a second error would be told to processes that are gone."""
+
+    def run(error):
+        with pending.gathered():
+            pending.refuse(torch.tensor(True), InputError, lambda: "an earlier flag")
+            raise error
+
+    with pytest.raises(ProcessError, match="another one"):
+        run(ProcessError("another one"))
+    with pytest.raises(InputError, match="an earlier flag"):
+        run(RuntimeError("this one"))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace import checks, linalg, tuning
+from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace import explained, merging, plan, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
@@ -23,8 +23,7 @@ from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, ch
 from laplace.errors import refuse_before_fit
 from laplace.fit import Fit
 from laplace.likelihoods import AbstractLikelihood, chosen
-from laplace.network import Batch, full_precision, iterate
-from laplace.network.shards import without_padding
+from laplace.network import Batch, full_precision, iterate, shards
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.schema import Known, Table, check_entries, nested
@@ -90,7 +89,7 @@ class FittedLaplace(BaseLaplace):
         """Batches of a user's loader, on the device of the model."""
         told = {name: getattr(self, name) for name in ("dict_key_x", "dict_key_y", "shift_labels")}
         batches = iterate(loader, **told, device=self._device, progress_bar=progress_bar, description=description)
-        return map(self._random_weights.aligned, without_padding(loader, batches))
+        return map(self._random_weights.aligned, shards.without_padding(loader, batches))
 
     def _checked_jacobians(self, jacobians: Any) -> Tensor:
         """Jacobians of a user in the precision of the posterior; their shape is checked where they are used."""
@@ -388,14 +387,15 @@ class FittedLaplace(BaseLaplace):
         for a variance that grows away from the data; Chen, Wiesel, Eldar & Hero (2010), "Shrinkage algorithms for MMSE
         covariance estimation", for the covariances of the density.
         """
-        verbose, n_steps, _ = methods.checked_steps(verbose, progress_bar, n_steps)
-        structure = methods.not_diagonal(choose(PriorStructure, prior_structure, "prior_structure"))
-        self._fitted  # noqa: B018 - raises before anything else is looked at
-        options = self._tuning_options(pred_type, link_approx, n_samples, generator)
-        asked = tuning.Settings(options, structure, n_steps, score, noise, val_loader, progress_bar)
-        wanted = tuning.checked_recipe(train_loader, refit, average, distance_aware, max_rows)
-        limits = methods.checked_limits_by_name(limits)
-        return self._tuned_by_validation(asked, wanted, output_temperature, limits, verbose=verbose)
+        with states.all_or_nothing(self), processes.agreed():
+            verbose, n_steps, _ = methods.checked_steps(verbose, progress_bar, n_steps)
+            structure = methods.not_diagonal(choose(PriorStructure, prior_structure, "prior_structure"))
+            self._fitted  # noqa: B018 - raises before anything else is looked at
+            options = self._tuning_options(pred_type, link_approx, n_samples, generator)
+            asked = tuning.Settings(options, structure, n_steps, score, noise, val_loader, progress_bar)
+            wanted = tuning.checked_recipe(train_loader, refit, average, distance_aware, max_rows)
+            limits = methods.checked_limits_by_name(limits)
+            return self._tuned_by_validation(asked, wanted, output_temperature, limits, verbose=verbose)
 
     def _tuned_by_validation(
         self, asked: tuning.Settings, wanted: tuning.Recipe, *further: Any, verbose: bool

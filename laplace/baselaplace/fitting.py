@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from laplace import pending, processes
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.observed import UNSEEN, Observed
 from laplace.baselaplace.random_weights import AllWeights
-from laplace.baselaplace.statefile import digest
+from laplace.baselaplace.statefile import digest, fingerprint
 from laplace.curvature import CurvatureInterface
 from laplace.errors import InputError, ShapeError, UnsupportedError, warn
 from laplace.fit import Fit
@@ -121,7 +122,7 @@ class Training:
         return Fit(mean, curvature, nll.sum(), *numbers, by_output, self.weights.head, shape, density=density)
 
     def _share(self, team: Team, counts: dict[str, Any]) -> None:
-        """Bring counts, and what was seen of features, together, and see that processes have the same weights.
+        """Bring counts, and what was seen of features, together, and see that processes have the same model.
 
         Raises
         ------
@@ -130,12 +131,15 @@ class Training:
         """
         subset = self.weights.subset
         assert subset is not None, "the model has run"
-        marks = [record["weights"] for record in team.exchange("weights", weights=digest({"": subset.vector()}))]
-        if len(set(marks)) > 1:
+        model = self.weights.model  # of one that is sharded each process has another part
+        own = [digest({"": subset.vector()}), "" if is_collective(model) else fingerprint(model)]
+        marks = [record["weights"] for record in team.exchange("weights", weights=own)]
+        if any(mark != own for mark in marks):
             msg = (
-                "The processes have different weights, around which their curvatures have no sum. Load the same "
-                "weights in each (DistributedDataParallel does), or fit in each alone, within "
-                "laplace.processes.within(None)."
+                "The processes have different weights or buffers, around which their curvatures have no sum. Load the "
+                "same weights in each (DistributedDataParallel does); running statistics of BatchNorm, which each "
+                "process has of its own after training, take SyncBatchNorm, or torch.distributed.broadcast(buffer, 0) "
+                "for each of model.buffers(). Or fit in each alone, within laplace.processes.within(None)."
             )
             raise InputError(msg)
         numbers = team.summed([torch.tensor([int(count) for count in counts.values()])], "counts")[0].tolist()
@@ -216,6 +220,39 @@ class Training:
             backend.output_likelihood, backend.loss_by_output = before, False
 
 
+def check_previous(team: Team | None, previous: Fit | None) -> None:
+    """Raise where a fit cannot be added to (``override=False``), or is another one in another process.
+
+    Raises
+    ------
+    InputError
+        If it is another one.
+    """
+    if previous is not None:
+        previous.check_merge()
+    if team is None:
+        return
+    own = None if previous is None else [previous.n_data, previous.n_positions, float(previous.nll.nan_to_num())]
+    for rank, record in enumerate(team.exchange("fit", previous=own)):
+        other = record["previous"]
+        if (own is None) != (other is None) or (own and other and not all(map(_close, own, other))):
+            msg = (
+                f"override=False adds to what was learned before, which is not the same in all processes: that of "
+                f"process {team.rank} is {_told(own)}, that of process {rank} {_told(other)}. Fit or load the same in "
+                "each first, or fit with override=True."
+            )
+            raise InputError(msg)
+
+
+def _close(first: float, second: float) -> bool:
+    return math.isclose(first, second, rel_tol=1e-6)
+
+
+def _told(previous: Sequence[float] | None) -> str:
+    """A fit in words."""
+    return "none" if previous is None else f"of {previous[0]} rows with a loss of {previous[2]:.6g}"
+
+
 def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
     """Assign a fit, and drop what was chosen for another head or compared with rows under another density."""
     earlier, now = vars(la).get("_fit"), la._adjustments
@@ -238,4 +275,4 @@ def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
         warn(msg, UserWarning)
 
 
-__all__ = ["Learned", "Training", "take_fit"]
+__all__ = ["Learned", "Training", "check_previous", "take_fit"]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -58,7 +59,7 @@ def merge(self: Own, other: Own) -> Own:
     Notes
     -----
     Exact: equal to one ``fit`` to all data, to rounding. No pass over data is made. Whether data overlap can be seen
-    only where they are all the same.
+    only where they are all the same, or those of a fit that was merged before, unless this object was saved since.
     """
     return _combined(self, other, add=True)
 
@@ -122,8 +123,9 @@ def _combined(la: Any, other: Any, *, add: bool) -> Any:
             f"{float((here.mean - there.mean).abs().max()):.3g}. Fit both around the same weights of the model."
         )
         raise InputError(msg)
+    mark = digest({"nll": there.nll, "n": there.n_data, "curvature": there.curvature.state()})
     if add:
-        if other is la or _same_data(here, there):
+        if other is la or _same_data(here, there) or here.parts.get(mark) == 1:
             msg = "The other object was fitted to the same data, which would count twice. Merge each part once."
             raise InputError(msg)
         fit, kept, why = here.merge(there), *_kept(la, other)
@@ -134,8 +136,12 @@ def _combined(la: Any, other: Any, *, add: bool) -> Any:
                 "for them. Fit the data that are left, or use the exact curvature."
             )
             raise UnsupportedError(msg)
+        if here.parts.get(mark) == -1:
+            msg = "The data of the other object were subtracted before. Subtract each part once."
+            raise InputError(msg)
         fit = here.subtract(there, squares=la.backend.matrix != "Hessian")
         kept, why = None, "subtract() removed some of their rows."
+    fit = replace(fit, parts={**here.parts, mark: here.parts.get(mark, 0) + (1 if add else -1)})
     reason = (la if here.density is None else other)._why_not[0] if fit.density is None else la._why_not[0]
     with states.all_or_nothing(la):
         take_fit(la, fit, again=False)

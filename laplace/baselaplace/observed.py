@@ -131,7 +131,7 @@ class Observed:
         kept = None if team.is_ghost else self.kept
         own = None if kept is None else [kept.phi, kept.y, kept.datum, list(map(list, kept.shapes))]
         parts, like = [each["rows"] for each in team.exchange("rows", rows=own)], self._phi[0]
-        for each in (self._phi, self._y, self._datum):
+        for each in (self._phi, self._y, self._datum, self._counted):
             each.clear()
         start = 0
         for part in parts:
@@ -141,6 +141,7 @@ class Observed:
                 self._phi.append(phi.to(like))
                 self._y.append(y.to(like.device))
                 self._datum.append(datum.to(like.device) + start)
+                self._counted.append(None)  # masked rows were left out before
                 start += int(datum.max()) + 1 if len(datum) else 0
         if len({(y.dim(), y.dtype) for y in self._y}) > 1:
             self._keep_none("The training data have targets of two kinds, such as hard and soft labels.")

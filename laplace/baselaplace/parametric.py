@@ -17,7 +17,7 @@ from laplace.baselaplace import compiled, foreign, properties, recipe, recorded,
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
-from laplace.baselaplace.fitting import Training, take_fit
+from laplace.baselaplace.fitting import Training, check_previous, take_fit
 from laplace.baselaplace.observed import Observed
 from laplace.baselaplace.options import check_marginals, check_model_keywords, checked_weights
 from laplace.enums import ForeignScore, LinkApprox, PredType
@@ -94,13 +94,12 @@ class ParametricLaplace(FittedLaplace):
         Structures that need several passes over the data (``"ekfac"``, ``"lowrank"``) say so; all weights then need a
         loader that can be read again, with the same data each time.
         """
-        checks.loader("train_loader", train_loader)
-        override, progress_bar = checks.flag("override", override), checks.flag("progress_bar", progress_bar)
-        previous: Fit | None = None if override or self.__dict__.get("_fit") is None else self._fitted
-        if previous is not None:
-            previous.check_merge()
         observed = Observed(self._frozen_likelihood)
-        with processes.agreed():
+        with processes.agreed() as team:
+            checks.loader("train_loader", train_loader)
+            override, progress_bar = checks.flag("override", override), checks.flag("progress_bar", progress_bar)
+            previous: Fit | None = None if override or self.__dict__.get("_fit") is None else self._fitted
+            check_previous(team, previous)
             fit, kept = self._training(progress_bar, observed).fit(train_loader), observed.kept
             if previous is not None and previous.trained is not None:
                 fit = self._at_head(fit, kept, previous.mean)

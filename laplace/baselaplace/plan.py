@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace import checks
+from laplace import checks, processes
 from laplace.baselaplace.costs import Cost, Planner
 from laplace.baselaplace.measured import randomness_kept
 from laplace.errors import InputError, UnsupportedError, quiet
@@ -135,7 +135,8 @@ def plan(self: Any, data: Iterable[Any] | Any, *, tune: bool = True) -> Plan:
     tune = checks.flag("tune", tune)
     n_batches, n_rows = _sizes(data, self.dict_key_y)
     holders = (data, getattr(self, "_backend_kwargs", {}))
-    with randomness_kept(self._device, *holders), quiet(""), torch.inference_mode(False):
+    alone = processes.within(None)  # how often a call is run depends on its time, which differs between processes
+    with alone, randomness_kept(self._device, *holders), quiet(""), torch.inference_mode(False):
         batch = _one_batch(data)
         known = split(batch, self.dict_key_y, self._device)
         planner = Planner(self, batch, known.x, max(1, len(known.y)), n_batches, n_rows)

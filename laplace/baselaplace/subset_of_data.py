@@ -160,22 +160,22 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         One forward pass over the data and no backward pass; kernels and their factorization are left to the first use.
         The model is left as it was found, and if fitting fails, this object as well.
         """
-        checks.loader("train_loader", train_loader)
-        backend = self.backend
-        if not self._random_weights.of_head:
-            processes.refuse(type(self).__name__)
-        accumulate = partial(self._accumulate, train_loader)
-        training = Training(
-            self._random_weights,
-            backend,
-            accumulate,
-            partial(self._iterate, progress_bar=checks.flag("progress_bar", progress_bar)),
-            lambda: None,  # what the subset takes is checked when the outputs are known
-            lambda: self._check_prior(self._prior_precision, self._prior_mean),
-            self._sigma_noise,
-            lambda: self._dtype,
-        )
         with processes.agreed():
+            checks.loader("train_loader", train_loader)
+            backend = self.backend
+            if not self._random_weights.of_head:
+                processes.refuse(type(self).__name__)
+            accumulate = partial(self._accumulate, train_loader)
+            training = Training(
+                self._random_weights,
+                backend,
+                accumulate,
+                partial(self._iterate, progress_bar=checks.flag("progress_bar", progress_bar)),
+                lambda: None,  # what the subset takes is checked when the outputs are known
+                lambda: self._check_prior(self._prior_precision, self._prior_mean),
+                self._sigma_noise,
+                lambda: self._dtype,
+            )
             fit = training.fit(train_loader)
         self._fit = fit
         self._hyperparameters_changed()

@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laplace.errors import ShapeError
+from laplace.errors import ShapeError, UnsupportedError
 from laplace.linalg import CHUNK_ELEMENTS
 from laplace.structures.jacobian import JacobianBlock
+
+MOST_COVARIANCES = 2**29
+"""Largest number of covariances that are written out: 2 GB in float32."""
 
 
 def dense_rows(blocks: Sequence[JacobianBlock]) -> Iterator[Float[Tensor, "batch columns params"]]:
@@ -26,3 +29,14 @@ def check_jacobians(J: Tensor, n_params: int) -> None:
     if J.dim() != 3 or J.shape[-1] != n_params:
         msg = f"Jacobians must have the shape [batch, outputs, {n_params}]; got {list(J.shape)}."
         raise ShapeError(msg)
+
+
+def check_covariances(n_numbers: int, n_outputs: int) -> None:
+    """Raise if covariances are too many to be written out."""
+    if n_numbers > MOST_COVARIANCES:
+        msg = (
+            f"The covariances of {n_outputs} outputs at these inputs are {n_numbers:.1e} numbers "
+            f"({4 * n_numbers / 1e9:.0f} GB). Ask for variances (link_approx='probit', diagonal_output=True), for "
+            "samples of functions (link_approx='mc', functional_samples), or predict fewer inputs at a time."
+        )
+        raise UnsupportedError(msg)

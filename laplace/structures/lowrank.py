@@ -217,6 +217,7 @@ class LowRankCurvature(AbstractCurvature):
             if matrix is not None:
                 if not 0 < 4 * basis.shape[1] <= len(matrix):
                     values, vectors, trace = _eigenpairs(matrix)
+                    values, vectors = processes.shared([values, vectors])
                     n_kept, n_found = chosen.n_kept(values, trace), len(matrix)
                     break
                 products = matrix @ basis

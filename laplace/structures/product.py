@@ -257,7 +257,8 @@ class ProductBlock(JacobianBlock):
 
     def variance(self, w: Float[Tensor, " params"]) -> Float[Tensor, "columns batch"]:
         """With one position a product of squares."""
-        if not self._single and not self._in_buffer:
+        differentiated = torch.is_grad_enabled() and w.requires_grad  # its graph keeps every piece of J
+        if not self._single and (differentiated or not self._in_buffer):
             return super().variance(w)
         if not self._single:
             total = self.left.new_zeros(self.n_columns, self.n_rows)

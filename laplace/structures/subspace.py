@@ -33,14 +33,14 @@ def pays_as_matrix(backend: SupportsCurvature, like: Float[Tensor, " params"], w
     Forming it takes 2 P² operations for each column of a datum, a product with k directions 4 P k, and there are two
     passes with k at least, and as a rule one with twice as many. ``small``: a small matrix is formed in any case.
     """
-    if processes.summed_over() is not None:  # free memory differs between processes, which must do the same
-        return False
     provides = getattr(backend, "provides", None)
     if not callable(getattr(backend, "full", None)) or (provides and not provides(HessianStructure.FULL)):
         return False
     n_params, available = len(like), linalg.memory_of(like.device)
     fits = available is None or 4 * like.itemsize * n_params**2 <= available
-    return fits and (DIRECTIONS_OF_MATRIX * wanted > n_params or (small and n_params**2 <= MATRIX_ELEMENTS))
+    pays = fits and (DIRECTIONS_OF_MATRIX * wanted > n_params or (small and n_params**2 <= MATRIX_ELEMENTS))
+    team = processes.summed_over()  # free memory differs between processes, which must do the same
+    return pays if team is None else all(record["pays"] for record in team.exchange("matrix", pays=pays))
 
 
 def check_directions(wanted: int, like: Float[Tensor, " params"]) -> None:

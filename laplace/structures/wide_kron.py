@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from laplace import linalg
+from laplace import linalg, processes
 from laplace.enums import HessianStructure
 from laplace.errors import NumericalWarning, UnsupportedError, warn
 from laplace.prior import GaussianPrior
 from laplace.schema import Table
 from laplace.structures.base import AbstractCurvature, AbstractPrecision, SupportsCurvature
+from laplace.structures.dense_jacobian import check_covariances
 from laplace.structures.eigenbases import eigenbases
 from laplace.structures.head_block import HeadBlock
 from laplace.structures.jacobian import JacobianBlock
@@ -37,8 +38,6 @@ WIDE = 4096
 """Number of outputs of a last layer beyond which its output factor is diagonal plus low rank."""
 KEPT = 2048
 """Number of outputs whose correlations are then kept."""
-MOST_COVARIANCES = 2**29
-"""Largest number of covariances that are written out: 2 GB in float32."""
 
 
 def is_wide(n_outputs: int) -> bool:
@@ -119,17 +118,28 @@ class WideKron:
         kept: what is missing makes the block more diagonal, and leaves it positive semi-definite.
         """
         diagonal = self.diagonal + other.diagonal
-        kept = torch.cat([self.kept, other.kept]).unique()
-        if len(kept) > KEPT:
-            kept = kept[diagonal[kept].topk(KEPT).indices].sort().values
-        block = diagonal.new_zeros(len(kept), len(kept))
-        for part in (self, other):
-            place = torch.searchsorted(part.kept, kept).clamp(max=len(part.kept) - 1)
-            known = (part.kept[place] == kept).nonzero().squeeze(1)
-            block[known.unsqueeze(1), known] += part.block[place[known].unsqueeze(1), place[known]]
+        kept = _most([self.kept, other.kept], diagonal)
+        block = self._block_of(kept) + other._block_of(kept)
         block.diagonal().copy_(diagonal[kept])
         inputs = None if self.inputs is None or other.inputs is None else self.inputs + other.inputs
         return WideKron(diagonal, kept, block, inputs, self.shapes, max(self.resolution, other.resolution))
+
+    def _block_of(self, kept: Int[Tensor, " kept"]) -> Float[Tensor, "kept kept"]:
+        """The block of these outputs, zero where it is not known."""
+        block = self.diagonal.new_zeros(len(kept), len(kept))
+        place = torch.searchsorted(self.kept, kept).clamp(max=len(self.kept) - 1)
+        known = (self.kept[place] == kept).nonzero().squeeze(1)
+        block[known.unsqueeze(1), known] = self.block[place[known].unsqueeze(1), place[known]]
+        return block
+
+    def shared(self, team: processes.Team | None) -> WideKron:
+        """The same with the outputs that have most curvature in the sum over all processes, which all keep."""
+        if team is None:
+            return self
+        (total,) = team.summed([self.diagonal], "diagonal")
+        found = [record["kept"] for record in team.exchange("outputs", kept=None if team.is_ghost else self.kept)]
+        kept = _most([each.to(total.device) for each in found if each is not None], total)
+        return replace(self, kept=kept, block=self._block_of(kept))
 
     def divide_inputs(self, count: float | Sequence[float]) -> WideKron:
         """Divide the inputs' side by a count: from sums to a mean."""
@@ -155,6 +165,12 @@ class WideKron:
             return KronDecomposed([first for first, _ in groups], [second for _, second in groups])
 
         return head(outer, spread), head(None, alone)
+
+
+def _most(kept: Sequence[Tensor], diagonal: Float[Tensor, " outputs"]) -> Int[Tensor, " kept"]:
+    """Of outputs that were kept in several parts those with most curvature, ascending."""
+    every = torch.cat(list(kept)).unique()
+    return every if len(every) <= KEPT else every[diagonal[every].topk(KEPT).indices].sort().values
 
 
 @dataclass(frozen=True)
@@ -247,6 +263,20 @@ class WideKronCurvature(AbstractCurvature):
             "sums are exact, or add data with fit(loader, override=False)."
         )
         raise UnsupportedError(msg)
+
+    def summands(self) -> list[Tensor]:
+        """Diagonal, block of the outputs that all processes keep, inputs and the count."""
+        sums = self.sums.shared(processes.summed_over())
+        inputs = [] if sums.inputs is None else [sums.inputs]
+        return [sums.diagonal, sums.block, *inputs, torch.tensor(self.count)]
+
+    def with_summands(self, parts: Sequence[Tensor]) -> WideKronCurvature:
+        """Of other sums, with the outputs that ``summands`` chose."""
+        diagonal, block, *inputs, count = parts
+        kept = self.sums.shared(processes.summed_over()).kept
+        block.diagonal().copy_(diagonal[kept])
+        sums = replace(self.sums, diagonal=diagonal, kept=kept, block=block, inputs=inputs[0] if inputs else None)
+        return replace(self, sums=sums, count=int(count), _cache={})
 
     def merge(self, other: WideKronCurvature) -> WideKronCurvature:
         """Add sums and counts; see ``WideKron.__add__``."""
@@ -404,7 +434,7 @@ class WidePrecision(AbstractPrecision):
     def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
         """The same between columns, written out if they are not too many."""
         n_rows, n_columns = blocks[0].n_rows, blocks[0].n_columns
-        _check_size(n_rows * n_columns**2, n_columns)
+        check_covariances(n_rows * n_columns**2, n_columns)
         heads = self._heads(blocks)
         if heads is None:
             return super().block_covariance(blocks)
@@ -419,7 +449,7 @@ class WidePrecision(AbstractPrecision):
     def block_kernel(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "joint joint"]:
         """The same across data."""
         n_rows, n_columns = blocks[0].n_rows, blocks[0].n_columns
-        _check_size((n_rows * n_columns) ** 2, n_columns)
+        check_covariances((n_rows * n_columns) ** 2, n_columns)
         heads = self._heads(blocks)
         if heads is None:
             return super().block_kernel(blocks)
@@ -444,14 +474,3 @@ def _outputs_of(head: HeadBlock, index: Int[Tensor, " part"]) -> HeadBlock:
 def _mixed(blocks: Sequence[JacobianBlock]) -> bool:
     """Whether columns are mixtures of outputs."""
     return any(isinstance(block, HeadBlock) and block.outer is not None for block in blocks)
-
-
-def _check_size(n_numbers: int, n_outputs: int) -> None:
-    """Raise if covariances are too many to be written out."""
-    if n_numbers > MOST_COVARIANCES:
-        msg = (
-            f"The covariances of {n_outputs} outputs at these inputs are {n_numbers:.1e} numbers "
-            f"({4 * n_numbers / 1e9:.0f} GB). Ask for variances (link_approx='probit', diagonal_output=True), for "
-            "samples of functions (link_approx='mc', functional_samples), or predict fewer inputs at a time."
-        )
-        raise UnsupportedError(msg)

@@ -218,6 +218,21 @@ def test_other_objects_are_refused():
     assert_refuses(*subnetworks, InputError, "subnetwork_indices differ")
 
 
+@pytest.mark.parametrize("structure", ["kron", "diag"])
+def test_no_part_counts_twice(structure):
+    whole, part = of(slice(0, 12), "all", structure), of(ROWS[2], "all", structure)
+    whole.merge(part)
+    assert_refuses(whole, part, InputError, "count twice", "merge")
+    whole.fit([tuple(rows[:2] for rows in data())], override=False)
+    assert_refuses(whole, part, InputError, "count twice", "merge")
+    whole.subtract(part).merge(part).subtract(part)
+    first = of(ROWS[1], "all", structure)
+    whole.subtract(first)
+    assert_refuses(whole, first, InputError, "subtracted before", "subtract")
+    whole.merge(first)
+    assert whole.n_data == 14
+
+
 def test_what_tune_or_elbo_chose_is_refused():
     la, other = of(ROWS[0], "last_layer", "kron", **BINARY), of(ROWS[1], "last_layer", "kron", **BINARY)
     la.tune([data("classification")])

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laplace import Laplace, processes
+from laplace import Laplace, pending, processes
 from laplace.errors import InputError, ProcessError, UnsupportedError
 from laplace.network import Batch
 from laplace.network.shards import without_padding
+from laplace.structures import subspace, wide_kron
 from tests.kinds import KINDS, data, dense, make, network
 from tests.processes.run import alone, assert_alike, assert_same_everywhere, run, shard
 
@@ -204,11 +205,114 @@ def groups(rank: int, n: int) -> None:
     assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
 
 
+def on_accelerators(rank: int, n: int) -> None:
+    """Masked rows lie among the others until all are read."""
+    noise = torch.Generator().manual_seed(3)
+    x = torch.randn(13, 2, 3, generator=noise, dtype=torch.float64)
+    y = torch.randint(0, 2, (13, 2), generator=noise)
+    y[torch.rand(13, 2, generator=noise) < 0.4] = -100
+    y[9:] = -100
+    for structure in ("kron", "full"):
+        one = alone(make("last_layer", structure, **BINARY), [(x, y)])
+        la = make("last_layer", structure, **BINARY)
+        with processes.within(None):
+            one.tune([(x, y)])
+        free, pending.FREE = pending.FREE, set()
+        try:
+            la.fit(shard(x, y, 2))
+            la.tune(shard(x, y, 2))
+        finally:
+            pending.FREE = free
+        assert (la.n_data, la._fit.n_positions) == (13, one._fit.n_positions)
+        assert_alike(la.mean, one.mean, tolerance=1e-6)
+        assert_alike(dense(la.posterior_precision), dense(one.posterior_precision), tolerance=1e-6)
+
+
+def calls_that_differ(rank: int, n: int) -> None:
+    """What differs between processes is told to all, also before any data are read."""
+    other = network()
+    with torch.no_grad():
+        other[0].weight.add_(rank)  # below the random head
+    refused(InputError, "different weights", lambda: make("last_layer", "kron", other, **BINARY).fit(shard(X, Y)))
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(3).double(), network())
+    norm[0].running_mean.add_(rank)
+    la = Laplace(norm, "classification", hessian_structure="diag", last_layer_name="1.2")
+    refused(InputError, r"BatchNorm.*broadcast\(buffer, 0\)", lambda: la.fit(shard(X, Y)))
+    torch.distributed.broadcast(norm[0].running_mean, 0)
+    la.fit(shard(X, Y))
+    part = make("last_layer", "kron", **BINARY)
+    if rank == 0:
+        alone(part, [(X[:3], Y[:3])])
+    refused(InputError, "not the same in all processes", lambda: part.fit(shard(X, Y), override=False))
+    assert ("_fit" in vars(part)) == (rank == 0)
+    alone(part, [(X[rank:], Y[rank:])])
+    refused(InputError, "not the same in all processes", lambda: part.fit(shard(X, Y), override=False))
+    assert part.n_data == 19 - rank
+    error, words = (InputError, "_loader|DataLoader") if rank == 1 else (ProcessError, "process 1 of . raised")
+    for call in (la.fit, la.tune):
+        refused(error, words, lambda call=call: call(None if rank == 1 else shard(X, Y)))
+    error, words = (
+        (ValueError, 'prior_structure|"layerwise"|layerwise') if rank == 1 else (ProcessError, "process 1 of . raised")
+    )
+    before = la.prior_precision
+    refused(error, words, lambda: la.tune(shard(X, Y), prior_structure="none" if rank == 1 else "scalar"))
+    assert torch.equal(la.prior_precision, before)
+    if rank == 0:
+        assert la.plan([(X, Y)], tune=False).fit.forward_passes > 0  # of this process alone
+    la.tune(shard(X, Y))
+
+
+def as_a_matrix(rank: int, n: int) -> None:
+    """Processes form a matrix where one would, and none does where one of them has no room."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 12), torch.nn.Tanh(), torch.nn.Linear(12, 2)).double()
+    for options in ({}, {"rank": 15}):
+        la, one = (Laplace(net, "classification", "all", "lowrank", **options) for _ in range(2))
+        la.fit(shard(X, Y))
+        alone(one, [(X, Y)])
+        assert la._fit.curvature.n_passes == one._fit.curvature.n_passes
+        assert_alike(dense(la.posterior_precision), dense(one.posterior_precision))
+        assert_same_everywhere(dense(la.posterior_precision))
+    known, subspace.MATRIX_ELEMENTS = subspace.MATRIX_ELEMENTS, 0 if rank == 1 else 2**24
+    try:
+        la = Laplace(net, "classification", "all", "lowrank")
+        la.fit(shard(X, Y))
+    finally:
+        subspace.MATRIX_ELEMENTS = known
+    assert_same_everywhere(dense(la.posterior_precision))
+
+
+def many_outputs(rank: int, n: int) -> None:
+    """All keep the outputs with most curvature in the sum; where no others were dropped, the sum is that of one."""
+    before = wide_kron.WIDE, wide_kron.KEPT
+    noise = torch.Generator().manual_seed(3)
+    x, y = torch.randn(19, 3, generator=noise).double(), torch.randint(0, 6, (19,), generator=noise)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 6)).double()
+    try:
+        for kept in (6, 3):
+            wide_kron.WIDE, wide_kron.KEPT = 2, kept
+            la, one = (Laplace(net, "classification", hessian_structure="kron") for _ in range(2))
+            for batches in (shard(x, y), [(x, y)] if rank == 1 else []):
+                la.fit(batches)
+                alone(one, [(x, y)])
+                ours, theirs = la._fit.curvature, one._fit.curvature
+                assert_alike(ours.sums.diagonal, theirs.sums.diagonal)
+                assert_alike(ours.sums.inputs, theirs.sums.inputs)
+                assert (ours.count, len(ours.sums.kept)) == (19, kept)
+                if kept == 6 or not isinstance(batches, torch.utils.data.DataLoader):
+                    assert_alike(la.posterior_precision.to_dense(), one.posterior_precision.to_dense())
+                assert_same_everywhere(la.posterior_precision.to_dense(), ours.sums.kept)
+    finally:
+        wide_kron.WIDE, wide_kron.KEPT = before
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         every_kind, sampled, tuned, shards_of_any_kind, more_data, one_fails, what_has_no_sum,
-        processes_over_functions, several_heads, groups,
+        processes_over_functions, several_heads, groups, on_accelerators, calls_that_differ,
+        many_outputs, as_a_matrix,
     )
 }  # fmt: skip
 

@@ -36,6 +36,14 @@ def test_derivatives_with_a_graph_are_not_overwritten():
     assert torch.autograd.gradcheck(variance, left)
 
 
+def test_variances_are_differentiable_in_the_weights_of_the_squares(monkeypatch):
+    """As tuning does: the graph keeps each piece, so that none may be made where another one is."""
+    monkeypatch.setattr(jacobian, "piece_elements", lambda _: 8)
+    left, right = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 1, 2, 4), (3, 1, 2, 5)))
+    w = torch.rand(20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: ProductBlock(left, right, shared=Shared()).variance(w), w)
+
+
 def test_inputs_that_all_columns_share_are_turned_once():
     shared, right = Shared(10), torch.randn(3, 1, 4, 6)
     turn = torch.linalg.qr(torch.randn(6, 6))[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laplace import EKFACLLLaplace, KronLLLaplace, Laplace
 from laplace.curvature import AutogradEF
 from laplace.errors import NumericalWarning, StateError, UnsupportedError
-from laplace.structures import KronCurvature, wide_kron
+from laplace.structures import KronCurvature, dense_jacobian, wide_kron
 from laplace.structures.head_block import head_blocks
 from laplace.structures.wide_kron import WideKron, WideKronCurvature
 from tests.cases import BASIC, named
@@ -212,7 +212,7 @@ def test_covariances_that_are_too_many_are_refused_and_name_what_is_not(monkeypa
     x, y = data()
     la = KronLLLaplace(head(), "classification")
     la.fit([(x, y)])
-    monkeypatch.setattr(wide_kron, "MOST_COVARIANCES", 50)
+    monkeypatch.setattr(dense_jacobian, "MOST_COVARIANCES", 50)
     with pytest.raises(UnsupportedError, match=r"covariances of 6 outputs .*link_approx='probit'"):
         la(x, link_approx="bridge")
     la(x)
