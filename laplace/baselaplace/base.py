@@ -9,7 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -30,9 +30,6 @@ from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.tuning import Noise, methods
 from laplace.types import Inputs, Scalar
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 @described
@@ -430,7 +427,7 @@ class BaseLaplace(ABC):
         """Predict at a batch of inputs."""
 
     @abstractmethod
-    def fit(self, train_loader: Iterable[Any]) -> Self:
+    def fit(self, train_loader: Iterable[Any]) -> BaseLaplace:
         """Learn from a loader of training batches."""
 
     @abstractmethod

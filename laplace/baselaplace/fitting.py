@@ -253,6 +253,16 @@ def _told(previous: Sequence[float] | None) -> str:
     return "none" if previous is None else f"of {previous[0]} rows with a loss of {previous[2]:.6g}"
 
 
+def check_memory(self: Any) -> None:
+    """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
+    subset = self._random_weights.subset
+    if subset is not None:
+        tensors = subset.parameters if subset.choice is None else [subset.vector()]
+        head, kind = self._head_shapes, self.curvature_type
+        kind = kind if head is None else kind.of_head(head[0][0])
+        kind.check_memory(tensors, self._dtype)
+
+
 def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
     """Assign a fit, and drop what was chosen for another head or compared with rows under another density."""
     earlier, now = vars(la).get("_fit"), la._adjustments
@@ -275,4 +285,4 @@ def take_fit(la: Any, fit: Fit, *, again: bool) -> None:
         warn(msg, UserWarning)
 
 
-__all__ = ["Learned", "Training", "check_previous", "take_fit"]
+__all__ = ["Learned", "Training", "check_memory", "check_previous", "take_fit"]

@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, pending, processes, tuning
-from laplace.baselaplace import compiled, foreign, properties, recipe, recorded, states, tuned
+from laplace.baselaplace import compiled, fitting, foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
-from laplace.baselaplace.fitting import Training, check_previous, take_fit
 from laplace.baselaplace.observed import Observed
 from laplace.baselaplace.options import check_marginals, check_model_keywords, checked_weights
 from laplace.enums import ForeignScore, LinkApprox, PredType
@@ -99,13 +98,13 @@ class ParametricLaplace(FittedLaplace):
             checks.loader("train_loader", train_loader)
             override, progress_bar = checks.flag("override", override), checks.flag("progress_bar", progress_bar)
             previous: Fit | None = None if override or self.__dict__.get("_fit") is None else self._fitted
-            check_previous(team, previous)
+            fitting.check_previous(team, previous)
             fit, kept = self._training(progress_bar, observed).fit(train_loader), observed.kept
             if previous is not None and previous.trained is not None:
                 fit = self._at_head(fit, kept, previous.mean)
             fit = fit if previous is None else previous.merge(fit)
         with states.all_or_nothing(self):
-            take_fit(self, fit, again=previous is None)
+            fitting.take_fit(self, fit, again=previous is None)
             if previous is not None and kept is not None:
                 kept = None if self._kept is None else self._kept.followed_by(kept)
             self._kept, self._why_not = kept, observed.reasons(previous is not None)
@@ -116,10 +115,10 @@ class ParametricLaplace(FittedLaplace):
         """Options of the structure's ``accumulate``."""
         return dict(self._asdl_fisher_kwargs)
 
-    def _training(self, progress_bar: bool, observed: Observed | None = None) -> Training:
+    def _training(self, progress_bar: bool, observed: Observed | None = None) -> fitting.Training:
         """What a fit needs to know of this object."""
         backend, options = self.backend, self._fit_options()
-        return Training(
+        return fitting.Training(
             self._random_weights,
             backend,
             lambda batches: self.curvature_type.accumulate(backend, batches, **options),
@@ -157,14 +156,7 @@ class ParametricLaplace(FittedLaplace):
         """Drop the features of the training data that ``fit`` kept for ``tune``; states and copies never hold them."""
         self._kept, self._why_not = None, (self._why_not[0], "forget_data() dropped them.")
 
-    def _check_memory(self) -> None:
-        """Raise if the curvature cannot fit the memory of the device, as soon as the weights are known."""
-        subset = self._random_weights.subset
-        if subset is not None:
-            tensors = subset.parameters if subset.choice is None else [subset.vector()]
-            head, kind = self._head_shapes, self.curvature_type
-            kind = kind if head is None else kind.of_head(head[0][0])
-            kind.check_memory(tensors, self._dtype)
+    _check_memory = fitting.check_memory
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,13 @@ PROJECTIONS = 8
 """Number of projections then."""
 
 
+def norms_of(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> list[float]:
+    """Norms of gradients, read together; zero of one that is not there."""
+    found = [gradient.to(dtype).norm() for gradient in gradients if gradient is not None]
+    read = iter(torch.stack(found).tolist() if found else [])
+    return [0.0 if gradient is None else next(read) for gradient in gradients]
+
+
 def agrees(
     truth: Tensor,
     blocks: Sequence[JacobianBlock],

@@ -191,3 +191,12 @@ def names_of(ratios: Float[Tensor, "passes rows"]) -> Int[Tensor, " rows"]:
     powers = ratios.abs().clamp(2.0**-64, 2.0**63).log2().round().nan_to_num().long() + 64
     places = 256 ** torch.arange(len(ratios), device=ratios.device).unsqueeze(1)
     return ((2 * powers + (ratios < 0)) * places).sum(0)
+
+
+def are_faint(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether the gradients of some call are so small that scaling them far would lose them."""
+    sizes = [g.abs().amax().double() for g in gradients if g is not None and g.numel() and g.dtype != torch.float64]
+    if not sizes:
+        return False
+    largest = torch.stack(sizes)
+    return bool(((largest > 0) & (largest < FAINT)).any())

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from laplace.curvature import layouts
-from laplace.curvature.check import agrees, proves
+from laplace.curvature.check import agrees, norms_of, proves
 from laplace.curvature.layers import READER_NAMES
 from laplace.curvature.layouts import Layout
 from laplace.curvature.memory import ATTEMPTS, READ_AGAIN, Found, Memory, Verdict, remember
@@ -153,7 +153,7 @@ class Recording:
         all_certain = True
         with torch.no_grad():
             plain = self._plain
-            narrow = torch.float16 in self._dtypes or self._is_faint(plain)
+            narrow = torch.float16 in self._dtypes or layouts.are_faint(plain)
             weights = layouts.datum_weights(self.n_rows, narrow, self.outputs.device)
             weighed = [self._direction * each.to(self.outputs).reshape(shape) for each in weights if self.n_rows > 1]
             heavy = [self._gradients(direction) for direction in weighed]
@@ -182,14 +182,6 @@ class Recording:
                     all_certain &= certain
                     found[-1].append((layout, None if layout is None else self._counted(unmasked, layout, n_lead)))
         return found, all_certain
-
-    def _is_faint(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether the gradients of some call are so small that scaling them far would lose them."""
-        sizes = [g.abs().amax().double() for g in gradients if g is not None and g.numel() and g.dtype != torch.float64]
-        if not sizes:
-            return False
-        largest = torch.stack(sizes)
-        return bool(((largest > 0) & (largest < layouts.FAINT)).any())
 
     def _spread(self, mask: Tensor) -> Tensor:
         """A mask of positions in the shape of the outputs."""
@@ -236,9 +228,7 @@ class Recording:
         exact = [None if truth is None else dense(truth) for truth in exact]
         if not known.settled and all(truth is None for truth in exact):
             raise UnsupportedError(NO_DEPENDENCE)
-        found = [truth.to(self.dtype).norm() for truth in exact if truth is not None]
-        read = iter(torch.stack(found).tolist() if found else [])
-        norms = [0.0 if truth is None else next(read) for truth in exact]
+        norms = norms_of(exact, self.dtype)
         # A gradient that is zero up to rounding (as of the bias of attention's keys) agrees with any other.
         largest = max([known.largest, *norms])
         verdict = Verdict(dict(known.slow), set(known.unseen), set(), set(known.settled), largest)

@@ -103,10 +103,10 @@ def test_nystrom_takes_off_all_that_it_adds():
 
 def test_directions_take_memory_with_those_that_are_kept(monkeypatch):
     like, beside = torch.zeros(10, dtype=F64), torch.eye(10, 2, dtype=F64)
-    monkeypatch.setattr(linalg, "memory_of", lambda device: 4 * 8 * 10 * 5)
+    monkeypatch.setattr(linalg, "memory_of", lambda device: 6 * 8 * 10 * 5)
     found = extended(None, 3, like, generator(0), beside)
     assert_close(torch.cat([beside, found], 1).T @ found, torch.eye(5, dtype=F64)[:, 2:])
-    monkeypatch.setattr(linalg, "memory_of", lambda device: 4 * 8 * 10 * 5 - 1)
+    monkeypatch.setattr(linalg, "memory_of", lambda device: 6 * 8 * 10 * 5 - 1)
     with pytest.raises(UnsupportedError, match="5 directions for 10 weights"):
         extended(None, 3, like, generator(0), beside)
 
