@@ -219,12 +219,8 @@ class Recording:
         """Compare derivatives with autograd's; also whether every weight had a gradient large enough to judge by."""
         known = known or Verdict()
         groups = [group for group in range(len(self.parameters)) if group not in known.settled]
-        exact = torch.autograd.grad(
-            along(self.outputs, self._direction),
-            [self.parameters[group] for group in groups],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        weights, direction = [self.parameters[group] for group in groups], along(self.outputs, self._direction)
+        exact = torch.autograd.grad(direction, weights, retain_graph=True, allow_unused=True)
         exact = [None if truth is None else dense(truth) for truth in exact]
         if not known.settled and all(truth is None for truth in exact):
             raise UnsupportedError(NO_DEPENDENCE)
