@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from laplace.network.looking import is_transformed
+
 LONG = 2.0
 """Seconds from which a call is not run again to be timed without being counted."""
 
@@ -93,7 +95,7 @@ class Watch:
         share = min(1.0, rows / self.n_rows) if rows else 1.0
         self.forward += share
         # Those of `torch.func` take no hooks.
-        if first is None or not first.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(first):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        if first is None or not first.requires_grad or is_transformed(first):
             return
 
         def back(_: Tensor) -> None:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from laplace.network.feature_extractor import FeatureExtractor
@@ -50,6 +51,11 @@ def seen(model: nn.Module, run: Callable[[], Any], outputs: Callable[[Any], Tens
         return run()
     with look.extractor.watching() as passed:
         returned = run()
-    if passed is not None:
-        passed.f, look.passed = outputs(returned), passed
+    if passed is not None and not is_transformed(f := outputs(returned)):
+        passed.f, look.passed = f, passed
     return returned
+
+
+def is_transformed(value: Tensor) -> bool:
+    """Whether it is what a function of ``torch.func`` passes through a model, and so has no values outside."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
