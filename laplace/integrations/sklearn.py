@@ -90,10 +90,10 @@ class _Estimator(BaseEstimator, ABC):
             raise InputError(msg)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         dtype = _precision(self.module)
-        inputs, targets = torch.from_numpy(X).to(dtype), self._encoded(y)
+        inputs, targets = _tensor(X).to(dtype), self._encoded(y)
         held = None
         if X_val is not None:
-            held = torch.from_numpy(self._checked(X_val)).to(dtype), self._encoded(y_val, again=True)
+            held = _tensor(self._checked(X_val)).to(dtype), self._encoded(y_val, again=True)
         if held is None and self.tuning == "validation":
             inputs, held_inputs, targets, held_targets = self._split(inputs, targets, seed)
             held = held_inputs, held_targets
@@ -178,7 +178,7 @@ class _Estimator(BaseEstimator, ABC):
         """A prediction of all rows, batch after batch."""
         check_is_fitted(self)
         like = next(self.module_.parameters())
-        rows = torch.from_numpy(self._checked(X)).to(like.dtype)
+        rows = _tensor(self._checked(X)).to(like.dtype)
         found = [call(some.to(like.device)) for some in rows.split(self.batch_size)]
         if isinstance(found[0], Tensor):
             return torch.cat(found).detach().cpu().double().numpy()
@@ -453,6 +453,11 @@ class LaplaceRegressor(RegressorMixin, _Estimator):
         mean, std = mean * self.y_scale_ + self.y_mean_, std * self.y_scale_
         mean, std = (mean[:, 0], std[:, 0]) if self._is_flat else (mean, std)
         return (mean, std) if return_std else mean
+
+
+def _tensor(rows: Any) -> Tensor:
+    """An array as a tensor; a copy where it cannot be written to, which tensors can."""
+    return torch.from_numpy(np.require(rows, requirements=["W"]))
 
 
 def _precision(module: Any) -> torch.dtype:
