@@ -185,7 +185,7 @@ def test_what_tuning_found_is_json() -> None:
 
 def test_dir_lists_the_everyday_names_and_those_of_a_users_class() -> None:
     class Mine(FullLLLaplace):
-        favourite: int = 3
+        extra_name: int = 3
 
         def again(self) -> None:
             """Something of one's own."""
@@ -193,7 +193,7 @@ def test_dir_lists_the_everyday_names_and_those_of_a_users_class() -> None:
     la = Mine(network(), "classification")
     la.fit([(X, Y)])
     listed = dir(la)
-    assert {"fit", "tune", "predict", "predict_std", "save", "load", "favourite", "again"} <= set(listed)
+    assert {"fit", "tune", "predict", "predict_std", "save", "load", "extra_name", "again"} <= set(listed)
     assert len([name for name in listed if name in EVERYDAY]) <= 18
     assert "posterior_precision" not in listed
     assert la.posterior_precision is not None  # there all the same

@@ -363,7 +363,7 @@ def ood_average_precision(
 def ood_false_positives(
     in_distribution: Float[Tensor, " inside"], out_of_distribution: Float[Tensor, " outside"], found: float = 0.95
 ) -> float:
-    """Share of familiar inputs that are called foreign where this share of foreign ones is found (FPR95).
+    """Share of familiar inputs that are called foreign where this share of foreign ones is found.
 
     Parameters
     ----------

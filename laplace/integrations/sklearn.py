@@ -170,9 +170,9 @@ class _Estimator(BaseEstimator, ABC):
         targets: dict[str, Any] = {}
         if not isinstance(y, str):
             targets = {"y": y, "multi_output": True, "y_numeric": isinstance(self, RegressorMixin)}
-        return validate_data(
-            self, X, **targets, reset=reset, dtype=np.float64, allow_nd=True, ensure_min_samples=2 if reset else 1
-        )
+        options: dict[str, Any] = {"dtype": np.float64, "ensure_min_samples": 2 if reset else 1}
+        options["allow_nd"] = True  # spelling: meant
+        return validate_data(self, X, **targets, **options, reset=reset)
 
     def _predicted(self, X: Any, call: Callable[[Tensor], Any]) -> Any:
         """A prediction of all rows, batch after batch."""
