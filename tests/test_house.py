@@ -249,8 +249,8 @@ def test_the_checker_lets_a_good_import_pass(module: str, source: str) -> None:
 
 # -- which likelihood it is, nobody asks ------------------------------------------------------------------------------
 
-KNOW_LIKELIHOODS = {"enums", "integrations", "laplace", "likelihoods"}
-"""Rooms that may: the names, the factory, the room itself, and what calls the factory as users do."""
+KNOW_LIKELIHOODS = {"enums", "laplace", "likelihoods"}
+"""Rooms that may: the names, the factory, and the room itself."""
 CAPABILITIES = {"compares", "has_link", "has_noise", "n_items"}
 """What would say it."""
 

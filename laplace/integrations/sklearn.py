@@ -42,13 +42,12 @@ class _Estimator(BaseEstimator, ABC):
     """What both share: training or taking over a network, fitting its posterior, tuning on rows held out."""
 
     _criterion: type[nn.Module]
-    _noise: str = "keep"
-    """What the evidence does with the noise."""
 
     def __init__(
         self,
         module: Any = None,
         *,
+        likelihood: str = "classification",
         subset_of_weights: str = "last_layer",
         hessian_structure: str = "kron",
         tuning: Literal["validation", "marglik"] | None = "validation",
@@ -59,6 +58,7 @@ class _Estimator(BaseEstimator, ABC):
         laplace_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.module = module
+        self.likelihood = likelihood
         self.subset_of_weights = subset_of_weights
         self.hessian_structure = hessian_structure
         self.tuning = tuning
@@ -75,10 +75,6 @@ class _Estimator(BaseEstimator, ABC):
     @abstractmethod
     def _n_outputs(self, targets: Tensor) -> int:
         """How many outputs a new network gets."""
-
-    @abstractmethod
-    def _likelihood(self, n_outputs: int) -> str:
-        """The likelihood of a network with so many outputs."""
 
     def _learn(self, X: Any, y: Any, X_val: Any, y_val: Any) -> None:
         """Train or take over the network, fit its posterior, tune it."""
@@ -100,21 +96,22 @@ class _Estimator(BaseEstimator, ABC):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.module_ = self._trained(inputs, targets)
-        n_outputs = _outputs(self.module_, inputs)
-        self._check_outputs(n_outputs)
+        self._check_outputs(_outputs(self.module_, inputs))
         options = dict(self.laplace_options or {})
         self.laplace_ = Laplace(
-            self.module_, self._likelihood(n_outputs), self.subset_of_weights, self.hessian_structure, **options
+            self.module_, self.likelihood, self.subset_of_weights, self.hessian_structure, **options
         )
         self.laplace_.fit(self._batches(inputs, targets))
         if self.tuning == "marglik":
-            self.laplace_.optimize_prior_precision(method="marglik", noise=self._noise)
+            noise = "scalar" if "sigma_noise" in self.laplace_.likelihood_.hyperparameters else "keep"
+            self.laplace_.optimize_prior_precision(method="marglik", noise=noise)
         elif self.tuning == "validation":
             assert held is not None, "split above"
             self.laplace_.tune(self._batches(*held))
         else:
             self.laplace_.accept_untuned()
 
+    @abstractmethod
     def _check_outputs(self, n_outputs: int) -> None:
         """Raise where the network has other outputs than the targets need."""
 
@@ -218,6 +215,8 @@ class LaplaceClassifier(ClassifierMixin, _Estimator):
         The network, with one output per class (or one logit for two classes): a trained ``torch.nn.Module``, which is
         not trained again; a function ``(n_features, n_outputs) -> Module``; or a network of skorch, whose parameters
         can be searched as ``module__lr``. ``None``: two hidden layers of 64 units.
+    likelihood
+        ``"classification"``; ``"binary"`` of a trained network with one logit.
     subset_of_weights, hessian_structure
         As of ``laplace.Laplace``.
     tuning
@@ -313,9 +312,6 @@ class LaplaceClassifier(ClassifierMixin, _Estimator):
             msg = f"The network has {n_outputs} outputs, and y has {len(self.classes_)} classes: expected one for each."
             raise InputError(msg)
 
-    def _likelihood(self, n_outputs: int) -> str:
-        return "binary" if n_outputs == 1 else "classification"
-
     def predict_proba(self, X: Any) -> np.ndarray:
         """Calibrated probabilities.
 
@@ -357,6 +353,8 @@ class LaplaceRegressor(RegressorMixin, _Estimator):
     module
         The network, with one output per target: as of ``LaplaceClassifier``. The outputs of a trained one are in the
         units of ``y``.
+    likelihood
+        ``"regression"``; of a trained network also ``"poisson"`` and others whose targets have a variance.
     subset_of_weights, hessian_structure, tuning, validation_fraction, batch_size, device, random_state, laplace_options
         As of ``LaplaceClassifier``. Tuning chooses the noise as well.
 
@@ -381,7 +379,34 @@ class LaplaceRegressor(RegressorMixin, _Estimator):
     ((442,), (442,))
     """
 
-    _criterion, _noise = nn.MSELoss, "scalar"
+    _criterion = nn.MSELoss
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        likelihood: str = "regression",
+        subset_of_weights: str = "last_layer",
+        hessian_structure: str = "kron",
+        tuning: Literal["validation", "marglik"] | None = "validation",
+        validation_fraction: float = 0.2,
+        batch_size: int = 128,
+        device: str = "cpu",
+        random_state: Any = None,
+        laplace_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            module,
+            likelihood=likelihood,
+            subset_of_weights=subset_of_weights,
+            hessian_structure=hessian_structure,
+            tuning=tuning,
+            validation_fraction=validation_fraction,
+            batch_size=batch_size,
+            device=device,
+            random_state=random_state,
+            laplace_options=laplace_options,
+        )
 
     def fit(self, X: Any, y: Any, X_val: Any = None, y_val: Any = None) -> LaplaceRegressor:
         """Train the network, unless it is trained; fit its posterior, and tune it with the noise.
@@ -426,9 +451,6 @@ class LaplaceRegressor(RegressorMixin, _Estimator):
         if n_outputs != len(self.y_mean_):
             msg = f"The network has {n_outputs} outputs, and y has {len(self.y_mean_)} targets: expected one for each."
             raise InputError(msg)
-
-    def _likelihood(self, n_outputs: int) -> str:  # noqa: ARG002
-        return "regression"
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """The expected targets, and on request their error bars.
