@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measuring import PEER, earlier, key, libraries, markdown, number, run, shorten, table_arguments, write
+from measuring import markdown, number, rows_of, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,20 +88,12 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output or HERE / "results"
     config = json.loads(arguments.config.read_text())
-    kept = earlier(arguments, "function_space", HERE / "results")
-    rows = []
-    for index, case in enumerate(config["cases"]):
-        for library, python in libraries(arguments).items():
-            if library != "laplace" and case.get("diagonal"):
-                continue  # the row before is the same there
-            where = ["--config", str(arguments.config.resolve()), "--case", str(index), "--device", arguments.device]
-            result = kept.get(key(case)) if library == PEER else None
-            if result is None and python is None:
-                continue
-            if result is None:
-                result = run(python, HERE / "measure_function_space.py", where, config["limit_s"], library == PEER)
-            rows.append({"library": library, **case, "result": result})
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    rows: list[dict[str, Any]] = []
+    for row in rows_of(
+        arguments, "function_space", arguments.config, "measure_function_space.py", lambda case: case.get("diagonal")
+    ):
+        rows.append(row)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
     write(output, "function_space", config, rows, table(rows), arguments.device)
     print("\n" + table(rows))
 

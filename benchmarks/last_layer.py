@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measuring import PEER, earlier, key, libraries, markdown, number, run, shorten, table_arguments, write
+from measuring import markdown, number, rows_of, shorten, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "last_layer.json"
@@ -99,17 +99,10 @@ def main() -> None:
     """Measure every case and write the table."""
     arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
-    kept = earlier(arguments, "last_layer", HERE / "results")
-    rows = []
-    for index, case in enumerate(config["cases"]):
-        for library, python in libraries(arguments).items():
-            where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
-            result = kept.get(key(case)) if library == PEER else None
-            if result is None and python is None:
-                continue
-            result = result or run(python, HERE / "measure_last_layer.py", where, config["limit_s"], library == PEER)
-            rows.append({"library": library, **case, "result": result})
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    rows: list[dict[str, Any]] = []
+    for row in rows_of(arguments, "last_layer", CONFIG, "measure_last_layer.py"):
+        rows.append(row)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
     write(arguments.output or HERE / "results", "last_layer", config, rows, table(rows), arguments.device)
     print("\n" + table(rows))
 

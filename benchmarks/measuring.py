@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +186,28 @@ def write(
     content = json.dumps({"machine": machine, "config": config, "rows": rows}, indent=1)
     (output / f"{name}.json").write_text(content + "\n")
     (output / f"{name}.md").write_text(text + "\n")
+
+
+def rows_of(
+    arguments: argparse.Namespace,
+    name: str,
+    config: Path,
+    script: str,
+    skip: Callable[[dict[str, Any]], Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of a table, one by one as they are measured: each case of a configuration, of each library.
+
+    ``skip`` says of which cases the peer has no row.
+    """
+    here = Path(__file__).resolve().parent
+    read, kept = json.loads(config.read_text()), earlier(arguments, name, here / "results")
+    for index, case in enumerate(read["cases"]):
+        for library, python in libraries(arguments).items():
+            if library == PEER and skip is not None and skip(case):
+                continue
+            result = kept.get(key(case)) if library == PEER else None
+            if result is None and python is None:
+                continue
+            where = ["--config", str(config.resolve()), "--case", str(index), "--device", arguments.device]
+            result = result or run(python, here / script, where, read["limit_s"], library == PEER)
+            yield {"library": library, **case, "result": result}

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from measuring import PEER, earlier, key, libraries, markdown, run, table_arguments, write
+from measuring import markdown, rows_of, table_arguments, write
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "scale.json"
@@ -79,17 +79,10 @@ def main() -> None:
     """Measure every sweep and write the table."""
     arguments = table_arguments(__doc__).parse_args()
     config = json.loads(CONFIG.read_text())
-    kept = earlier(arguments, "scale", HERE / "results")
     rows: list[dict[str, Any]] = []
-    for index, case in enumerate(config["cases"]):
-        for library, python in libraries(arguments).items():
-            where = ["--config", str(CONFIG), "--case", str(index), "--device", arguments.device]
-            result = kept.get(key(case)) if library == PEER else None
-            if result is None and python is None:
-                continue
-            result = result or run(python, HERE / "measure_scale.py", where, config["limit_s"], library == PEER)
-            rows.append({"library": library, **case, "result": result})
-            print(markdown(COLUMNS, [cells(rows[-1])]).splitlines()[-1], flush=True)
+    for row in rows_of(arguments, "scale", CONFIG, "measure_scale.py"):
+        rows.append(row)
+        print(markdown(COLUMNS, [cells(row)]).splitlines()[-1], flush=True)
     write(arguments.output or HERE / "results", "scale", config, rows, table(rows), arguments.device)
     print("\n" + table(rows))
 
