@@ -99,7 +99,8 @@ def subtract(self: Own, other: Own) -> Own:
     Notes
     -----
     Exact to rounding, which is that of all data: where few of many are left, their share of it is larger. Rows that
-    were never fitted are noticed where counts, losses or diagonals would become negative.
+    were never fitted are noticed where counts, losses or diagonals would become negative. A state does not say whether
+    its curvature was sampled: one that was loaded is taken as this object's ``backend_kwargs`` say.
     """
     return _combined(self, other, add=False)
 

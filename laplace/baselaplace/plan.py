@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,7 +138,8 @@ def plan(self: Any, data: Iterable[Any] | Any, *, tune: bool = True) -> Plan:
     n_batches, n_rows = _sizes(data, self.dict_key_y)
     holders = (data, getattr(self, "_backend_kwargs", {}))
     alone = processes.within(None)  # how often a call is run depends on its time, which differs between processes
-    with alone, randomness_kept(self._device, *holders), quiet(""), torch.inference_mode(False):
+    unsaid = quiet(""), redirect_stderr(io.StringIO())  # what each fit of a user's would print
+    with alone, randomness_kept(self._device, *holders), unsaid[0], unsaid[1], torch.inference_mode(False):
         batch = _one_batch(data)
         known = split(batch, self.dict_key_y, self._device)
         planner = Planner(self, batch, known.x, max(1, len(known.y)), n_batches, n_rows)

@@ -20,7 +20,12 @@ from laplace.evaluation.metrics import (
     risk_coverage,
     uncertainty,
 )
-from laplace.evaluation.plots import regression_band, reliability_diagram, risk_coverage_curve
+from laplace.evaluation.plots import (
+    regression_band,
+    regression_calibration,
+    reliability_diagram,
+    risk_coverage_curve,
+)
 from laplace.evaluation.regression import (
     calibration_curve,
     compare_regressors,
@@ -56,6 +61,7 @@ __all__ = [
     "ood_false_positives",
     "predict",
     "regression_band",
+    "regression_calibration",
     "reliability",
     "reliability_diagram",
     "risk_coverage",

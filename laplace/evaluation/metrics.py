@@ -2,13 +2,12 @@
 
 Every function takes the probabilities of any predictor (a softmax, ``la(x)``, an average of samples), with leading
 positions as in a sequence model; the target ``-100`` marks a position to leave out. Numbers are computed in float64.
-AUROC is that of torchmetrics, imported at the first call; its accuracy and calibration error round to float32, so
-these are not. Pictures of the same quantities are in ``plots.py``, whole tables in ``report.py``.
+AUROC, AUPR and FPR95 are those of torchmetrics, imported at the first call; its accuracy and calibration error round to
+float32, so these are not. Pictures of the same quantities are in ``plots.py``, whole tables in ``report.py``.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -385,9 +384,8 @@ def ood_false_positives(
         msg = f"found is a share above 0 and at most 1; got {found!r}."
         raise InputError(msg)
     rank, foreign = _ranked(in_distribution, out_of_distribution)
-    inside, outside = rank[foreign == 0], rank[foreign == 1].sort(descending=True).values
-    threshold = outside[math.ceil(found * len(outside) - 1e-9) - 1]
-    return float((inside >= threshold).double().mean())
+    curve = require(_CLASSIFICATION, "evaluation").binary_specificity_at_sensitivity
+    return 1 - float(curve(rank, foreign, min_sensitivity=found, validate_args=False)[0])
 
 
 def _ranked(in_distribution: Tensor, out_of_distribution: Tensor) -> tuple[Tensor, Tensor]:

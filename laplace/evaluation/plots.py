@@ -1,8 +1,8 @@
-"""Pictures of ``metrics.py`` and of regression bands, as matplotlib figures.
+"""Pictures of ``metrics.py`` and ``regression.py``, and of regression bands, as figures of pyplot.
 
-Each function draws on the axes it is given or on a figure of its own, and returns the figure. Nothing goes through
-``pyplot``, so no window opens and no global state changes: show a figure in a notebook by naming it, or call its
-``savefig``.
+Each function draws on the axes it is given or on a new figure, and returns the figure: a notebook shows it, a script
+calls ``matplotlib.pyplot.show()`` or the ``savefig`` of the figure. As with any figure of pyplot, who draws many closes
+them (``matplotlib.pyplot.close``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace.errors import InputError, ShapeError
-from laplace.evaluation import metrics
+from laplace.evaluation import metrics, regression
 from laplace.optional import require
 
 if TYPE_CHECKING:
@@ -196,11 +196,59 @@ def regression_band(
     return axes.figure
 
 
+def regression_calibration(
+    predictions: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    *,
+    n_levels: int = 19,
+    title: str = "Calibration of error bars",
+    ax: Axes | None = None,
+) -> Figure:
+    """Share of targets below each predicted quantile: on the diagonal, error bars can be taken at their word.
+
+    Parameters
+    ----------
+    predictions
+        Means, standard deviations (noise included) and targets, of one shape, by the name of the method. A curve that
+        is flatter than the diagonal in the middle is of error bars that are too narrow.
+    n_levels
+        How many quantiles, evenly spaced.
+    title
+        Title of the axes.
+    ax
+        Where to draw; a new figure when ``None``.
+
+    Returns
+    -------
+    The figure. Its legend gives the coverage of the central 90 % intervals of each method.
+
+    Raises
+    ------
+    ShapeError
+        If shapes differ.
+    InputError
+        If there are no predictions, or they are no means and positive standard deviations.
+    BackendUnavailableError
+        If matplotlib is not installed.
+    """
+    _check_any(predictions)
+    axes = _axes(ax)
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="calibrated", zorder=1)
+    for i, (name, parts) in enumerate(predictions.items()):
+        levels, shares = regression.calibration_curve(*parts, n_levels=n_levels)
+        label = f"{name} (90 % intervals hold {100 * regression.coverage(*parts):.0f} %)"
+        axes.plot(levels, shares, color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], markersize=5, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted quantile", ylabel="share of targets below it", title=title)
+    axes.set_box_aspect(1)
+    _legend_below(axes)
+    return axes.figure
+
+
 def _axes(ax: Axes | None) -> Any:
-    """The axes to draw on: those given, or those of a new figure outside pyplot."""
+    """The axes to draw on: those given, or those of a new figure."""
     if ax is not None:
         return ax
-    return require("matplotlib.figure", "evaluation").Figure(figsize=(5, 6.5), layout="constrained").add_subplot()
+    pyplot: Any = require("matplotlib.pyplot", "evaluation")
+    return pyplot.subplots(figsize=(5, 6.5), layout="constrained")[1]
 
 
 def _legend_below(axes: Any) -> None:
@@ -208,7 +256,7 @@ def _legend_below(axes: Any) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize="small", frameon=False)
 
 
-def _check_any(predictions: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _check_any(predictions: Mapping[str, Any]) -> None:
     if not predictions:
         msg = "There is nothing to draw: predictions is empty."
         raise InputError(msg)

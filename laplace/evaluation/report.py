@@ -341,8 +341,8 @@ def side_by_side(
     shifted
         Further test data by name, such as corrupted images: gives the columns ``NLL name`` and ``ECE name``.
     ood_loader
-        Inputs that belong to no class; their targets are ignored. Gives the column ``OOD AUROC``: how well
-        1 − max_c p_c tells them from the test data.
+        Inputs that belong to no class; their targets are ignored. Gives the columns ``OOD AUROC``, ``OOD AUPR`` and
+        ``OOD FPR95``: how well 1 − max_c p_c tells them from the test data.
     n_bins
         Bins of the calibration error.
     dict_key_x, dict_key_y
@@ -352,8 +352,9 @@ def side_by_side(
 
     Returns
     -------
-    Rows as described; columns ``accuracy``, ``NLL`` (nats per row), ``ECE``, ``Brier``, those above, and ``predict ms``
-    (milliseconds in the predictor for all test data, the median of three passes after a first one).
+    Rows as described; columns ``accuracy``, ``NLL`` (nats per row), ``ECE``, ``Brier``, ``AURC`` (the area under
+    ``risk_coverage``), those above, and ``predict ms`` (milliseconds in the predictor for all test data, the median of
+    three passes after a first one).
 
     Raises
     ------
@@ -396,6 +397,7 @@ def side_by_side(
             "NLL": metrics.mean_nll(test.probs, test.y),
             "ECE": metrics.calibration_error(test.probs, test.y, n_bins=n_bins),
             "Brier": metrics.brier_score(test.probs, test.y),
+            "AURC": metrics.risk_coverage(test.probs, test.y).area,
         }
         for shift, loader in (shifted or {}).items():
             result = run(name, shift, loader)
@@ -403,7 +405,10 @@ def side_by_side(
             row[f"ECE {shift}"] = metrics.calibration_error(result.probs, result.y, n_bins=n_bins)
         if ood_loader is not None:
             foreign = run(name, "foreign data", ood_loader, targeted=False)
-            row["OOD AUROC"] = metrics.ood_auroc(metrics.uncertainty(test.probs), metrics.uncertainty(foreign.probs))
+            doubts = metrics.uncertainty(test.probs), metrics.uncertainty(foreign.probs)
+            row["OOD AUROC"] = metrics.ood_auroc(*doubts)
+            row["OOD AUPR"] = metrics.ood_average_precision(*doubts)
+            row["OOD FPR95"] = metrics.ood_false_positives(*doubts)
         row["predict ms"] = 1e3 * statistics.median(run(name, "test data again", test_loader).seconds for _ in range(3))
         rows[name] = row
     return Report(rows)

@@ -1,19 +1,27 @@
-"""Pictures show the numbers of the metrics, and drawing changes nothing outside the figure."""
+"""Pictures show the numbers of the metrics, on figures of pyplot or on given axes."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from laplace.errors import BackendUnavailableError, InputError, ShapeError
-from laplace.evaluation import metrics, plots
+from laplace.evaluation import calibration_curve, coverage, metrics, plots
+
+
+@pytest.fixture(autouse=True)
+def no_window() -> Iterator[None]:
+    pyplot.switch_backend("agg")
+    yield
+    pyplot.close("all")
 
 
 @pytest.fixture
@@ -85,14 +93,23 @@ def test_a_picture_can_be_saved(predictions: dict[str, tuple[Tensor, Tensor]], t
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
-def test_drawing_does_not_load_pyplot() -> None:
-    code = (
-        "import sys, torch; from laplace.evaluation import plots; "
-        "plots.regression_band(torch.ones(2), torch.ones(2), torch.ones(2)); "
-        "print('matplotlib.pyplot' in sys.modules)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+def test_a_picture_is_one_of_pyplot(predictions: dict[str, tuple[Tensor, Tensor]]) -> None:
+    figure = plots.risk_coverage_curve(predictions)
+    assert pyplot.gcf() is figure
+    pyplot.close(figure)
+
+
+def test_the_calibration_of_error_bars_is_drawn() -> None:
+    mean, y = torch.zeros(200), torch.randn(200, generator=torch.Generator().manual_seed(0))
+    parts = {"narrow": (mean, torch.full_like(mean, 0.3), y), "right": (mean, torch.ones_like(mean), y)}
+    figure = plots.regression_calibration(parts, n_levels=9)
+    for name, line in zip(parts, figure.axes[0].lines[1:], strict=True):
+        levels, shares = calibration_curve(*parts[name], n_levels=9)
+        np.testing.assert_array_equal(line.get_xydata(), np.stack([levels, shares], 1))
+    assert [text.split("(")[0] for text in labels(figure)] == ["calibrated", "narrow ", "right "]
+    assert f"hold {100 * coverage(*parts['narrow']):.0f} %" in labels(figure)[1]
+    with pytest.raises(InputError, match="nothing to draw"):
+        plots.regression_calibration({})
 
 
 def test_nothing_to_draw_is_an_error() -> None:

@@ -72,14 +72,15 @@ def test_side_by_side_holds_the_metrics(model: nn.Module, data: dict[str, tuple[
     )
     assert list(report.rows) == ["MAP", "MAP, temperature T", "uniform"]
     assert report.columns == [
-        "accuracy", "NLL", "ECE", "Brier", "NLL later", "ECE later", "OOD AUROC", "predict ms",
+        "accuracy", "NLL", "ECE", "Brier", "AURC", "NLL later", "ECE later",
+        "OOD AUROC", "OOD AUPR", "OOD FPR95", "predict ms",
     ]  # fmt: skip
     scaled = fit_temperature(model, loader(data["val"]))
     for name, predictor in (("MAP", SoftmaxPredictor(model)), ("MAP, temperature T", scaled), ("uniform", uniform)):
         row = dict(report.rows[name])
         probs, y = predictor(data["test"][0]), data["test"][1]
         later, later_y = predictor(data["shifted"][0]), data["shifted"][1]
-        foreign = predictor(data["ood"][0])
+        doubts = metrics.uncertainty(probs), metrics.uncertainty(predictor(data["ood"][0]))
         assert row.pop("predict ms") > 0
         assert row == pytest.approx(
             {
@@ -87,9 +88,12 @@ def test_side_by_side_holds_the_metrics(model: nn.Module, data: dict[str, tuple[
                 "NLL": metrics.mean_nll(probs, y),
                 "ECE": metrics.calibration_error(probs, y, n_bins=7),
                 "Brier": metrics.brier_score(probs, y),
+                "AURC": metrics.risk_coverage(probs, y).area,
                 "NLL later": metrics.mean_nll(later, later_y),
                 "ECE later": metrics.calibration_error(later, later_y, n_bins=7),
-                "OOD AUROC": metrics.ood_auroc(metrics.uncertainty(probs), metrics.uncertainty(foreign)),
+                "OOD AUROC": metrics.ood_auroc(*doubts),
+                "OOD AUPR": metrics.ood_average_precision(*doubts),
+                "OOD FPR95": metrics.ood_false_positives(*doubts),
             },
             abs=1e-12,
         )
@@ -109,7 +113,7 @@ def test_a_temperature_keeps_the_accuracy_and_lowers_the_nll_it_was_fitted_on(
 def test_what_is_not_given_is_not_reported(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
     report = side_by_side(model, {}, loader(data["test"]))
     assert list(report.rows) == ["MAP"]
-    assert report.columns == ["accuracy", "NLL", "ECE", "Brier", "predict ms"]
+    assert report.columns == ["accuracy", "NLL", "ECE", "Brier", "AURC", "predict ms"]
 
 
 def test_targets_of_foreign_inputs_are_ignored(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
