@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from typing import Any
 
 from laplace.errors import BackendUnavailableError, warn
@@ -25,6 +26,11 @@ def warn_of_namesake() -> None:
         "pip install laplace-posthoc"
     )
     warn(msg, UserWarning)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def require(module: str, extra: str) -> Any:

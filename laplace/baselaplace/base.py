@@ -58,7 +58,8 @@ class BaseLaplace(ABC):
         Keep predictions differentiable with respect to the inputs.
     dict_key_x, dict_key_y
         Entries of mapping batches that hold the main input and the targets. Where ``dict_key_x`` is left at its default
-        and a batch has no such entry, it is the ``main_input_name`` that models of Hugging Face have.
+        and a batch has no such entry, it is the ``main_input_name`` that models of Hugging Face have, the first
+        parameter of ``forward`` that is an entry, or the only entry beside the targets.
     backend
         Class that computes the curvature; ``AutogradGGN`` when ``None``. Of an object its class and options are taken.
     backend_kwargs

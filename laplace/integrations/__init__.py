@@ -1,1 +1,1 @@
-"""Estimators of other libraries, made of those of this one: each module needs its library (an extra of its name)."""
+"""Estimators and callbacks of other libraries: each module needs its library (an extra of its name)."""

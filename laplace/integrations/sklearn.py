@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, column
 from torch import Tensor, nn
 
 from laplace.errors import InputError, UnsupportedError
+from laplace.integrations.after_training import Grounds, check_tuning, learn
 from laplace.laplace import Laplace
 from laplace.network import evaluating
 from laplace.optional import require
@@ -50,7 +51,7 @@ class _Estimator(BaseEstimator, ABC):
         likelihood: str = "classification",
         subset_of_weights: str = "last_layer",
         hessian_structure: str = "kron",
-        tuning: Literal["validation", "marglik"] | None = "validation",
+        tuning: Grounds = "validation",
         validation_fraction: float = 0.2,
         batch_size: int = 128,
         device: str = "cpu",
@@ -78,9 +79,7 @@ class _Estimator(BaseEstimator, ABC):
 
     def _learn(self, X: Any, y: Any, X_val: Any, y_val: Any) -> None:
         """Train or take over the network, fit its posterior, tune it."""
-        if self.tuning not in ("validation", "marglik", None):
-            msg = f'tuning is "validation", "marglik" or None; got {self.tuning!r}.'
-            raise UnsupportedError(msg)
+        check_tuning(self.tuning)
         if (X_val is None) != (y_val is None):
             msg = "X_val and y_val belong together: pass both, or none to hold rows of X out."
             raise InputError(msg)
@@ -101,15 +100,8 @@ class _Estimator(BaseEstimator, ABC):
         self.laplace_ = Laplace(
             self.module_, self.likelihood, self.subset_of_weights, self.hessian_structure, **options
         )
-        self.laplace_.fit(self._batches(inputs, targets))
-        if self.tuning == "marglik":
-            noise = "scalar" if "sigma_noise" in self.laplace_.likelihood_.hyperparameters else "keep"
-            self.laplace_.optimize_prior_precision(method="marglik", noise=noise)
-        elif self.tuning == "validation":
-            assert held is not None, "split above"
-            self.laplace_.tune(self._batches(*held))
-        else:
-            self.laplace_.accept_untuned()
+        batches = self._batches(inputs, targets)
+        learn(self.laplace_, batches, None if held is None else self._batches(*held), self.tuning)
 
     @abstractmethod
     def _check_outputs(self, n_outputs: int) -> None:
@@ -388,7 +380,7 @@ class LaplaceRegressor(RegressorMixin, _Estimator):
         likelihood: str = "regression",
         subset_of_weights: str = "last_layer",
         hessian_structure: str = "kron",
-        tuning: Literal["validation", "marglik"] | None = "validation",
+        tuning: Grounds = "validation",
         validation_fraction: float = 0.2,
         batch_size: int = 128,
         device: str = "cpu",

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from laplace.errors import InputError, MissingKeyError, UnsupportedError, numbered
 from laplace.network.failures import explained, leaves
-from laplace.network.signatures import innermost, takes_keyword, takes_several
+from laplace.network.signatures import innermost, parameters_of, takes_keyword, takes_several
 from laplace.network.targets import Shift, check_targets
 from laplace.network.threads import together
 from laplace.types import Inputs
@@ -230,7 +230,7 @@ def arguments(
     A mapping is unpacked into keyword arguments when ``forward`` has a parameter named ``dict_key_x`` (the targets
     under ``dict_key_y`` are then left out); a tuple or list into positional ones when ``forward`` takes several inputs.
     Everything else is passed as one argument. Where ``dict_key_x`` was left at its default and a mapping has no such
-    entry, it is the ``main_input_name`` of the model, which those of Hugging Face have.
+    entry, ``main_input`` finds it.
 
     Raises
     ------
@@ -238,7 +238,7 @@ def arguments(
         If a mapping has no entry ``dict_key_x``.
     """
     if isinstance(x, Mapping):
-        dict_key_x = main_input(model, x, dict_key_x)
+        dict_key_x = main_input(model, x, dict_key_x, dict_key_y)
         if dict_key_x not in x:
             keys = ", ".join(repr(key) for key in x)
             msg = (
@@ -253,10 +253,22 @@ def arguments(
     return (x,), {}
 
 
-def main_input(model: nn.Module, x: Mapping[str, Any], dict_key_x: str) -> str:
-    """The entry of a mapping that is the main input: that which was said, or which the model says."""
+def main_input(model: nn.Module, x: Mapping[str, Any], dict_key_x: str, dict_key_y: str) -> str:
+    """The entry of a mapping that is the main input: what was said; of the default that is not there, what is found.
+
+    That is the ``main_input_name`` of the model, which those of Hugging Face have, the first parameter of ``forward``
+    that is an entry, or the only entry beside the targets.
+    """
+    if dict_key_x != "input_ids" or dict_key_x in x:
+        return dict_key_x
     said = getattr(innermost(model), "main_input_name", None)
-    return said if dict_key_x == "input_ids" and dict_key_x not in x and isinstance(said, str) else dict_key_x
+    if isinstance(said, str):
+        return said
+    inputs, names = [key for key in x if key != dict_key_y], [parameter.name for parameter in parameters_of(model)]
+    if dict_key_x in names:
+        return dict_key_x  # the model wants it
+    named = [name for name in names if name in inputs]
+    return next(iter([*named, *(inputs if len(inputs) == 1 else [])]), dict_key_x)
 
 
 def call(model: nn.Module, x: Inputs, *, dict_key_x: str, dict_key_y: str, **model_kwargs: Any) -> Any:

@@ -165,6 +165,20 @@ def test_mappings_are_unpacked_when_forward_names_their_main_entry():
     assert call(Whole(), batch, **KEYS) is batch
 
 
+def test_the_main_entry_is_found_where_forward_names_it_or_there_is_one():
+    class Images(nn.Module):
+        def forward(self, pixels, mask=None):
+            return pixels, mask
+
+    assert call(Images(), {"mask": Y, "pixels": X, "labels": Y}, **KEYS) == (X, Y)
+    alone = {"image": X, "labels": Y}
+    assert call(Whole(), alone, **KEYS) is alone
+    with pytest.raises(InputError, match=r"'image', 'other'.*'input_ids'.*dict_key_x"):
+        call(Whole(), {"image": X, "other": X}, **KEYS)
+    with pytest.raises(InputError, match=r"'pixels'.*'image'.*dict_key_x"):
+        call(Images(), {"pixels": X}, dict_key_x="image", dict_key_y="labels")
+
+
 def test_a_mapping_without_its_main_entry_is_explained():
     with pytest.raises(InputError, match=r"'pixels'.*'input_ids'.*dict_key_x"):
         call(Keywords(), {"pixels": X}, **KEYS)
