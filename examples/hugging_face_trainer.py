@@ -1,9 +1,9 @@
 # %% [markdown]
 # # With the Hugging Face Trainer
 #
-# A callback fits the posterior of the network once the `Trainer` has trained it, tunes it on the evaluation data and adds
-# what it brings to the log. A small vision transformer, made from a configuration, reads the handwritten digits that
-# scikit-learn ships; nothing is downloaded.
+# A callback fits the posterior of the network once the `Trainer` has trained it, tunes it on the evaluation data and
+# adds what it brings to the log. A small vision transformer, made from a configuration, reads the handwritten digits
+# that scikit-learn ships; nothing is downloaded.
 #
 # Run it with `python examples/hugging_face_trainer.py`: it prints two tables.
 

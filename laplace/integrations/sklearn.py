@@ -62,7 +62,7 @@ class _Estimator(BaseEstimator, ABC):
         self.likelihood = likelihood
         self.subset_of_weights = subset_of_weights
         self.hessian_structure = hessian_structure
-        self.tuning = tuning
+        self.tuning: Grounds = tuning
         self.validation_fraction = validation_fraction
         self.batch_size = batch_size
         self.device = device
