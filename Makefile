@@ -65,6 +65,7 @@ peer-suite: $(VENV)-clients/.ready ## laplace-torch's own tests on this library:
 
 lint: $(VENV)/.lint ## style, formatting, spelling
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --target-version py313 --select E9,F --ignore F722 laplace
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
 
@@ -72,8 +73,10 @@ format: $(VENV)/.lint ## repair what lint can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.lint $(VENV)/.examples ## static types
-	$(BIN)/pyright --pythonpath $(BIN)/python
+# The tests run on one version of Python; what another one lacks or deprecates shows here.
+types: $(VENV)/.lint $(VENV)/.examples ## static types, as the oldest and the newest supported Python see them
+	$(BIN)/pyright --pythonpath $(BIN)/python --pythonversion 3.10
+	$(BIN)/pyright --pythonpath $(BIN)/python --pythonversion 3.13
 
 docs: $(VENV)/.docs ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
