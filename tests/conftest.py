@@ -58,6 +58,22 @@ def pytest_configure() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what ``@pytest.mark.every(k)`` leaves out: all but one in k, and the first with each value."""
+    seen: dict[str, tuple[int, set[str]]] = {}
+    for item in items:
+        mark = item.get_closest_marker("every")
+        if mark is None or item.get_closest_marker("slow"):
+            continue
+        test, _, values = item.nodeid.partition("[")
+        n, known = seen.get(test, (0, set()))
+        named = set(values.rstrip("]").split("-"))
+        if n % mark.args[0] and named <= known:
+            item.add_marker(pytest.mark.slow)
+        seen[test] = n + 1, known | named
+
+
 def pytest_report_header() -> str:
     """Which releases of the optional back ends are tested."""
     packages = ("backpack-for-pytorch", "asdfghjkl", "curvlinops-for-pytorch")

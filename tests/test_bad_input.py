@@ -250,6 +250,7 @@ def test_a_number_of_outputs_that_differs_between_batches(structure, how):
 NO_VALUES = [0.0, -1.0, NAN, INF, -INF, torch.tensor([]), "one", None]
 
 
+@pytest.mark.every(4)
 @every_structure
 @pytest.mark.parametrize("value", NO_VALUES, ids=str)
 @pytest.mark.parametrize("name", ["prior_precision", "sigma_noise", "temperature"])

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 # -- posterior --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(4)
 @structures
 @choices
 @networks

@@ -28,6 +28,7 @@ STRUCTURE_AND_PRIOR = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.every(5)
 @BACKENDS
 @every_structure
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,6 +38,7 @@ def test_evidence_is_that_of_the_dense_reference(case, structure, options):
     assert_close(la.log_marginal_likelihood(), evidence(case, precision, delta=0.7, temperature=1.5))
 
 
+@pytest.mark.every(4)
 @BACKENDS
 @STRUCTURE_AND_PRIOR
 @basic_cases
@@ -55,6 +57,7 @@ def test_evidence_and_its_parts_for_every_shape_of_prior(case, structure, prior,
     assert_close(la.log_marginal_likelihood(), evidence(case, precision, delta=delta, mean=0.3))
 
 
+@pytest.mark.every(4)
 @BACKENDS
 @STRUCTURE_AND_PRIOR
 @basic_cases

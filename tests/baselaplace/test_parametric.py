@@ -19,6 +19,7 @@ regression_cases = pytest.mark.parametrize("case", REGRESSION, ids=str)
 BACKENDS = pytest.mark.parametrize("options", [{}, {"backend": AutogradEF}], ids=["GGN", "EF"])
 
 
+@pytest.mark.every(4)
 @BACKENDS
 @every_structure
 @classification_cases
@@ -37,6 +38,7 @@ def test_class_probabilities_follow_the_closed_forms(case, structure, options):
         assert_close(probabilities.sum(-1), torch.ones(f.shape[:-1]), link)
 
 
+@pytest.mark.every(4)
 @every_structure
 @pytest.mark.parametrize("case", [BASIC[0], named("soft_labels"), named("conv_classification")], ids=str)
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_mc_with_diagonal_output_treats_logits_as_independent(structure):
     assert_within(la(case.test_inputs(), **options), exact, (exact * (1 - exact) / n).sqrt())
 
 
+@pytest.mark.every(4)
 @BACKENDS
 @every_structure
 @regression_cases
@@ -93,6 +96,7 @@ def test_weight_sampling_agrees_with_the_closed_form_of_a_linear_layer(case, str
     assert_within(var, V, V * (2 / (n - 1)) ** 0.5, "variance")
 
 
+@pytest.mark.every(4)
 @every_structure
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_functional_variances_are_those_of_the_jacobian(case, structure):

@@ -25,6 +25,7 @@ def same_fit(la, other) -> None:
     assert la.n_data == other.n_data
 
 
+@pytest.mark.every(5)
 @BACKENDS
 @every_structure
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -56,6 +57,7 @@ def test_any_iterable_of_batches_can_be_fitted(case, structure):
         same_fit(la, expected)
 
 
+@pytest.mark.every(4)
 @BACKENDS
 @every_structure
 @SPLIT_CASES

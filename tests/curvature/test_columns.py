@@ -24,6 +24,7 @@ BACK_ENDS = [
 ]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("cls", "fisher"), BACK_ENDS, ids=lambda v: getattr(v, "__name__", ""))
 @pytest.mark.parametrize("case", [case for case in CASES if case.likelihood != "reward_modeling"], ids=str)
 def test_last_layers(cls, fisher, case):

@@ -104,6 +104,7 @@ def check(cls, network: Network, quantity: str) -> None:
     assert_close(loss, problem.nll(), "loss")
 
 
+@pytest.mark.every(5)
 @every_package
 @every_network
 def test_all_weights_are_exact_or_refused(cls, network):
@@ -124,6 +125,7 @@ def last_layer(cls, case: Case, **options):
     return cls(case.extractor(), case.likelihood, last_layer=True, **options)
 
 
+@pytest.mark.every(5)
 @every_package
 @pytest.mark.parametrize("case", [c for c in CASES if c.likelihood != "reward_modeling"], ids=str)
 def test_the_last_layer_is_exact_for_every_case(cls, case):

@@ -57,6 +57,7 @@ def with_gradient(variance, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return value.detach(), torch.autograd.grad((value * weights).sum(), x)[0]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("cls", "subset", "structure"), OFFERED)
 def test_variances_and_their_gradients_are_those_of_the_definition(cls, subset, structure):
     """J(x) P⁻¹ J(x)ᵀ in float64 with the Jacobian of all weights by ``torch.func``, and the built-in back end's."""

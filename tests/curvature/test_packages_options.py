@@ -48,6 +48,7 @@ def test_the_number_of_data_divides_input_factors_and_nothing_else(cls, subset):
                 assert_close(100 * other[1], group[1], "inputs' side")
 
 
+@pytest.mark.every(4)
 @every_back_end
 @pytest.mark.parametrize("wrong", [0, -3, 2.5, True, "ten", None])
 def test_a_number_of_data_that_is_none_is_refused(cls, wrong):

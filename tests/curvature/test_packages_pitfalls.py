@@ -101,6 +101,7 @@ def compute(engine, x, y, quantity):
 
 
 # Ours takes the slow way for a weight that a script uses, and says so.
+@pytest.mark.every(4)
 @pytest.mark.filterwarnings("ignore:Some weights are differentiated one datum at a time")
 @pytest.mark.parametrize("name", [*VECTORS, *IMAGES])
 @every_package

@@ -157,6 +157,7 @@ def test_predictions_are_those_of_the_likelihood_in_more_situations(name, struct
     check_situation(name, structure, subset, pred_type, method)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("T", [1.0, 1.6])
 @pytest.mark.parametrize("kind", ROWS, ids=str)
 @pytest.mark.parametrize(("subset", "structure"), [("all", "full"), ("last_layer", "full"), ("last_layer", "gp"), ("all", "diag"), ("subnetwork", "full")])  # fmt: skip

@@ -112,6 +112,7 @@ WRONG = {
 SHAPES = ("one-hot", "too few", "extra axis", "one column", "no column", "as many as outputs")
 
 
+@pytest.mark.every(4)
 @some_weights
 @pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, rows in WRONG.items() for wrong in rows])
 def test_targets_without_a_meaning_are_refused_and_nothing_is_fitted(name, wrong, subset, structure):
@@ -289,6 +290,7 @@ BACKENDS = {
 }
 
 
+@pytest.mark.every(3)
 @new_kinds
 @pytest.mark.parametrize(("matrix", "backend"), [(m, b) for m, names in BACKENDS.items() for b in names])
 def test_every_back_end_computes_the_curvature_of_the_density_or_refuses(kind, matrix, backend):

@@ -257,6 +257,7 @@ def energies(kind: Kind, n_outputs: int, alpha: float, T: float, mean: Tensor, c
     return likelihood.energy(mean, spread, y, alpha), truth
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("T", [1.0, 2.0])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @everyone
