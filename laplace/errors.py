@@ -55,11 +55,7 @@ class UnsupportedError(ValueError):
     """An option, or a combination of options, that does not exist here; the message lists those that do."""
 
 
-_TORCHS: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-"""What PyTorch raises when a device is full: a ``RuntimeError``."""
-
-
-class OutOfMemoryError(UnsupportedError, MemoryError, _TORCHS):  # pyright: ignore[reportUntypedBaseClass]
+class OutOfMemoryError(UnsupportedError, MemoryError, torch.OutOfMemoryError):
     """Something does not fit the memory that is free; the message says how much it takes and what takes less."""
 
 

@@ -266,7 +266,7 @@ def explained_predictions() -> AbstractContextManager[None]:
 
 def _is_allocation(error: BaseException) -> bool:
     """Whether an error is that of an allocator."""
-    own = isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)))
+    own = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return own or any(text in str(error) for text in FAILED)
 
 

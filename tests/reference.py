@@ -37,7 +37,7 @@ def datum_nll(likelihood: str, f: Tensor, y: Tensor) -> Tensor:
         return (1 + (other - preferred).exp()).log()
     if y.is_floating_point():
         return -(y.reshape(f.shape) * f.log_softmax(-1)).sum()
-    terms = [-f[t].log_softmax(-1)[label] for t, label in enumerate(y.reshape(-1).tolist()) if label != IGNORED]
+    terms = [-f[t].log_softmax(-1)[label] for t, label in enumerate(map(int, y.reshape(-1))) if label != IGNORED]
     return sum(terms, f.sum() * 0)
 
 

@@ -18,9 +18,6 @@ import torch
 from tests.compiled_predictions import CASES, SLOW, WAYS, X, fitted, network, same
 from tests.tools import slow_but
 
-if not hasattr(torch.compiler, "set_stance"):
-    pytest.skip("compiled code cannot be left for a pass before PyTorch 2.6", allow_module_level=True)
-
 ROOT = Path(__file__).parents[1]
 
 

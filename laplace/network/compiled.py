@@ -52,14 +52,11 @@ def as_written(modules: Iterable[nn.Module]) -> Generator[None]:
 
 
 def _hold() -> bool:
-    """Ask for the code as written; whether this version of PyTorch can be asked, and here."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None:
-        return False
+    """Ask for the code as written; whether it can be asked for here."""
     with _LOCK:
         if not _HELD:
             try:
-                _HELD.append(set_stance("force_eager"))
+                _HELD.append(torch.compiler.set_stance("force_eager"))
             except RuntimeError:  # within a function of the user that is compiled in pieces
                 return False
         _HELD.append(None)
