@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from laplace import checks
+from laplace import checks, overloads
 from laplace.baselaplace import (
     ELLA,
     LLELLA,
@@ -23,9 +23,10 @@ from laplace.baselaplace import (
     LowRankLaplace,
     VaLLA,
 )
-from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.baselaplace.calling import with_types_of
+from laplace.enums import FunctionalApproximation, HessianStructure, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import LikelihoodLike
 from laplace.lllaplace import (
     BlockDiagLLLaplace,
     DiagLLLaplace,
@@ -37,6 +38,7 @@ from laplace.lllaplace import (
 )
 from laplace.several import SeveralHeads
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
+from laplace.types import FunctionalApproximationLike, HessianStructureLike, SubsetOfWeightsLike
 
 ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
@@ -87,16 +89,18 @@ class _OfHead:
                 "last layers, la['price'].sigma_noise. Pass other options by name."
             )
             raise UnsupportedError(msg)
-        return Laplace(model, likelihood, self.subset, self.structure, **self.kwargs, **own)
+        make: Callable[..., Any] = Laplace
+        return make(model, likelihood, self.subset, self.structure, **self.kwargs, **own)
 
 
+@with_types_of(overloads.Laplace)
 def Laplace(
     model: nn.Module,
-    likelihood: Likelihood | str | AbstractLikelihood | Mapping[str | int, str | AbstractLikelihood],
-    subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
-    hessian_structure: HessianStructure | str = HessianStructure.KRON,
+    likelihood: LikelihoodLike | Mapping[Any, LikelihoodLike],
+    subset_of_weights: SubsetOfWeightsLike = SubsetOfWeights.LAST_LAYER,
+    hessian_structure: HessianStructureLike = HessianStructure.KRON,
     *args: Any,
-    functional_approximation: FunctionalApproximation | str = FunctionalApproximation.SOD,
+    functional_approximation: FunctionalApproximationLike = FunctionalApproximation.SOD,
     **kwargs: Any,
 ) -> Any:
     """Construct the estimator for a choice of weights and structure.

@@ -12,13 +12,14 @@ from laplace.errors import UnsupportedError
 from laplace.network import FeatureExtractor
 from laplace.network.failures import checked_model
 from laplace.network.outputs import Reading
+from laplace.types import FeatureReductionLike
 
 
 def as_extractor(
     model: nn.Module,
     last_layer_name: str | None,
     enable_backprop: bool,
-    feature_reduction: FeatureReduction | str | None,
+    feature_reduction: FeatureReductionLike | None,
     dict_key_x: str,
     dict_key_y: str,
     reading: Reading,
