@@ -120,7 +120,15 @@ def Laplace(
         ``"lowrank"`` (a subnetwork has ``"full"`` and ``"diag"``); ``"gp"``: not at all, the posterior is one over
         functions.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace``, ``SubnetLaplace``, ``BaseLaplace``, ``ELLA``, ``VaLLA``.
+        Further arguments of the estimator, which describes them. Of all: ``sigma_noise``, ``prior_precision``,
+        ``prior_mean``, ``temperature``, ``enable_backprop``, ``dict_key_x``, ``dict_key_y``, ``backend``,
+        ``backend_kwargs``, ``curvature_dtype``, ``output_key``, ``output_fn``, ``output_dim``, ``shift_labels``
+        (``BaseLaplace``). Of posteriors over weights: ``asdl_fisher_kwargs``. Of a last layer: ``last_layer_name``,
+        ``feature_reduction`` (``LLLaplace``). Of a subnetwork: ``subnetwork_indices`` (``SubnetLaplace``). Of
+        ``"kron"``: ``damping``. Of ``"lowrank"``: ``rank``, ``captured_trace``. Of ``"gp"``: ``n_subset``,
+        ``independent_outputs``, ``diagonal_hessian``, ``seed`` (``FunctionalLaplace``); ``subsample_size``,
+        ``n_eigenvalues``, ``seed`` (``ELLA``); ``inducing_locations``, ``num_inducing``, ``inducing_classes``,
+        ``alpha``, ``mc_softmax_samples``, ``seed`` (``VaLLA``). Type checkers know them by name.
     functional_approximation
         With ``hessian_structure="gp"``: what the posterior is made of, a subset of the data (``"sod"``, which needs
         ``n_subset=``), Nyström features (``"nystrom"``: ``ELLA``) or inducing points (``"variational"``: ``VaLLA``).

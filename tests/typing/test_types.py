@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import typing_extensions
 
-from laplace import BaseFunctionalLaplace, BaseLaplace, ParametricLaplace, enums, overloads, types
+from laplace import BaseFunctionalLaplace, BaseLaplace, Laplace, ParametricLaplace, enums, overloads, types
 from laplace.baselaplace import calling, keywords
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.options import check_backend_keywords
@@ -94,7 +94,9 @@ def needed(function: Callable[..., Any]) -> set[str]:
 def declared() -> list[dict[str, Any]]:
     """The declarations of `Laplace` for one structure and one choice of weights each."""
     found = [hints(function) for function in typing_extensions.get_overloads(overloads.Laplace)]
-    return [each for each in found if (get_origin(each["return"]) or each["return"]) not in (FittedLaplace, SeveralHeads)]
+    return [
+        each for each in found if (get_origin(each["return"]) or each["return"]) not in (FittedLaplace, SeveralHeads)
+    ]
 
 
 def test_every_class_of_the_tables_is_declared() -> None:
@@ -102,7 +104,9 @@ def test_every_class_of_the_tables_is_declared() -> None:
     for each in declared():
         names = ("subset_of_weights", "hessian_structure", "functional_approximation")
         members = [value for name in names for value in get_args(each.get(name)) if isinstance(value, Enum)]
-        found[tuple(member for member in members if member is not enums.HessianStructure.GP)] = get_origin(each["return"])
+        found[tuple(member for member in members if member is not enums.HessianStructure.GP)] = get_origin(
+            each["return"]
+        )
     assert found == {**ESTIMATORS, **FUNCTIONAL}
 
 
@@ -119,6 +123,11 @@ def test_keywords_of_some_estimator_are_those_of_all() -> None:
     for cls in (*ESTIMATORS.values(), *FUNCTIONAL.values()):
         found.update(keywords_of(cls.__init__, "model", "likelihood"))
     assert hints(keywords.AnyKeywords) == found
+
+
+def test_the_docstring_of_the_factory_names_every_keyword() -> None:
+    said = set(re.findall(r"``(\w+)``", Laplace.__doc__ or ""))
+    assert hints(keywords.AnyKeywords).keys() <= said
 
 
 @pytest.mark.parametrize(
@@ -177,7 +186,9 @@ def mistakes() -> set[tuple[str, int]]:
 
 def run(*command: str) -> str:
     """What a checker prints."""
-    found = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=environment())
+    found = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
     assert found.returncode == 1, found.stdout + found.stderr
     return found.stdout
 

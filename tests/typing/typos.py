@@ -14,7 +14,7 @@ def mistakes(model: nn.Module, batches: list[tuple[Tensor, Tensor]], x: Tensor) 
     Laplace(model, "clasification")  # typo: the text of a likelihood
     Laplace(model, "classification", prior_precison=2.0)  # typo: a keyword of the constructor
     Laplace(model, "classification", "all", "full", damping=True)  # typo: a keyword of another structure
-    Laplace(model, "classification", "subnetwork", "kron", subnetwork_indices=x)  # typo: a combination that is not there
+    Laplace(model, "classification", "subnetwork", "kron", subnetwork_indices=x)  # typo: no such combination
     Laplace(model, "regression", hessian_structure="gp")  # typo: a keyword that is needed is missing
     Laplace(model, "classification", backend_kwargs={"stochastik": True})  # typo: an option of the back end
     la = Laplace(model, "classification")
@@ -31,6 +31,8 @@ def mistakes(model: nn.Module, batches: list[tuple[Tensor, Tensor]], x: Tensor) 
     la.optimize_prior_precision(grid_sise=5)  # typo: a keyword of optimize_prior_precision
     moments: tuple[Tensor, Tensor] = la(x)  # typo: probabilities are one tensor
     print(la.prior_precission)  # typo: an attribute
+    la.prior_precision = "1"  # typo: the type of a hyperparameter
+    la.weight_uncertainty = "no"  # typo: the type of a flag that is assigned
     print(la.predict(x).epistemic_varianze)  # typo: an attribute of a prediction
     Laplace(model, "regression").fit(batches)(x).mean()  # typo: mean and variance are no tensor
     laplace.load("la.pt", model, backend_kwarg=None)  # typo: a keyword of load
