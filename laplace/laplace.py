@@ -12,7 +12,6 @@ from laplace import checks, overloads
 from laplace.baselaplace import (
     ELLA,
     LLELLA,
-    BaseLaplace,
     BlockDiagLaplace,
     DiagLaplace,
     EKFACLaplace,
@@ -24,6 +23,7 @@ from laplace.baselaplace import (
     VaLLA,
 )
 from laplace.baselaplace.calling import with_types_of
+from laplace.baselaplace.fitted import FittedLaplace
 from laplace.enums import FunctionalApproximation, HessianStructure, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
 from laplace.likelihoods import LikelihoodLike
@@ -40,7 +40,7 @@ from laplace.several import SeveralHeads
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 from laplace.types import FunctionalApproximationLike, HessianStructureLike, SubsetOfWeightsLike
 
-ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
+ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[FittedLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
     (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
@@ -58,7 +58,7 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = 
 }
 """Which class implements which combination."""
 
-FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLaplace]] = {
+FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[FittedLaplace]] = {
     (SubsetOfWeights.ALL, FunctionalApproximation.SOD): FunctionalLaplace,
     (SubsetOfWeights.ALL, FunctionalApproximation.NYSTROM): ELLA,
     (SubsetOfWeights.ALL, FunctionalApproximation.VARIATIONAL): VaLLA,
@@ -102,7 +102,7 @@ def Laplace(
     *args: Any,
     functional_approximation: FunctionalApproximationLike = FunctionalApproximation.SOD,
     **kwargs: Any,
-) -> Any:
+) -> FittedLaplace | SeveralHeads:
     """Construct the estimator for a choice of weights and structure.
 
     Parameters

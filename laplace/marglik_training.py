@@ -25,7 +25,7 @@ from laplace.curvature import CurvatureInterface
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.laplace import Laplace
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import LikelihoodLike
 from laplace.network import WholeNetwork, iterate
 from laplace.network.outputs import Reading
 from laplace.prior import GaussianPrior, fix_prior_prec_structure
@@ -45,7 +45,7 @@ from laplace.types import HessianStructureLike, PriorStructureLike
 def marglik_training(
     model: nn.Module,
     train_loader: Iterable[Any],
-    likelihood: Likelihood | str | AbstractLikelihood = Likelihood.CLASSIFICATION,
+    likelihood: LikelihoodLike = Likelihood.CLASSIFICATION,
     hessian_structure: HessianStructureLike = HessianStructure.KRON,
     backend: type[CurvatureInterface] | CurvatureInterface | None = None,
     optimizer_cls: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
