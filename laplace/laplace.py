@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from laplace import checks
+from laplace import checks, overloads
 from laplace.baselaplace import (
     ELLA,
     LLELLA,
-    BaseLaplace,
     BlockDiagLaplace,
     DiagLaplace,
     EKFACLaplace,
@@ -23,9 +22,11 @@ from laplace.baselaplace import (
     LowRankLaplace,
     VaLLA,
 )
-from laplace.enums import FunctionalApproximation, HessianStructure, Likelihood, SubsetOfWeights, choose
+from laplace.baselaplace.calling import with_types_of
+from laplace.baselaplace.fitted import FittedLaplace
+from laplace.enums import FunctionalApproximation, HessianStructure, SubsetOfWeights, choose
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import LikelihoodLike
 from laplace.lllaplace import (
     BlockDiagLLLaplace,
     DiagLLLaplace,
@@ -37,8 +38,9 @@ from laplace.lllaplace import (
 )
 from laplace.several import SeveralHeads
 from laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
+from laplace.types import FunctionalApproximationLike, HessianStructureLike, SubsetOfWeightsLike
 
-ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = {
+ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[FittedLaplace]] = {
     (SubsetOfWeights.ALL, HessianStructure.FULL): FullLaplace,
     (SubsetOfWeights.ALL, HessianStructure.KRON): KronLaplace,
     (SubsetOfWeights.ALL, HessianStructure.DIAG): DiagLaplace,
@@ -56,7 +58,7 @@ ESTIMATORS: dict[tuple[SubsetOfWeights, HessianStructure], type[BaseLaplace]] = 
 }
 """Which class implements which combination."""
 
-FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[BaseLaplace]] = {
+FUNCTIONAL: dict[tuple[SubsetOfWeights, FunctionalApproximation], type[FittedLaplace]] = {
     (SubsetOfWeights.ALL, FunctionalApproximation.SOD): FunctionalLaplace,
     (SubsetOfWeights.ALL, FunctionalApproximation.NYSTROM): ELLA,
     (SubsetOfWeights.ALL, FunctionalApproximation.VARIATIONAL): VaLLA,
@@ -87,18 +89,20 @@ class _OfHead:
                 "last layers, la['price'].sigma_noise. Pass other options by name."
             )
             raise UnsupportedError(msg)
-        return Laplace(model, likelihood, self.subset, self.structure, **self.kwargs, **own)
+        make: Callable[..., Any] = Laplace
+        return make(model, likelihood, self.subset, self.structure, **self.kwargs, **own)
 
 
+@with_types_of(overloads.Laplace)
 def Laplace(
     model: nn.Module,
-    likelihood: Likelihood | str | AbstractLikelihood | Mapping[str | int, str | AbstractLikelihood],
-    subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
-    hessian_structure: HessianStructure | str = HessianStructure.KRON,
+    likelihood: LikelihoodLike | Mapping[Any, LikelihoodLike],
+    subset_of_weights: SubsetOfWeightsLike = SubsetOfWeights.LAST_LAYER,
+    hessian_structure: HessianStructureLike = HessianStructure.KRON,
     *args: Any,
-    functional_approximation: FunctionalApproximation | str = FunctionalApproximation.SOD,
+    functional_approximation: FunctionalApproximationLike = FunctionalApproximation.SOD,
     **kwargs: Any,
-) -> Any:
+) -> FittedLaplace | SeveralHeads:
     """Construct the estimator for a choice of weights and structure.
 
     Parameters
@@ -116,7 +120,15 @@ def Laplace(
         ``"lowrank"`` (a subnetwork has ``"full"`` and ``"diag"``); ``"gp"``: not at all, the posterior is one over
         functions.
     *args, **kwargs
-        Further arguments of the estimator, see ``LLLaplace``, ``SubnetLaplace``, ``BaseLaplace``, ``ELLA``, ``VaLLA``.
+        Further arguments of the estimator, which describes them. Of all: ``sigma_noise``, ``prior_precision``,
+        ``prior_mean``, ``temperature``, ``enable_backprop``, ``dict_key_x``, ``dict_key_y``, ``backend``,
+        ``backend_kwargs``, ``curvature_dtype``, ``output_key``, ``output_fn``, ``output_dim``, ``shift_labels``
+        (``BaseLaplace``). Of posteriors over weights: ``asdl_fisher_kwargs``. Of a last layer: ``last_layer_name``,
+        ``feature_reduction`` (``LLLaplace``). Of a subnetwork: ``subnetwork_indices`` (``SubnetLaplace``). Of
+        ``"kron"``: ``damping``. Of ``"lowrank"``: ``rank``, ``captured_trace``. Of ``"gp"``: ``n_subset``,
+        ``independent_outputs``, ``diagonal_hessian``, ``seed`` (``FunctionalLaplace``); ``subsample_size``,
+        ``n_eigenvalues``, ``seed`` (``ELLA``); ``inducing_locations``, ``num_inducing``, ``inducing_classes``,
+        ``alpha``, ``mc_softmax_samples``, ``seed`` (``VaLLA``). Type checkers know them by name.
     functional_approximation
         With ``hessian_structure="gp"``: what the posterior is made of, a subset of the data (``"sod"``, which needs
         ``n_subset=``), Nyström features (``"nystrom"``: ``ELLA``) or inducing points (``"variational"``: ``VaLLA``).

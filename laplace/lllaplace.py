@@ -23,19 +23,20 @@ from laplace.baselaplace import (
     last_layer,
 )
 from laplace.baselaplace.described import described, described_by
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.lowrank import checked_truncation
 from laplace.baselaplace.random_weights import LastLayer
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.network import FeatureExtractor
 from laplace.network.heads import head_of
 from laplace.network.outputs import Reading
+from laplace.types import FeatureReductionLike
 
 
 @described_by(as_extractor)
-class LLLaplace(ParametricLaplace):
+class LLLaplace(ParametricLaplace[L_co]):
     """Laplace approximation of the last layer; the rest of the network is a fixed feature map.
 
     Raises
@@ -73,18 +74,18 @@ class LLLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
+        feature_reduction: FeatureReductionLike | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
@@ -115,7 +116,7 @@ class LLLaplace(ParametricLaplace):
 
 
 @described
-class FullLLLaplace(LLLaplace, FullLaplace):
+class FullLLLaplace(LLLaplace[L_co], FullLaplace[L_co]):
     """Last layer with dense curvature: for these weights the exact Hessian.
 
     O((C D)²) memory, O((C D)³) time to factorize, once.
@@ -123,7 +124,7 @@ class FullLLLaplace(LLLaplace, FullLaplace):
 
 
 @described
-class DiagLLLaplace(LLLaplace, DiagLaplace):
+class DiagLLLaplace(LLLaplace[L_co], DiagLaplace[L_co]):
     """Last layer with diagonal curvature: O(C D) memory and time.
 
     Weights are independent, and so are the outputs.
@@ -131,7 +132,7 @@ class DiagLLLaplace(LLLaplace, DiagLaplace):
 
 
 @described
-class BlockDiagLLLaplace(LLLaplace, BlockDiagLaplace):
+class BlockDiagLLLaplace(LLLaplace[L_co], BlockDiagLaplace[L_co]):
     """Last layer with a dense block each for weight and bias: what correlates the two is dropped.
 
     O((C D)²) memory, O((C D)³) time to factorize, once.
@@ -139,7 +140,7 @@ class BlockDiagLLLaplace(LLLaplace, BlockDiagLaplace):
 
 
 @described
-class EKFACLLLaplace(LLLaplace, EKFACLaplace):
+class EKFACLLLaplace(LLLaplace[L_co], EKFACLaplace[L_co]):
     """Last layer in the eigenbasis of its Kronecker factors, with the exact diagonal there: O(C² + D² + C D) memory.
 
     The model runs once over the data, whose features are kept between the two passes.
@@ -147,25 +148,25 @@ class EKFACLLLaplace(LLLaplace, EKFACLaplace):
 
 
 @described
-class KronLLLaplace(LLLaplace, KronLaplace):
+class KronLLLaplace(LLLaplace[L_co], KronLaplace[L_co]):
     """Last layer with Kronecker-factored curvature: O(C² + D²) memory, O(C D + D²) beyond 4,096 outputs."""
 
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
+        feature_reduction: FeatureReductionLike | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
         damping: bool = False,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
@@ -199,7 +200,7 @@ class KronLLLaplace(LLLaplace, KronLaplace):
 
 
 @described
-class LowRankLLLaplace(LLLaplace, LowRankLaplace):
+class LowRankLLLaplace(LLLaplace[L_co], LowRankLaplace[L_co]):
     """Last layer with the leading eigenpairs of its curvature: O(C D r) memory.
 
     The model runs once over the data, whose features are kept between passes.
@@ -208,18 +209,18 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
+        feature_reduction: FeatureReductionLike | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
@@ -255,7 +256,7 @@ class LowRankLLLaplace(LLLaplace, LowRankLaplace):
 
 
 @described_by(as_extractor)
-class FunctionalLLLaplace(FunctionalLaplace):
+class FunctionalLLLaplace(FunctionalLaplace[L_co]):
     """Last layer as a Gaussian process: its kernel is a product of features that all outputs share.
 
     Notes
@@ -275,19 +276,19 @@ class FunctionalLLLaplace(FunctionalLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         n_subset: int,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
+        feature_reduction: FeatureReductionLike | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         last_layer_name: str | None = None,
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         independent_outputs: bool = False,
         seed: int = 0,
         *,

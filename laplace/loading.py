@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from torch import nn
+from typing_extensions import Unpack, overload
 
 from laplace import checks
 from laplace.baselaplace import statefile, untuned
 from laplace.baselaplace.fitted import FittedLaplace
+from laplace.baselaplace.keywords import AnyKeywords
 from laplace.curvature import AutogradEF, AutogradGGN, CurvatureInterface
 from laplace.errors import StateError, UnsupportedError
 from laplace.laplace import ESTIMATORS, FUNCTIONAL
-from laplace.likelihoods import LIKELIHOODS, AbstractLikelihood
+from laplace.likelihoods import LIKELIHOODS, L, LikelihoodLike
 
 CLASSES: Mapping[str, Any] = {cls.__name__: cls for cls in (*ESTIMATORS.values(), *FUNCTIONAL.values())}
 """The estimators that a state can name."""
@@ -22,10 +24,26 @@ BACKENDS: Mapping[str, type[CurvatureInterface]] = {cls.kind.value: cls for cls 
 """The built-in back end for each kind of curvature."""
 
 
+@overload
 def load(
     path: str | os.PathLike[str] | IO[bytes],
     model: nn.Module,
-    likelihood: str | AbstractLikelihood | None = None,
+    likelihood: L,
+    map_location: Any = ...,
+    **options: Unpack[AnyKeywords],
+) -> FittedLaplace[L]: ...
+@overload
+def load(
+    path: str | os.PathLike[str] | IO[bytes],
+    model: nn.Module,
+    likelihood: None = ...,
+    map_location: Any = ...,
+    **options: Unpack[AnyKeywords],
+) -> FittedLaplace: ...
+def load(
+    path: str | os.PathLike[str] | IO[bytes],
+    model: nn.Module,
+    likelihood: LikelihoodLike | None = None,
     map_location: Any = None,
     **options: Any,
 ) -> FittedLaplace:

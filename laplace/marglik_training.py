@@ -20,11 +20,12 @@ from tqdm.auto import trange
 from laplace import checks, linalg
 from laplace.baselaplace import BaseLaplace, ParametricLaplace
 from laplace.baselaplace.described import described_by
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.curvature import CurvatureInterface
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, choose
 from laplace.errors import InputError, UnsupportedError
 from laplace.laplace import Laplace
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import LikelihoodLike
 from laplace.network import WholeNetwork, iterate
 from laplace.network.outputs import Reading
 from laplace.prior import GaussianPrior, fix_prior_prec_structure
@@ -36,6 +37,7 @@ from laplace.tuning.weights import (
     train_epoch,
     trained_in_place,
 )
+from laplace.types import HessianStructureLike, PriorStructureLike
 
 
 @described_by(BaseLaplace)
@@ -43,8 +45,8 @@ from laplace.tuning.weights import (
 def marglik_training(
     model: nn.Module,
     train_loader: Iterable[Any],
-    likelihood: Likelihood | str | AbstractLikelihood = Likelihood.CLASSIFICATION,
-    hessian_structure: HessianStructure | str = HessianStructure.KRON,
+    likelihood: LikelihoodLike = Likelihood.CLASSIFICATION,
+    hessian_structure: HessianStructureLike = HessianStructure.KRON,
     backend: type[CurvatureInterface] | CurvatureInterface | None = None,
     optimizer_cls: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     optimizer_kwargs: dict[str, Any] | None = None,
@@ -52,7 +54,7 @@ def marglik_training(
     scheduler_kwargs: dict[str, Any] | None = None,
     n_epochs: int = 300,
     lr_hyp: float = 1e-1,
-    prior_structure: PriorStructure | str = PriorStructure.LAYERWISE,
+    prior_structure: PriorStructureLike = PriorStructure.LAYERWISE,
     n_epochs_burnin: int = 0,
     n_hypersteps: int = 10,
     marglik_frequency: int = 1,
@@ -66,7 +68,7 @@ def marglik_training(
     dict_key_y: str = "labels",
     *,
     prior_mean: float | Tensor = 0.0,
-    backend_kwargs: dict[str, Any] | None = None,
+    backend_kwargs: BackendKeywords | None = None,
     asdl_fisher_kwargs: dict[str, Any] | None = None,
     curvature_dtype: torch.dtype | None = None,
     output_key: str | int | None = None,
@@ -236,7 +238,7 @@ def marglik_training(
 class _Hyperparameters:
     """Logarithms of prior precision and noise, and their optimizer, which keeps its state from fit to fit."""
 
-    def __init__(self, la: ParametricLaplace, structure: PriorStructure | str, lr: float, fixed_noise: bool) -> None:
+    def __init__(self, la: ParametricLaplace, structure: PriorStructureLike, lr: float, fixed_noise: bool) -> None:
         start = la.prior_precision.detach()
         shape = la.n_layers, la.n_params, start.device, start.dtype
         self._log_precision = fix_prior_prec_structure(start, structure, *shape).log().requires_grad_()

@@ -9,11 +9,13 @@ from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from laplace import checks, processes
 from laplace.baselaplace import statefile
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.fitted import FittedLaplace
+from laplace.baselaplace.keywords import OptimizeKeywords, TuneKeywords
 from laplace.baselaplace.options import prediction_options
 from laplace.baselaplace.states import all_or_nothing
 from laplace.enums import PredType
@@ -25,16 +27,18 @@ from laplace.errors import (
     UnknownAttributeError,
     UnsupportedError,
 )
-from laplace.likelihoods import AbstractLikelihood, chosen
+from laplace.likelihoods import AbstractLikelihood, LikelihoodLike, chosen
 from laplace.likelihoods.several import Part, SeveralLikelihood, columns
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import inputs_of, is_loader
 from laplace.network.outputs import entry
 from laplace.network.several import Key, SideBySide, Targets, rows_of, target
 from laplace.predictive import Options, Prediction
+from laplace.predictive.keywords import PredictionKeywords, PredictKeywords
 from laplace.predictive.part import SomeOutputs
 from laplace.predictive.prediction import explain, joined
-from laplace.types import Inputs, Scalar
+from laplace.tuning import Tuning
+from laplace.types import Inputs, Scalar, TuningMethodLike
 
 LOADERS = ("val_loader", "train_loader")
 Make = Callable[..., Any]
@@ -82,7 +86,7 @@ class SeveralHeads:
     def __init__(
         self,
         model: nn.Module,
-        likelihoods: Mapping[Key, str | AbstractLikelihood],
+        likelihoods: Mapping[Any, LikelihoodLike],
         make: Make,
         *,
         is_joint: bool,
@@ -260,7 +264,7 @@ class SeveralHeads:
                 getattr(la, how)(there)
         return self
 
-    def tune(self, val_loader: Iterable[Any], **options: Any) -> dict[Key, Any] | Any:
+    def tune(self, val_loader: Iterable[Any], **options: Unpack[TuneKeywords]) -> dict[Key, Tuning] | Tuning:
         """Choose hyperparameters on validation data: of each last layer, or the prior precision of all weights.
 
         Parameters
@@ -280,7 +284,9 @@ class SeveralHeads:
         with all_or_nothing(*self._estimators):
             return {key: la.tune(self._of(val_loader, key), **options) for key, la in self._heads.items()}
 
-    def optimize_prior_precision(self, method: str = "marglik", **options: Any) -> None:
+    def optimize_prior_precision(
+        self, method: TuningMethodLike = "marglik", **options: Unpack[OptimizeKeywords]
+    ) -> None:
         """Choose prior precisions, of each last layer or of all weights, and assign them.
 
         Parameters
@@ -345,7 +351,7 @@ class SeveralHeads:
 
     # -- predicting ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Inputs, **options: Any) -> dict[Key, Tensor | tuple[Tensor, Tensor]]:
+    def __call__(self, x: Inputs, **options: Unpack[PredictionKeywords]) -> dict[Key, Tensor | tuple[Tensor, Tensor]]:
         """Predict at a batch of inputs.
 
         Parameters
@@ -370,7 +376,7 @@ class SeveralHeads:
             return {key: la(x, **options) for key, la in self._heads.items()}
         return self._at(x, options, lambda found, *_: found)
 
-    def predict(self, x: Inputs | Iterable[Any], **options: Any) -> dict[Key, Prediction]:
+    def predict(self, x: Inputs | Iterable[Any], **options: Unpack[PredictKeywords]) -> dict[Key, Prediction]:
         """Predict, and say how much of the uncertainty is that of the weights: a ``Prediction`` for each head.
 
         Parameters
@@ -409,7 +415,7 @@ class SeveralHeads:
         found = [self._at(batch, options, told) for batch in batches]
         return {key: joined([one[key] for one in found]) for key in self.keys}
 
-    def _at(self, x: Inputs, asked: dict[str, Any], then: Callable[..., Any]) -> dict[Key, Any]:
+    def _at(self, x: Inputs, asked: Mapping[str, Any], then: Callable[..., Any]) -> dict[Key, Any]:
         """What is made of each head's prediction, of one pass of the model."""
         la: Any = self.joint
         posterior, results = la._predicting_posterior, {}

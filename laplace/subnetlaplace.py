@@ -17,11 +17,11 @@ from torch.nn.utils import parameters_to_vector
 from laplace import checks
 from laplace.baselaplace import DiagLaplace, FullLaplace, ParametricLaplace
 from laplace.baselaplace.described import described
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.random_weights import Subnetwork
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood
 from laplace.errors import InputError, ShapeError
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.network.batches import copied
 
 ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
@@ -29,7 +29,7 @@ ONE_A_WEIGHT = {"prior_precision", "prior_mean", "init_prior_prec", "mean"}
 
 
 @described
-class SubnetLaplace(ParametricLaplace):
+class SubnetLaplace(ParametricLaplace[L_co]):
     """Laplace approximation of a subnetwork of S weights; the other weights of the network are constants.
 
     Parameters
@@ -69,14 +69,14 @@ class SubnetLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         subnetwork_indices: Tensor,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         enable_backprop: bool = False,
@@ -262,7 +262,7 @@ class SubnetLaplace(ParametricLaplace):
 
 
 @described
-class FullSubnetLaplace(SubnetLaplace, FullLaplace):
+class FullSubnetLaplace(SubnetLaplace[L_co], FullLaplace[L_co]):
     """Subnetwork with dense curvature: exact for these weights.
 
     O(S²) memory, O(S³) time to factorize, once.
@@ -270,5 +270,5 @@ class FullSubnetLaplace(SubnetLaplace, FullLaplace):
 
 
 @described
-class DiagSubnetLaplace(SubnetLaplace, DiagLaplace):
+class DiagSubnetLaplace(SubnetLaplace[L_co], DiagLaplace[L_co]):
     """Subnetwork with diagonal curvature: O(S) memory; its weights are independent."""

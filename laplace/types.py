@@ -20,10 +20,24 @@ Units
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from laplace.enums import (
+    FeatureReduction,
+    ForeignScore,
+    FunctionalApproximation,
+    HessianStructure,
+    KfacApprox,
+    LinkApprox,
+    PredType,
+    PriorStructure,
+    SubsetOfWeights,
+    TuningMethod,
+)
 
 Scalar: TypeAlias = Float[Tensor, ""]
 """A single number, differentiable where its inputs are."""
@@ -37,5 +51,52 @@ Jacobians: TypeAlias = Float[Tensor, "batch outputs params"]
 """Derivatives of the outputs in the random weights, in output units per weight."""
 Inputs: TypeAlias = Any
 """A tensor, or any nesting of tuples, lists and mappings of tensors: whatever the model takes."""
+ModelKeyword: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
+"""What a keyword for the model's ``forward`` holds. No option is a tensor, so that type checkers find misspelt ones."""
 
-__all__ = ["Features", "Inputs", "Jacobians", "Outputs", "Scalar", "Targets"]
+# What signatures say of an option: a member or its text. A text that is known at run time only is made a member first,
+# ``HessianStructure(text)``: type checkers then know that there is such a name.
+SubsetOfWeightsLike: TypeAlias = SubsetOfWeights | Literal["all", "last_layer", "subnetwork"]
+"""What ``subset_of_weights=`` takes."""
+HessianStructureLike: TypeAlias = (
+    HessianStructure | Literal["full", "kron", "diag", "blockdiag", "ekfac", "lowrank", "gp"]
+)
+"""What ``hessian_structure=`` takes."""
+FunctionalApproximationLike: TypeAlias = FunctionalApproximation | Literal["sod", "nystrom", "variational"]
+"""What ``functional_approximation=`` takes."""
+LinkApproxLike: TypeAlias = LinkApprox | Literal["probit", "mc", "mf1", "mf2", "bridge", "bridge_norm"]
+"""What ``link_approx=`` takes."""
+PredTypeLike: TypeAlias = PredType | Literal["glm", "nn", "gp"]
+"""What ``pred_type=`` takes."""
+ForeignScoreLike: TypeAlias = (
+    ForeignScore | Literal["fisher", "density", "relative", "max_prob", "entropy", "mutual_information"]
+)
+"""What ``kind=`` of ``ood_score`` takes."""
+PriorStructureLike: TypeAlias = PriorStructure | Literal["scalar", "layerwise", "diag"]
+"""What ``prior_structure=`` takes."""
+TuningMethodLike: TypeAlias = TuningMethod | Literal["marglik", "gridsearch", "loo", "elbo", "cv"]
+"""What ``method=`` of ``optimize_prior_precision`` takes."""
+FeatureReductionLike: TypeAlias = FeatureReduction | Literal["pick_first", "pick_last", "average"]
+"""What ``feature_reduction=`` takes."""
+KfacApproxLike: TypeAlias = KfacApprox | Literal["expand", "reduce"]
+"""What ``kfac_approx`` of a back end takes."""
+
+__all__ = [
+    "FeatureReductionLike",
+    "Features",
+    "ForeignScoreLike",
+    "FunctionalApproximationLike",
+    "HessianStructureLike",
+    "Inputs",
+    "Jacobians",
+    "KfacApproxLike",
+    "LinkApproxLike",
+    "ModelKeyword",
+    "Outputs",
+    "PredTypeLike",
+    "PriorStructureLike",
+    "Scalar",
+    "SubsetOfWeightsLike",
+    "Targets",
+    "TuningMethodLike",
+]

@@ -41,7 +41,7 @@ STOREYS = {
     2: {"curvature", "fit"},
     3: {"tuning", "predictive", "gp", "evaluation"},
     4: {"baselaplace", "lllaplace", "subnetlaplace"},
-    5: {"laplace", "loading", "marglik_training", "several"},
+    5: {"laplace", "loading", "marglik_training", "overloads", "several"},
     6: {"utils", "integrations", "__init__"},
 }
 """A room may import from its own storey and from lower ones. `__init__` is the front door, `utils` has doors only."""

@@ -9,31 +9,33 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from laplace import checks, linalg, tuning
 from laplace.attributes import check_attribute
-from laplace.baselaplace import card, options, properties, untuned
+from laplace.baselaplace import calling, card, options, properties, untuned
 from laplace.baselaplace.described import described
+from laplace.baselaplace.keywords import BackendKeywords, LossLike
 from laplace.baselaplace.random_weights import AllWeights
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, choose
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.fit import Fit
-from laplace.likelihoods import AbstractLikelihood, chosen
+from laplace.likelihoods import AbstractLikelihood, L_co, chosen
 from laplace.network import ParameterSubset
 from laplace.network.outputs import Reading
 from laplace.predictive import Options
 from laplace.prior import GaussianPrior
 from laplace.tuning import Noise, methods
-from laplace.types import Inputs, Scalar
+from laplace.types import Inputs, LinkApproxLike, PredTypeLike, PriorStructureLike, Scalar, TuningMethodLike
 
 
 @described
-class BaseLaplace(ABC):
+class BaseLaplace(ABC, Generic[L_co]):
     """A network whose weights, after training, have a Gaussian posterior.
 
     Parameters
@@ -115,7 +117,7 @@ class BaseLaplace(ABC):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -124,7 +126,7 @@ class BaseLaplace(ABC):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,
@@ -401,34 +403,14 @@ class BaseLaplace(ABC):
 
     # -- the call -----------------------------------------------------------------------------------------------------
 
-    def _options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
+    def _options(self, pred_type: PredTypeLike, *arguments: Any, **keywords: Any) -> Options:
         """How to predict, checked; further arguments as in ``prediction_options``."""
         return options.prediction_options(self._unit_likelihood, self._device, pred_type, *arguments, **keywords)
 
-    def predictive(
-        self, x: Inputs, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict; the same as calling the object.
-
-        Parameters
-        ----------
-        x
-            A batch of inputs.
-        pred_type, link_approx, n_samples
-            As in ``__call__``.
-
-        Returns
-        -------
-        As ``__call__``.
-        """
-        return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
+    __call__, predictive = calling.call, calling.predictive
 
     @abstractmethod
-    def __call__(self, x: Inputs, pred_type: PredType | str, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict at a batch of inputs."""
-
-    @abstractmethod
-    def fit(self, train_loader: Iterable[Any]) -> BaseLaplace:
+    def fit(self, train_loader: Iterable[Any]) -> Self:
         """Learn from a loader of training batches."""
 
     @abstractmethod
@@ -450,7 +432,7 @@ class BaseLaplace(ABC):
     def functional_samples(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
+        pred_type: PredTypeLike = PredType.GLM,
         n_samples: int = 1,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -460,18 +442,18 @@ class BaseLaplace(ABC):
     @linalg.lasting
     def optimize_prior_precision(
         self,
-        pred_type: PredType | str = PredType.GLM,
-        method: TuningMethod | str = TuningMethod.MARGLIK,
+        pred_type: PredTypeLike = PredType.GLM,
+        method: TuningMethodLike = TuningMethod.MARGLIK,
         n_steps: int = 100,
         lr: float = 1e-1,
         init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        prior_structure: PriorStructureLike = PriorStructure.SCALAR,
         val_loader: Iterable[Any] | None = None,
-        loss: str | tuning.Loss | None = None,
+        loss: LossLike | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
         grid_size: int = 100,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        link_approx: LinkApproxLike = LinkApprox.PROBIT,
         n_samples: int = 100,
         verbose: bool = False,
         progress_bar: bool = False,
@@ -586,7 +568,7 @@ class BaseLaplace(ABC):
         return methods.chosen_method(method)
 
     def _tuning_options(
-        self, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int, generator: Any
+        self, pred_type: PredTypeLike, link_approx: LinkApproxLike, n_samples: int, generator: Any
     ) -> Options:
         """How the predictions that are scored are made, checked."""
         return self._options(pred_type, False, link_approx, n_samples, generator=generator, for_targets=True)

@@ -6,11 +6,12 @@ from typing import ClassVar
 
 from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.likelihoods import L_co
 from laplace.structures import AbstractCurvature, BlockDiagCurvature
 
 
 @described
-class BlockDiagLaplace(ParametricLaplace):
+class BlockDiagLaplace(ParametricLaplace[L_co]):
     """A posterior in which parameter groups are independent, each with a dense precision ``s H_gg + diag(δ_g)``.
 
     All weights that require a gradient are random. Approximate: correlations between groups (weight and bias of a

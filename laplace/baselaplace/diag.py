@@ -9,11 +9,12 @@ from torch import Tensor
 
 from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.likelihoods import L_co
 from laplace.structures import AbstractCurvature, DiagCurvature
 
 
 @described
-class DiagLaplace(ParametricLaplace):
+class DiagLaplace(ParametricLaplace[L_co]):
     """A posterior in which weights are independent, with precisions ``s h + δ``.
 
     All weights that require a gradient are random. Approximate: all correlations between weights are dropped. Memory

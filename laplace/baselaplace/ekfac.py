@@ -6,12 +6,13 @@ from typing import ClassVar
 
 from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.likelihoods import L_co
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractCurvature, EKFACCurvature
 
 
 @described
-class EKFACLaplace(ParametricLaplace):
+class EKFACLaplace(ParametricLaplace[L_co]):
     """A posterior whose precision is ``(U ⊗ V) diag(s · s_ij + δ) (U ⊗ V)ᵀ`` for each parameter group.
 
     All weights that require a gradient are random. U and V are the eigenvectors of the Kronecker factors of

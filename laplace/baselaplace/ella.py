@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
+from laplace.baselaplace.keywords import BackendKeywords, FurtherKeywords, LossLike
 from laplace.baselaplace.tuned import collected
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from laplace.errors import InputError, numbered
 from laplace.fit import Fit
 from laplace.gp.feature_curvature import NystromCurvature
 from laplace.gp.nystrom import NystromMap, feature_gram, leading_directions
 from laplace.gp.posterior import FeatureMap, FunctionLinearization
 from laplace.gp.subsample import Drawn, Reservoir, choose_columns
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.network import Batch, full_precision
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, finite, listed, nested, real, whole
 from laplace.structures import AbstractCurvature
 from laplace.tuning import methods
-from laplace.types import Inputs
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from laplace.types import Inputs, LinkApproxLike, PredTypeLike, PriorStructureLike, TuningMethodLike
 
 
 @described
-class ELLA(FeatureLaplace):
+class ELLA(FeatureLaplace[L_co]):
     """Accelerated linearized Laplace: the kernel of the network is replaced by K Nyström features.
 
     Parameters
@@ -71,7 +70,7 @@ class ELLA(FeatureLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         subsample_size: int,
         n_eigenvalues: int,
         sigma_noise: float | Tensor = 1.0,
@@ -82,7 +81,7 @@ class ELLA(FeatureLaplace):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         seed: int = 1234,
         *,
         curvature_dtype: torch.dtype | None = None,
@@ -300,23 +299,23 @@ class ELLA(FeatureLaplace):
 
     def optimize_prior_precision(
         self,
-        pred_type: PredType | str = PredType.GP,
-        method: TuningMethod | str = TuningMethod.GRIDSEARCH,
+        pred_type: PredTypeLike = PredType.GP,
+        method: TuningMethodLike = TuningMethod.GRIDSEARCH,
         n_steps: int = 100,
         lr: float = 1e-1,
         init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        prior_structure: PriorStructureLike = PriorStructure.SCALAR,
         val_loader: Iterable[Any] | None = None,
-        loss: str | tuning.Loss | None = None,
+        loss: LossLike | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
         grid_size: int = 100,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        link_approx: LinkApproxLike = LinkApprox.PROBIT,
         n_samples: int = 100,
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
-        **further: Any,
+        **further: Unpack[FurtherKeywords],
     ) -> None:
         """Choose the prior precision and assign it; the features stay.
 

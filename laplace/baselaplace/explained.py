@@ -19,18 +19,18 @@ from laplace.network import evaluating, full_precision
 from laplace.network.batches import inputs_of, is_loader, number_of
 from laplace.predictive import Options, Prediction, compare
 from laplace.predictive.prediction import explain, joined
-from laplace.types import Inputs
+from laplace.types import Inputs, LinkApproxLike, ModelKeyword
 
 
 def predict(
     self: Any,
     x: Inputs | Iterable[Any],
-    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    link_approx: LinkApproxLike = LinkApprox.PROBIT,
     n_samples: int = 100,
     generator: torch.Generator | None = None,
     fitting: bool = False,
     progress_bar: bool = False,
-    **model_kwargs: Any,
+    **model_kwargs: ModelKeyword,
 ) -> Prediction:
     """Predict, and say how much of the uncertainty is that of the weights.
 
@@ -101,10 +101,10 @@ def predict(
 def predict_std(
     self: Any,
     x: Inputs | Iterable[Any],
-    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    link_approx: LinkApproxLike = LinkApprox.PROBIT,
     n_samples: int = 100,
     generator: torch.Generator | None = None,
-    **model_kwargs: Any,
+    **model_kwargs: ModelKeyword,
 ) -> Tensor:
     """The standard deviation of a new target: weights and observation noise together.
 
@@ -124,7 +124,7 @@ def predict_std(
     UnsupportedError
         Of a classifier, whose predictions are probabilities, and of scores, which are no targets.
     """
-    found = predict(self, x, link_approx, n_samples, generator, **model_kwargs)
+    found = predict(self, x, link_approx, n_samples, generator, False, False, **model_kwargs)
     if found.total_variance is None:
         what = "scores have no target" if found.entropy is None else "probabilities have entropies instead"
         msg = (

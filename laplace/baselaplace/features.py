@@ -18,7 +18,7 @@ from laplace.errors import StateError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, Fit
 from laplace.gp.derivatives import Blocks, InducingPoints, Jacobian, jacobian, one_output
 from laplace.gp.posterior import FeatureMap, FunctionLinearization
-from laplace.likelihoods import Positions
+from laplace.likelihoods import L_co, Positions
 from laplace.network import evaluating, full_precision
 from laplace.predictive import Linearization, NetworkLinearization, compare
 from laplace.predictive.linearization import StoredDerivatives
@@ -32,7 +32,7 @@ KEPT_ELEMENTS = 2**29
 
 
 @described
-class FeatureLaplace(BaseFunctionalLaplace):
+class FeatureLaplace(BaseFunctionalLaplace[L_co]):
     """A posterior over the weights of features, ``N(0, (A + δ I)⁻¹)``, and perhaps what they leave of the prior.
 
     Parameters

@@ -17,12 +17,13 @@ from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace import explained, merging, plan, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
+from laplace.baselaplace.keywords import Average, Limits, ScoreLike
 from laplace.baselaplace.statefile import SCHEMA_VERSION, fingerprint, move, signed, warn_without_digest
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import refuse_before_fit
 from laplace.fit import Fit
-from laplace.likelihoods import AbstractLikelihood, chosen
+from laplace.likelihoods import AbstractLikelihood, L_co, chosen
 from laplace.network import Batch, full_precision, iterate, shards
 from laplace.predictive import Linearization
 from laplace.prior import GaussianPrior
@@ -30,13 +31,13 @@ from laplace.schema import Known, Table, check_entries, nested
 from laplace.structures import AbstractCurvature, AbstractPrecision
 from laplace.structures.by_hand import independent
 from laplace.tuning import Noise, methods
-from laplace.types import Inputs, Scalar
+from laplace.types import Inputs, LinkApproxLike, PredTypeLike, PriorStructureLike, Scalar
 
 Own = TypeVar("Own", bound="FittedLaplace")
 
 
 @described
-class FittedLaplace(BaseLaplace):
+class FittedLaplace(BaseLaplace[L_co]):
     """A posterior that was fitted, tuned and saved in the same way whatever it is over."""
 
     curvature_type: ClassVar[type[AbstractCurvature]]
@@ -258,17 +259,17 @@ class FittedLaplace(BaseLaplace):
         train_loader: Iterable[Any] | None = None,
         *,
         refit: bool | None = None,
-        average: str | bool = "parameters",
+        average: Average = "parameters",
         distance_aware: bool | None = None,
         max_rows: int | None = None,
-        score: str | tuning.Loss = "nll",
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        score: ScoreLike = "nll",
+        prior_structure: PriorStructureLike = PriorStructure.SCALAR,
         noise: Noise | None = None,
         output_temperature: bool | None = None,
-        pred_type: PredType | str = PredType.GLM,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        pred_type: PredTypeLike = PredType.GLM,
+        link_approx: LinkApproxLike = LinkApprox.PROBIT,
         n_samples: int = 100,
-        limits: Mapping[str, tuple[float, float]] | None = None,
+        limits: Limits | None = None,
         n_steps: int = 50,
         generator: torch.Generator | None = None,
         verbose: bool = False,
@@ -394,8 +395,8 @@ class FittedLaplace(BaseLaplace):
             options = self._tuning_options(pred_type, link_approx, n_samples, generator)
             asked = tuning.Settings(options, structure, n_steps, score, noise, val_loader, progress_bar)
             wanted = tuning.checked_recipe(train_loader, refit, average, distance_aware, max_rows)
-            limits = methods.checked_limits_by_name(limits)
-            return self._tuned_by_validation(asked, wanted, output_temperature, limits, verbose=verbose)
+            further = output_temperature, methods.checked_limits_by_name(limits)
+            return self._tuned_by_validation(asked, wanted, *further, verbose=verbose)
 
     def _tuned_by_validation(
         self, asked: tuning.Settings, wanted: tuning.Recipe, *further: Any, verbose: bool
@@ -638,9 +639,7 @@ class FittedLaplace(BaseLaplace):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled, by earlier releases as well: the cache was ``None`` there."""
-        vars(self).update(state)
-        vars(self).setdefault("_unit_likelihood", chosen(state["likelihood"]))
-        vars(self)["_posterior_cache"] = {}
+        vars(self).update({"_unit_likelihood": chosen(state["likelihood"]), **state, "_posterior_cache": {}})
 
 
 __all__ = ["FittedLaplace"]

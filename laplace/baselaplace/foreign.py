@@ -20,7 +20,7 @@ from laplace.likelihoods import AbstractLikelihood
 from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.network import evaluating, full_precision
 from laplace.predictive import Options
-from laplace.types import Inputs
+from laplace.types import ForeignScoreLike, Inputs
 
 if TYPE_CHECKING:
     from laplace.baselaplace.parametric import ParametricLaplace
@@ -29,7 +29,7 @@ OF_PROBABILITIES = (ForeignScore.MAX_PROB, ForeignScore.ENTROPY, ForeignScore.MU
 """Scores that look at predictions alone."""
 
 
-def _chosen(kind: ForeignScore | str | None, likelihood: AbstractLikelihood, n_outputs: int) -> ForeignScore:
+def _chosen(kind: ForeignScoreLike | None, likelihood: AbstractLikelihood, n_outputs: int) -> ForeignScore:
     """The kind that was asked for, or the default; Fisher's score needs classes."""
     classes = likelihood.n_groups(n_outputs) > 1
     if kind is None:

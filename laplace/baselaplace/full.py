@@ -9,11 +9,12 @@ from torch import Tensor
 
 from laplace.baselaplace.described import described
 from laplace.baselaplace.parametric import ParametricLaplace
+from laplace.likelihoods import L_co
 from laplace.structures import AbstractCurvature, FullCurvature, FullPrecision
 
 
 @described
-class FullLaplace(ParametricLaplace):
+class FullLaplace(ParametricLaplace[L_co]):
     """A posterior with a dense precision, ``s H + diag(δ) = L Lᵀ``: exact for the curvature.
 
     All weights that require a gradient are random. Memory O(P²), time O(P³) to factorize, once. Fitting takes a

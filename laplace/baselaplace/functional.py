@@ -13,16 +13,20 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
-from laplace import checks, pending, tuning
+from laplace import checks, pending
+from laplace.baselaplace import calling
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
+from laplace.baselaplace.keywords import FurtherKeywords, LossLike
 from laplace.baselaplace.options import check_model_keywords
 from laplace.curvature import CurvatureInterface
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, choose
 from laplace.errors import UnsupportedError
 from laplace.free_memory import explained_predictions
+from laplace.likelihoods import L_co
 from laplace.likelihoods.base import check_outputs
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
@@ -30,11 +34,11 @@ from laplace.network.batches import require_rows
 from laplace.predictive import Linearization, Options, compare, functional_samples, predict
 from laplace.prior import GaussianPrior
 from laplace.structures import AbstractPrecision
-from laplace.types import Inputs
+from laplace.types import Inputs, LinkApproxLike, ModelKeyword, PredTypeLike, PriorStructureLike, TuningMethodLike
 
 
 @described
-class BaseFunctionalLaplace(FittedLaplace):
+class BaseFunctionalLaplace(FittedLaplace[L_co]):
     """A Gaussian process around the outputs of a network: the linearized network in function space.
 
     Parameters
@@ -111,7 +115,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         )
         raise UnsupportedError(msg)
 
-    def _function_options(self, pred_type: PredType | str, *arguments: Any, **keywords: Any) -> Options:
+    def _function_options(self, pred_type: PredTypeLike, *arguments: Any, **keywords: Any) -> Options:
         """How to predict, checked: of the process (``"gp"``), which is the linearized network (``"glm"``)."""
         kind = choose(PredType, pred_type, "pred_type")
         if kind is PredType.NN:
@@ -142,18 +146,19 @@ class BaseFunctionalLaplace(FittedLaplace):
         check_outputs(inputs.f)
         return compare(inputs) if options.fitting else inputs
 
+    @calling.typed
     @pending.gathers
     def __call__(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GP,
+        pred_type: PredTypeLike = PredType.GP,
         joint: bool = False,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        link_approx: LinkApproxLike = LinkApprox.PROBIT,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
         fitting: bool = False,
-        **model_kwargs: Any,
+        **model_kwargs: ModelKeyword,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict at a batch of inputs.
 
@@ -237,7 +242,7 @@ class BaseFunctionalLaplace(FittedLaplace):
     def functional_samples(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
+        pred_type: PredTypeLike = PredType.GLM,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -312,7 +317,7 @@ class BaseFunctionalLaplace(FittedLaplace):
     def predictive_samples(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
+        pred_type: PredTypeLike = PredType.GLM,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -352,23 +357,23 @@ class BaseFunctionalLaplace(FittedLaplace):
 
     def optimize_prior_precision(
         self,
-        pred_type: PredType | str = PredType.GP,
-        method: TuningMethod | str = TuningMethod.MARGLIK,
+        pred_type: PredTypeLike = PredType.GP,
+        method: TuningMethodLike = TuningMethod.MARGLIK,
         n_steps: int = 100,
         lr: float = 1e-1,
         init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        prior_structure: PriorStructureLike = PriorStructure.SCALAR,
         val_loader: Iterable[Any] | None = None,
-        loss: str | tuning.Loss | None = None,
+        loss: LossLike | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
         grid_size: int = 100,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        link_approx: LinkApproxLike = LinkApprox.PROBIT,
         n_samples: int = 100,
         verbose: bool = False,
         progress_bar: bool = False,
         log_prior_prec_base: float = 10.0,
-        **further: Any,
+        **further: Unpack[FurtherKeywords],
     ) -> None:
         """Choose the prior precision, by evidence or by validation over a grid, and assign it.
 
@@ -432,7 +437,7 @@ class BaseFunctionalLaplace(FittedLaplace):
         return how
 
     def _tuning_options(
-        self, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int, generator: Any
+        self, pred_type: PredTypeLike, link_approx: LinkApproxLike, n_samples: int, generator: Any
     ) -> Options:
         return self._function_options(pred_type, False, link_approx, n_samples, generator=generator, for_targets=True)
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from laplace import checks
 from laplace.baselaplace.described import described
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood
 from laplace.errors import UnsupportedError
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.prior import GaussianPrior
 from laplace.schema import Table, flag
 from laplace.structures import AbstractCurvature, Kron, KronCurvature
@@ -23,7 +23,7 @@ from laplace.structures.wide_kron import WideKronCurvature
 
 
 @described
-class KronLaplace(ParametricLaplace):
+class KronLaplace(ParametricLaplace[L_co]):
     """A posterior whose precision is one Kronecker product per parameter group, plus the prior.
 
     Parameters
@@ -54,7 +54,7 @@ class KronLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -64,7 +64,7 @@ class KronLaplace(ParametricLaplace):
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         damping: bool = False,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         curvature_dtype: torch.dtype | None = None,

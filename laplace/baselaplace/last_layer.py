@@ -12,13 +12,14 @@ from laplace.errors import UnsupportedError
 from laplace.network import FeatureExtractor
 from laplace.network.failures import checked_model
 from laplace.network.outputs import Reading
+from laplace.types import FeatureReductionLike
 
 
 def as_extractor(
     model: nn.Module,
     last_layer_name: str | None,
     enable_backprop: bool,
-    feature_reduction: FeatureReduction | str | None,
+    feature_reduction: FeatureReductionLike | None,
     dict_key_x: str,
     dict_key_y: str,
     reading: Reading,
@@ -67,26 +68,28 @@ def as_extractor(
     )
 
 
-def _of_extractor(name: str, text: str, check: Any = None) -> property:
-    """An attribute that the extractor holds; assigned there if there is a check for it."""
-
-    def read(self: Any) -> Any:
-        return getattr(self.model, name)
-
-    def assign(self: Any, value: Any) -> None:
-        setattr(self.model, name, check(name, value))
-
-    return property(read, None if check is None else assign, doc=text)
+@property
+def last_layer_name(self: Any) -> str | None:
+    """Name of the last layer; ``None`` before it is known."""
+    return self.model.last_layer_name
 
 
-last_layer_name = _of_extractor("last_layer_name", "Name of the last layer; ``None`` before it is known.")
-feature_reduction = _of_extractor(
-    "feature_reduction", "How the model reduces features over positions; ``None`` when it does not."
-)
-enable_backprop = _of_extractor(
-    "enable_backprop",
-    "Whether predictions are differentiable with respect to the inputs; assign to change it.",
-    checks.flag,
-)
+@property
+def feature_reduction(self: Any) -> FeatureReduction | None:
+    """How the model reduces features over positions; ``None`` when it does not."""
+    return self.model.feature_reduction
+
+
+@property
+def enable_backprop(self: Any) -> bool:
+    """Whether predictions are differentiable with respect to the inputs; assign to change it."""
+    return self.model.enable_backprop
+
+
+@enable_backprop.setter
+def enable_backprop(self: Any, value: bool) -> None:
+    """Check and keep it."""
+    self.model.enable_backprop = checks.flag("enable_backprop", value)
+
 
 __all__ = ["as_extractor", "enable_backprop", "feature_reduction", "last_layer_name"]

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from laplace.baselaplace import last_layer
 from laplace.baselaplace.described import described_by
 from laplace.baselaplace.ella import ELLA
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.last_layer import as_extractor
 from laplace.baselaplace.random_weights import LastLayer
 from laplace.baselaplace.valla import VaLLA
 from laplace.curvature import CurvatureInterface
-from laplace.enums import FeatureReduction, Likelihood
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.network import FeatureExtractor
 from laplace.network.outputs import Reading
-from laplace.types import Inputs
+from laplace.types import FeatureReductionLike, Inputs
 
 
 @described_by(as_extractor)
-class LLELLA(ELLA):
+class LLELLA(ELLA[L_co]):
     """ELLA of a last layer: from features alone, without a Jacobian and without a backward pass."""
 
     _weights_type = LastLayer
@@ -35,7 +35,7 @@ class LLELLA(ELLA):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         subsample_size: int,
         n_eigenvalues: int,
         sigma_noise: float | Tensor = 1.0,
@@ -43,12 +43,12 @@ class LLELLA(ELLA):
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
+        feature_reduction: FeatureReductionLike | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         seed: int = 1234,
         *,
         curvature_dtype: torch.dtype | None = None,
@@ -81,7 +81,7 @@ class LLELLA(ELLA):
 
 
 @described_by(as_extractor)
-class LLVaLLA(VaLLA):
+class LLVaLLA(VaLLA[L_co]):
     """VaLLA of a last layer: from features alone, without a Jacobian and without a backward pass."""
 
     _weights_type = LastLayer
@@ -93,7 +93,7 @@ class LLVaLLA(VaLLA):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         inducing_locations: Inputs,
         num_inducing: int | None = None,
         inducing_classes: Tensor | Sequence[int] | None = None,
@@ -102,12 +102,12 @@ class LLVaLLA(VaLLA):
         prior_mean: float | Tensor = 0.0,
         temperature: float = 1.0,
         enable_backprop: bool = False,
-        feature_reduction: FeatureReduction | str | None = None,
+        feature_reduction: FeatureReductionLike | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         last_layer_name: str | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         seed: int = 0,
         alpha: float = 1.0,
         mc_softmax_samples: int = 0,

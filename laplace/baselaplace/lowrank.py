@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from laplace import checks
 from laplace.baselaplace.described import described
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.parametric import ParametricLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood
 from laplace.errors import InputError
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.schema import Table, finite, optional, whole
 from laplace.structures import AbstractCurvature, LowRankCurvature, Truncation
 
 
 @described
-class LowRankLaplace(ParametricLaplace):
+class LowRankLaplace(ParametricLaplace[L_co]):
     """A posterior with the precision ``s U diag(λ) Uᵀ + diag(δ)``: leading eigenpairs of the curvature, and the prior.
 
     Parameters
@@ -69,7 +69,7 @@ class LowRankLaplace(ParametricLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
@@ -78,7 +78,7 @@ class LowRankLaplace(ParametricLaplace):
         enable_backprop: bool = False,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         *,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         curvature_dtype: torch.dtype | None = None,

@@ -20,6 +20,7 @@ from laplace.network import ParameterSubset
 from laplace.network.failures import checked_model
 from laplace.network.signatures import innermost
 from laplace.predictive import Options
+from laplace.types import LinkApproxLike, PredTypeLike
 
 CHECKED: dict[str, Callable[[Any], Any]] = {
     "model": checked_model,
@@ -152,9 +153,9 @@ def checked_fisher_kwargs(given: Any, backend: type[CurvatureInterface]) -> dict
 def prediction_options(
     likelihood: AbstractLikelihood,
     device: torch.device,
-    pred_type: PredType | str,
+    pred_type: PredTypeLike,
     joint: bool = False,
-    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    link_approx: LinkApproxLike = LinkApprox.PROBIT,
     n_samples: int = 100,
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,

@@ -6,23 +6,25 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Self
 
 from laplace import checks, linalg, pending, processes, tuning
-from laplace.baselaplace import compiled, fitting, foreign, properties, recipe, recorded, states, tuned
+from laplace.baselaplace import calling, compiled, fitting, foreign, properties, recipe, recorded, states, tuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitted import FittedLaplace
 from laplace.baselaplace.observed import Observed
 from laplace.baselaplace.options import check_marginals, check_model_keywords, checked_weights
-from laplace.enums import ForeignScore, LinkApprox, PredType
+from laplace.enums import LinkApprox, PredType
 from laplace.errors import ShapeError, UnsupportedError
 from laplace.fit import FIT_ENTRIES, HEAD_ENTRIES, Fit
 from laplace.free_memory import explained_predictions
+from laplace.likelihoods import L_co
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import require_rows
@@ -32,17 +34,14 @@ from laplace.schema import Table, nested
 from laplace.structures import AbstractCurvature, AbstractPrecision, DiagPrecision
 from laplace.structures.by_hand import assigned_curvature, independent, zero_curvature, zero_form
 from laplace.tuning import HeadData, fit_at
-from laplace.types import Inputs, Scalar
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from laplace.types import ForeignScoreLike, Inputs, LinkApproxLike, ModelKeyword, PredTypeLike, Scalar
 
 FROM_STATE = "The state that was loaded holds none: fit again."
 """Why there is no density, and why there are no features, after loading."""
 
 
 @described
-class ParametricLaplace(FittedLaplace):
+class ParametricLaplace(FittedLaplace[L_co]):
     """A Gaussian posterior over weights, N(θ*, (s·H + P₀)⁻¹)."""
 
     state_entries: ClassVar[Table] = {**FIT_ENTRIES, **HEAD_ENTRIES, "adjustments": nested(Adjustments.entries)}
@@ -452,17 +451,18 @@ class ParametricLaplace(FittedLaplace):
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
+    @calling.typed
     def __call__(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
+        pred_type: PredTypeLike = PredType.GLM,
         joint: bool = False,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        link_approx: LinkApproxLike = LinkApprox.PROBIT,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
         fitting: bool = False,
-        **model_kwargs: Any,
+        **model_kwargs: ModelKeyword,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict at a batch of inputs.
 
@@ -554,7 +554,7 @@ class ParametricLaplace(FittedLaplace):
     def ood_score(
         self,
         x: Inputs,
-        kind: ForeignScore | str | None = None,
+        kind: ForeignScoreLike | None = None,
         n_samples: int = 100,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch ..."]:
@@ -619,7 +619,7 @@ class ParametricLaplace(FittedLaplace):
     def functional_samples(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
+        pred_type: PredTypeLike = PredType.GLM,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -686,7 +686,7 @@ class ParametricLaplace(FittedLaplace):
     def predictive_samples(
         self,
         x: Inputs,
-        pred_type: PredType | str = PredType.GLM,
+        pred_type: PredTypeLike = PredType.GLM,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,

@@ -6,26 +6,28 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from laplace import checks, linalg, processes
 from laplace.baselaplace.described import described
 from laplace.baselaplace.fitting import Learned, Training
 from laplace.baselaplace.functional import BaseFunctionalLaplace
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.options import checked_weights
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood, PredType
+from laplace.enums import PredType
 from laplace.errors import InputError, StateError
 from laplace.fit import FIT_ENTRIES
 from laplace.gp.kernel import SubsetKernel
 from laplace.gp.process import ProcessLinearization
 from laplace.gp.subset import Subset, expected_rows
 from laplace.gp.subset_curvature import SubsetCurvature
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import L_co
 from laplace.network import Batch, evaluating
 from laplace.network.batches import in_precision, to_device
 from laplace.network.shards import places
@@ -34,12 +36,9 @@ from laplace.schema import Known, Table, flag, nested, tensor, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 @described
-class FunctionalLaplace(BaseFunctionalLaplace):
+class FunctionalLaplace(BaseFunctionalLaplace[L_co]):
     """A Gaussian process around the outputs of a network: the Laplace approximation in function space.
 
     All weights that require a gradient are random. Its kernel is that of the linearized network, its data a random
@@ -83,7 +82,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         n_subset: int,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
@@ -93,7 +92,7 @@ class FunctionalLaplace(BaseFunctionalLaplace):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         independent_outputs: bool = False,
         seed: int = 0,
         *,

@@ -5,25 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from laplace import checks, linalg, processes, tuning
 from laplace.baselaplace import inducing
 from laplace.baselaplace.described import described
 from laplace.baselaplace.features import FeatureLaplace
+from laplace.baselaplace.keywords import BackendKeywords
 from laplace.baselaplace.variational import Source, scored
 from laplace.curvature import CurvatureInterface
-from laplace.enums import Likelihood, LinkApprox, PredType
+from laplace.enums import LinkApprox, PredType
 from laplace.errors import InputError, UnsupportedError
 from laplace.fit import Fit
 from laplace.gp.feature_curvature import NO_EVIDENCE, InducingCurvature
 from laplace.gp.posterior import FeatureMap, FunctionLinearization
 from laplace.gp.training import Parameters, Validation, train
 from laplace.gp.variational import InducingMap, Objective, kernel_factor, triangular_root
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import AbstractLikelihood, L_co
 from laplace.likelihoods.base import check_outputs
 from laplace.network import evaluating, full_precision
 from laplace.network.batches import copied, count_rows, to_device
@@ -32,12 +34,9 @@ from laplace.schema import Known, Table, finite, listed, real, refuse, whole
 from laplace.structures import AbstractCurvature
 from laplace.types import Inputs
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 @described
-class VaLLA(FeatureLaplace):
+class VaLLA(FeatureLaplace[L_co]):
     """Variational linearized Laplace: a sparse Gaussian process around the outputs, with M inducing points.
 
     Parameters
@@ -97,7 +96,7 @@ class VaLLA(FeatureLaplace):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str | AbstractLikelihood,
+        likelihood: L_co,
         inducing_locations: Inputs,
         num_inducing: int | None = None,
         inducing_classes: Tensor | Sequence[int] | None = None,
@@ -109,7 +108,7 @@ class VaLLA(FeatureLaplace):
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
         backend: type[CurvatureInterface] | CurvatureInterface | None = None,
-        backend_kwargs: dict[str, Any] | None = None,
+        backend_kwargs: BackendKeywords | None = None,
         seed: int = 0,
         alpha: float = 1.0,
         mc_softmax_samples: int = 0,

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from typing_extensions import Unpack
 
 from laplace import checks
 from laplace.errors import InputError, UnsupportedError
@@ -30,8 +31,10 @@ from laplace.evaluation.temperature import device_of
 from laplace.likelihoods import AbstractLikelihood
 from laplace.likelihoods.predictions import PredictsProbabilities
 from laplace.network import batches
+from laplace.predictive.keywords import PredictionKeywords
 from laplace.types import Inputs
 
+Method: TypeAlias = Literal["lac", "aps", "raps", "scaled", "cqr", "absolute"]
 PENALTIES = (0.001, 0.01, 0.1, 0.2, 0.5)
 """λ of ``raps`` that are tried: those of the paper."""
 CHOOSING = 5
@@ -116,10 +119,10 @@ def conformal(
     la: Any,
     calibration_loader: Iterable[Any],
     level: float = 0.9,
-    method: str | None = None,
+    method: Method | None = None,
     *,
     progress_bar: bool = False,
-    **options: Any,
+    **options: Unpack[PredictionKeywords],
 ) -> ConformalPredictor:
     """Turn predictions into sets or intervals that hold the target with probability ``level`` or more.
 
@@ -207,7 +210,7 @@ def conformal(
         msg = f"la must be a fitted estimator, as Laplace(...) makes them; got {type(la).__name__}."
         raise InputError(msg)
     of_classes = isinstance(likelihood, PredictsProbabilities)
-    method = _checked_method(method, likelihood, of_classes=of_classes)
+    how = _checked_method(method, likelihood, of_classes=of_classes)
     _check_options(options, of_classes=of_classes)
     read = _read_classes if of_classes else _read_numbers
     text: dict[str, Any] = {"progress_bar": checks.flag("progress_bar", progress_bar), "description": "[Calibrating]"}
@@ -216,18 +219,18 @@ def conformal(
     rows = batches.iterate(calibration_loader, **keys, **text, device=device_of(la.model))
     parts = [[part.detach() for part in read(la, x, y, options)] for x, y in rows]
     n_rows = sum(len(part[0]) for part in parts)
-    _check_rows(n_rows, level, method)
+    _check_rows(n_rows, level, how)
     predicted, compared = (torch.cat(column) for column in zip(*parts, strict=True))
     penalty, n_free = 0.0, 0
-    if method == "raps":
+    if how == "raps":
         penalty, n_free, predicted, compared = _apart(predicted, compared, level)
     if of_classes:
-        scores = _of_target(SETS[method](predicted, penalty, n_free), compared)
+        scores = _of_target(SETS[how](predicted, penalty, n_free), compared)
     else:
-        scores = INTERVALS[method].score(compared, predicted, _normal_quantile(level))
+        scores = INTERVALS[how].score(compared, predicted, _normal_quantile(level))
     watched = {name: _plain(getattr(la, name, 0.0)) for name in _WATCHED}
     threshold = _smallest(scores, _rank(len(scores), level))
-    return ConformalPredictor(la, level, method, threshold, len(scores), penalty, n_free, options, watched)
+    return ConformalPredictor(la, level, how, threshold, len(scores), penalty, n_free, options, watched)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights
+from laplace.baselaplace.keywords import AnyKeywords
 from laplace.errors import InputError, UnsupportedError
 from laplace.evaluation import Report, compare_regressors, side_by_side
 from laplace.laplace import Laplace
-from laplace.likelihoods import AbstractLikelihood
+from laplace.likelihoods import AbstractLikelihood, LikelihoodLike
 from laplace.likelihoods.predictions import PredictsProbabilities
+from laplace.types import HessianStructureLike, SubsetOfWeightsLike
 
 Loader: TypeAlias = Iterable[Any]
 Grounds: TypeAlias = Literal["validation", "marglik"] | None
@@ -56,16 +57,16 @@ class AfterTraining:
 
     def __init__(
         self,
-        likelihood: Likelihood | str,
-        subset_of_weights: SubsetOfWeights | str = "last_layer",
-        hessian_structure: HessianStructure | str = "kron",
+        likelihood: LikelihoodLike,
+        subset_of_weights: SubsetOfWeightsLike = "last_layer",
+        hessian_structure: HessianStructureLike = "kron",
         *,
         tuning: Grounds = "validation",
         train_loader: Loader | None = None,
         val_loader: Loader | None = None,
         network: str | None = None,
         log: bool = True,
-        laplace_options: Mapping[str, Any] | None = None,
+        laplace_options: AnyKeywords | None = None,
     ) -> None:
         check_tuning(tuning)
         self._choices = likelihood, subset_of_weights, hessian_structure
@@ -90,7 +91,8 @@ class AfterTraining:
         held = held if self._val_loader is None else self._val_loader
         self._check_held(is_there=held is not None)
         network = model if self._network is None else model.get_submodule(self._network)
-        la = Laplace(network, *self._choices, **self._options)
+        make: Any = Laplace
+        la = make(network, *self._choices, **self._options)
         learn(la, train if self._train_loader is None else self._train_loader, held, self._tuning)
         report = compared(la, held) if self._log else None
         self.laplace, self.report = la, report

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,14 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_random_state, column_or_1d, validate_data
 from torch import Tensor, nn
 
+from laplace.baselaplace.keywords import AnyKeywords
 from laplace.errors import InputError, UnsupportedError
 from laplace.integrations.after_training import Grounds, check_tuning, learn
 from laplace.laplace import Laplace
+from laplace.likelihoods import LikelihoodLike
 from laplace.network import evaluating
 from laplace.optional import require
+from laplace.types import HessianStructureLike, SubsetOfWeightsLike
 
 Factory = Callable[[int, int], nn.Module]
 """Makes a network from the number of features and that of outputs."""
@@ -48,15 +51,15 @@ class _Estimator(BaseEstimator, ABC):
         self,
         module: Any = None,
         *,
-        likelihood: str = "classification",
-        subset_of_weights: str = "last_layer",
-        hessian_structure: str = "kron",
+        likelihood: LikelihoodLike = "classification",
+        subset_of_weights: SubsetOfWeightsLike = "last_layer",
+        hessian_structure: HessianStructureLike = "kron",
         tuning: Grounds = "validation",
         validation_fraction: float = 0.2,
         batch_size: int = 128,
         device: str = "cpu",
         random_state: Any = None,
-        laplace_options: Mapping[str, Any] | None = None,
+        laplace_options: AnyKeywords | None = None,
     ) -> None:
         self.module = module
         self.likelihood = likelihood
@@ -97,9 +100,8 @@ class _Estimator(BaseEstimator, ABC):
             self.module_ = self._trained(inputs, targets)
         self._check_outputs(_outputs(self.module_, inputs))
         options = dict(self.laplace_options or {})
-        self.laplace_ = Laplace(
-            self.module_, self.likelihood, self.subset_of_weights, self.hessian_structure, **options
-        )
+        make: Any = Laplace
+        self.laplace_ = make(self.module_, self.likelihood, self.subset_of_weights, self.hessian_structure, **options)
         batches = self._batches(inputs, targets)
         learn(self.laplace_, batches, None if held is None else self._batches(*held), self.tuning)
 
@@ -377,15 +379,15 @@ class LaplaceRegressor(RegressorMixin, _Estimator):
         self,
         module: Any = None,
         *,
-        likelihood: str = "regression",
-        subset_of_weights: str = "last_layer",
-        hessian_structure: str = "kron",
+        likelihood: LikelihoodLike = "regression",
+        subset_of_weights: SubsetOfWeightsLike = "last_layer",
+        hessian_structure: HessianStructureLike = "kron",
         tuning: Grounds = "validation",
         validation_fraction: float = 0.2,
         batch_size: int = 128,
         device: str = "cpu",
         random_state: Any = None,
-        laplace_options: Mapping[str, Any] | None = None,
+        laplace_options: AnyKeywords | None = None,
     ) -> None:
         super().__init__(
             module,

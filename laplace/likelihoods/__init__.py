@@ -16,6 +16,7 @@ from laplace.likelihoods.categorical import CategoricalLikelihood
 from laplace.likelihoods.gaussian import GaussianLikelihood
 from laplace.likelihoods.heteroscedastic import HeteroscedasticLikelihood
 from laplace.likelihoods.multilabel import MultiLabelLikelihood
+from laplace.likelihoods.names import L, L_co, LikelihoodLike, MomentsLike, ProbabilitiesLike
 from laplace.likelihoods.negative_binomial import NegativeBinomialLikelihood
 from laplace.likelihoods.output_hessian import OutputHessian
 from laplace.likelihoods.poisson import PoissonLikelihood
@@ -101,12 +102,17 @@ __all__ = [
     "CategoricalLikelihood",
     "GaussianLikelihood",
     "HeteroscedasticLikelihood",
+    "L",
+    "L_co",
+    "LikelihoodLike",
     "Link",
+    "MomentsLike",
     "MultiLabelLikelihood",
     "NegativeBinomialLikelihood",
     "OutputHessian",
     "PoissonLikelihood",
     "Positions",
+    "ProbabilitiesLike",
     "chosen",
     "name_of",
     "register",
