@@ -305,7 +305,7 @@ def _distinct(phi: Float[Tensor, "rows features"]) -> Float[Tensor, "distinct fe
 
 def head_blocks(phi: Float[Tensor, "rows features"], shapes: Sequence[tuple[int, ...]]) -> list[HeadBlock]:
     """The blocks of a head, one for each parameter group: weight ``(C, D)`` and, if there is one, bias ``(C,)``."""
-    ones = phi.new_ones(1, 1).expand(len(phi), 1)
+    ones = phi.new_ones(1, 1).expand(phi.shape[0], 1)
     return [HeadBlock((phi if len(shape) > 1 else ones,), (shape,)) for shape in shapes]
 
 
