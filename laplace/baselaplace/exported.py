@@ -54,7 +54,7 @@ def export_module(
     Equal to ``la(x)`` up to rounding, but for what is looked at and reported there: nothing here checks whether the
     model's outputs are finite, or still those of its last layer. A model that squeezes the axis of a batch of one row
     away is not put right.
-    Takes as much memory as the network and the posterior, and a fraction of a second.
+    Takes as much memory as the network and the posterior, and a few seconds, in which PyTorch traces the formulas.
     """
     options = self._options(PredType.GLM, False, link_approx, diagonal_output=diagonal_output)
     _check(self, options)
@@ -76,7 +76,7 @@ def export_module(
 
 def _check(la: Any, options: Any) -> None:
     """Raise unless predictions with these options are a closed form of outputs and features."""
-    if not hasattr(la, "_adjustments"):
+    if hasattr(la, "_functions_at"):
         msg = (
             f"A {type(la).__name__} predicts by derivatives of the network, or inducing points, and is no module to "
             'export. Take the last layer instead: Laplace(model, likelihood, subset_of_weights="last_layer").'

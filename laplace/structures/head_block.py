@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,8 +50,8 @@ class HeadBlock(JacobianBlock):
         return self.n_outputs if self.outer is None else len(self.outer)
 
     @property
-    def n_rows(self) -> int:
-        """Positions."""
+    def n_rows(self) -> Any:
+        """Positions; a symbol in a graph for any number of them."""
         return self.phis[0].shape[0]
 
     @property
