@@ -63,7 +63,7 @@ def test_what_needs_derivatives_is_refused_by_name(
 
 
 def test_samples_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match='"mc" draws samples.*probit.*bridge_norm'):
+    with pytest.raises(UnsupportedError, match=r'"mc" draws samples.*probit.*bridge_norm'):
         fitted(network()).export_module("mc")
 
 
@@ -103,7 +103,8 @@ class Looking(CategoricalLikelihood):
 
 def test_a_likelihood_that_looks_at_values_is_refused_with_the_reason() -> None:
     la: Any = Laplace(network(), Looking(), "last_layer", "kron")
-    la.fit([(X, TARGETS["classification"])]).accept_untuned()
+    la.fit([(X, TARGETS["classification"])])
+    la.accept_untuned()
     with pytest.raises(UnsupportedError, match=r"cannot be written as a graph.*PyTorch says.*torch.compile\(la\)"):
         la.export_module()
 

@@ -73,7 +73,7 @@ class _Flattened:
             if node.op == "placeholder":
                 spec = kinds[node.name]
                 given = spec.kind is InputKind.USER_INPUT
-                self.now[node] = self.graph.placeholder(node.name) if given else constants[spec.target]
+                self.now[node] = self.graph.placeholder(node.name) if given else constants[str(spec.target)]
             elif node.op == "output":
                 found = map_arg(node.args[0], lambda old: self._written(self.now[old]))
                 self.graph.output(found[0] if len(found) == 1 else tuple(found))
@@ -85,13 +85,13 @@ class _Flattened:
     def _compute(self, node: fx.Node) -> None:
         """Now, where all arguments are constants; else when the graph runs."""
         target: Any = node.target
-        args, kwargs = (map_arg(given, self.now.__getitem__) for given in (node.args, dict(node.kwargs)))
-        inputs = [self.now[old] for old in node.all_input_nodes]
-        if not any(isinstance(value, fx.Node) for value in inputs):
+        given: Any = (node.args, dict(node.kwargs))
+        if not any(isinstance(self.now[old], fx.Node) for old in node.all_input_nodes):
+            args, kwargs = map_arg(given, self.now.__getitem__)
             self.now[node] = target(*args, **kwargs)
             return
         sizes = [old for old in node.all_input_nodes if not isinstance(old.meta.get("val"), (Tensor, tuple, list))]
-        args, kwargs = (map_arg(given, lambda old: self._written(self.now[old])) for given in (node.args, node.kwargs))
+        args, kwargs = map_arg(given, lambda old: self._written(self.now[old]))
         self.now[node] = self._asked(node, args, dict(kwargs), bool(sizes))
 
     def _asked(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], sized: bool) -> fx.Node:
