@@ -76,6 +76,7 @@ def compiled(module: nn.Module, _: Any) -> Any:
 def traced(module: nn.Module, x: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a tracer that fixes a value or a size says so
+        warnings.filterwarnings("ignore", module=r"transformers\.")
         warnings.filterwarnings("ignore", message=".*is deprecated", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
         return torch.jit.trace(module, (rows(x, 5),), strict=False)

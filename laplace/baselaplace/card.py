@@ -31,7 +31,6 @@ EVERYDAY = (
     "output_temperature",
     "save",
     "load",
-    "export_module",
     "to",
 )
 """What one reaches for, in the order in which one does. ``dir(la)`` lists these; all other names are there as well."""

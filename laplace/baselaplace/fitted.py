@@ -48,8 +48,7 @@ class FittedLaplace(BaseLaplace):
     _posterior_cache: dict[str, AbstractPrecision]
 
     predict, predict_std, plan = explained.predict, explained.predict_std, plan.plan
-    merge, subtract = merging.merge, merging.subtract
-    export_module = exported.export_module
+    merge, subtract, export_module = merging.merge, merging.subtract, exported.export_module
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._random_weights.subset
