@@ -6,7 +6,7 @@ Nothing here knows about models, priors or likelihoods.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
@@ -64,6 +64,15 @@ def number(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> T
 def piece_elements(device: torch.device) -> int:
     """How many numbers are computed, used and dropped at a time: as many as a CPU's cache holds, more elsewhere."""
     return chunk_elements(device, 2**18 if device.type == "cpu" else CHUNK_ELEMENTS)
+
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""Whether what runs becomes a graph for batches of any size."""
+
+
+def some_rows(size: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of several tensors, so many at a time; all of them in a graph, which cannot depend on how many there are."""
+    return iter([values]) if is_exporting() else zip(*(value.split(size) for value in values), strict=True)
 
 
 def memory_of(device: torch.device) -> int | None:

@@ -29,8 +29,10 @@ FREE = {"cpu"}
 
 
 def is_free(device: torch.device) -> bool:
-    """Whether the host reads numbers of a device without waiting, or nobody gathers flags; never while compiling."""
-    return not torch.compiler.is_compiling() and (device.type in FREE or _GATHERED.get() is None)
+    """Whether the host reads numbers of a device without waiting, or nobody gathers flags; never while tracing."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and (
+        device.type in FREE or _GATHERED.get() is None
+    )
 
 
 class Gathered:

@@ -43,6 +43,7 @@ TYPED = tuple(
 NEVER = {
     "merge": ("lowrank", "ekfac", "gp", "ella", "valla"),
     "subtract": ("lowrank", "ekfac", "gp", "ella", "valla"),
+    "export_module": ("gp", "ella", "valla"),
     "sample": ("ella", "valla"),
     "plan": ("gp", "ella", "valla"),
     "log_marginal_likelihood": ("valla",),
@@ -75,6 +76,8 @@ def never(subject: Subject, method: str) -> bool:
     """Whether a subject refuses a method altogether; probabilities have no standard deviation of a target."""
     if method == "predict_std":
         return subject.likelihood != "regression"
+    if method == "export_module" and not subject.name.startswith("last"):
+        return True
     return method in NEVER and subject.name.endswith(NEVER[method])
 
 

@@ -255,7 +255,7 @@ UNREAD = {"marglik": ("val_loader", "train_loader", "loss"), "gridsearch": ("tra
 """What a method of tuning does not look at: code written for several passes all of it."""
 
 METHODS = (
-    "__call__", "assemble_full_samples", "fit", "functional_covariance", "functional_samples", "functional_variance",
+    "__call__", "assemble_full_samples", "export_module", "fit", "functional_covariance", "functional_samples", "functional_variance",
     "functional_variance_fast", "load_state_dict", "log_marginal_likelihood", "log_prob", "merge", "optimize_hyperparameters",
     "ood_score", "optimize_prior_precision", "plan", "predict", "predict_std", "predictive", "predictive_moments", "predictive_samples", "sample", "square_norm",
     "subtract", "to", "tune",

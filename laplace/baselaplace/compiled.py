@@ -7,7 +7,6 @@ was compiled is traced anew after one.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,13 +15,29 @@ from torch import Tensor, nn
 from laplace.network import full_precision
 from laplace.network.batches import arguments
 from laplace.network.feature_extractor import Pass
+from laplace.network.twin import Entered, twin_of
 from laplace.predictive import NetworkLinearization, Options
 from laplace.types import Inputs
 
-ORIGINAL = "_orig_mod"
-"""Under which name a module of ``torch.compile`` holds what it was made from."""
-Entered = list[tuple[Tensor, Tensor]]
-"""What entered the last layer, and what it made, in the pass that runs."""
+
+class ClosedForm:
+    """A prediction of fixed options as a function of outputs and features."""
+
+    def __init__(self, la: Any, options: Options) -> None:
+        self.fit, self.shapes = la._fitted, la._random_weights.head
+        self.posterior, self.likelihood = la._predicting_posterior, la._frozen_likelihood
+        self.adjustments, self.options, self.dtype, self.place = la._adjustments, options, la._dtype, la._device
+        (n_outputs, width), like = self.shapes[0], la._random_weights.first
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.example = (like.new_zeros(2, n_outputs, dtype=dtype), like.new_zeros(2, width, dtype=dtype))
+        with full_precision(self.place):
+            self(*self.example)  # makes what is made when it is first asked for
+
+    def __call__(self, f: Tensor, phi: Tensor) -> Any:
+        """Of outputs ``[batch, *positions, C]`` and features ``[batch, *positions, D]``."""
+        inputs = NetworkLinearization.of_head(f, phi, self.shapes)
+        inputs = inputs if self.fit.trained is None else inputs.with_weights(self.fit.mean)
+        return self.adjustments.predict(inputs, self.fit, self.posterior, self.likelihood, self.options, self.dtype)
 
 
 class Predictor(nn.Module):
@@ -30,17 +45,11 @@ class Predictor(nn.Module):
 
     def __init__(self, la: Any, options: Options) -> None:
         super().__init__()
-        self.fit = la._fitted
         self.extractor = la.model
-        self.seen: Entered = []
-        self.twin = _shared_copy(la.model.model, la.model.last_layer_name, self.seen)
-        self.shapes = la._random_weights.head
-        self.posterior, self.likelihood = la._predicting_posterior, la._frozen_likelihood
-        self.adjustments, self.options, self.dtype, self.place = la._adjustments, options, la._dtype, la._device
+        self.seen: list[Entered] = []
+        self.twin = twin_of(la.model.model, la.model.last_layer_name, self.seen.append, shared=True)
+        self.closed_form = ClosedForm(la, options)
         self.reading, self.keeps_graph = la._reading, la.enable_backprop
-        # What is made when it is first asked for.
-        (n_outputs, width), like = self.shapes[0], la._random_weights.first
-        self._of(like.new_zeros(1, n_outputs), like.new_zeros(1, width))
 
     def forward(self, x: Inputs, **model_kwargs: Any) -> Any:
         """The prediction, in the layout of the model."""
@@ -52,16 +61,9 @@ class Predictor(nn.Module):
             name = extractor.last_layer_name
             calls: Any = {name: 1}
             passed = Pass(calls, {name: (entered, made)}, returned)
-            found = self._of(*extractor._read(passed, name, extractor.last_layer, x))
-            return self.reading.returned(found)
-
-    def _of(self, f: Tensor, phi: Tensor) -> Any:
-        """Of outputs and features."""
-        inputs = NetworkLinearization.of_head(f, phi, self.shapes)
-        inputs = inputs if self.fit.trained is None else inputs.with_weights(self.fit.mean)
-        with full_precision(self.place):
-            how = self.posterior, self.likelihood, self.options, self.dtype
-            return self.adjustments.predict(inputs, self.fit, *how)
+            f, phi = extractor._read(passed, name, extractor.last_layer, x)
+            with full_precision(self.closed_form.place):
+                return self.reading.returned(self.closed_form(f, phi))
 
 
 def predict(la: Any, x: Inputs, how: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Any:
@@ -83,23 +85,4 @@ vars(prepare)["_dynamo_marked_constant"] = True
 prepare.__name__ = "_prepare"
 
 
-def _shared_copy(model: nn.Module, name: str, seen: Entered) -> nn.Module:
-    """Modules of their own, in evaluation mode, with the tensors of a model; its last layer shows what it sees."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        values = (*vars(module).values(), *module.parameters(recurse=False), *module.buffers(recurse=False))
-        memo.update({id(value): value for value in values if isinstance(value, Tensor)})
-    for module in model.modules():
-        if hasattr(module, ORIGINAL) and id(module) not in memo:  # compiled as a part of the whole
-            memo[id(module)] = copy.deepcopy(getattr(module, ORIGINAL), memo)
-    twin = copy.deepcopy(model, memo).eval()
-    name = ".".join(part for part in name.split(".") if part != ORIGINAL)
-
-    def show(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen.append((args[0] if args else next(iter(kwargs.values())), output))
-
-    twin.get_submodule(name).register_forward_hook(show, with_kwargs=True)
-    return twin
-
-
-__all__ = ["Predictor", "predict", "prepare"]
+__all__ = ["ClosedForm", "Predictor", "predict", "prepare"]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from laplace import checks, linalg, processes, tuning
-from laplace.baselaplace import explained, merging, plan, statefile, states, tuned
+from laplace.baselaplace import explained, exported, merging, plan, statefile, states, tuned
 from laplace.baselaplace.base import BaseLaplace
 from laplace.baselaplace.described import described
 from laplace.baselaplace.keywords import Average, Limits, ScoreLike
@@ -49,7 +49,7 @@ class FittedLaplace(BaseLaplace[L_co]):
     _posterior_cache: dict[str, AbstractPrecision]
 
     predict, predict_std, plan = explained.predict, explained.predict_std, plan.plan
-    merge, subtract = merging.merge, merging.subtract
+    merge, subtract, export_module = merging.merge, merging.subtract, exported.export_module
 
     def _check_prior(self, precision: Tensor, mean: Tensor) -> None:
         subset = self._random_weights.subset

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from laplace.linalg import is_exporting
+
 RESOLUTION = 1e-12
 """Variance of a feature given the others, relative to its mean square, below which a covariance counts as singular: a
 standard deviation of a millionth of the feature's size, somewhat above the rounding of float32."""
@@ -56,6 +58,9 @@ class Factor:
 
     def whiten(self, rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
         """L⁻¹ φ for each row."""
+        if is_exporting():  # graphs of other programs have products, and no solvers
+            eye = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+            return rows @ torch.linalg.solve_triangular(self.lower, eye, upper=False).mT
         return torch.linalg.solve_triangular(self.lower, rows.mT, upper=False).mT
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from laplace.density.covariance import RESOLUTION, Factor, factorize, oas_weight, shrunk
 from laplace.density.sums import MAX_MOMENTS, ClassSums, normalized, reason_against
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.linalg import chunk_elements, lasting, piece_elements
+from laplace.linalg import chunk_elements, lasting, piece_elements, some_rows
 
 KAPPA = 10.0
 """κ: how many rows the shared covariance counts for in that of a class."""
@@ -235,7 +235,7 @@ class FeatureDensity:
         rows = phi.reshape(-1, phi.shape[-1])
         width = max(rows.shape[1], len(self.present))
         size = max(1, piece_elements(phi.device) // width, min(ROWS_AT_A_TIME, chunk_elements(phi.device) // width))
-        return torch.cat([function(self._prepared(part)) for part in rows.split(size)]).view(phi.shape[:-1])
+        return torch.cat([function(self._prepared(part)) for (part,) in some_rows(size, rows)]).view(phi.shape[:-1])
 
     def _prepared(self, rows: Tensor) -> Tensor:
         """Rows in the precision of the sums, and normalized where they are."""

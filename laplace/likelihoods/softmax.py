@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.draws import draw
-from laplace.linalg import chunk_elements
+from laplace.linalg import chunk_elements, some_rows
 from laplace.types import Outputs, Scalar, Targets
 
 LogProbabilities = Float[Tensor, "rows outputs"]
@@ -76,8 +76,8 @@ def mean_field_1(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabi
     estimation". arXiv:2006.07584
     """
     var = cov if cov.dim() == mean.dim() else cov.diagonal(dim1=-2, dim2=-1)
-    parts = zip(*(values.split(_rows_at_once(mean)) for values in (mean, var)), strict=True)
-    return torch.cat([_pairwise(m, v.unsqueeze(2) + v.unsqueeze(1)) for m, v in parts])
+    some = some_rows(_rows_at_once(mean), mean, var)
+    return torch.cat([_pairwise(m, v.unsqueeze(2) + v.unsqueeze(1)) for m, v in some])
 
 
 def mean_field_2(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabilities:
@@ -109,7 +109,7 @@ def mean_field_2(mean: Float[Tensor, "rows outputs"], cov: Tensor) -> LogProbabi
     if cov.dim() == mean.dim():
         return mean_field_1(mean, cov)
     found = []
-    for m, S in zip(*(values.split(_rows_at_once(mean)) for values in (mean, cov)), strict=True):
+    for m, S in some_rows(_rows_at_once(mean), mean, cov):
         var = S.diagonal(dim1=-2, dim2=-1)
         found.append(_pairwise(m, (var.unsqueeze(2) + var.unsqueeze(1) - S - S.mT).clamp(min=0)))
     return torch.cat(found)

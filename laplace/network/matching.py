@@ -32,7 +32,7 @@ def reduce(phi: Tensor, reduction: FeatureReduction, position: Tensor | None = N
         return flat.mean(1)
     if position is None:
         return flat[:, 0 if reduction is FeatureReduction.PICK_FIRST else -1]
-    return flat[torch.arange(len(flat), device=flat.device), position]
+    return flat[torch.arange(flat.shape[0], device=flat.device), position]
 
 
 def picked(f: Tensor, made: Tensor, reduction: FeatureReduction, *, first: bool) -> Tensor | None:

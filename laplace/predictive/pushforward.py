@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -103,8 +104,8 @@ def moments_of_each(
             yield inputs.mean(dtype), inputs.covariance(precision, dtype), _link(likelihood, options)
 
 
-def _require(numbers: int, inputs: Linearization, dtype: torch.dtype, what: str) -> None:
-    """Raise if there is no room for a matrix and its root."""
+def _require(numbers: Any, inputs: Linearization, dtype: torch.dtype, what: str) -> None:
+    """Raise if there is no room for a matrix and its root; in a graph their size is a symbol."""
     if not torch.compiler.is_compiling():
         free_memory.require(2 * numbers * dtype.itemsize, inputs.f.device, what, free_memory.FOR_PREDICTIONS)
 

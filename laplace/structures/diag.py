@@ -6,7 +6,7 @@ H = diag(h),   A = diag(s·h + δ)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -170,11 +170,11 @@ class DiagPrecision(AbstractPrecision):
         check_jacobians(J, self.n_params)
         return (J / self.vector) @ J.mT
 
-    def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
+    def _by_block(self, blocks: Sequence[JacobianBlock]) -> list[tuple[JacobianBlock, Tensor]]:
         """Each block with the variances of its weights."""
         blocks, variances = joined(blocks), self.vector.reciprocal()
         parts = (variances,) if len(blocks) == 1 else variances.split([block.n_params for block in blocks])
-        yield from zip(blocks, parts, strict=True)
+        return list(zip(blocks, parts, strict=True))
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
         """Σ_p J_p² / a_p, block by block."""

@@ -253,7 +253,7 @@ class FullPrecision(AbstractPrecision):
             return self.block_covariance(blocks).diagonal(dim1=1, dim2=2).T
         phi = head.augmented
         # [rows, D] @ [D, C·D], then a dot product with φ: no [rows, C, C] and no Jacobian.
-        left = (phi @ self._diagonal_blocks(head)).view(len(phi), head.n_outputs, -1)
+        left = (phi @ self._diagonal_blocks(head)).view(phi.shape[0], head.n_outputs, -1)
         return (left * phi.unsqueeze(1)).sum(-1).T
 
     def block_covariance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "batch columns columns"]:
@@ -287,7 +287,7 @@ class FullPrecision(AbstractPrecision):
             order = head.order.flatten()
             self._blocks[key] = self.covariance[order][:, order].unflatten(0, (head.n_outputs, -1))
         for rows in self._blocks[key]:
-            yield (phi @ rows).view(len(phi), head.n_outputs, -1)
+            yield (phi @ rows).view(phi.shape[0], head.n_outputs, -1)
 
     def _diagonal_blocks(self, head: HeadBlock) -> Tensor:
         """The blocks Σ_cc side by side, ``[D, C·D]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,8 +50,8 @@ class HeadBlock(JacobianBlock):
         return self.n_outputs if self.outer is None else len(self.outer)
 
     @property
-    def n_rows(self) -> int:
-        """Positions."""
+    def n_rows(self) -> Any:
+        """Positions; a symbol in a graph for any number of them."""
         return self.phis[0].shape[0]
 
     @property
@@ -305,7 +306,7 @@ def _distinct(phi: Float[Tensor, "rows features"]) -> Float[Tensor, "distinct fe
 
 def head_blocks(phi: Float[Tensor, "rows features"], shapes: Sequence[tuple[int, ...]]) -> list[HeadBlock]:
     """The blocks of a head, one for each parameter group: weight ``(C, D)`` and, if there is one, bias ``(C,)``."""
-    ones = phi.new_ones(1, 1).expand(len(phi), 1)
+    ones = phi.new_ones(1, 1).expand(phi.shape[0], 1)
     return [HeadBlock((phi if len(shape) > 1 else ones,), (shape,)) for shape in shapes]
 
 

@@ -228,9 +228,8 @@ class LowRankPrecision(AbstractPrecision):
         sides, prior = T[head.order], head.to(T.dtype)
         phi, step = prior.augmented, max(1, CHUNK_ELEMENTS // max(1, head.n_outputs * T.shape[1]))
         strength = replace(prior, outer=None).variance(1 / self.delta.to(T)).T
-        for start in range(0, len(phi), step):
-            rows = slice(start, start + step)
-            yield strength[rows], torch.einsum("nd,cdr->ncr", phi[rows], sides)
+        for prior_variance, rows in linalg.some_rows(step, strength, phi):
+            yield prior_variance, torch.einsum("nd,cdr->ncr", rows, sides)
 
     def _head_variance(self, head: HeadBlock) -> Float[Tensor, "columns batch"]:
         """J diag(1/δ) Jᵀ − (J T)(J T)ᵀ, from features: O(rows · C · D · r)."""

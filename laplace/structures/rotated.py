@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -147,13 +147,13 @@ class RotatedPrecision(AbstractPrecision):
         half = self.bmm(J, -0.5)
         return half @ half.mT
 
-    def _by_block(self, blocks: Sequence[JacobianBlock]) -> Iterator[tuple[JacobianBlock, Tensor]]:
+    def _by_block(self, blocks: Sequence[JacobianBlock]) -> list[tuple[JacobianBlock, Tensor]]:
         """Each block in the eigenbasis, with the variances there."""
         spectrum = self.spectrum
         groups = zip(blocks, self.eigenvectors, spectrum, strict=True)
         turned = [block.rotate(vectors, values.shape) for block, vectors, values in groups]
         inverse, together = [values.reciprocal().view(-1) for values in spectrum], joined(turned)
-        yield from zip(together, inverse if len(together) == len(inverse) else [torch.cat(inverse)], strict=True)
+        return list(zip(together, inverse if len(together) == len(inverse) else [torch.cat(inverse)], strict=True))
 
     def block_variance(self, blocks: Sequence[JacobianBlock]) -> Float[Tensor, "columns batch"]:
         """Σ_ij (Uᵀ J V)²_ij / spectrum_ij, block by block."""
