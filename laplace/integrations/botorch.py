@@ -9,6 +9,7 @@ It holds a fitted regression of this library, and goes wherever BoTorch takes a 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -68,15 +69,22 @@ class SampledFunction(nn.Module):
 
     Attributes
     ----------
-    num_inputs, num_outputs
-        d and m.
+    num_outputs
+        The number of outputs, m.
     """
 
-    def __init__(self, model: LaplaceModel, moves: Tensor, shape: torch.Size) -> None:
+    moves: Tensor
+    """How far the weights of each function are from the mean, ``[samples, P]``."""
+
+    def __init__(self, model: Any, moves: Tensor, shape: torch.Size) -> None:
         super().__init__()
-        self.num_inputs, self.num_outputs = model.num_inputs, model.num_outputs
-        self._model, self._shape = model, shape
+        self.num_outputs, self._model, self._shape = model.num_outputs, model, shape
         self.register_buffer("moves", moves, persistent=False)
+
+    @property
+    def num_inputs(self) -> int:
+        """The number of inputs, d."""
+        return self._model.num_inputs
 
     def forward(self, x: Tensor) -> Tensor:
         """Its values.
@@ -143,6 +151,9 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
     >>> acquisition(torch.rand(5, 3, 2, dtype=torch.float64)).shape  # 5 t-batches of 3 points
     torch.Size([5])
     """
+
+    input_transform: Any
+    outcome_transform: Any
 
     def __init__(
         self,
@@ -212,10 +223,10 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         -------
         A normal distribution ``[..., m]``, with observation noise.
         """
-        found = self.posterior(X.unsqueeze(-2), observation_noise=True)
+        found: Any = self.posterior(X.unsqueeze(-2), observation_noise=True)
         return Normal(found.mean.squeeze(-2), found.variance.squeeze(-2).sqrt())
 
-    def fit(self, train_X: Tensor, train_Y: Tensor) -> LaplaceModel:
+    def fit(self, train_X: Tensor, train_Y: Tensor) -> LaplaceModel:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Learn the curvature at other data, with the network as it is: it is trained elsewhere.
 
         Parameters
@@ -237,7 +248,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
 
     # -- posterior ----------------------------------------------------------------------------------------------------
 
-    def posterior(
+    def posterior(  # pyright: ignore[reportIncompatibleMethodOverride] - as BoTorch's own models have it
         self,
         X: Tensor,
         output_indices: list[int] | None = None,
@@ -293,7 +304,10 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         posterior: Any = GPyTorchPosterior(distribution)
         if hasattr(self, "outcome_transform"):
             posterior = self.outcome_transform.untransform_posterior(posterior, X=X)
-        return posterior if posterior_transform is None else posterior_transform(posterior=posterior, X=X)
+        if posterior_transform is None:
+            return posterior
+        knows_inputs = "X" in inspect.signature(posterior_transform.forward).parameters  # since BoTorch 0.17
+        return posterior_transform(posterior, X=X) if knows_inputs else posterior_transform(posterior)
 
     def _conditioned(self, x: Tensor) -> tuple[Tensor, Any]:
         """Mean ``[*batch, q, m]`` and covariance ``[*batch, q·m, q·m]`` at inputs of the network."""
@@ -395,8 +409,8 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         -------
         Another model. Without batch dimensions, of a last layer: one whose ``la`` has these data as well
         (``fit(override=False)``) and the weights that they lead to. Otherwise the observations are kept beside the
-        posterior, which is conditioned in function space with each call, for all batches at once and differentiable in X
-        and Y; with ``hessian_structure="full"`` both are the same.
+        posterior, which is conditioned in function space with each call, for all batches at once and differentiable in
+        X and Y; with ``hessian_structure="full"`` both are the same.
 
         Raises
         ------
@@ -481,8 +495,8 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         Returns
         -------
         A module that maps ``[..., d]`` to ``[*sample_shape, ..., m]``: of a last layer the network with other weights
-        there, else the linearized network. Observation noise and the width at foreign inputs (``distance_scale``) are no
-        part of it.
+        there, else the linearized network. Observation noise and the width at foreign inputs (``distance_scale``) are
+        no part of it.
 
         Raises
         ------
@@ -492,8 +506,8 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         la, seen, shape = self._la, self._observed, torch.Size(sample_shape or ())
         if self.batch_shape:
             msg = (
-                f"This model has a batch {list(self.batch_shape)} of fantasies; functions are drawn from one posterior: "
-                "draw them before, or condition on observations without a batch."
+                f"This model has a batch {list(self.batch_shape)} of fantasies; functions are drawn from one "
+                "posterior: draw them before, or condition on observations without a batch."
             )
             raise UnsupportedError(msg)
         generator = checks.generator(generator, self.device)
@@ -526,46 +540,47 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
 
     def _checked(self, X: Any) -> Tensor:
         """Inputs of BoTorch, ``[..., q, d]``."""
-        X = checks.tensor("X", X, "a tensor [*batch, q, d]")
-        if X.dim() < 2 or not X.is_floating_point() or X.shape[-1] != (self._num_inputs or X.shape[-1]):
+        x = checks.tensor("X", X, "a tensor [*batch, q, d]")
+        if x.dim() < 2 or not x.is_floating_point() or x.shape[-1] != (self._num_inputs or x.shape[-1]):
             d = "d" if self._num_inputs is None else self._num_inputs
-            msg = f"X must be floating-point numbers [*batch, q, {d}]; got {X.dtype} {list(X.shape)}."
+            msg = f"X must be floating-point numbers [*batch, q, {d}]; got {x.dtype} {list(x.shape)}."
             raise ShapeError(msg)
-        self._num_inputs = X.shape[-1]
-        return X
+        self._num_inputs = x.shape[-1]
+        return x
 
     def _inside(self, X: Any, Y: Any) -> tuple[Tensor, Tensor]:
         """Observations in the units of the network."""
         self.eval()
-        X, Y = self._checked(X), checks.tensor("Y", Y, "a tensor [*batch, n, m]")
-        if Y.dim() < 2 or X.shape[-2] != Y.shape[-2] or Y.shape[-1] != self.num_outputs:
+        x, y = self._checked(X), checks.tensor("Y", Y, "a tensor [*batch, n, m]")
+        if y.dim() < 2 or x.shape[-2] != y.shape[-2] or y.shape[-1] != self.num_outputs:
             msg = (
-                f"Y must have one row for each of X, [*batch, {X.shape[-2]}, {self.num_outputs}]; got {list(Y.shape)}."
+                f"Y must have one row for each of X, [*batch, {x.shape[-2]}, {self.num_outputs}]; got {list(y.shape)}."
             )
             raise ShapeError(msg)
-        x = self.transform_inputs(X)
-        y = self.outcome_transform(Y, X=X)[0] if hasattr(self, "outcome_transform") else Y
+        y = self.outcome_transform(y, X=x)[0] if hasattr(self, "outcome_transform") else y
+        x = self.transform_inputs(x)
         return x, y.to(x)
 
 
-def _own(la: Any) -> Any:
+def _own(given: Any) -> Any:
     """A copy of a posterior that this model can use, which keeps graphs to the inputs; the network is shared."""
-    if not isinstance(la, ParametricLaplace):
+    if not isinstance(given, ParametricLaplace):
         msg = (
             f"LaplaceModel takes a fitted posterior over weights, such as Laplace(model, 'regression', 'last_layer', "
-            f"'full'); got a {type(la).__name__}."
+            f"'full'); got a {type(given).__name__}."
         )
         raise UnsupportedError(msg)
+    la: Any = given
+    la._fitted  # noqa: B018 - raises before fit
     if "sigma_noise" not in la.likelihood_.hyperparameters:
         msg = (
             f"BoTorch models targets with Gaussian noise: LaplaceModel takes likelihood='regression', got "
-            f"{la.likelihood!r}."
+            f"{la.likelihood_.name!r}."
         )
         raise UnsupportedError(msg)
     if not la.weight_uncertainty:
         msg = "la.weight_uncertainty=False predicts without the variance that an acquisition function needs: set it."
         raise UnsupportedError(msg)
-    la._fitted  # noqa: B018 - raises before fit
     return _shared(la)
 
 
