@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,40 +27,15 @@ from torch import Tensor, nn
 from laplace import checks, linalg
 from laplace.baselaplace import ParametricLaplace
 from laplace.errors import InputError, ShapeError, UnsupportedError
+from laplace.integrations.conditioning import Observations, move, own, rows, shared, with_data
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
-from laplace.predictive import Linearization, NetworkLinearization
+from laplace.predictive import NetworkLinearization
 from laplace.predictive.adjusted import Adjusted
-from laplace.structures import AbstractPrecision
 from laplace.structures.jacobian import sum_parts
 
 MOST_DENSE = 2048
 """Up to how many random weights the root of their covariance is written out."""
-
-
-@dataclass(frozen=True)
-class Observations:
-    """Observations that condition the posterior in function space, in the units of the network."""
-
-    X: Tensor
-    """``[*batch, n, d]``."""
-    Y: Tensor
-    """``[*batch, n, m]``."""
-    noise: Tensor
-    """Covariance of their noise, ``[*batch, n·m, n·m]``."""
-
-    def followed_by(self, other: Observations) -> Observations:
-        """With other ones after these."""
-        batch = torch.broadcast_shapes(self.Y.shape[:-2], other.Y.shape[:-2])
-        X, Y = (
-            torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], -2)
-            for parts in ((self.X, other.X), (self.Y, other.Y))
-        )
-        first, second = (part.noise.expand(*batch, *part.noise.shape[-2:]) for part in (self, other))
-        n, k = first.shape[-1], second.shape[-1]
-        noise = first.new_zeros(*batch, n + k, n + k)
-        noise[..., :n, :n], noise[..., n:, n:] = first, second
-        return Observations(X, Y, noise)
 
 
 class SampledFunction(nn.Module):
@@ -163,7 +137,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         num_inputs: int | None = None,
     ) -> None:
         super().__init__()
-        self._la = _own(la)
+        self._la = own(la)
         self._outputs: list[int] | None = None
         self._observed: Observations | None = None
         self._num_inputs = None if num_inputs is None else checks.whole("num_inputs", num_inputs)
@@ -178,7 +152,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
     @property
     def la(self) -> ParametricLaplace:
         """The posterior over weights as this model has it: a copy, which shares the network."""
-        return _shared(self._la)
+        return shared(self._la)
 
     @property
     def likelihood(self) -> Any:
@@ -240,7 +214,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         -------
         This object. The posterior that it was made of stays as it was.
         """
-        la = _shared(self._la)
+        la = shared(self._la)
         la.fit([self._inside(train_X, train_Y)])
         vars(self).pop("_root", None)
         self._la, self._observed = la, None
@@ -326,8 +300,8 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         factor = linalg.cholesky(covariance[..., :k, :k] + seen.noise.to(mean), "covariance of the observations")
         gap = (seen.Y.to(mean) - mean[..., :n, :]).flatten(-2).unsqueeze(-1)
         half = torch.linalg.solve_triangular(factor, covariance[..., :k, k:], upper=False)
-        move = half.mT @ torch.linalg.solve_triangular(factor, gap, upper=False)
-        mean = mean[..., n:, :] + move.reshape(mean[..., n:, :].shape)
+        moved = half.mT @ torch.linalg.solve_triangular(factor, gap, upper=False)
+        mean = mean[..., n:, :] + moved.reshape(mean[..., n:, :].shape)
         return self._chosen(mean, covariance[..., k:, k:] - half.mT @ half)
 
     def _chosen(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Any]:
@@ -349,14 +323,14 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
             seen = la._adjusted(inputs)
             extra = seen.extra if isinstance(seen, Adjusted) else None
             if posterior.n_params <= MOST_DENSE:
-                root = (_rows(inputs, la._dtype).double() @ self._root).reshape(*batch, q * n, -1).to(x)
+                root = (rows(inputs, la._dtype).double() @ self._root).reshape(*batch, q * n, -1).to(x)
                 if extra is None:
                     return mean, root, root
                 covariance = root @ root.mT
             elif q == 1:
                 covariance = inputs.covariance(posterior, la._dtype).reshape(*batch, n, n).to(x)
             else:
-                J = _rows(inputs, la._dtype).reshape(-1, q * n, posterior.n_params)
+                J = rows(inputs, la._dtype).reshape(-1, q * n, posterior.n_params)
                 covariance = posterior.functional_variance(J).reshape(*batch, q * n, q * n).to(x)
         if extra is not None:
             covariance = covariance + torch.diag_embed(extra.to(x).reshape(*batch, q * n))
@@ -430,7 +404,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         x, y = self._inside(X, Y)
         known = noise is not None or self._observed is not None or x.requires_grad or y.requires_grad
         if x.dim() == 2 and y.dim() == 2 and self._la._weights_type.of_head and not known:
-            return self._with(_la=_with_data(self._la, x, y, self._noise(y)))
+            return self._with(_la=with_data(self._la, x, y, self._noise(y)))
         temperature = float(self._la.temperature)
         if noise is None:
             covariance = torch.kron(torch.eye(y.shape[-2]).to(y), self._noise(y))
@@ -516,11 +490,11 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
             moves = posterior.sample(shape.numel(), generator)
             if seen is not None:
                 inputs = self._linearized(seen.X)
-                J, at = _rows(inputs, la._dtype), inputs.mean(la._dtype)
+                J, at = rows(inputs, la._dtype), inputs.mean(la._dtype)
                 noise = seen.noise.to(J)
                 drawn = next(iter(draw(seen.Y.to(at).reshape(1, -1), noise.unsqueeze(0), len(moves), generator)))
                 gap = drawn.reshape(len(moves), -1) - at.flatten() - moves @ J.T
-                moves = moves + _move(posterior, J, noise, gap)
+                moves = moves + move(posterior, J, noise, gap)
         return SampledFunction(self, moves, shape)
 
     def _at_weights(self, X: Tensor, moves: Tensor) -> Tensor:
@@ -560,66 +534,6 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         y = self.outcome_transform(y, X=x)[0] if hasattr(self, "outcome_transform") else y
         x = self.transform_inputs(x)
         return x, y.to(x)
-
-
-def _own(given: Any) -> Any:
-    """A copy of a posterior that this model can use, which keeps graphs to the inputs; the network is shared."""
-    if not isinstance(given, ParametricLaplace):
-        msg = (
-            f"LaplaceModel takes a fitted posterior over weights, such as Laplace(model, 'regression', 'last_layer', "
-            f"'full'); got a {type(given).__name__}."
-        )
-        raise UnsupportedError(msg)
-    la: Any = given
-    la._fitted  # noqa: B018 - raises before fit
-    if "sigma_noise" not in la.likelihood_.hyperparameters:
-        msg = (
-            f"BoTorch models targets with Gaussian noise: LaplaceModel takes likelihood='regression', got "
-            f"{la.likelihood_.name!r}."
-        )
-        raise UnsupportedError(msg)
-    if not la.weight_uncertainty:
-        msg = "la.weight_uncertainty=False predicts without the variance that an acquisition function needs: set it."
-        raise UnsupportedError(msg)
-    return _shared(la)
-
-
-def _shared(la: Any) -> Any:
-    """A copy that shares the network, and what was learned."""
-    twin = copy.copy(la)
-    vars(twin).pop("_random_weights", None)
-    if la._weights_type.of_head:
-        vars(twin)["model"] = copy.copy(la.model)
-    twin.enable_backprop = True
-    return twin
-
-
-def _with_data(la: Any, x: Tensor, y: Tensor, noise: Tensor) -> Any:
-    """A posterior of a last layer with more data, at the mean to which they move it."""
-    before, first = la, la._random_weights.first
-    la, x, y = _shared(la), x.detach().to(first), y.detach().to(first)
-    la.fit([(x, y)], override=False)
-    with torch.no_grad(), evaluating(la.model), full_precision(la._device):
-        inputs = la._checked_linearization(x)
-        gap = (y.to(la._dtype) - inputs.mean(la._dtype)).reshape(1, -1)
-        covariance = torch.kron(torch.eye(len(y)).to(gap), noise.to(gap)) * float(la.temperature)
-        move = _move(before._frozen_posterior, _rows(inputs, la._dtype), covariance, gap).squeeze(0)
-    fit = la._fitted
-    la._fit = replace(fit.at(fit.mean + move), trained=fit.mean if fit.trained is None else fit.trained)
-    la._hyperparameters_changed()
-    return la
-
-
-def _move(posterior: AbstractPrecision, J: Tensor, noise: Tensor, gap: Tensor) -> Tensor:
-    """How far observations move weights, ``Σ Jᵀ (J Σ Jᵀ + N)⁻¹ gap`` for gaps ``[samples, n·C]``: ``[samples, P]``."""
-    factor = linalg.cholesky(J @ posterior.solve(J).T + noise, "covariance of the observations")
-    return posterior.solve(torch.cholesky_solve(gap.T, factor).T @ J)
-
-
-def _rows(inputs: Linearization, dtype: torch.dtype) -> Tensor:
-    """Derivatives in all random weights, ``[rows·C, P]``, row by row."""
-    assert isinstance(inputs, NetworkLinearization), "of a posterior over weights"
-    return torch.cat([block.dense() for block in inputs.blocks(dtype)], -1).transpose(0, 1).flatten(0, 1)
 
 
 __all__ = ["LaplaceModel", "SampledFunction"]
