@@ -177,7 +177,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def picture(results: list[dict[str, Any]]) -> Figure:
     """The median of the best value over the values seen, between the worst and the best of all seeds."""
-    figure = Figure(figsize=(3.7 * len(results), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(3.7 * len(results), 6), 3.6), layout="constrained")
     for axes, one in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
         budget = one["budget"]
         seen = [budget["initial"] + round_ * budget["q"] for round_ in range(budget["rounds"] + 1)]
@@ -186,12 +186,14 @@ def picture(results: list[dict[str, Any]]) -> Figure:
             axes.plot(seen, [statistics.median(values) for values in by_round], color=color, label=method)
             low, high = [min(values) for values in by_round], [max(values) for values in by_round]
             axes.fill_between(seen, low, high, color=color, alpha=0.12, linewidth=0)
-        axes.axhline(one["optimum"], color="black", linewidth=0.6, linestyle=":")
         axes.set(title=one["function"], xlabel="values seen")
         if one["function"].startswith("Rosenbrock"):
             axes.set_yscale("symlog", linthresh=1.0)
+            axes.set_ylim(top=-100)
+        else:
+            axes.axhline(one["optimum"], color="black", linewidth=0.6, linestyle=":")
     figure.axes[0].set_ylabel("best value")
-    figure.axes[0].legend(fontsize="small", loc="lower right")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
