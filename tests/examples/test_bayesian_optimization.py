@@ -31,6 +31,9 @@ def test_the_example_finds_more_than_random_points(tmp_path: Path) -> None:
     assert (tmp_path / "bayesian_optimization.png").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("ignore:The noise that the evidence chose")  # of targets without noise
+@pytest.mark.filterwarnings("ignore::linear_operator.utils.warnings.NumericalWarning")
+@pytest.mark.filterwarnings("ignore::botorch.exceptions.warnings.BotorchWarning")
 def test_the_code_of_the_page_proposes_points_at_the_maximum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("bayesian_optimization.md", tmp_path, monkeypatch)
     for points in (names["chosen"], names["best"]):
