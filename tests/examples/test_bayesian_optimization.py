@@ -58,7 +58,7 @@ def test_searches_are_read_again_and_written(tmp_path: Path) -> None:
     assert "4 searches are left" in early.stderr
     subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     again = subprocess.run([*command, "--minutes", "-1"], capture_output=True, text=True, check=True, timeout=300)
-    assert again.stdout == (tmp_path / "output" / "bayesian_optimization.md").read_text(encoding="utf-8") + "\n"
+    assert again.stdout == (tmp_path / "output" / "bayesian_optimization.md").read_text(encoding="utf-8")
     (told,) = json.loads((tmp_path / "output" / "bayesian_optimization.json").read_text(encoding="utf-8"))["results"]
     assert set(told["runs"]) == set(config["methods"])
     for runs in told["runs"].values():
