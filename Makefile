@@ -109,4 +109,4 @@ quality: $(VENV)/.test $(VENV)-quality/.ready ## how good predictions are beside
 check: lint types docs demo test-slow test-oldest test ## what a change must pass; .ci/run adds other versions and packages
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer $(VENV)-clients $(VENV)-quality benchmarks/.quality site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer $(VENV)-clients $(VENV)-quality benchmarks/.quality benchmarks/.bayesian_optimization site build dist .pytest_cache .ruff_cache .hypothesis

@@ -61,8 +61,9 @@ NETWORK_FOR_SIZES = {"structures", "prior"}
 """Rooms that may know the sizes of the parameters, and nothing else of the network."""
 
 HEAVY = {
-    "accelerate", "asdl", "backpack", "curvlinops", "lightning", "matplotlib", "mlxtend", "onnx", "onnxruntime",
-    "onnxscript", "pandas", "scipy", "skorch", "sklearn", "torchmetrics", "torchvision", "transformers",
+    "accelerate", "asdl", "backpack", "botorch", "curvlinops", "gpytorch", "lightning", "linear_operator", "matplotlib",
+    "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "scipy", "skorch", "sklearn", "torchmetrics", "torchvision",
+    "transformers",
 }  # fmt: skip
 """Packages that `import laplace` must not load: they are optional, or slow to import, or both."""
 
