@@ -1,4 +1,4 @@
-"""Formulas between dollar signs become MathML while the site is built: browsers draw them, without a script or a network."""
+"""Formulas between dollar signs become MathML while the site is built: browsers draw them without a script."""
 
 from __future__ import annotations
 
