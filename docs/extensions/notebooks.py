@@ -1,8 +1,9 @@
-"""Pages of tasks are notebooks: percent scripts in ``examples/notebooks`` that are run here, and written with what they print.
+"""Pages of tasks are notebooks: percent scripts that are run here, and written with what they print.
 
-``python docs/extensions/notebooks.py [--check] [NAME ...]`` writes ``docs/NAME.md`` and its figures, or compares. Cells of text are
-copied; a cell of code that has a title (``# %% The data``) is folded; after a cell stand what it printed and its figures,
-whose labels (``plt.subplots(num=...)``) are their descriptions.
+``python docs/extensions/notebooks.py [--check] [NAME ...]`` makes ``docs/NAME.md`` and its figures of
+``examples/notebooks/NAME.py``, or compares. Cells of text are copied; a cell of code that has a title, as in
+``# %% The data``, is folded; after a cell stand what it printed and its figures. Labels of figures, given by
+``plt.subplots(num=...)``, describe them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Calibrate a classifier
 #
-# A classifier that was trained until it made no more errors on its training data is too sure of itself: of the predictions
-# that it gives 98 %, fewer than 98 in 100 are right. You want probabilities that can be taken at their word, from the network
-# that you have, without training it again.
+# A classifier that was trained until it made no more errors on its training data is too sure of itself: of the
+# predictions that it gives 98 %, fewer than 98 in 100 are right. You want probabilities that can be taken at their
+# word, from the network that you have, without training it again.
 
 # %% The data and the network
 import torch
@@ -59,9 +59,9 @@ report = side_by_side(model, {"Laplace": la}, test_loader, val_loader=val_loader
 print(report.table(["accuracy", "NLL", "ECE", "Brier"]))
 
 # %% [markdown]
-# `MAP` is the network as it is, `MAP, temperature T` the network with its logits divided by one number, which is chosen on the
-# same validation data. NLL is the negative log-likelihood in nats, ECE the calibration error: the mean distance between
-# what the network says and how often it is right. Lower is better for both, and for the Brier score.
+# `MAP` is the network as it is, `MAP, temperature T` the network with its logits divided by one number, which is
+# chosen on the same validation data. NLL is the negative log-likelihood in nats, ECE the calibration error: the mean
+# distance between what the network says and how often it is right. Lower is better for both, and for the Brier score.
 #
 # ## The picture
 
@@ -74,32 +74,36 @@ scaled = fit_temperature(model, val_loader)
 methods = {"network": lambda rows: model(rows).softmax(-1), "temperature": scaled, "Laplace": la}
 with torch.no_grad():
     predictions = {name: (method(x[1000:]), y[1000:]) for name, method in methods.items()}
-what = "Reliability of the network, with a temperature, and with Laplace; and errors among the predictions that are kept"
+what = (
+    "Reliability of the network, with a temperature, and with Laplace; and errors among the predictions that are kept"
+)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained", num=what)
 reliability_diagram(predictions, ax=left)
 risk_coverage_curve(predictions, ax=right)
 
 # %% [markdown]
-# On the left, points on the diagonal are right as often as they say; the larger a point, the more predictions it stands for.
-# On the right, predictions are sorted by their confidence: a curve further down makes fewer errors among those that it is most
-# sure of.
+# On the left, points on the diagonal are right as often as they say; the larger a point, the more predictions it
+# stands for. On the right, predictions are sorted by their confidence: a curve further down makes fewer errors among
+# those that it is most sure of.
 #
 # ## When something simpler is enough
 #
-# **If all you need are calibrated probabilities of inputs like the training data, take a temperature.** `fit_temperature(model,
-# val_loader)` is one number, costs nothing at prediction time and does most of the work, here and on most networks: on
-# [178 networks](tuning.md#many-networks-beside-what-else-can-be-done) the median gain of `tune` over it is 0.013 nats. `tune` is
-# worth its few seconds where training data are few or labels are wrong (the mean gain is 0.045 ± 0.012 nats), and where inputs
-# may be unlike the training data: a temperature hardly changes which of two inputs is the more certain one.
+# **If all you need are calibrated probabilities of inputs like the training data, take a temperature.**
+# `fit_temperature(model, val_loader)` is one number, costs nothing at prediction time and does most of the work, here
+# and on most networks: on [178 networks](tuning.md#many-networks-beside-what-else-can-be-done) the median gain of
+# `tune` over it is 0.013 nats. `tune` is worth its few seconds where training data are few or labels are wrong (the
+# mean gain is 0.045 ± 0.012 nats), and where inputs may be unlike the training data: a temperature hardly changes
+# which of two inputs is the more certain one.
 #
-# **With fewer than some fifty validation rows** no method can tell how sure to be; `tune(val_loader, average="mixture")` is the
-# safest of ours. **Without any**, see [the methods that need none](tuning.md#in-short).
+# **With fewer than some fifty validation rows** no method can tell how sure to be; `tune(val_loader,
+# average="mixture")` is the safest of ours. **Without any**, see [the methods that need none](tuning.md#in-short).
 #
 # ## What next
 #
 # - Inputs that belong to no class: [What is foreign](foreign.md).
 # - Sets of classes that hold the right one nine times in ten, whatever the network: [Decisions](decisions.md).
-# - Yes or no, several labels, grades: [Likelihoods](likelihoods.md). Pixels or tokens:
-#   [dense outputs](choosing.md#the-last-layer-and-where-the-outputs-are).
-# - How `tune` does it, and its options: [Tuning](tuning.md). As an estimator of scikit-learn: [In scikit-learn](scikit_learn.md).
+# - Yes or no, several labels, grades: [Likelihoods](likelihoods.md). Pixels or tokens: [dense
+#   outputs](choosing.md#the-last-layer-and-where-the-outputs-are).
+# - How `tune` does it, and its options: [Tuning](tuning.md). As an estimator of scikit-learn: [In
+#   scikit-learn](scikit_learn.md).
 # - Keep what was fitted: [Saving and moving](saving.md).

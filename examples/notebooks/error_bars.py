@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Error bars for a regressor
 #
-# A network that predicts a number says nothing about how far off it may be. You want an interval around each prediction that
-# holds the true value as often as it says, that is wider where the network has seen little, and that says how much of its
-# width more data would take away.
+# A network that predicts a number says nothing about how far off it may be. You want an interval around each
+# prediction that holds the true value as often as it says, that is wider where the network has seen little, and that
+# says how much of its width more data would take away.
 
 # %% The data and the network
 import numpy as np
@@ -62,17 +62,19 @@ rows = {"last layer": head, "all weights": la}
 print(compare_regressors(model, rows, test_loader, val_loader=val_loader).table(columns))
 
 # %% [markdown]
-# `MAP` is the network with one noise for all inputs, that of the validation data. Targets are logarithms of prices to the base
-# 10: 0.1 is a factor of 1.26. NLL is the negative log density of the targets in nats, CRPS a distance between a predicted
-# distribution and the target, and “coverage 90 %” the share of targets that lie in the 90 % interval, which should be 0.9.
-# On diamonds like those of training all three are calibrated. Of the heaviest diamonds the network has seen none:
+# `MAP` is the network with one noise for all inputs, that of the validation data. Targets are logarithms of prices to
+# the base 10: 0.1 is a factor of 1.26. NLL is the negative log density of the targets in nats, CRPS a distance
+# between a predicted distribution and the target, and “coverage 90 %” the share of targets that lie in the 90 %
+# interval, which should be 0.9. On diamonds like those of training all three are calibrated. Of the heaviest diamonds
+# the network has seen none:
 
 # %%
 print(compare_regressors(model, rows, heavy_loader, val_loader=val_loader).table(columns))
 
 # %% [markdown]
-# The network is wrong by a factor of two there, and does not know it: its intervals have the width that they always have. Those of all
-# weights are twice as wide. They still cover too few: no method knows what happens to prices where there are no data.
+# The network is wrong by a factor of two there, and does not know it: its intervals have the width that they always
+# have. Those of all weights are twice as wide. They still cover too few: no method knows what happens to prices where
+# there are no data.
 #
 # ## The picture
 
@@ -108,8 +110,8 @@ for each in axes:
 legend = axes[0].legend(fontsize="small")
 
 # %% [markdown]
-# The dotted line is where the training data end. To its left all intervals cover nine targets in ten, to its right those of all
-# weights widen.
+# The dotted line is where the training data end. To its left all intervals cover nine targets in ten, to its right
+# those of all weights widen.
 #
 # ## How much of it would more data take away?
 
@@ -120,14 +122,15 @@ for name, some in {"like training": test, "heavy": heavy}.items():
     print(f"{name}: weights {parts[0].mean():.4f}, noise {parts[1].mean():.4f}, together {parts[2].mean():.4f}")
 
 # %% [markdown]
-# The first part is how uncertain the regression function is: more diamonds of this kind would reduce it. The second is the noise,
-# which stays.
+# The first part is how uncertain the regression function is: more diamonds of this kind would reduce it. The second
+# is the noise, which stays.
 #
 # ## When something simpler is enough
 #
-# **If new inputs are like the training data, the residuals of the validation data are enough**: one standard deviation for all
-# inputs, as in the row `MAP`. It is as well calibrated as the rest there. **If you need a guarantee**, whatever the network:
-# [conformal intervals](decisions.md). **If the noise itself depends on the input**, let the network predict it:
+# **If new inputs are like the training data, the residuals of the validation data are enough**: one standard
+# deviation for all inputs, as in the row `MAP`. It is as well calibrated as the rest there. **If you need a
+# guarantee**, whatever the network: [conformal intervals](decisions.md). **If the noise itself depends on the
+# input**, let the network predict it:
 # [`"heteroscedastic_regression"`](likelihoods.md#a-noise-that-depends-on-the-input).
 #
 # All weights take a backward pass for each output; where that is too slow, the last layer costs next to nothing, and
@@ -137,6 +140,6 @@ for name, some in {"like training": test, "heavy": heavy}.items():
 #
 # - Counts, several targets whose noises go together: [Likelihoods](likelihoods.md).
 # - No data to tune on: the noise and the prior [by evidence](evidence.md).
-# - Where to measure next: [gradients through predictions](choosing.md#gradients-through-predictions-enable_backprop) and
-#   [functions](function_space.md).
+# - Where to measure next: [gradients through predictions](choosing.md#gradients-through-predictions-enable_backprop)
+#   and [functions](function_space.md).
 # - All structures, and what they cost: [Structures](structures.md).

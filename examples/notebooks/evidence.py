@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Choose the model by evidence
 #
-# Which inputs, how many units, how strong a prior? Cross-validation trains each candidate several times, and a validation set takes
-# data away from training. The evidence (log marginal likelihood) of the training data compares candidates without either: it
-# rewards what fits and charges for what has to be tuned finely for it.
+# Which inputs, how many units, how strong a prior? Cross-validation trains each candidate several times, and a
+# validation set takes data away from training. The evidence (log marginal likelihood) of the training data compares
+# candidates without either: it rewards what fits and charges for what has to be tuned finely for it.
 
 # %% The data and the candidates
 import numpy as np
@@ -50,8 +50,8 @@ candidates = {
 # %% [markdown]
 # ## Ten lines
 #
-# `marglik_training` trains the weights, a prior precision for each layer's parameters and the noise together: after each few epochs
-# it fits a Laplace approximation and takes steps up its evidence.
+# `marglik_training` trains the weights, a prior precision for each layer's parameters and the noise together: after
+# each few epochs it fits a Laplace approximation and takes steps up its evidence.
 
 # %%
 from laplace.evaluation import gaussian_nll
@@ -80,39 +80,41 @@ for name, (evidence, test_nll) in found.items():
     print(f"| {name} | {evidence:.3f} | {-test_nll:.3f} |")
 
 # %% [markdown]
-# Both are in nats, and more is better. `margliks` are negative log evidences; the model and `la` that come back are those with the
-# largest. The test data took no part in the choice: they are here to see whether it was right.
+# Both are in nats, and more is better. `margliks` are negative log evidences; the model and `la` that come back are
+# those with the largest. The test data took no part in the choice: they are here to see whether it was right.
 #
 # ## The picture
 
 # %%
 import matplotlib.pyplot as plt
 
-figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained", num="Evidence and test log density of the candidates")
-for name, (evidence, test_nll) in found.items():
-    axis.plot(evidence, -test_nll, "o", color="C0")
-    axis.annotate(name, (evidence, -test_nll), xytext=(6, -3), textcoords="offset points", fontsize="small")
-axis.set(xlabel="evidence of the training data, nats per row", ylabel="test log density, nats per row")
-axis.margins(x=0.2)
+what = "Evidence and test log density of each candidate: they rise together, but for the last"
+figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained", num=what)
+evidences, nlls = zip(*found.values(), strict=True)
+axis.plot(list(found), evidences, marker="o", label="evidence of the training data")
+axis.plot(list(found), [-nll for nll in nlls], marker="s", label="log density of the test data")
+axis.set_ylabel("nats per row")
+legend = axis.legend(fontsize="small")
 
 # %% [markdown]
-# The evidence rejects the network that sees the weight of a diamond alone, and finds that a linear model is not enough. Between the
-# larger networks it prefers the smaller, by less than the test data say is right: the approximation charges for weights that the data
-# leave free, and charges too much where the posterior is not Gaussian. Trust differences that are large beside that.
+# The evidence rejects the network that sees the weight of a diamond alone, and finds that a linear model is not
+# enough. Of the two largest networks it prefers the smaller one, the test data slightly the larger: the approximation
+# charges for weights that the data leave free, and charges too much where the posterior is not Gaussian. Trust
+# differences that are large beside that.
 #
 # ## When something simpler is enough
 #
-# **If you can spare validation data, compare validation log densities**, and [tune](tuning.md) the candidate that you take: that
-# makes fewer assumptions. The evidence is for few data, for choices of which there are too many to train each one
-# (a precision for each layer), and for networks that were trained under the prior that it assumes.
+# **If you can spare validation data, compare validation log densities**, and [tune](tuning.md) the candidate that you
+# take: that makes fewer assumptions. The evidence is for few data, for choices of which there are too many to train
+# each one (a precision for each layer), and for networks that were trained under the prior that it assumes.
 #
-# **Do not compare networks that were trained without it**: the evidence of a network that was trained until it is sure of all its
-# training data says little ([why](tuning.md#evidence-optimize_prior_precision)). And do not compare evidences of
-# different structures: `"diag"`, `"kron"` and `"full"` approximate by different amounts.
+# **Do not compare networks that were trained without it**: the evidence of a network that was trained until it is
+# sure of all its training data says little ([why](tuning.md#evidence-optimize_prior_precision)). And do not compare
+# evidences of different structures: `"diag"`, `"kron"` and `"full"` approximate by different amounts.
 #
 # ## What next
 #
 # - All options, and what the evidence did on five data sets: [Tuning](tuning.md#evidence-optimize_prior_precision).
 # - The evidence as a term of your own objective, differentiable: [Choosing](choosing.md#evidence-or-validation).
-# - Immer, Bauer, Fortuin, Rätsch & Khan (2021), "Scalable marginal likelihood estimation for model selection in deep learning",
-#   arXiv:2104.04975. What is computed: [Formulas](formulas.md#evidence).
+# - Immer, Bauer, Fortuin, Rätsch & Khan (2021), "Scalable marginal likelihood estimation for model selection in deep
+#   learning", arXiv:2104.04975. What is computed: [Formulas](formulas.md#evidence).

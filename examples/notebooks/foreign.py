@@ -1,9 +1,9 @@
 # %% [markdown]
 # # What is foreign
 #
-# A classifier answers whatever it is asked: a photograph gets a digit, a customer of a new kind an old category. You want one
-# number per input that says how unlike the training data it is (out of distribution, OOD), from the network that you have, without
-# examples of what is foreign.
+# A classifier answers whatever it is asked: a photograph gets a digit, a customer of a new kind an old category. You
+# want one number per input that says how unlike the training data it is (out of distribution, OOD), from the network
+# that you have, without examples of what is foreign.
 
 # %% The data and the network
 import torch
@@ -69,9 +69,9 @@ print(f"test digits: {(score > threshold).float().mean():.0%} flagged")
 # %% [markdown]
 # ## Beside the doubt of the network
 #
-# The simplest score is one minus the largest probability. AUROC is the probability that a foreign input has a higher score
-# than a familiar one: 0.5 is a coin, 1 is perfect. The last column is the share of familiar inputs that are flagged where 95 % of
-# the foreign ones are found.
+# The simplest score is one minus the largest probability. AUROC is the probability that a foreign input has a higher
+# score than a familiar one: 0.5 is a coin, 1 is perfect. The last column is the share of familiar inputs that are
+# flagged where 95 % of the foreign ones are found.
 
 # %%
 from laplace.evaluation import ood_auroc, ood_false_positives, uncertainty
@@ -107,22 +107,25 @@ axes[1].axvline(threshold, color="0.5", linestyle=":")
 legend = axes[0].legend(fontsize="small")
 
 # %% [markdown]
-# What is far from the training data in its features (noise, photographs, digits upside down) is told apart better by the score. New
-# classes that look like old ones (eights and nines) are not: the doubt of the network finds them as well. No score is
-# perfect; at the threshold above, which flags one familiar input in twenty, about half of the digits and most of the noise are found.
+# What is far from the training data in its features (noise, photographs, digits upside down) is told apart better by
+# the score. New classes that look like old ones (eights and nines) are not: the doubt of the network finds them as
+# well. No score is perfect; at the threshold above, which flags one familiar input in twenty, about half of the
+# digits and most of the noise are found.
 #
 # ## When something simpler is enough
 #
-# **If what is foreign looks like the known classes**, as another digit does, the doubt of the network is nearly as good: one minus
-# its largest probability, which costs nothing. **If you have examples of what is foreign**, train a classifier to tell them
-# apart; no score that has not seen them is as good. **Variances of the posterior are no such score**: they find some foreign inputs
-# *more* familiar than the training data ([why](tuning.md#foreign-inputs)).
+# **If what is foreign looks like the known classes**, as another digit does, the doubt of the network is nearly as
+# good: one minus its largest probability, which costs nothing. **If you have examples of what is foreign**, train a
+# classifier to tell them apart; no score that has not seen them is as good. **Variances of the posterior are no such
+# score**: they find some foreign inputs *more* familiar than the training data ([why](tuning.md#foreign-inputs)).
 #
-# A score ranks inputs. It can't say with which probability an input is foreign, for this depends on how many foreign ones there are.
+# A score ranks inputs. It can't say with which probability an input is foreign, for this depends on how many foreign
+# ones there are.
 #
 # ## What next
 #
 # - Other kinds of scores, and which one when: [Foreign inputs](tuning.md#foreign-inputs).
-# - Predictions already widen where the score is high: [Calibrate a classifier](calibrate.md), [Error bars](error_bars.md).
+# - Predictions already widen where the score is high: [Calibrate a classifier](calibrate.md), [Error
+#   bars](error_bars.md).
 # - Sets of classes that grow where the network is unsure: [Decisions](decisions.md).
 # - What is computed: [Formulas](formulas.md#foreign-inputs).

