@@ -65,7 +65,7 @@ print(report.table(["accuracy", "NLL", "ECE", "Brier"]))
 #
 # ## The picture
 
-# %%
+# %% How it is drawn
 import matplotlib.pyplot as plt
 
 from laplace.evaluation import fit_temperature, reliability_diagram, risk_coverage_curve

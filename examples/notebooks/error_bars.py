@@ -78,7 +78,7 @@ print(compare_regressors(model, rows, heavy_loader, val_loader=val_loader).table
 #
 # ## The picture
 
-# %%
+# %% How it is drawn
 import matplotlib.pyplot as plt
 
 weights = torch.cat([test, heavy])

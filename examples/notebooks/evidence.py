@@ -85,7 +85,7 @@ for name, (evidence, test_nll) in found.items():
 #
 # ## The picture
 
-# %%
+# %% How it is drawn
 import matplotlib.pyplot as plt
 
 what = "Evidence and test log density of each candidate: they rise together, but for the last"

@@ -91,7 +91,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## The picture
 
-# %%
+# %% How it is drawn
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", num="Scores of familiar and foreign inputs")
