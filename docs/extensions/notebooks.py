@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
@@ -56,6 +57,8 @@ def figures(name: str, folder: Path | None, first: int) -> list[str]:
         shown.append(f"![{figure.get_label()}](assets/{file})")
         if folder is not None:
             figure.savefig(folder / file, dpi=80, bbox_inches="tight", metadata={"Software": None})
+            few = Image.open(folder / file).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            few.save(folder / file, optimize=True)  # a third of the bytes
         plt.close(figure)
     return shown
 

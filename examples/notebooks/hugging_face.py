@@ -95,8 +95,9 @@ print(report.table(["accuracy", "NLL", "ECE", "Brier"]))
 
 # %% [markdown]
 # `MAP` is the adapted model as it is, `MAP, temperature T` with the temperature that is best on the validation rows.
-# Nothing had to be wrapped: mappings go to the model as they are, the logits are found in what it returns, and the
-# classifier inside of what PEFT made of the model.
+# The small model has read nothing but these titles and is often wrong; the question is whether it knows. Nothing had
+# to be wrapped: mappings go to the model as they are, the logits are found in what it returns, and the classifier
+# inside of what PEFT made of the model.
 #
 # ## The picture
 
