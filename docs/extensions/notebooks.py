@@ -56,7 +56,7 @@ def figures(name: str, folder: Path | None, first: int) -> list[str]:
         file = f"{name}-{first + len(shown)}.png"
         shown.append(f"![{figure.get_label()}](assets/{file})")
         if folder is not None:
-            figure.savefig(folder / file, dpi=80, bbox_inches="tight", metadata={"Software": None})
+            figure.savefig(folder / file, dpi=110, bbox_inches="tight", metadata={"Software": None})
             few = Image.open(folder / file).convert("RGB").quantize(64, dither=Image.Dither.NONE)
             few.save(folder / file, optimize=True)  # a third of the bytes
         plt.close(figure)
