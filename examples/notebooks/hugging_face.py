@@ -138,4 +138,5 @@ risk_coverage_curve(predictions, ax=right)
 # - A vocabulary of outputs: [a last layer of very many outputs](structures.md#a-last-layer-of-very-many-outputs).
 # - Texts that are unlike those of training: `la.ood_score(batch)`, [What is foreign](foreign.md).
 # - Outputs under another name than `logits`: `output_key=`. Several heads: [Choosing](choosing.md#several-heads).
-# - Loaders that accelerate or Lightning prepared: [Many processes](processes.md).
+# - Fit when the `Trainer` has ended: [In Lightning and the Trainer](trainers.md); with accelerate: [Many
+#   processes](processes.md).
