@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs bench bench-more quality check clean
+.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs notebooks bench bench-more quality check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -80,6 +80,9 @@ types: $(VENV)/.lint $(VENV)/.examples ## static types, as the oldest and the ne
 
 docs: $(VENV)/.docs ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.test ## run examples/notebooks again, and write the pages and pictures that are made of them
+	OMP_NUM_THREADS=1 $(BIN)/python docs/extensions/notebooks.py
 
 # laplace-torch has the same import name: it is measured in an environment of its own. Its dependencies bring a
 # torchvision that does not fit this torch and that nothing needs.

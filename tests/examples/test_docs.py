@@ -42,7 +42,9 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return names
 
 
-@pytest.mark.parametrize("page", ["index.md", "tuning.md", "saving.md", "function_space.md", "structures.md"])
+@pytest.mark.parametrize(
+    "page", ["index.md", "tuning.md", "saving.md", "function_space.md", "structures.md", "migrating.md"]
+)
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(page, tmp_path, monkeypatch)["la"].n_data > 0
 
