@@ -95,9 +95,7 @@ WIDE = 96
 @pytest.mark.parametrize(
     ("subset", "structure"),
     # Not all-full: it is large, and the same as all-blockdiag here.
-    slow_but(["last_layer-full"], ["last_layer", "all"], ["diag", "kron", "full", "blockdiag", "lowrank"])[
-        :7
-    ]
+    slow_but(["last_layer-full"], ["last_layer", "all"], ["diag", "kron", "full", "blockdiag", "lowrank"])[:7]
     + slow_but([], ["all"], ["blockdiag", "lowrank"]),
 )
 def test_memory_is_within_a_factor_of_two_of_what_the_allocator_gives(subset: str, structure: str) -> None:
