@@ -383,10 +383,11 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
 
         Returns
         -------
-        Another model. Without batch dimensions, of a last layer: one whose ``la`` has these data as well
-        (``fit(override=False)``) and the weights that they lead to. Otherwise the observations are kept beside the
-        posterior, which is conditioned in function space with each call, for all batches at once and differentiable in
-        X and Y; with ``hessian_structure="full"`` both are the same.
+        Another model. Of a last layer, without batch dimensions, gradients or ``noise``: one whose ``la`` has these
+        data as well (``fit(override=False)``) and the weights that they lead to. Otherwise, and for all that follows,
+        the observations are kept beside the posterior, which is conditioned in function space with each call, for all
+        batches at once and differentiable in X and Y. With ``hessian_structure="full"`` both are the same; others
+        approximate the curvature of new data in the former, and in the latter are exact given the posterior.
 
         Raises
         ------
