@@ -69,6 +69,7 @@ def own(given: Any) -> Any:
 
 def check_learned(transform: nn.Module) -> nn.Module:
     """An affine transform of inputs, with others around it or not; raise if it is to learn and has not."""
+    part: Any
     for part in transform.modules():
         learns = getattr(part, "learn_coefficients", False)
         if learns and bool((part.coefficient == 1).all() and (part.offset == 0).all()):
