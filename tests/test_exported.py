@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from laplace import Laplace
-from laplace.errors import NotFittedError, UnsupportedError
+from laplace.errors import NotFittedError, ShapeError, UnsupportedError
 from laplace.likelihoods import CategoricalLikelihood
 from tests.compiled_predictions import TARGETS, X, fitted, network
 from tests.exported_predictions import CASES, SLOW
@@ -107,6 +107,26 @@ def test_a_likelihood_that_looks_at_values_is_refused_with_the_reason() -> None:
     la.accept_untuned()
     with pytest.raises(UnsupportedError, match=r"cannot be written as a graph.*PyTorch says.*torch.compile\(la\)"):
         la.export_module()
+
+
+@pytest.mark.parametrize(("likelihood", "n_outputs"), [("regression", 1), ("binary", 1), ("classification", 3)])
+def test_one_row_whose_axis_is_squeezed_away_is_refused(likelihood: str, n_outputs: int) -> None:
+    class Squeezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 4), nn.Linear(4, n_outputs)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x).tanh()).squeeze()
+
+    y = TARGETS[likelihood][:, 0] if likelihood == "regression" else TARGETS[likelihood]
+    la: Any = Laplace(Squeezing().double(), likelihood, "last_layer", "kron").fit([(X, y)])
+    la.accept_untuned()
+    module = la.export_module()
+    for ours, theirs in zip(*((v if isinstance(v, tuple) else (v,)) for v in (module(X), la(X))), strict=True):
+        assert_close(ours, theirs)
+    with pytest.raises(ShapeError, match=r"without an axis for the batch.*squeeze\(-1\)"):
+        module(X[:1])
 
 
 def test_several_heads_leave_one_by_one() -> None:

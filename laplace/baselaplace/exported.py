@@ -53,7 +53,7 @@ def export_module(
     -----
     Equal to ``la(x)`` up to rounding, but for what is looked at and reported there: nothing here checks whether the
     model's outputs are finite, or still those of its last layer. A model that squeezes the axis of a batch of one row
-    away is not put right.
+    away is not put right: what can be seen of it raises ``ShapeError``.
     Takes as much memory as the network and the posterior, and a few seconds, in which PyTorch traces the formulas.
     """
     options = self._options(PredType.GLM, False, link_approx, diagonal_output=diagonal_output)

@@ -65,13 +65,15 @@ def reliability_diagram(
         If matplotlib or torchmetrics is not installed.
     """
     _check_any(predictions)
+    found = [
+        (metrics.reliability(probs, y, n_bins=n_bins), metrics.calibration_error(probs, y, n_bins=n_bins))
+        for probs, y in predictions.values()
+    ]
     axes = _axes(ax)
     axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="calibrated", zorder=1)
-    for i, (name, (probs, y)) in enumerate(predictions.items()):
-        bins = metrics.reliability(probs, y, n_bins=n_bins)
+    for i, (name, (bins, error)) in enumerate(zip(predictions, found, strict=True)):
         held = bins.count > 0
         share = (bins.count[held] / bins.count.sum()).cpu()
-        error = metrics.calibration_error(probs, y, n_bins=n_bins)
         x, height = bins.confidence[held].cpu().numpy(), bins.accuracy[held].cpu().numpy()
         color, marker = f"C{i}", _MARKERS[i % len(_MARKERS)]
         axes.plot(x, height, color=color, linewidth=1.5, alpha=0.8, zorder=2, clip_on=False)
@@ -116,9 +118,9 @@ def risk_coverage_curve(
         If matplotlib is not installed.
     """
     _check_any(predictions)
+    curves = {name: metrics.risk_coverage(probs, y) for name, (probs, y) in predictions.items()}
     axes = _axes(ax)
-    for i, (name, (probs, y)) in enumerate(predictions.items()):
-        curve = metrics.risk_coverage(probs, y)
+    for i, (name, curve) in enumerate(curves.items()):
         label = f"{name} (area {curve.area:.3f})"
         axes.plot(curve.coverage.cpu().numpy(), curve.risk.cpu().numpy(), color=f"C{i}", linewidth=1.5, label=label)
     axes.set(
@@ -231,12 +233,12 @@ def regression_calibration(
         If matplotlib is not installed.
     """
     _check_any(predictions)
+    curves = [regression.calibration_curve(*parts, n_levels=n_levels) for parts in predictions.values()]
     axes = _axes(ax)
     axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="calibrated", zorder=1)
-    for i, (name, parts) in enumerate(predictions.items()):
-        levels, shares = regression.calibration_curve(*parts, n_levels=n_levels)
+    for i, ((name, parts), curve) in enumerate(zip(predictions.items(), curves, strict=True)):
         label = f"{name} (90 % intervals hold {100 * regression.coverage(*parts):.0f} %)"
-        axes.plot(levels, shares, color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], markersize=5, label=label)
+        axes.plot(*curve, color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], markersize=5, label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted quantile", ylabel="share of targets below it", title=title)
     axes.set_box_aspect(1)
     _legend_below(axes)

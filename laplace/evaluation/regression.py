@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.evaluation.report import Report
 from laplace.evaluation.temperature import device_of
@@ -236,6 +237,7 @@ def compare_regressors(
     UnsupportedError
         If an estimator predicts no numbers.
     """
+    timed = checks.flag("timed", timed)
     device = device_of(model)
     known = next((e for e in estimators.values() if isinstance(e, SupportsReading)), None)
     reading = Reading.of(*(None,) * 3) if known is None else Reading.of(known.output_key, known.output_fn, None)

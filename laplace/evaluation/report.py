@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from laplace import checks
 from laplace.errors import InputError, ShapeError, UnsupportedError
 from laplace.evaluation import metrics
 from laplace.evaluation.temperature import SoftmaxPredictor, class_indices, device_of, fit_temperature
@@ -371,6 +372,7 @@ def side_by_side(
     BackendUnavailableError
         If torchmetrics is not installed.
     """
+    timed = checks.flag("timed", timed)
     device = device_of(model)
     read = next((known for one in estimators.values() if (known := _read_by(one))), {})
     plain = SoftmaxPredictor(model, dict_key_x=dict_key_x, dict_key_y=dict_key_y, **read)

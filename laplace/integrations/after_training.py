@@ -86,13 +86,28 @@ class AfterTraining:
             )
             raise InputError(msg)
 
+    def _check_choices(self, model: nn.Module) -> None:
+        """Raise, before the training, what would be raised after it."""
+        self._estimator(model)
+
+    def _estimator(self, model: nn.Module) -> Any:
+        """An estimator of the network, not fitted."""
+        network, name = model, self._network
+        if name is not None:
+            try:
+                network = model.get_submodule(name)
+            except AttributeError as error:
+                names = ", ".join(repr(child) for child, _ in model.named_children())
+                msg = f"network={name!r} is no part of the {type(model).__name__}; its parts are {names or 'none'}."
+                raise InputError(msg) from error
+        make: Any = Laplace
+        return make(network, *self._choices, **self._options)
+
     def _learn(self, model: nn.Module, train: Loader, held: Loader | None) -> dict[str, float]:
         """Fit and tune; returns the numbers to log. ``laplace`` changes once all has worked."""
         held = held if self._val_loader is None else self._val_loader
         self._check_held(is_there=held is not None)
-        network = model if self._network is None else model.get_submodule(self._network)
-        make: Any = Laplace
-        la = make(network, *self._choices, **self._options)
+        la = self._estimator(model)
         learn(la, train if self._train_loader is None else self._train_loader, held, self._tuning)
         report = compared(la, held) if self._log else None
         self.laplace, self.report = la, report

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from laplace import checks, linalg
 from laplace.baselaplace import ParametricLaplace
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.integrations.conditioning import Observations, move, own, rows, shared, with_data
+from laplace.integrations.conditioning import Observations, check_learned, move, own, rows, shared, with_data
 from laplace.likelihoods.draws import draw
 from laplace.network import evaluating, full_precision
 from laplace.predictive import NetworkLinearization
@@ -87,7 +87,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         has learned is taken over, so that what happens to it afterwards does not matter here; it stays as it is, and so
         does its network, whose weights are shared.
     input_transform
-        From the X that BoTorch sees to the inputs of the network, such as ``Normalize(d)``.
+        From the X that BoTorch sees to the inputs of the network, such as ``Normalize(d, bounds=bounds)``.
     outcome_transform
         From the Y that BoTorch sees to the targets that the network was trained on, such as ``Standardize(m=1)``. Both
         are taken as they are: one that learns has seen its data.
@@ -101,6 +101,8 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         variance (``weight_uncertainty=False``).
     NotFittedError
         If it was not fitted.
+    InputError
+        If ``input_transform`` is one that learns, and leaves inputs as they are: it has seen no data.
 
     Notes
     -----
@@ -142,7 +144,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         self._observed: Observations | None = None
         self._num_inputs = None if num_inputs is None else checks.whole("num_inputs", num_inputs)
         if input_transform is not None:
-            self.input_transform = input_transform
+            self.input_transform = check_learned(input_transform)
         if outcome_transform is not None:
             self.outcome_transform = outcome_transform
         self.eval()
@@ -381,15 +383,18 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
 
         Returns
         -------
-        Another model. Without batch dimensions, of a last layer: one whose ``la`` has these data as well
-        (``fit(override=False)``) and the weights that they lead to. Otherwise the observations are kept beside the
-        posterior, which is conditioned in function space with each call, for all batches at once and differentiable in
-        X and Y; with ``hessian_structure="full"`` both are the same.
+        Another model. Of a last layer, without batch dimensions, gradients or ``noise``: one whose ``la`` has these
+        data as well (``fit(override=False)``) and the weights that they lead to. Otherwise, and for all that follows,
+        the observations are kept beside the posterior, which is conditioned in function space with each call, for all
+        batches at once and differentiable in X and Y. With ``hessian_structure="full"`` both are the same; others
+        approximate the curvature of new data in the former, and in the latter are exact given the posterior.
 
         Raises
         ------
         ShapeError
             If X and Y do not belong together.
+        InputError
+            If they are not finite, or a variance of the noise is negative.
         UnsupportedError
             If the structure takes no further data (``override=False``), or this model has some of the outputs only.
 
@@ -402,6 +407,12 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
             msg = "This model has some of the outputs only: condition the model of all of them, and then choose."
             raise UnsupportedError(msg)
         x, y = self._inside(X, Y)
+        if not bool(x.isfinite().all() and y.isfinite().all()):
+            msg = "Observations must be finite numbers; X or Y holds NaN or infinite values. Leave those points out."
+            raise InputError(msg)
+        if noise is not None and not bool((noise.isfinite() & (noise >= 0)).all()):
+            msg = f"noise holds variances, finite and not negative; the smallest is {float(noise.min()):.3g}."
+            raise InputError(msg)
         known = noise is not None or self._observed is not None or x.requires_grad or y.requires_grad
         if x.dim() == 2 and y.dim() == 2 and self._la._weights_type.of_head and not known:
             return self._with(_la=with_data(self._la, x, y, self._noise(y)))

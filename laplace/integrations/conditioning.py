@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace import linalg
 from laplace.baselaplace import ParametricLaplace
-from laplace.errors import UnsupportedError
+from laplace.errors import InputError, UnsupportedError
 from laplace.network import evaluating, full_precision
 from laplace.predictive import Linearization, NetworkLinearization
 from laplace.structures import AbstractPrecision
@@ -67,6 +67,20 @@ def own(given: Any) -> Any:
     return shared(la)
 
 
+def check_learned(transform: nn.Module) -> nn.Module:
+    """An affine transform of inputs, with others around it or not; raise if it is to learn and has not."""
+    part: Any
+    for part in transform.modules():
+        learns = getattr(part, "learn_coefficients", False)
+        if learns and bool((part.coefficient == 1).all() and (part.offset == 0).all()):
+            msg = (
+                f"{type(part).__name__} learns from data, and leaves inputs as they are: it has seen none. Pass its "
+                "bounds, call it on the training inputs before (input_transform(X)), or leave it out."
+            )
+            raise InputError(msg)
+    return transform
+
+
 def shared(la: Any) -> Any:
     """A copy that shares the network, and what was learned."""
     twin = copy.copy(la)
@@ -105,4 +119,4 @@ def rows(inputs: Linearization, dtype: torch.dtype) -> Tensor:
     return torch.cat([block.dense() for block in inputs.blocks(dtype)], -1).transpose(0, 1).flatten(0, 1)
 
 
-__all__ = ["Observations", "move", "own", "rows", "shared", "with_data"]
+__all__ = ["Observations", "check_learned", "move", "own", "rows", "shared", "with_data"]

@@ -7,6 +7,7 @@ Needs ``lightning`` or ``pytorch_lightning`` (the extra ``lightning`` installs t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from laplace.errors import UnsupportedError
@@ -51,9 +52,10 @@ class LaplaceCallback(AfterTraining, Callback):
     Raises
     ------
     InputError
-        As training begins: if ``tuning="validation"`` and there are no validation data, or several loaders of them.
+        As training begins: if ``tuning="validation"`` and there are no validation data.
     UnsupportedError
-        If ``tuning`` is something else.
+        If ``tuning`` is something else. As training begins: if the trainer has several loaders of the data that are
+        asked for; or what ``laplace.Laplace`` raises for these choices.
 
     Notes
     -----
@@ -68,23 +70,35 @@ class LaplaceCallback(AfterTraining, Callback):
     >>> probabilities = callback.laplace(x)  # doctest: +SKIP
     """
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Raise where the data to tune on are missing."""
-        self._check_held(is_there=_held(trainer) is not None)
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raise where the data to fit or to tune on are missing, or the choices are none."""
+        self._check_choices(pl_module)
+        self._check_held(is_there=self._data(trainer)[1] is not None)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fit, tune, compare, log."""
-        numbers = self._learn(pl_module, trainer.train_dataloader, _held(trainer))
+        numbers = self._learn(pl_module, *self._data(trainer))
         for logger in trainer.loggers if numbers else ():
             logger.log_metrics(numbers, step=trainer.global_step)
 
+    def _data(self, trainer: Any) -> tuple[Any, Loader | None]:
+        """The data of a trainer, to fit and to tune or compare on, as far as they are asked for."""
+        train = self._train_loader
+        if train is None:
+            train = _the_one(trainer.train_dataloader, "training", "fit", "train_loader")
+        if self._val_loader is not None or not (self._log or self._tuning == "validation"):
+            return train, self._val_loader
+        return train, _the_one(trainer.val_dataloaders, "validation", "tune and compare", "val_loader")
 
-def _held(trainer: Any) -> Loader | None:
-    """The validation data of a trainer."""
-    loaders = trainer.val_dataloaders
+
+def _the_one(loaders: Any, kind: str, use: str, option: str) -> Loader | None:
+    """The only loader of a trainer, which holds several as a list, by name, or as a ``CombinedLoader``."""
+    loaders = getattr(loaders, "iterables", loaders)
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
         if len(loaders) > 1:
-            msg = f"The trainer has {len(loaders)} validation loaders. Pass the one to tune on as val_loader=."
+            msg = f"The trainer has {len(loaders)} {kind} loaders. Pass the one to {use} on as {option}=."
             raise UnsupportedError(msg)
         return loaders[0] if loaders else None
     return loaders

@@ -31,7 +31,7 @@ class LaplaceCallback(AfterTraining, TrainerCallback):
         evidence; or ``None``, not at all.
     train_loader, val_loader
         Data to fit and to tune on, where they are not those of the trainer. The trainer has evaluation data after
-        training only if it evaluated on the way (``eval_strategy="epoch"``).
+        training only if it evaluated on the way (``eval_strategy="epoch"``); of several sets they are the last one.
     network
         Name of the part of the model that is the network; ``None`` where that is the model itself.
     log
@@ -52,7 +52,7 @@ class LaplaceCallback(AfterTraining, TrainerCallback):
     InputError
         As training begins: if ``tuning="validation"`` and there will be no evaluation data.
     UnsupportedError
-        If ``tuning`` is something else.
+        If ``tuning`` is something else; as training begins, what ``laplace.Laplace`` raises for these choices.
 
     Notes
     -----
@@ -70,7 +70,8 @@ class LaplaceCallback(AfterTraining, TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Raise where the data to tune on will be missing."""
+        """Raise where the data to tune on will be missing, or the choices are none."""
+        self._check_choices(kwargs["model"])
         self._check_held(is_there=str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

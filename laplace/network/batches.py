@@ -183,7 +183,9 @@ def iterate(
         with numbered(index):
             # Where the loader leaves them, labels are compared with inputs: mostly in the memory of the host.
             given = split(batch, dict_key_y)
-            y = shift(given.x, given.y, dict_key_x)
+            x = given.x
+            x = {key: value for key, value in x.items() if key != dict_key_y} if isinstance(x, Mapping) else x
+            y = shift(x, given.y, dict_key_x)
             found = split(batch, dict_key_y, device)
             found = found if y is given.y else found._replace(y=to_device(y, device))
         if len(found.y) or count_rows(found.x):

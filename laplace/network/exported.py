@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace import linalg
 from laplace.enums import FeatureReduction
+from laplace.errors import ShapeError
 from laplace.network.batches import arguments
 from laplace.network.heads import head_of
 from laplace.network.matching import picked, reduce
@@ -73,6 +74,11 @@ class ExportedModule(nn.Module):
         Returns
         -------
         As ``la(x, link_approx=…)``: probabilities, or mean and (co)variance.
+
+        Raises
+        ------
+        ShapeError
+            If the network squeezes the axis of a batch of one row away.
         """
         args, kwargs = arguments(self.network, x, **self._keys)
         returned = self.network(*args, **kwargs, **model_kwargs)
@@ -96,6 +102,12 @@ class ExportedModule(nn.Module):
             return f, reduce(phi, self._reduction, picked(f, made, self._reduction, first=False))
         if n_outputs == 1 and f.dim() < phi.dim():  # squeezed
             f = f.unsqueeze(-1)
+        if f.dim() < 2:
+            msg = (
+                f"The network returned outputs of shape {list(f.shape)}, without an axis for the batch: it squeezes "
+                "that of one row away. Let it squeeze the last axis alone, squeeze(-1), or pass two rows or more."
+            )
+            raise ShapeError(msg)
         return f, phi if f.dim() == phi.dim() else phi.reshape(*f.shape[:-1], width)
 
     @staticmethod

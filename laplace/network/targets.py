@@ -47,9 +47,13 @@ def check_targets(y: Any, batch: Any) -> None:
 def agreeing(x: Inputs, y: Tensor, dict_key_x: str = "input_ids") -> Tensor | None:
     """Labels that are the tokens of the inputs, position by position, as those of a causal language model are.
 
-    ``None`` where one of those that count is another.
+    ``None`` where one of those that count is another. Of a mapping without the entry ``dict_key_x`` any entry
+    may be the tokens; it holds no targets.
     """
-    x = x[dict_key_x] if isinstance(x, Mapping) and dict_key_x in x else x
+    if isinstance(x, Mapping) and dict_key_x not in x:
+        found = (agreeing(value, y) for value in x.values() if isinstance(value, Tensor))
+        return next((labels for labels in found if labels is not None), None)
+    x = x[dict_key_x] if isinstance(x, Mapping) else x
     x = x[0] if type(x) is tuple else x
     if not isinstance(x, Tensor) or y.dtype not in TOKENS or x.dtype not in TOKENS or x.shape != y.shape:
         return None

@@ -112,6 +112,16 @@ def test_the_calibration_of_error_bars_is_drawn() -> None:
         plots.regression_calibration({})
 
 
+def test_what_is_refused_leaves_no_figure_open() -> None:
+    before, ones = pyplot.get_fignums(), torch.ones(3)
+    with pytest.raises(InputError):
+        plots.regression_calibration({"a": (ones, 0 * ones, ones)})
+    for draw in (plots.reliability_diagram, plots.risk_coverage_curve):
+        with pytest.raises(InputError):
+            draw({"a": (torch.full((3, 2), 0.7), torch.zeros(3).long())})
+    assert pyplot.get_fignums() == before
+
+
 def test_nothing_to_draw_is_an_error() -> None:
     with pytest.raises(InputError, match="nothing to draw"):
         plots.reliability_diagram({})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace import Laplace
 from laplace.errors import InputError, ShapeError, UnsupportedError
-from laplace.evaluation import Report, SoftmaxPredictor, fit_temperature, metrics, predict, side_by_side
+from laplace.evaluation import (
+    Report,
+    SoftmaxPredictor,
+    compare_regressors,
+    fit_temperature,
+    metrics,
+    predict,
+    side_by_side,
+)
 
 
 @pytest.fixture
@@ -131,6 +140,14 @@ def test_names_of_the_network_are_taken(model: nn.Module, data: dict[str, tuple[
 
 
 REPORT = Report({"first": {"NLL": 0.25, "ECE": 0.1}, "second one": {"NLL": 10.5, "ECE": 0.03}})
+
+
+def test_times_are_left_out_where_that_is_said(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+    given: Any = model, {}, loader(data["test"])
+    assert "predict ms" not in side_by_side(*given, timed=False).columns
+    for compare, more in ((side_by_side, {}), (compare_regressors, {"val_loader": given[2]})):
+        with pytest.raises(InputError, match="timed must be True or False; got 'no'"):
+            compare(*given, **more, timed="no")
 
 
 def test_a_table_is_aligned_markdown() -> None:

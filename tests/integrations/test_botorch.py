@@ -15,7 +15,8 @@ from botorch.acquisition import (
 )
 from botorch.acquisition.logei import qLogExpectedImprovement, qLogNoisyExpectedImprovement
 from botorch.acquisition.objective import ScalarizedPosteriorTransform
-from botorch.models.transforms import Log, Normalize
+from botorch.models.transforms import ChainedInputTransform, Log, Normalize
+from botorch.models.transforms.input import InputStandardize
 from botorch.optim import optimize_acqf
 from botorch.sampling import SobolQMCNormalSampler
 from linear_operator.operators import LowRankRootLinearOperator
@@ -40,6 +41,7 @@ from tests.integrations.regressions import (
     scaled,
     targets,
 )
+from tests.tools import assert_close
 
 # -- posteriors -------------------------------------------------------------------------------------------------------
 
@@ -317,6 +319,32 @@ def test_inputs_and_observations_of_other_shapes_are_refused() -> None:
         LaplaceModel(fitted(), num_inputs=0)
     with pytest.raises(InputError, match="observation_noise"):
         model.posterior(X, observation_noise="yes")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_transform_of_inputs_that_has_learned_nothing_is_refused() -> None:
+    la = fitted()
+    for transform in (Normalize(3), ChainedInputTransform(first=Normalize(3, bounds=UNIT), second=Normalize(3))):
+        with pytest.raises(InputError, match=r"Normalize learns from data.*bounds.*input_transform\(X\)"):
+            LaplaceModel(la, transform)
+    with pytest.raises(InputError, match="InputStandardize learns"):
+        LaplaceModel(la, InputStandardize(3))
+    learned = Normalize(3)
+    learned(2 * X)
+    at = torch.stack([2 * X.amin(0), 2 * X.amax(0)])
+    expected = LaplaceModel(la, Normalize(3, bounds=at)).posterior(X).mean
+    assert_close(LaplaceModel(la, learned).posterior(X).mean, expected)
+
+
+@pytest.mark.parametrize("subset", ["last_layer", "all"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_observations_that_are_not_finite_are_refused(subset: str, wrong: float) -> None:
+    model, y = LaplaceModel(fitted(subset=subset)), targets(X)
+    y[3] = wrong
+    for given in ((X, y), (X[None], y[None]), (X.where(X.min() < X, wrong), targets(X))):
+        with pytest.raises(InputError, match="Observations must be finite"):
+            model.condition_on_observations(*given)
+    with pytest.raises(InputError, match=r"not negative; the smallest is -0\.01"):
+        model.condition_on_observations(X, targets(X), noise=torch.full((20, 1), -0.01))
 
 
 def test_what_cannot_be_conditioned_or_drawn_is_refused() -> None:

@@ -115,6 +115,52 @@ def test_regressors_are_compared_too() -> None:
     assert "CRPS" in callback.report.columns
 
 
+class Nested(Module):
+    """One whose batches come from loaders with names."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step(batch["a"])
+
+
+def test_of_several_loaders_the_one_that_is_passed_is_taken() -> None:
+    torch.manual_seed(0)
+    train, held = loaders()
+    callback, module = of_lightning.LaplaceCallback("classification", train_loader=train, val_loader=held), Nested()
+    trained(callback, module, {"a": train, "b": train}, [held, train])
+    expected = Laplace(module, "classification").fit(train)
+    expected.tune(held)
+    assert_close(callback.laplace(X), expected(X))
+    one = of_lightning.LaplaceCallback("classification")
+    trained(one, Nested(), {"a": train}, {"held": held})
+    assert one.report is not None
+    unasked = of_lightning.LaplaceCallback("classification", tuning=None, log=False)
+    trained(unasked, Module(), train, [held, held])
+    assert unasked.laplace.n_data == 100
+    with pytest.raises(UnsupportedError, match=r"2 training loaders.*fit on as train_loader="):
+        trained(of_lightning.LaplaceCallback("classification"), Nested(), {"a": train, "b": train}, held)
+    with pytest.raises(UnsupportedError, match=r"2 validation loaders.*as val_loader="):
+        trained(of_lightning.LaplaceCallback("classification"), Module(), train, {"a": held, "b": held})
+
+
+@pytest.mark.parametrize(
+    ("choices", "options", "said"),
+    [
+        (("classes",), {}, "classes"),
+        (("classification", "last_layer", "crown"), {}, "crown"),
+        (("classification",), {"laplace_options": {"prior_width": 1.0}}, "prior_width"),
+        (("classification",), {"network": "nets"}, r"'nets' is no part of the Module; its parts are 'net'"),
+    ],
+)
+def test_choices_that_are_none_are_said_before_training(
+    choices: tuple[Any, ...], options: dict[str, Any], said: str
+) -> None:
+    module = Module()
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises((ValueError, TypeError), match=said):
+        trained(of_lightning.LaplaceCallback(*choices, **options), module, *loaders())
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
 def test_missing_data_are_said_before_training() -> None:
     train, held = loaders()
     module = Module()

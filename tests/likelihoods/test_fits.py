@@ -167,11 +167,8 @@ def test_binary_is_classification_with_the_logits_zero_and_f(structure):
     for temperature in (1.0, 2.5):
         single.output_temperature = double.output_temperature = temperature
         assert_close(single(at)[:, 0], double(at)[:, 1], "probit")
-        assert_close(
-            single(at, pred_type="nn", generator=generator(0))[:, 0],
-            double(at, pred_type="nn", generator=generator(0))[:, 1],
-            "nn",
-        )
+        one, two = (la(at, pred_type="nn", generator=generator(0)) for la in (single, double))
+        assert_close(one[:, 0], two[:, 1], "nn")
     for la in (single, double):
         la.output_temperature = 1.0
         la.optimize_prior_precision()

@@ -49,6 +49,15 @@ def test_labels_that_are_the_tokens_of_the_inputs_are_shifted(kind):
             la.optimize_prior_precision(method="gridsearch", val_loader=[(TOKENS, TOKENS)], grid_size=3)
 
 
+def test_tokens_of_any_name_are_tokens():
+    for y in (TOKENS, TOKENS.clone()):  # also of one object under both names
+        with pytest.warns(UserWarning, match=SHIFTS):
+            (found,) = read({"pad": torch.ones_like(TOKENS), "tokens": TOKENS, "labels": y})
+        assert torch.equal(found.y, shifted(TOKENS))
+    (found,) = read({"tokens": TOKENS, "labels": shifted(TOKENS)})
+    assert torch.equal(found.y, shifted(TOKENS))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("wanted", [True, False])
 def test_who_says_it_is_not_warned(wanted):
