@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-slow test-all clients peer-suite lint format types docs notebooks bench bench-more quality check clean
+.PHONY: help install demo test test-oldest test-oldest-torch test-slow test-all clients peer-suite lint format types docs notebooks bench bench-more quality check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +42,16 @@ $(VENV)-oldest/.ready: .ci/oldest.txt | $(VENV)/.test
 
 test-oldest: $(VENV)-oldest/.ready ## the back ends of packages, with the oldest releases that are supported
 	PYTHONPATH=$(abspath $(VENV)-oldest) $(PYTEST) -m "" tests/curvature/test_packages*.py
+
+# An environment of its own: the packages of other tests want newer releases of PyTorch.
+$(VENV)-torch/.ready: .ci/oldest_torch.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-torch
+	PIP_CONSTRAINT=$< $(VENV)-torch/bin/python -m pip install --quiet --editable . pytest hypothesis beartype
+	@touch $@
+
+test-oldest-torch: $(VENV)-torch/.ready ## the estimators and structures, with the oldest PyTorch that is supported
+	$(VENV)-torch/bin/python -m pytest --quiet tests/structures tests/parity tests/test_laplace.py tests/test_lllaplace.py \
+		tests/curvature/test_autograd.py
 
 test-slow: $(VENV)/.test ## the tests marked slow, and only those
 	$(PYTEST) -m slow || test $$? -eq 5 # 5: there are none
@@ -112,4 +122,4 @@ quality: $(VENV)/.test $(VENV)-quality/.ready ## how good predictions are beside
 check: lint types docs demo test-slow test-oldest test ## what a change must pass; .ci/run adds other versions and packages
 
 clean: ## remove everything that these targets made
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-peer $(VENV)-clients $(VENV)-quality benchmarks/.quality benchmarks/.bayesian_optimization site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-torch $(VENV)-peer $(VENV)-clients $(VENV)-quality benchmarks/.quality benchmarks/.bayesian_optimization site build dist .pytest_cache .ruff_cache .hypothesis

@@ -60,7 +60,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what ``@pytest.mark.every(k)`` leaves out: all but one in k, and the first with each value."""
+    """Mark as slow what ``@pytest.mark.every(k)`` leaves out: all but one in k and, of several axes, each value once."""
     seen: dict[str, tuple[int, set[str]]] = {}
     for item in items:
         mark = item.get_closest_marker("every")
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test, _, values = item.nodeid.partition("[")
         n, known = seen.get(test, (0, set()))
         named = set(values.rstrip("]").split("-"))
-        if n % mark.args[0] and named <= known:
+        if n % mark.args[0] and (named <= known or len(named) == 1 or not mark.kwargs.get("each_value", True)):
             item.add_marker(pytest.mark.slow)
         seen[test] = n + 1, known | named
 

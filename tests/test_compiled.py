@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +62,19 @@ def test_a_compiled_model_fits_and_predicts_as_before(way: str, subset: str, str
     assert backend.calls > before, "the compiler is left as it was"
 
 
-@functools.cache
-def outcomes(*options: str) -> dict[str, str]:
-    """What came of the cases, in a process of their own."""
+def failed(cases: Iterable[str], *options: str) -> dict[str, str]:
+    """What went wrong in some of the cases, which run in a process of their own."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.compiled_predictions", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    return {name: outcomes[name] for name in cases if outcomes[name]}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_prediction_compiles_whole(name: str) -> None:
-    assert not outcomes()[name]
+def test_a_prediction_compiles_whole() -> None:
+    assert not failed(CASES)
 
 
 @pytest.mark.slow
-# The default compiler of PyTorch needs one of C++.
-@pytest.mark.parametrize("name", [name for name in SLOW if "inductor" not in name or shutil.which("g++")])
-def test_predictions_of_every_kind_compile_whole(name: str) -> None:
-    assert not outcomes("--slow")[name]
+def test_predictions_of_every_kind_compile_whole() -> None:
+    # The default compiler of PyTorch needs one of C++.
+    assert not failed([name for name in SLOW if "inductor" not in name or shutil.which("g++")], "--slow")

@@ -159,6 +159,7 @@ def test_backend_kwargs_reach_the_back_end(structure):
         fitted(case, structure, backend_kwargs={"unknown": 1})
 
 
+@pytest.mark.every(3)
 @every_structure
 @basic_cases
 def test_sampled_curvature_is_reproducible_through_backend_kwargs(case, structure):

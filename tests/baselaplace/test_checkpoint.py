@@ -78,6 +78,7 @@ def test_the_fingerprint_sees_whatever_a_model_saves_in_any_dtype_and_no_caches(
     assert len(prints) == 6
 
 
+@pytest.mark.every(4)
 @every_structure
 @basic_cases
 def test_a_state_holds_no_training_example(case, structure):
@@ -215,6 +216,7 @@ def test_saving_and_the_state_need_a_fit(tmp_path):
 # -- copies and devices -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @every_structure
 @basic_cases
 @pytest.mark.parametrize(

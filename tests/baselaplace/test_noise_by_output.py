@@ -81,6 +81,7 @@ def test_evidence_is_differentiable_in_the_noise_of_each_output(structure):
     assert torch.autograd.gradcheck(problem.evidence, inputs)
 
 
+@pytest.mark.every(3, each_value=False)
 @every_structure
 @pytest.mark.parametrize("by", ["evidence", "validation"])
 def test_outputs_of_different_noise_get_their_own(by, structure):

@@ -175,6 +175,7 @@ def test_every_random_path_is_reproducible_by_its_generator(case, structure):
 # -- gradients to the inputs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(4)
 @every_structure
 @pytest.mark.parametrize("case", [*BASIC, named("positions_regression"), named("average")], ids=str)
 def test_predictions_are_differentiable_in_the_inputs_on_request(case, structure):

@@ -87,6 +87,7 @@ def test_more_data_are_added_at_the_chosen_head():
     assert any("150 rows" in note for note in la.tuning_.notes)
 
 
+@pytest.mark.slow
 def test_states_and_copies_predict_the_same_and_hold_no_data():
     data = classification()
     x = torch.cat([data.test, 4 * data.test])
@@ -186,6 +187,7 @@ def test_all_weights_see_the_same_features():
     assert (wide.max(-1).values <= la(x).max(-1).values + 1e-9).all()
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.parametrize(
     "name", ["soft_labels", "masked_positions", "poisson", "negative_binomial", "binary", "multilabel"]
 )
@@ -216,6 +218,7 @@ def test_other_targets_are_refitted_too(name):
     assert math.isfinite(la.tuning_.value)
 
 
+@pytest.mark.slow
 def test_layerwise_precisions_are_refined_with_the_head_fixed():
     data = classification()
     one = tuned(data)

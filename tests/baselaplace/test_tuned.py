@@ -58,6 +58,7 @@ def map_score(case, model, loader, value=None) -> float:
     return float(nn.functional.cross_entropy(f / (value or 1.0), y))
 
 
+@pytest.mark.every(4, each_value=False)
 @every_structure
 @pytest.mark.parametrize("case", [*BASIC, named("preferences"), named("no_bias_regression")], ids=str)
 def test_the_result_is_never_worse_than_the_network_at_its_best_temperature_or_noise(case, structure):
@@ -74,6 +75,7 @@ def test_the_result_is_never_worse_than_the_network_at_its_best_temperature_or_n
     assert found is la.tuning_
 
 
+@pytest.mark.every(3, each_value=False)
 @every_structure
 @basic_cases
 def test_no_point_nearby_is_better(case, structure):
@@ -88,6 +90,7 @@ def test_no_point_nearby_is_better(case, structure):
             assert validation_score(la, case, loader) >= found.value - 1e-5
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name != "masked_rows"], ids=str)
 def test_every_kind_of_data_can_be_tuned_on(case):
     la = fitted(case, "kron")
@@ -97,6 +100,7 @@ def test_every_kind_of_data_can_be_tuned_on(case):
     assert found.value <= found.candidates["MAP"] + 1e-9
 
 
+@pytest.mark.every(3, each_value=False)
 @pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
 @every_structure
 def test_all_weights_are_tuned_by_the_predictions_of_the_linearized_network(name, structure):
@@ -109,6 +113,7 @@ def test_all_weights_are_tuned_by_the_predictions_of_the_linearized_network(name
     assert found.value <= found.candidates["MAP"] + 1e-9
 
 
+@pytest.mark.slow
 def test_layerwise_precisions_reach_at_least_what_one_reaches():
     for case in BASIC:
         for structure in ("kron", "diag"):
@@ -197,6 +202,7 @@ def test_what_is_not_asked_for_is_left_alone():
     assert float(la.prior_mean) == pytest.approx(0.2)
 
 
+@pytest.mark.every(3, each_value=False)
 @every_structure
 def test_the_model_runs_once_a_batch(structure):
     case = BASIC[0]

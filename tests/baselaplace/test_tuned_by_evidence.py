@@ -33,6 +33,7 @@ def adam(la, start, n_steps=1000):
 
 
 # Every structure, every structure of the prior and both likelihoods; the other combinations are slow.
+@pytest.mark.every(5, each_value=False)
 @pytest.mark.parametrize(
     ("case", "prior_structure", "structure"),
     slow_but(

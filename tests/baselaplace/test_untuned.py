@@ -101,6 +101,7 @@ def test_a_precision_of_the_constructor_is_a_choice_unless_it_is_1():
         la(x)
 
 
+@pytest.mark.slow
 def test_where_predictions_are_those_of_the_network_there_is_nothing_to_say():
     model, x, y = confident()
     with torch.no_grad():

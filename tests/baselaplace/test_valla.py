@@ -123,6 +123,7 @@ def test_the_bound_is_one_and_more_inducing_points_tighten_it():
     assert bounds[0] < bounds[1] < bounds[2] <= evidence
 
 
+@pytest.mark.slow
 def test_by_the_bound_the_prior_is_that_of_the_evidence():
     thing = case_named("squeezed_regression")
     fit = {"iterations": 600, "lr": 0.05}

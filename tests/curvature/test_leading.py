@@ -55,6 +55,7 @@ def hadamard(n: int) -> torch.Tensor:
     return signs
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.parametrize(
     ("structure", "network"),
     [("full", FIVE), ("full", OUTPUTS), ("full", POSITIONS), ("kron", FIVE)],

@@ -185,6 +185,7 @@ def test_the_sampled_fisher_converges_to_the_ggn_at_the_monte_carlo_rate(cls, na
     assert not torch.equal(draw(2, 3), draw(2, 4))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 @every_package
 def test_batches_of_any_sizes_give_the_same_posterior(cls, subset):
