@@ -256,7 +256,7 @@ NO_PLACES = {
         "tests/test_house.py", "tests/test_likelihood_objects.py", "tests/network/test_scoremask.py",
     },
     "Add a curvature back end": {
-        "tests/test_rebuilding.py", "tests/likelihoods/test_fits.py", "docs/differences.md",
+        "tests/test_rebuilding.py", "tests/likelihoods/test_fits.py", "docs/differences.md", "docs/migrating.md",
     },
     "Add a kind of random weights": {
         "laplace/baselaplace/options.py", "tests/baselaplace/test_names_of_old_code.py",

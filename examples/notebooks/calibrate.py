@@ -96,7 +96,7 @@ risk_coverage_curve(predictions, ax=right)
 # which of two inputs is the more certain one.
 #
 # **With fewer than some fifty validation rows** no method can tell how sure to be; `tune(val_loader,
-# average="mixture")` is the safest of ours. **Without any**, see [the methods that need none](tuning.md#in-short).
+# average="mixture")` is the safest choice. **Without any**, see [the methods that need none](tuning.md#in-short).
 #
 # ## What next
 #

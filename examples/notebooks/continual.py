@@ -117,8 +117,8 @@ legend = axes[2].legend(fontsize="small", loc="lower left")
 # %% [markdown]
 # ## Data in parts, and a network that stays
 #
-# Where the network is not trained again, only what is random around it is to learn from the new data. That is one
-# call, and it is exact: two halves give the posterior of the whole.
+# If the network is not trained again, only the posterior around it learns from the new data. That is one call, and it
+# is exact: two halves give the posterior of the whole.
 
 # %%
 x, y = tasks[0]
@@ -138,10 +138,10 @@ print(parts.n_data, torch.allclose(parts.log_marginal_likelihood(), whole.log_ma
 # ## When something simpler is enough
 #
 # **If a part of the old data can be kept**, train on it together with the new: a few examples of each class often
-# remember more than any posterior. **If tasks are told apart when they are asked for**, a frozen network with a head
+# remember more than any posterior. **If you know at prediction time which task it is**, a frozen network with a head
 # for each forgets nothing ([several heads](choosing.md#several-heads)).
 #
-# A posterior knows the surroundings of one solution. The more tasks, the more the network is held where it is, and
+# A posterior describes the surroundings of one solution. The more tasks, the more the network is held where it is, and
 # the less it can learn; multiply the penalty by a number below 1 if it learns too little, above 1 if it forgets.
 # Train with few epochs: where a network is sure of every example, the loss hardly curves, and the posterior holds
 # nothing.

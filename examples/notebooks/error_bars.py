@@ -129,11 +129,12 @@ for name, some in {"like training": test, "heavy": heavy}.items():
 #
 # **If new inputs are like the training data, the residuals of the validation data are enough**: one standard
 # deviation for all inputs, as in the row `MAP`. It is as well calibrated as the rest there. **If you need a
-# guarantee**, whatever the network: [conformal intervals](decisions.md). **If the noise itself depends on the
+# guarantee**, whatever the network, take [conformal intervals](decisions.md). **If the noise itself depends on the
 # input**, let the network predict it:
 # [`"heteroscedastic_regression"`](likelihoods.md#a-noise-that-depends-on-the-input).
 #
-# All weights take a backward pass for each output; where that is too slow, the last layer costs next to nothing, and
+# Predictions with all weights take a backward pass for each output; where that is too slow, the last layer costs next
+# to nothing, and
 # [`la.ood_score`](foreign.md) flags the inputs whose intervals are not to be relied on.
 #
 # ## What next

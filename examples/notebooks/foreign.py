@@ -1,7 +1,8 @@
 # %% [markdown]
 # # What is foreign
 #
-# A classifier answers whatever it is asked: a photograph gets a digit, a customer of a new kind an old category. You
+# A classifier answers whatever it is asked: a photograph is called a digit, a customer of a new kind is put into an old
+# category. You
 # want one number per input that says how unlike the training data it is (out of distribution, OOD), from the network
 # that you have, without examples of what is foreign.
 

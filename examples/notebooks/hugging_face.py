@@ -70,8 +70,8 @@ model = model.eval()
 # %% [markdown]
 # ## Ten lines
 #
-# Batches are the mappings that the model takes, labels included. Random are the weights that require a gradient: here
-# those of the adapters and of the classifier on top.
+# Batches are the mappings that the model takes, labels included. The weights that require a gradient are random:
+# here those of the adapters and of the classifier on top.
 
 # %%
 from laplace import Laplace
@@ -96,8 +96,8 @@ print(report.table(["accuracy", "NLL", "ECE", "Brier"]))
 # %% [markdown]
 # `MAP` is the adapted model as it is, `MAP, temperature T` with the temperature that is best on the validation rows.
 # The small model has read nothing but these titles and is often wrong; the question is whether it knows. Nothing had
-# to be wrapped: mappings go to the model as they are, the logits are found in what it returns, and the classifier
-# inside of what PEFT made of the model.
+# to be wrapped: mappings go to the model as they are, the logits are found in what it returns, and the classifier is
+# found inside the model that PEFT made.
 #
 # ## The picture
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from laplace import checks, pending
 from laplace.baselaplace import calling
@@ -149,7 +149,7 @@ class BaseFunctionalLaplace(FittedLaplace[L_co]):
     @calling.typed
     @pending.gathers
     def __call__(
-        self,
+        self: Self,  # annotated: from its cache mypy would otherwise take the first overload
         x: Inputs,
         pred_type: PredTypeLike = PredType.GP,
         joint: bool = False,

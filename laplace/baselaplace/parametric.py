@@ -453,7 +453,7 @@ class ParametricLaplace(FittedLaplace[L_co]):
 
     @calling.typed
     def __call__(
-        self,
+        self: Self,  # annotated: from its cache mypy would otherwise take the first overload
         x: Inputs,
         pred_type: PredTypeLike = PredType.GLM,
         joint: bool = False,

@@ -191,12 +191,17 @@ def conformal(
     References
     ----------
     Vovk, Gammerman & Shafer (2005), "Algorithmic learning in a random world", Springer (the guarantee).
+
     Lei, G'Sell, Rinaldo, Tibshirani & Wasserman (2018), "Distribution-free predictive inference for regression", JASA
     113, section 5.2 (scaled). arXiv:1604.04173
+
     Sadinle, Lei & Wasserman (2019), "Least ambiguous set-valued classifiers with bounded error levels", JASA 114 (lac).
     arXiv:1609.00451
+
     Romano, Patterson & Candès (2019), "Conformalized quantile regression" (cqr). arXiv:1905.03222
+
     Romano, Sesia & Candès (2020), "Classification with valid and adaptive coverage" (aps). arXiv:2006.02544
+
     Angelopoulos, Bates, Malik & Jordan (2021), "Uncertainty sets for image classifiers using conformal prediction"
     (raps). arXiv:2009.14193
     """

@@ -100,7 +100,7 @@ class Tuning:
 
         Raises
         ------
-        MissingDependencyError
+        BackendUnavailableError
             If matplotlib is not installed (extra ``evaluation``).
         """
         pyplot: Any = require("matplotlib.pyplot", "evaluation")
