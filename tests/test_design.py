@@ -253,7 +253,7 @@ OF_ONE_KIND = {
 """Recipe to how things of its kind are called: where all of them occur, the next one will."""
 NO_PLACES = {
     "Add a likelihood": {
-        "tests/test_house.py", "tests/test_likelihood_objects.py", "tests/network/test_scoremask.py",
+        "tests/test_exported.py", "tests/test_house.py", "tests/test_likelihood_objects.py", "tests/network/test_scoremask.py",
     },
     "Add a curvature back end": {
         "tests/test_rebuilding.py", "tests/likelihoods/test_fits.py", "docs/differences.md", "docs/migrating.md",
