@@ -191,6 +191,7 @@ def test_the_variance_of_a_convolution_is_that_of_its_jacobians(name):
     assert_close(shifted.movedim(1, -1).flatten(1, 2), problem.jacobian(NEW) @ step)
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("kind", ["last_layer kron", "all diag"])
 @every_target

@@ -65,6 +65,7 @@ def bayesian_linear_regression(Phi: Tensor, y: Tensor, groups: list[int]) -> tup
     return delta, sigma, mean
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_a_linear_model_ends_at_the_maximum_of_its_exact_evidence(structure, device):
     x = torch.randn(40, 3)
@@ -299,6 +300,7 @@ class FirstTwo(nn.Module):
         return x[:, :2]
 
 
+@pytest.mark.slow
 def test_on_digits_the_evidence_prefers_the_network_that_predicts_better():
     """A small convolutional network predicts better than one with 32 hidden units."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))

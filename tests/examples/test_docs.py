@@ -42,6 +42,7 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return names
 
 
+@pytest.mark.every(10, each_value=False)
 @pytest.mark.parametrize(
     "page", ["index.md", "tuning.md", "saving.md", "function_space.md", "structures.md", "migrating.md"]
 )
@@ -56,6 +57,7 @@ def test_the_code_about_decisions_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert float(names["inside"].float().mean()) == pytest.approx(0.927, abs=0.06)
 
 
+@pytest.mark.slow
 def test_the_code_of_the_guide_runs_and_its_mistakes_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The compiler cannot trace the checks of shapes; without them tests/test_compiled.py compiles the same calls.
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)

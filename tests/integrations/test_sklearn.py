@@ -144,6 +144,7 @@ def test_images_are_rows_too() -> None:
     assert classifier.predict(images).shape == (40,)
 
 
+@pytest.mark.slow
 def test_error_bars_are_in_the_units_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration, "EPOCHS", 40)
     rows, y = cast("tuple[np.ndarray, np.ndarray]", load_diabetes(return_X_y=True))
@@ -190,6 +191,7 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         LaplaceClassifier("a network").fit(X, Y)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_cross_validation_takes_a_regressor() -> None:
     rows, y = cast("tuple[np.ndarray, np.ndarray]", load_diabetes(return_X_y=True))
