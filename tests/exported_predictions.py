@@ -282,8 +282,7 @@ SLOW: dict[str, dict[str, Callable[[], None]]] = {
         },
     },
     "networks": {
-        name: partial(of_a_network, name, ALL if name != "GPT-2" else ("eager", "export", "onnx"))
-        for name in NETWORKS
+        name: partial(of_a_network, name, ALL if name != "GPT-2" else ("eager", "export", "onnx")) for name in NETWORKS
     },
 }
 EVERY = {**CASES, **{name: case for cases in SLOW.values() for name, case in cases.items()}}
