@@ -69,7 +69,8 @@ def test_estimators_pass_the_checks_of_scikit_learn(estimator: Any, monkeypatch:
         warnings.simplefilter("ignore")  # of data that are few or degenerate
         told = check_estimator(estimator, expected_failed_checks=EXPECTED_FAILURES, on_fail=None, on_skip=None)
     status = {check["check_name"]: check["status"] for check in told}
-    assert {name for name, said in status.items() if said == "xfail"} == set(EXPECTED_FAILURES)
+    # Whether a difference of 2e-7 shows is a matter of the machine's sums.
+    assert {name for name, said in status.items() if said == "xfail"} <= set(EXPECTED_FAILURES)
     assert [check for check in told if check["status"] == "failed"] == []
     # Those of arrays of other libraries run only where those are installed.
     assert {name for name, said in status.items() if said == "skipped"} <= {"check_array_api_input"}
