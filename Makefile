@@ -46,11 +46,11 @@ test-oldest: $(VENV)-oldest/.ready ## the back ends of packages, with the oldest
 # An environment of its own: the packages of other tests want newer releases of PyTorch.
 $(VENV)-torch/.ready: .ci/oldest_torch.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
-	PIP_CONSTRAINT=$< $(VENV)-torch/bin/python -m pip install --quiet --editable . pytest hypothesis beartype
+	PIP_CONSTRAINT=$< $(VENV)-torch/bin/python -m pip install --quiet --editable . pytest pytest-xdist hypothesis beartype
 	@touch $@
 
 test-oldest-torch: $(VENV)-torch/.ready ## the estimators and structures, with the oldest PyTorch that is supported
-	$(VENV)-torch/bin/python -m pytest --quiet tests/structures tests/parity tests/test_laplace.py tests/test_lllaplace.py \
+	$(VENV)-torch/bin/python -m pytest -n $(JOBS) --quiet tests/structures tests/parity tests/test_laplace.py tests/test_lllaplace.py \
 		tests/curvature/test_autograd.py
 
 test-slow: $(VENV)/.test ## the tests marked slow, and only those
