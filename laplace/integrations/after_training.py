@@ -86,10 +86,6 @@ class AfterTraining:
             )
             raise InputError(msg)
 
-    def _check_choices(self, model: nn.Module) -> None:
-        """Raise, before the training, what would be raised after it."""
-        self._estimator(model)
-
     def _estimator(self, model: nn.Module) -> Any:
         """An estimator of the network, not fitted."""
         network, name = model, self._network

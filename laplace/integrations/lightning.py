@@ -72,7 +72,7 @@ class LaplaceCallback(AfterTraining, Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Raise where the data to fit or to tune on are missing, or the choices are none."""
-        self._check_choices(pl_module)
+        self._estimator(pl_module)
         self._check_held(is_there=self._data(trainer)[1] is not None)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

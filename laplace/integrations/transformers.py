@@ -71,7 +71,7 @@ class LaplaceCallback(AfterTraining, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Raise where the data to tune on will be missing, or the choices are none."""
-        self._check_choices(kwargs["model"])
+        self._estimator(kwargs["model"])
         self._check_held(is_there=str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
