@@ -160,6 +160,19 @@ class Loader:
         return iter(self.items)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most"), [("classification", 280), ("regression", 420)])
+def test_tuning_waits_no_more_for_many_batches_than_for_two(name, most, device, reading_waits):
+    x, y = (torch.cat(part) for part in zip(*batches(name, 12, device), strict=True))
+    found = []
+    for n in (2, 12):
+        la = approximation(name, device=device)
+        la.fit(batches(name, 6, device))
+        parts = list(zip(x.chunk(n), y.chunk(n), strict=True))
+        found.append(waits(lambda la=la, parts=parts: la.tune(parts), device))
+    assert found[0] == found[1] <= most
+
+
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("structure", ["kron", "full"])
 def test_what_is_learned_does_not_depend_on_when_flags_are_read(name, structure, monkeypatch):

@@ -513,6 +513,11 @@ class AbstractLikelihood(ABC):
         """
         return self._refuse("variance of foreign inputs")
 
+    @property
+    def scales_with_noise(self) -> bool:
+        """Whether a predictive density is that at σ = 1 of residuals in units of σ, with covariances in those of σ²."""
+        return False
+
     # -- items that are compared --------------------------------------------------------------------------------------
 
     def for_targets(self) -> AbstractLikelihood:

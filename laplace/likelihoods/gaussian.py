@@ -195,6 +195,11 @@ class GaussianLikelihood(PredictsMoments):
         half_logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum()
         return 0.5 * (whitened.square().sum() + mean.numel() * math.log(2 * math.pi)) + half_logdet
 
+    @property
+    def scales_with_noise(self) -> bool:
+        """Yes; a class that derives from this one may have another density."""
+        return type(self) is GaussianLikelihood
+
     def scores(self) -> Mapping[str, Callable[..., Tensor] | None]:
         """Two sums."""
         return {"nll": self.predictive_nll, "crps": self.crps}

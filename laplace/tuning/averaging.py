@@ -67,10 +67,9 @@ def points(
         searches = [_search(k, scale, limits, near) for k, near in starts]
         return _side_by_side(searches, lambda i, t: evaluate(starts[i][0], t, scale), prior=prior)
 
-    found: list[Point] = []
-    for k in range(n_candidates):
-        near = found[-1].log_width if found and math.isfinite(found[-1].criterion) else None
-        found += best([(k, near)], scales[0])
+    found = best([(0, None)], scales[0])
+    near = found[0].log_width if math.isfinite(found[0].criterion) else None
+    found += best([(k, near) for k in range(1, n_candidates)], scales[0])
     finite = [point.criterion for point in found if math.isfinite(point.criterion)]
     if not finite:
         msg = (

@@ -82,7 +82,7 @@ class Head:
         return scaled(self.likelihood.hessian(self.likelihood.observed(f, self.y)), self.likelihood.scale.to(f))
 
     def newton_direction(
-        self, hessian: OutputHessian, gradient: Float[Tensor, " params"], tolerance: float
+        self, hessian: OutputHessian, gradient: Float[Tensor, " params"], tolerance: float | Scalar
     ) -> Float[Tensor, " params"]:
         """``−H⁻¹ g`` by a Cholesky factor, or nearly by conjugate gradients where there are many weights.
 
@@ -129,7 +129,7 @@ def multiply(hessian: OutputHessian, v: Outputs) -> Outputs:
 
 
 def conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Float[Tensor, " n"], diagonal: Float[Tensor, " n"], tolerance: float
+    product: Callable[[Tensor], Tensor], right: Float[Tensor, " n"], diagonal: Float[Tensor, " n"], tolerance: float | Scalar
 ) -> Float[Tensor, " n"]:
     """Solve ``A x = b`` for positive definite A by products with it, with its diagonal for a preconditioner."""
     x, residual = torch.zeros_like(right), right
@@ -167,21 +167,20 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
     theta = head.prior.mean.expand(head.prior.n_params).to(head.phi) if initial is None else initial
     value = head.objective(theta)
     check_start(value)
-    eps, first, left = torch.finfo(theta.dtype).eps, 0.0, float("inf")
+    eps, first, left = torch.finfo(theta.dtype).eps, torch.zeros_like(value), float("inf")
     for _ in range(MAX_STEPS):
         f = head.outputs(theta)
         gradient = head.gradient(theta, f)
-        norm = float(torch.linalg.vector_norm(gradient))
-        first = max(first, norm)
-        if norm == 0:
-            return theta
+        norm = torch.linalg.vector_norm(gradient)
+        first = first.maximum(norm)
         # Solved more exactly the nearer the optimum is: the convergence is superlinear then.
-        direction = head.newton_direction(head.output_hessian(f), gradient, min(0.1, (norm / first) ** 0.5))
-        slope = float(gradient @ direction)
+        tolerance = (norm / first.clamp(min=torch.finfo(norm.dtype).tiny)).sqrt().clamp(max=0.1)
+        direction = head.newton_direction(head.output_hessian(f), gradient, tolerance)
+        slope, loss = torch.stack([gradient @ direction, value]).tolist()
         left = -0.5 * slope
-        if left <= ROUNDINGS * eps * max(1.0, abs(float(value))):
+        if left <= ROUNDINGS * eps * max(1.0, abs(loss)):
             return theta + direction
-        found = _descend(head, theta, direction, float(value), slope)
+        found = _descend(head, theta, direction, loss, slope)
         if found is None:
             break
         theta, value = found

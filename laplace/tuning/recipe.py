@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -243,8 +244,19 @@ def choose(
         variance = None if variance is None else math.exp(2 * t) * variance
         return rows.unread_nll(f, variance, rows.problem.likelihood(math.exp(t) * unit), scale)
 
+    @cache
+    def parts(candidate: int, scale: float) -> tuple[Scalar, Scalar]:
+        """At unit noise: what residuals add, and what is left without any."""
+        variance = candidates[candidate].variance
+        rest = predicted(rows.positions.y.to(outputs[candidate]), variance, 0.0, scale)
+        return predicted(outputs[candidate], variance, 0.0, scale) - rest, rest
+
     def evaluate(candidate: int, t: float, scale: float) -> Scalar:
-        return predicted(outputs[candidate], candidates[candidate].variance, t, scale)
+        if not rows.problem.likelihood().scales_with_noise:
+            return predicted(outputs[candidate], candidates[candidate].variance, t, scale)
+        # Noise, variances and widths grow together: one factorization is enough for all noises.
+        residuals, rest = parts(candidate, scale)
+        return math.exp(-2 * t) * residuals + outputs[candidate].numel() * t + rest
 
     n_rows = len(rows.positions.f)
     scales = averaging.scales_for(n_rows) if rows.excess is not None else (0.0,)
