@@ -46,7 +46,7 @@ test-oldest: $(VENV)-oldest/.ready ## the back ends of packages, with the oldest
 # An environment of its own: the packages of other tests want newer releases of PyTorch.
 $(VENV)-torch/.ready: .ci/oldest_torch.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
-	PIP_CONSTRAINT=$< $(VENV)-torch/bin/python -m pip install --quiet --editable . pytest pytest-xdist hypothesis beartype
+	PIP_CONSTRAINT=$< $(VENV)-torch/bin/python -m pip install --quiet --editable . pytest pytest-xdist hypothesis
 	@touch $@
 
 test-oldest-torch: $(VENV)-torch/.ready ## the estimators and structures, with the oldest PyTorch that is supported

@@ -1,4 +1,4 @@
-"""What every test stands on: checked shapes, float64, fixed seeds, warnings as errors (in pyproject.toml)."""
+"""What every test stands on: float64, fixed seeds, warnings as errors (in pyproject.toml), and shapes that can be checked."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 
+import numpy as np
 import pytest
-from jaxtyping import install_import_hook
+import torch
+from hypothesis import HealthCheck, settings
 
-import tests.typechecker  # noqa: F401 - the hook below finds it by name
-
-# Every annotated shape and type inside the house is checked at run time, in modules that are imported from here on. The
-# estimators are the border: they check what users pass themselves, and tests must reach their own messages.
+# With --check-shapes every annotated shape and type inside the house is checked at run time. The estimators are the border:
+# they check what users pass themselves, and tests must reach their own messages.
 INSIDE = [
     "curvature",
     "density",
@@ -28,14 +28,6 @@ INSIDE = [
     "structures",
     "tuning",
 ]
-if any(name.split(".")[0] == "laplace" for name in sys.modules):
-    message = "laplace was imported before tests/conftest.py, so its annotations would not be checked."
-    raise RuntimeError(message)
-install_import_hook([f"laplace.{room}" for room in INSIDE], "tests.typechecker.check")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Properties draw the same examples every time, and the first call of a torch function may be slow.
 settings.register_profile(
@@ -52,10 +44,29 @@ if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Ask for checked shapes, with which tests take three times as long."""
+    parser.addoption("--check-shapes", action="store_true", help="check the shapes that annotations inside laplace/ say")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """One thread for each process, and for those that tests start: a test is too small to share."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    if config.getoption("--check-shapes"):
+        _check_shapes()
+
+
+def _check_shapes() -> None:
+    """Check annotations in modules that are imported from here on."""
+    from jaxtyping import install_import_hook
+
+    import tests.typechecker  # noqa: F401 - the hook finds it by name
+
+    if any(name.split(".")[0] == "laplace" for name in sys.modules):
+        message = "laplace was imported before tests/conftest.py, so its annotations would not be checked."
+        raise RuntimeError(message)
+    install_import_hook([f"laplace.{room}" for room in INSIDE], "tests.typechecker.check")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
