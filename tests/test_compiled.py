@@ -70,6 +70,7 @@ def failed(cases: Iterable[str], *options: str) -> dict[str, str]:
     return {name: outcomes[name] for name in cases if outcomes[name]}
 
 
+@pytest.mark.slow
 def test_a_prediction_compiles_whole() -> None:
     assert not failed(CASES)
 

@@ -32,6 +32,7 @@ def failed(names: Iterable[str]) -> dict[str, str]:
     return {name: outcome for name, outcome in outcomes.items() if outcome}
 
 
+@pytest.mark.slow
 def test_what_leaves_is_what_the_estimator_predicts() -> None:
     assert not failed(CASES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 import subprocess
@@ -91,7 +92,7 @@ def room_of(module: str) -> str:
 def imported_modules(source: str, module: str) -> Iterator[tuple[int, str]]:
     """Line and dotted name of every import from the library, wherever in the file it stands."""
     package = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -129,6 +130,9 @@ def broken_rules(source: str, module: str) -> list[str]:
     return broken
 
 
+parsed = functools.cache(ast.parse)
+"""Source to tree: several tests read the same files."""
+
 LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
 ALL_FILES = sorted(
     path
@@ -152,7 +156,7 @@ def lines_of_code(path: Path) -> int:
     """Lines that hold more than a string that stands alone, a comment or nothing."""
     lone = (
         node
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     )
     prose = {line for node in lone for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
@@ -168,7 +172,7 @@ def test_no_file_is_too_long(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
 def test_every_module_has_a_docstring(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "say what lives here"
+    assert ast.get_docstring(parsed(path.read_text(encoding="utf-8"))), "say what lives here"
 
 
 def test_every_room_has_a_storey() -> None:
@@ -279,7 +283,7 @@ def names_in(node: ast.AST) -> set[str]:
 
 def questions(source: str) -> list[str]:
     """Where code asks which likelihood it has: by a member of the enum, its name, its class or a capability."""
-    tree, found = ast.parse(source), []
+    tree, found = parsed(source), []
     aside = left_out(tree)
     for node in ast.walk(tree):
         if node in aside:
@@ -351,7 +355,7 @@ def test_the_checker_lets_others_pass(source: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((LIBRARY / "utils").glob("*.py")), ids=name_of)
 def test_doors_only_forward(path: Path) -> None:
-    docstring, *body = ast.parse(path.read_text(encoding="utf-8")).body
+    docstring, *body = parsed(path.read_text(encoding="utf-8")).body
     assert isinstance(docstring, ast.Expr)
     for node in body:
         is_all = isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]

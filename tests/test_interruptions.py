@@ -87,6 +87,7 @@ PASSES = {"fit": 3, "fit more": 3, "grid search": 3, "validate": 3}
 CALLS = [(name, k) for name in requests(None, BASIC[0]) for k in range(1, PASSES.get(name, 1) + 1)]
 
 
+@pytest.mark.every(3)
 @every_structure
 @basic_cases
 @pytest.mark.parametrize("where", ["first", "last"])
@@ -105,6 +106,7 @@ def test_every_call_may_break_in_any_forward_pass(case, structure, where, backpr
     assert_same(everything(la, case), before)
 
 
+@pytest.mark.every(3)
 @every_structure
 @basic_cases
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -120,6 +122,7 @@ def test_a_first_fit_that_breaks_leaves_an_object_that_can_be_fitted(case, struc
     assert_same(everything(la, case), everything(fitted(case, structure), case))
 
 
+@pytest.mark.every(3)
 @every_structure
 @basic_cases
 @pytest.mark.parametrize("k", [0, 1, 3])
@@ -229,6 +232,7 @@ def test_loading_and_saving_may_break_at_any_point(structure, where, broken, mon
 MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 
 
+@pytest.mark.every(3)
 @MODES
 @every_structure
 @pytest.mark.parametrize("case", [*BASIC, named("masked_positions"), named("conv_regression")], ids=str)
@@ -256,6 +260,7 @@ def test_everything_works_without_gradients_and_says_the_same(case, structure, m
     assert_close(tuned.prior_precision, expected.prior_precision)
 
 
+@pytest.mark.every(3)
 @MODES
 @every_structure
 @basic_cases

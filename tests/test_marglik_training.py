@@ -65,7 +65,7 @@ def bayesian_linear_regression(Phi: Tensor, y: Tensor, groups: list[int]) -> tup
     return delta, sigma, mean
 
 
-@pytest.mark.every(4, each_value=False)
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["scalar", "layerwise"])
 def test_a_linear_model_ends_at_the_maximum_of_its_exact_evidence(structure, device):
     x = torch.randn(40, 3)

@@ -247,7 +247,8 @@ def test_float64_curvature_of_a_float32_model_is_exact_where_float32_is_not(stru
     assert_near([asked.log_marginal_likelihood()], [exact.log_marginal_likelihood()], 1e-6)
 
 
-@pytest.mark.parametrize("likelihood", ["regression", pytest.param("classification", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("likelihood", ["regression", "classification"])
 def test_five_thousand_weights_in_float32(likelihood):
     """A dense posterior over P = 5,000 weights from 200 data, in seconds."""
     n_features, n_outputs = 499, 10

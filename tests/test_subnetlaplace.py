@@ -27,7 +27,7 @@ from tests.subnetworks import (
     structures,
     subnet,
 )
-from tests.tools import assert_close, assert_covariance_of, slow_but
+from tests.tools import assert_close, assert_covariance_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 # -- posterior --------------------------------------------------------------------------------------------------------
@@ -139,7 +139,9 @@ def test_predictions_are_those_of_the_network_linearized_in_the_subnetwork(name,
     assert_close(la.backend.jacobians(x)[0].reshape(J.shape), J)
 
 
-@pytest.mark.parametrize(("name", "structure"), slow_but(["mlp-diag"], ["mlp", "mlp_regression"], ["full", "diag"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_regression"])
 def test_function_samples_have_the_joint_covariance_with_and_without_weight_samples(name, structure):
     network, model, index = named(name), named(name).model(), chosen(named(name), "shuffled")
     la, x = fitted(network, structure, index, model), network.data(shift=2, n_rows=3)[0]

@@ -92,10 +92,9 @@ def test_predictions_are_those_of_the_linearized_network(name, structure):
     assert_close(la.functional_covariance(J), reference.joint_covariance(J, P))
 
 
-@pytest.mark.parametrize(  # thousands of samples take seconds
-    ("name", "structure"),
-    slow_but(["mlp-kron"], ["mlp", "mlp_regression", "conv2d", "embedding"], STRUCTURES),
-)
+@pytest.mark.slow  # thousands of samples take seconds
+@every_structure
+@pytest.mark.parametrize("name", ["mlp", "mlp_regression", "conv2d", "embedding"])
 def test_function_samples_have_the_joint_covariance_with_and_without_weight_samples(name, structure):
     network, model = named(name), named(name).model()
     la, x = fitted(network, structure, model), inputs(network)
@@ -170,6 +169,7 @@ def test_damping_survives_to_the_predictions(name):
     assert_close(la(x), reference.probit(f, reference.output_covariance(J, P)))
 
 
+@pytest.mark.every(2)
 @additive_structures
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "encoder"])
 def test_two_fits_add_up_to_the_fit_of_all_data(name, structure):
@@ -182,6 +182,7 @@ def test_two_fits_add_up_to_the_fit_of_all_data(name, structure):
     assert parts.n_data == whole.n_data == len(y)
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings("ignore:The best prior precision:UserWarning")
 @every_structure
 @basic
@@ -241,6 +242,7 @@ def test_predictions_are_differentiable_in_the_inputs(name, structure):
     assert torch.autograd.gradcheck(predict, (x,))
 
 
+@pytest.mark.every(3)
 @every_structure
 @pytest.mark.parametrize("name", ["mlp", "conv2d_same_in_place", "encoder"])
 def test_the_model_is_left_as_it_was(name, structure):

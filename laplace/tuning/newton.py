@@ -129,7 +129,10 @@ def multiply(hessian: OutputHessian, v: Outputs) -> Outputs:
 
 
 def conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Float[Tensor, " n"], diagonal: Float[Tensor, " n"], tolerance: float | Scalar
+    product: Callable[[Tensor], Tensor],
+    right: Float[Tensor, " n"],
+    diagonal: Float[Tensor, " n"],
+    tolerance: float | Scalar,
 ) -> Float[Tensor, " n"]:
     """Solve ``A x = b`` for positive definite A by products with it, with its diagonal for a preconditioner."""
     x, residual = torch.zeros_like(right), right

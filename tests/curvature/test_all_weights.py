@@ -78,7 +78,8 @@ def test_the_model_is_untouched(network):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "mlp_regression", *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv2d", "positions"))]
+    "name",
+    ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp_regression", "conv2d", "positions"))],
 )
 def test_the_sampled_fisher_has_the_ggn_as_its_expectation(name):
     network = named(name)
@@ -90,6 +91,7 @@ def test_the_sampled_fisher_has_the_ggn_as_its_expectation(name):
     assert_within(many.diag(x, y)[1], problem.ggn().diagonal(), draws.std(0).diagonal() / n**0.5)
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.parametrize(
     "network",
     slow_but(

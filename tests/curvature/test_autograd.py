@@ -83,6 +83,7 @@ def test_sampled_fisher_has_the_ggn_as_its_expectation(case):
         assert_within(G, mean[-C:, -C:], error[-C:, -C:], "kron")
 
 
+@pytest.mark.every(4, each_value=False)
 @pytest.mark.parametrize("num_samples", [1, 8])
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_the_variance_of_the_sampled_fisher_falls_with_the_number_of_samples(case, num_samples):

@@ -58,7 +58,7 @@ def test_empirical_fisher_follows_from_jacobians(case):
         assert_close(H, expected, structure)
 
 
-@pytest.mark.every(4, each_value=False)
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["full", "diag"])
 @pytest.mark.parametrize("case", BASIC, ids=str)
 def test_a_stochastic_back_end_samples_also_from_jacobians(case, structure):

@@ -104,7 +104,7 @@ def check(cls, network: Network, quantity: str) -> None:
     assert_close(loss, problem.nll(), "loss")
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(6, each_value=False)
 @every_package
 @every_network
 def test_all_weights_are_exact_or_refused(cls, network):

@@ -93,6 +93,7 @@ def test_gradients_and_jacobians_are_computed_by_the_package(cls, quantity, monk
 QUANTITIES = {cls: [*sorted(s.value for s in cls.structures), "jacobians", "gradients"] for cls in PACKAGES}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @every_package
 def test_the_model_is_untouched(cls, training):
@@ -126,6 +127,7 @@ def test_the_model_is_untouched_when_the_package_fails(cls, structure, monkeypat
     assert_close(compute(cls(model, network.likelihood), *network.data(), structure), expected, "the same object later")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "two_convolutions"])
 def test_back_ends_follow_each_other_on_one_model(name):
     """In both orders, twice each, and PyTorch's own transformations after them."""

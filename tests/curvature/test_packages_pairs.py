@@ -44,6 +44,7 @@ def test_asdl_and_curvlinops_know_pairs():
     assert {cls.__name__[:4] for cls in PACKAGES} == {"Asdl", "Curv"}
 
 
+@pytest.mark.every(3)
 @every_package
 @subsets
 @cases

@@ -65,7 +65,12 @@ def test_the_tail_at_a_reference_row_is_its_rank():
 
 @pytest.mark.parametrize(
     "draw",
-    [lambda: torch.randn(100), lambda: torch.randn(3000) ** 3, lambda: torch.tensor([2.0]), lambda: torch.arange(60.0) // 7],
+    [
+        lambda: torch.randn(100),
+        lambda: torch.randn(3000) ** 3,
+        lambda: torch.tensor([2.0]),
+        lambda: torch.arange(60.0) // 7,
+    ],
 )
 def test_the_tail_is_continuous_and_falls_everywhere(draw):
     values = draw()

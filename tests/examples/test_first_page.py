@@ -48,6 +48,7 @@ def runs() -> list[dict[str, float]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("score", "factor"), [("NLL", 0.7), ("ECE", 0.7), ("static", 0.75), ("missed", 0.4)])
 def test_the_first_page_improves_held_out_scores(runs: list[dict[str, float]], score: str, factor: float) -> None:
     before, between, after = ([row[f"{score} {when}"] for row in runs] for when in ("before", "between", "after"))

@@ -37,6 +37,7 @@ def run(first: Parameters, **options):
     return train(objective(), itertools.repeat(batch()), first, likelihood, **options)
 
 
+@pytest.mark.slow
 def test_a_deterministic_objective_never_rises_and_comes_to_rest():
     found, values, _ = run(start(), iterations=800)
     assert all(b <= a for a, b in itertools.pairwise(values))

@@ -345,6 +345,7 @@ def check_predictions(la, kind, S, x) -> None:
         compare(la(x, joint=True), likelihood.predict_joint(mean, joint))
 
 
+@pytest.mark.every(3)
 @every_kind
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_valla_predicts_by_its_moments_and_its_objective_never_rises(kind, alpha):

@@ -80,6 +80,7 @@ def test_the_page_defines_it_in_about_forty_lines():
     assert len([line for line in code.splitlines() if line.strip()]) <= 55
 
 
+@pytest.mark.slow
 def test_the_page_predicts_what_it_says(page):
     assert page["probabilities"].shape == (142, 4)
     assert_close(page["probabilities"].sum(-1), torch.ones(142, dtype=torch.float32))

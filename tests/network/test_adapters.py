@@ -85,6 +85,7 @@ def test_all_weights_of_a_model_are_exact(build):
     assert [recording.names[group] for group in recording.verdict.slow] == []
 
 
+@pytest.mark.every(3)
 @every_structure
 @pytest.mark.parametrize("name", TARGETS)
 def test_adapters_and_heads_are_all_that_is_random(name, structure):

@@ -322,6 +322,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return run(CHECKS, 3, tmp_path_factory.mktemp("processes"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_three_processes(outcomes: dict[str, list[str]], name: str) -> None:
     assert outcomes[name] == ["ok"] * 3
