@@ -25,6 +25,7 @@ COLUMNS = [
     "measured",
     "library",
     "time / bare",
+    "more data / bare",
     "time",
     "bare",
     "first call",
@@ -107,6 +108,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[Any]:
         title(row),
         f"{PEER}, {peer}" if peer else "laplace",
         "–" if ratio is None else f"{ratio:.2f}",
+        f"{(r['twice'] - r['time']) / r['bare']:.2f}" if "twice" in r else "",
         number(r.get("time"), "ms"),
         number(r.get("bare"), "ms"),
         number(r.get("first"), "ms"),
@@ -127,11 +129,12 @@ def table(rows: list[dict[str, Any]], config: dict[str, Any]) -> str:
     return f"""{markdown(COLUMNS, [cells(row, rows) for row in rows])}
 
 Networks: {networks}; {config["n_outputs"]} outputs. “bare” is a pass forward and backward over the data of the fit, or
-a forward pass of the {config["predict_rows"]} inputs of the prediction. The “first call” of a prediction factorizes.
-“adds” is the peak of resident memory above the process at rest, with the network and its data loaded; “bare adds” is
-that of bare passes. A row stops at the time limit of its network or at {config["memory_limit_gb"]} GB of address space,
-and then says so. A back end that skips weights is not compared with. “trace” is that of the fitted curvature, which
-exact rows of one case share: where it is another, so is what was computed."""
+a forward pass of the {config["predict_rows"]} inputs of the prediction. “more data” is what a fit to the data and to as
+many again takes longer: without what is done once, such as finding out how layers arrange the data of a batch. The
+“first call” of a prediction factorizes. “adds” is the peak of resident memory above the process at rest, with the
+network and its data loaded; “bare adds” is that of bare passes. A row stops at the time limit of its network or at
+{config["memory_limit_gb"]} GB of address space, and then says so. A back end that skips weights is not compared with.
+“trace” is that of the fitted curvature, which exact rows of one case share: where it is another, so is what was computed."""
 
 
 def main() -> None:
