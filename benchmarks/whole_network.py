@@ -134,7 +134,8 @@ many again takes longer: without what is done once, such as finding out how laye
 “first call” of a prediction factorizes. “adds” is the peak of resident memory above the process at rest, with the
 network and its data loaded; “bare adds” is that of bare passes. A row stops at the time limit of its network or at
 {config["memory_limit_gb"]} GB of address space, and then says so. A back end that skips weights is not compared with.
-“trace” is that of the fitted curvature, which exact rows of one case share: where it is another, so is what was computed."""
+“trace” is that of the fitted curvature, which exact rows of one case share: where it is another, so is what was
+computed."""
 
 
 def main() -> None:
