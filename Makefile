@@ -41,7 +41,7 @@ $(VENV)-oldest/.ready: .ci/oldest.txt | $(VENV)/.test
 	@touch $@
 
 test-oldest: $(VENV)-oldest/.ready ## the back ends of packages, with the oldest releases that are supported
-	PYTHONPATH=$(abspath $(VENV)-oldest) $(PYTEST) -m "" tests/curvature/test_packages*.py
+	PYTHONPATH=$(abspath $(VENV)-oldest) $(PYTEST) tests/curvature/test_packages*.py
 
 # An environment of its own: the packages of other tests want newer releases of PyTorch.
 $(VENV)-torch/.ready: .ci/oldest_torch.txt pyproject.toml

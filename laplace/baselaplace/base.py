@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, Generic
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from laplace import checks, linalg, tuning
+from laplace import checks, linalg, processes, tuning
 from laplace.attributes import check_attribute
 from laplace.baselaplace import calling, card, options, properties, untuned
 from laplace.baselaplace.described import described
@@ -552,16 +553,18 @@ class BaseLaplace(ABC, Generic[L_co]):
         "Conjugate-computation variational inference", arXiv:1703.04265; Nickisch & Rasmussen (2008), "Approximations
         for binary Gaussian process classification".
         """
-        verbose, n_steps, lr = methods.checked_steps(verbose, progress_bar, n_steps, lr)
-        grid = methods.checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-        start = self._checked("init_prior_prec", init_prior_prec, positive=True)
-        bounds, n_folds = methods.checked_limits("bounds", bounds), checks.whole("n_folds", n_folds, 2)
-        methods.refuse_temperature(temperature)
-        how, structure = self._checked_method(method), choose(PriorStructure, prior_structure, "prior_structure")
-        predicted = self._tuning_options(pred_type, link_approx, n_samples, generator)
-        asked = (predicted, structure, n_steps, loss, noise, val_loader, progress_bar, train_loader)
-        asked = tuning.Settings(*asked, start, grid, bounds, lr, n_folds, refit)
-        self._tuned(how, asked, verbose=verbose)
+        # Of several processes all read validation data, or none does; the evidence is that of each.
+        with nullcontext() if val_loader is None else processes.agreed():
+            verbose, n_steps, lr = methods.checked_steps(verbose, progress_bar, n_steps, lr)
+            grid = methods.checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+            start = self._checked("init_prior_prec", init_prior_prec, positive=True)
+            bounds, n_folds = methods.checked_limits("bounds", bounds), checks.whole("n_folds", n_folds, 2)
+            methods.refuse_temperature(temperature)
+            how, structure = self._checked_method(method), choose(PriorStructure, prior_structure, "prior_structure")
+            predicted = self._tuning_options(pred_type, link_approx, n_samples, generator)
+            asked = (predicted, structure, n_steps, loss, noise, val_loader, progress_bar, train_loader)
+            asked = tuning.Settings(*asked, start, grid, bounds, lr, n_folds, refit)
+            self._tuned(how, asked, verbose=verbose)
 
     def _checked_method(self, method: Any) -> TuningMethod:
         """A method of tuning that has a meaning for the posterior."""

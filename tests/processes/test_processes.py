@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def one_fails(rank: int, n: int) -> None:
         for call in (la.fit, la.tune):
             error, words = (OSError, "on fire") if rank == 1 else (ProcessError, "process 1 of . raised OSError: disk")
             refused(error, words, lambda call=call: call(broken()))
+        error, words = (UnsupportedError, "gridsaerch") if rank == 1 else (ProcessError, "process 1 of . raised Unsupp")
+        options = {"method": "gridsaerch" if rank == 1 else "gridsearch"}  # spelling: gridsearch
+        refused(error, words, partial(la.optimize_prior_precision, val_loader=shard(X, Y), **options))
         assert la.log_marginal_likelihood() == before
         la.fit(shard(X, Y))
 
