@@ -50,6 +50,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CLASSES = {cls.__name__: cls for cls in (*ESTIMATORS.values(), *FUNCTIONAL.values())}
 
 
+KEPT = {
+    "asdl_fisher_kwargs", "functional_variance_fast", "log_det_posterior_precision", "log_det_prior_precision",
+    "log_det_ratio", "n_layers", "params", "predictive", "prior_precision_diag", "scatter",
+}  # fmt: skip
+"""What nobody needs who does not have it in his code already."""
+
+
+@pytest.mark.parametrize("name", sorted(KEPT))
+def test_names_that_are_kept_for_other_code_say_so(name: str) -> None:
+    for cls in (*CLASSES.values(), laplace.BaseLaplace):
+        found = getattr(cls, name, None)
+        assert found is None or "Kept for code written for laplace-torch" in str(found.__doc__), cls
+    assert name not in EVERYDAY
+
+
 def saved(la: Any) -> io.BytesIO:
     file = io.BytesIO()
     la.save(file)

@@ -360,7 +360,10 @@ class BaseLaplace(ABC, Generic[L_co]):
 
     @property
     def params(self) -> list[Tensor]:
-        """The random parameters."""
+        """The random parameters.
+
+        Kept for code written for laplace-torch.
+        """
         return list(self._known("params").parameters)
 
     @property
@@ -370,7 +373,10 @@ class BaseLaplace(ABC, Generic[L_co]):
 
     @property
     def n_layers(self) -> int:
-        """Number of parameter groups."""
+        """Number of parameter groups.
+
+        Kept for code written for laplace-torch.
+        """
         return self._known("n_layers").n_layers
 
     @abstractmethod
@@ -385,7 +391,10 @@ class BaseLaplace(ABC, Generic[L_co]):
 
     @property
     def prior_precision_diag(self) -> Float[Tensor, " params"]:
-        """Prior precision of each weight, ``[P]``."""
+        """Prior precision of each weight, ``[P]``.
+
+        Kept for code written for laplace-torch.
+        """
         return self._prior.diagonal().clone()
 
     # -- back end -----------------------------------------------------------------------------------------------------

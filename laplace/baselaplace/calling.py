@@ -86,6 +86,8 @@ def predictive(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Predict; the same as calling the object.
 
+    Kept for code written for laplace-torch.
+
     Parameters
     ----------
     x

@@ -184,22 +184,34 @@ class FittedLaplace(BaseLaplace[L_co]):
 
     @property
     def scatter(self) -> Scalar:
-        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
+        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀).
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return self._prior.scatter(self._fitted.mean)
 
     @property
     def log_det_prior_precision(self) -> Scalar:
-        """Log |P₀|."""
+        """Log |P₀|.
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return self._prior.logdet()
 
     @property
     def log_det_posterior_precision(self) -> Scalar:
-        """Log |s·H + P₀|."""
+        """Log |s·H + P₀|.
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return self._scaled(self._output_likelihood).posterior_logdet(self._prior, **self._posterior_options())
 
     @property
     def log_det_ratio(self) -> Scalar:
-        """Log |s·H + P₀| − log |P₀|."""
+        """Log |s·H + P₀| − log |P₀|.
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return self._scaled(self._output_likelihood).log_det_ratio(self._prior, **self._posterior_options())
 
     def log_marginal_likelihood(

@@ -120,6 +120,8 @@ class KronLaplace(ParametricLaplace[L_co]):
     def H_facs(self) -> Kron:  # noqa: N802 - the recorded name
         """The Kronecker factors of the curvature; zero before ``fit``. A copy.
 
+        Kept for code written for laplace-torch; ``H`` holds the same.
+
         Raises
         ------
         UnsupportedError

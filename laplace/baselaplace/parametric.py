@@ -329,17 +329,26 @@ class ParametricLaplace(FittedLaplace[L_co]):
 
     @property
     def scatter(self) -> Scalar:
-        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀)."""
+        """(θ* − μ₀)ᵀ P₀ (θ* − μ₀).
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return self._prior.scatter(self._mean)
 
     @property
     def log_det_posterior_precision(self) -> Scalar:
-        """Log |s·H + P₀|."""
+        """Log |s·H + P₀|.
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return self._prior.logdet() if self._is_prior else super().log_det_posterior_precision
 
     @property
     def log_det_ratio(self) -> Scalar:
-        """Log |s·H + P₀| − log |P₀|."""
+        """Log |s·H + P₀| − log |P₀|.
+
+        Kept for code written for laplace-torch, as a part of the evidence.
+        """
         return torch.zeros_like(self._prior.logdet()) if self._is_prior else super().log_det_ratio
 
     # -- samples and functions -----------------------------------------------------------------------------------------
@@ -422,6 +431,8 @@ class ParametricLaplace(FittedLaplace[L_co]):
     @pending.gathers
     def functional_variance_fast(self, X: Inputs) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
         """Outputs (logits, of a classifier) and their variances, without covariances and without a Jacobian.
+
+        Kept for code written for laplace-torch; a call of the object needs no Jacobian either.
 
         Parameters
         ----------

@@ -30,7 +30,10 @@ def backend_kwargs(self: Any) -> dict[str, Any]:
 
 @property
 def asdl_fisher_kwargs(self: Any) -> dict[str, Any]:
-    """What methods of an ASDL back end are given, a copy."""
+    """What methods of an ASDL back end are given, a copy.
+
+    Kept for code written for laplace-torch.
+    """
     return dict(self._asdl_fisher_kwargs)
 
 
