@@ -265,6 +265,8 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         mean, covariance = self._conditioned(x)
         q, m = mean.shape[-2:]
         if isinstance(observation_noise, Tensor):
+            what = "observation_noise must be variances for the mean of the posterior"
+            _broadcast(what, observation_noise.shape, mean.shape, into=True)
             variances = observation_noise.to(mean).expand(*mean.shape)
             covariance = covariance + DiagLinearOperator(variances.flatten(-2))
         elif checks.flag("observation_noise", observation_noise):
@@ -294,7 +296,7 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
                 return mean, LowRankRootLinearOperator(root)
             covariance = covariance if root is None else root @ root.mT
             return self._chosen(mean, covariance)
-        batch = torch.broadcast_shapes(x.shape[:-2], self.batch_shape)
+        batch = _broadcast("The batch of X must be broadcast with the model's", x.shape[:-2], self.batch_shape)
         parts = [part.expand(*batch, *part.shape[-2:]) for part in (seen.X.to(x), x)]
         mean, covariance, root = self._joint(torch.cat(parts, -2))
         covariance = covariance if root is None else root @ root.mT
@@ -545,6 +547,18 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         y = self.outcome_transform(y, X=x)[0] if hasattr(self, "outcome_transform") else y
         x = self.transform_inputs(x)
         return x, y.to(x)
+
+
+def _broadcast(what: str, shape: Sequence[int], other: Sequence[int], *, into: bool = False) -> torch.Size:
+    """The common shape of two; ``into``: it must be the other."""
+    try:
+        found = torch.broadcast_shapes(shape, other)
+    except RuntimeError:
+        found = None
+    if found is None or (into and found != torch.Size(other)):
+        msg = f"{what}, {list(other)}; got {list(shape)}."
+        raise ShapeError(msg)
+    return found
 
 
 __all__ = ["LaplaceModel", "SampledFunction"]

@@ -317,6 +317,12 @@ def test_inputs_and_observations_of_other_shapes_are_refused() -> None:
             model.posterior(X, output_indices=wrong)
     with pytest.raises(InputError, match="num_inputs"):
         LaplaceModel(fitted(), num_inputs=0)
+    for noise in (torch.ones(7, 1), torch.ones(2, 1, *X.shape[:-1], 1)):
+        with pytest.raises(ShapeError, match=r"observation_noise must be variances .*got"):
+            model.posterior(X, observation_noise=noise)
+    fantasies: Any = model.condition_on_observations(BATCHES, model.posterior(BATCHES).mean)
+    with pytest.raises(ShapeError, match=r"batch of X .*model's"):
+        fantasies.posterior(X.expand(len(BATCHES) + 1, *X.shape))
     with pytest.raises(InputError, match="observation_noise"):
         model.posterior(X, observation_noise="yes")  # pyright: ignore[reportArgumentType]
 
