@@ -81,7 +81,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-@pytest.mark.every(10, each_value=False)
+@pytest.mark.every(len(PAGES), each_value=False)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs_and_its_mistakes_raise(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
