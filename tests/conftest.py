@@ -46,7 +46,9 @@ if torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Ask for checked shapes, with which tests take three times as long."""
-    parser.addoption("--check-shapes", action="store_true", help="check the shapes that annotations inside laplace/ say")
+    parser.addoption(
+        "--check-shapes", action="store_true", help="check the shapes that annotations inside laplace/ say"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

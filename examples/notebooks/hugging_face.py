@@ -137,6 +137,6 @@ risk_coverage_curve(predictions, ax=right)
 #   [Language models](models.md#language-models).
 # - A vocabulary of outputs: [a last layer of very many outputs](structures.md#a-last-layer-of-very-many-outputs).
 # - Texts that are unlike those of training: `la.ood_score(batch)`, [What is foreign](foreign.md).
-# - Outputs under another name than `logits`: `output_key=`. Several heads: [Models and outputs](models.md#several-heads).
+# - Outputs under another name than `logits`: `output_key=`. [Several heads](models.md#several-heads).
 # - Fit when the `Trainer` has ended: [In Lightning and the Trainer](trainers.md); with accelerate: [Many
 #   processes](processes.md).

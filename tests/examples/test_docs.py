@@ -17,7 +17,7 @@ import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MISTAKE = re.compile(r"^\| `(?P<call>[^`]+)` \| `(?P<error>\w+)`: (?P<message>.+) \|$", re.MULTILINE)
+MISTAKE = re.compile(r"^\| `(?P<call>[^`]+)` \| `(?P<error>\w+(?:Error|Warning))`: (?P<message>.+) \|$", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
