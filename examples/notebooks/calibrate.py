@@ -103,7 +103,7 @@ risk_coverage_curve(predictions, ax=right)
 # - Inputs that belong to no class: [What is foreign](foreign.md).
 # - Sets of classes that hold the right one nine times in ten, whatever the network: [Decisions](decisions.md).
 # - Yes or no, several labels, grades: [Likelihoods](likelihoods.md). Pixels or tokens: [dense
-#   outputs](choosing.md#the-last-layer-and-where-the-outputs-are).
+#   outputs](models.md#pixels-and-positions).
 # - How `tune` does it, and its options: [Tuning](tuning.md). As an estimator of scikit-learn: [In
 #   scikit-learn](scikit_learn.md).
 # - Keep what was fitted: [Saving and moving](saving.md).

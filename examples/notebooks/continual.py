@@ -139,7 +139,7 @@ print(parts.n_data, torch.allclose(parts.log_marginal_likelihood(), whole.log_ma
 #
 # **If a part of the old data can be kept**, train on it together with the new: a few examples of each class often
 # remember more than any posterior. **If you know at prediction time which task it is**, a frozen network with a head
-# for each forgets nothing ([several heads](choosing.md#several-heads)).
+# for each forgets nothing ([several heads](models.md#several-heads)).
 #
 # A posterior describes the surroundings of one solution. The more tasks, the more the network is held where it is, and
 # the less it can learn; multiply the penalty by a number below 1 if it learns too little, above 1 if it forgets.

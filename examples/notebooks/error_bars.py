@@ -141,6 +141,6 @@ for name, some in {"like training": test, "heavy": heavy}.items():
 #
 # - Counts, several targets whose noises go together: [Likelihoods](likelihoods.md).
 # - No data to tune on: the noise and the prior [by evidence](evidence.md).
-# - Where to measure next: [gradients through predictions](choosing.md#gradients-through-predictions-enable_backprop)
+# - Where to measure next: [gradients through predictions](predictions.md#gradients-through-predictions-enable_backprop)
 #   and [functions](function_space.md).
 # - All structures, and what they cost: [Structures](structures.md).

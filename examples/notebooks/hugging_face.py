@@ -134,9 +134,9 @@ risk_coverage_curve(predictions, ax=right)
 # ## What next
 #
 # - Models that answer at each token: labels of a causal model are shifted as its own loss shifts them, −100 masks.
-#   [Language models](choosing.md#the-last-layer-and-where-the-outputs-are).
+#   [Language models](models.md#language-models).
 # - A vocabulary of outputs: [a last layer of very many outputs](structures.md#a-last-layer-of-very-many-outputs).
 # - Texts that are unlike those of training: `la.ood_score(batch)`, [What is foreign](foreign.md).
-# - Outputs under another name than `logits`: `output_key=`. Several heads: [Choosing](choosing.md#several-heads).
+# - Outputs under another name than `logits`: `output_key=`. [Several heads](models.md#several-heads).
 # - Fit when the `Trainer` has ended: [In Lightning and the Trainer](trainers.md); with accelerate: [Many
 #   processes](processes.md).

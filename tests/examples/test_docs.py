@@ -17,7 +17,7 @@ import torch
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MISTAKE = re.compile(r"^\| `(?P<call>[^`]+)` \| `(?P<error>\w+)`: (?P<message>.+) \|$", re.MULTILINE)
+MISTAKE = re.compile(r"^\| `(?P<call>[^`]+)` \| `(?P<error>\w+(?:Error|Warning))`: (?P<message>.+) \|$", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
@@ -42,29 +42,55 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return names
 
 
-@pytest.mark.every(10, each_value=False)
-@pytest.mark.parametrize(
-    "page", ["index.md", "tuning.md", "saving.md", "function_space.md", "structures.md", "migrating.md"]
-)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(page, tmp_path, monkeypatch)["la"].n_data > 0
+PAGES = (
+    "index.md", "choosing.md", "tuning.md", "models.md", "predictions.md", "all_weights.md", "memory_and_speed.md",
+    "saving.md", "function_space.md", "structures.md", "migrating.md",
+)  # fmt: skip
 
 
-def test_the_code_about_decisions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mapie")
-    names = run("decisions.md", tmp_path, monkeypatch)
-    assert float(names["covered"]) == pytest.approx(0.904, abs=0.05)
-    assert float(names["inside"].float().mean()) == pytest.approx(0.927, abs=0.06)
+FRAGMENTS = {"processes.md": "distributed.py", "scikit_learn.md": "scikit_learn.py", "serving.md": "serve.py"}
+"""Pages whose blocks take a model of the reader's, and the whole program that each names and tests run."""
 
 
-@pytest.mark.slow
-def test_the_code_of_the_guide_runs_and_its_mistakes_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_page_with_code_is_run() -> None:
+    """By a test that names it, or as a notebook."""
+    examples = DOCS.parent / "examples"
+    elsewhere = {path.stem + ".md" for path in (examples / "notebooks").glob("*.py")} | set(FRAGMENTS)
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].rglob("test_*.py"))
+    pages = {page.name for page in DOCS.rglob("*.md") if BLOCK.search(page.read_text(encoding="utf-8"))}
+    assert pages > set(PAGES) - {"index.md"}
+    assert not [page for page in pages - elsewhere if f'"{page}"' not in tests]
+    assert all(f"examples/{program}" in (DOCS / page).read_text("utf-8") for page, program in FRAGMENTS.items())
+
+
+def test_links_into_pages_find_their_heading() -> None:
+    """``mkdocs build --strict`` does not look at the part after ``#``."""
+    links = re.compile(r"\]\((?:docs/)?([\w/.]*?)#([\w-]+)\)")
+    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
+    found = [(page, *link) for page in pages for link in links.findall(page.read_text(encoding="utf-8"))]
+    assert len(found) > 50
+    for page, target, anchor in found:
+        assert anchor in anchors(DOCS / target if target else page), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as mkdocs makes them; numbers of a repeated heading are not looked at."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.M
+    )
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.every(len(PAGES), each_value=False)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_and_its_mistakes_raise(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The compiler cannot trace the checks of shapes; without them tests/test_compiled.py compiles the same calls.
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
-    names = run("choosing.md", tmp_path, monkeypatch)
-    rows = list(MISTAKE.finditer((DOCS / "choosing.md").read_text(encoding="utf-8")))
-    assert len(rows) >= 10
-    for row in rows:
+    names = run(page, tmp_path, monkeypatch)
+    assert names["la"].n_data > 0
+    for row in MISTAKE.finditer((DOCS / page).read_text(encoding="utf-8")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises((Exception, UserWarning)) as raised:
@@ -72,6 +98,18 @@ def test_the_code_of_the_guide_runs_and_its_mistakes_raise(tmp_path: Path, monke
         assert type(raised.value).__name__ == row["error"], row["call"]
         for part in row["message"].split(" … "):
             assert part in str(raised.value), row["call"]
+
+
+@pytest.mark.parametrize(("page", "mistakes"), [("choosing.md", 13), ("models.md", 2), ("all_weights.md", 3)])
+def test_the_mistakes_of_a_page_are_found(page: str, mistakes: int) -> None:
+    assert len(list(MISTAKE.finditer((DOCS / page).read_text(encoding="utf-8")))) == mistakes
+
+
+def test_the_code_about_decisions_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mapie")
+    names = run("decisions.md", tmp_path, monkeypatch)
+    assert float(names["covered"]) == pytest.approx(0.904, abs=0.05)
+    assert float(names["inside"].float().mean()) == pytest.approx(0.927, abs=0.06)
 
 
 def test_the_numbers_that_the_guide_quotes_are_those_of_the_table() -> None:
