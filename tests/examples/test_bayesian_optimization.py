@@ -1,9 +1,8 @@
-"""Bayesian optimization: the example, the page and the comparison run as a user would run them."""
+"""The comparison of Bayesian optimization runs as a user would run it, and the page shows what it found."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,35 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.examples.test_docs import run
-
 pytestmark = pytest.mark.slow  # programs of their own
 ROOT = Path(__file__).parents[2]
-STRICT = ["-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"]
-"""linear_operator is scripted when it is imported."""
-
-
-def test_the_example_finds_more_than_random_points(tmp_path: Path) -> None:
-    command = [sys.executable, *STRICT, str(ROOT / "examples" / "bayesian_optimization.py"), "--output", str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=400).stdout
-    best = [float(value) for value in re.findall(r"^round \d: found +\S+, best +(\S+)$", printed, re.MULTILINE)]
-    assert len(best) == 8
-    assert best == sorted(best)
-    found = re.search(r"best of 24 values (\S+); of as many Sobol points (\S+)", printed)
-    assert found is not None
-    assert float(found[1]) > float(found[2])
-    assert (tmp_path / "bayesian_optimization.png").stat().st_size > 10_000
-
-
-@pytest.mark.filterwarnings("ignore:The noise that the evidence chose")  # of targets without noise
-@pytest.mark.filterwarnings("ignore::linear_operator.utils.warnings.NumericalWarning")
-@pytest.mark.filterwarnings("ignore::botorch.exceptions.warnings.BotorchWarning")
-def test_the_code_of_the_page_proposes_points_at_the_maximum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = run("bayesian_optimization.md", tmp_path, monkeypatch)
-    for points in (names["chosen"], names["best"]):
-        assert ((points >= 0) & (points <= 1)).all()
-    distance = (names["chosen"] - 0.4).norm(dim=1)
-    assert float(distance.min()) < 0.15
 
 
 def test_searches_are_read_again_and_written(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ def page_of(name: str) -> str:
 
 
 def test_there_is_a_notebook_for_each_task() -> None:
-    assert set(NOTEBOOKS) >= {"calibrate", "error_bars", "foreign", "hugging_face", "evidence", "continual"}
+    tasks = {"calibrate", "error_bars", "foreign", "hugging_face", "evidence", "continual"}
+    tasks |= {"bayesian_optimization", "serving", "processes"}
+    assert set(NOTEBOOKS) >= tasks
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -39,7 +41,7 @@ def test_the_page_has_ten_lines_a_picture_and_what_is_simpler(name: str) -> None
     page = page_of(name)
     for heading in ("Ten lines", "The picture", "When something simpler is enough", "What next"):
         assert f"## {heading}\n" in page
-    pictures = re.findall(r"!\[(.+)\]\((assets/.+\.png)\)", page)
+    pictures = re.findall(rf"!\[(.+)\]\((assets/{name}-\d\.png)\)", page)
     assert pictures
     for described, file in pictures:
         assert len(described) > 20
