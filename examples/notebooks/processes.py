@@ -194,6 +194,6 @@ print(torch.equal(first(x_test), second(x_test)))
 # - A program that also trains by these processes, through DDP, and takes a GPU for each where there are any:
 #   `torchrun --nproc_per_node 2 examples/distributed.py`.
 # - Fit when a `Trainer` has ended, in all of its processes: [In Lightning and the Trainer](trainers.md).
-# - What `tune` does: [Tuning](tuning.md). What it will cost: [a plan](choosing.md#before-the-work-laplan).
+# - What `tune` does: [Tuning](tuning.md). What it will cost: [a plan](memory_and_speed.md#before-the-work-laplan).
 #
 # ::: laplace.processes.within

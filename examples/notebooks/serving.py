@@ -226,7 +226,7 @@ print(torch.allclose(loaded(x_test), la(x_test), atol=1e-6))
 # - **Predictions in Python, and everything else** (samples, `la.predict`, `la.ood_score`, the evidence, further
 #   tuning): `la` itself; [save and load it](saving.md).
 # - **The same calls, faster, in Python**, where later assignments still take effect: `torch.compile(la,
-#   fullgraph=True)`, see [what compiles](choosing.md#torchcompile).
+#   fullgraph=True)`, see [what compiles](memory_and_speed.md#torchcompile).
 # - **A module** to put into another model, to compile, or to convert with a tool of your own: `la.export_module()`.
 # - **One file for another program**: `la.export_module()`, then `torch.onnx.export`, `torch.export.export` or
 #   `torch.jit.trace`.
