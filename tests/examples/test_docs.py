@@ -48,7 +48,7 @@ PAGES = (
 )  # fmt: skip
 
 
-FRAGMENTS = {"processes.md": "distributed.py", "scikit_learn.md": "scikit_learn.py", "serving.md": "serve.py"}
+FRAGMENTS = {"scikit_learn.md": "scikit_learn.py"}
 """Pages whose blocks take a model of the reader's, and the whole program that each names and tests run."""
 
 
