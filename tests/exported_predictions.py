@@ -13,7 +13,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -126,9 +126,10 @@ def leaves(
     structure: str, likelihood: str, ways: tuple[str, ...], *, tuned: str | bool = False, **options: Any
 ) -> None:
     """Through exporters, of an estimator in double precision, and of one in float32 into ONNX."""
+    made = cache(partial(estimator, structure, likelihood, tuned=tuned))
     for way in ways:
         dtype = torch.float32 if way == "onnx" else torch.float64
-        la, x = estimator(structure, likelihood, dtype, tuned=tuned), WIDE.to(dtype)
+        la, x = made(dtype), WIDE.to(dtype)
         if tuned:
             assert la.tuning_ is not None
         function = EXPORTERS[way](la.export_module(**options), x)
