@@ -40,7 +40,7 @@ $(VENV)-oldest/.ready: .ci/oldest.txt | $(VENV)/.test
 	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) --requirement $<
 	@touch $@
 
-test-oldest: $(VENV)-oldest/.ready ## the back ends of packages, with the oldest releases that are supported
+test-oldest: $(VENV)-oldest/.ready ## the default tests of the back ends of packages, with the oldest releases that are supported
 	PYTHONPATH=$(abspath $(VENV)-oldest) $(PYTEST) tests/curvature/test_packages*.py
 
 # An environment of its own: the packages of other tests want newer releases of PyTorch.

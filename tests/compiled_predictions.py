@@ -1,6 +1,6 @@
 """Predictions that are compiled whole, as functions that raise where something is wrong.
 
-They run in a process of their own: no compiler traces the checks of shapes that the tests have in this one.
+They run in a process of their own: no compiler traces the checks of shapes that --check-shapes adds to this one.
 `python -m tests.compiled_predictions [--slow]` prints what came of each.
 """
 

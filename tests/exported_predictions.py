@@ -1,6 +1,6 @@
 """Predictions that leave as plain modules, through every exporter, as functions that raise where something is wrong.
 
-They run in a process of their own: no exporter traces the checks of shapes that the tests have in this one.
+They run in a process of their own: no exporter traces the checks of shapes that --check-shapes adds to this one.
 `python -m tests.exported_predictions NAME…` prints what came of each, and how far ONNX Runtime is from the estimator.
 """
 

@@ -1,4 +1,4 @@
-"""The run-time checker of annotated types and shapes that ``conftest.py`` installs for the whole test run."""
+"""The run-time checker of annotated types and shapes that ``conftest.py`` installs where ``--check-shapes`` asks."""
 
 from beartype import BeartypeConf, beartype
 

@@ -174,11 +174,11 @@ right.set(xlabel="strength, MPa", ylabel="expected after 28 experiments", title=
 legend = right.legend(loc="upper left", fontsize="small")
 
 # %% [markdown]
-# On the left, lines are means over the starts, bands hold eight of ten, and the search begins at the dotted line. On
-# the right, a bar is one standard deviation long to each side. From four starts the network comes to 79 MPa on
-# average and the Gaussian process to 81, random order to 70; the strongest concrete has 82.6. Four starts are too few
-# to say which of the two models is better. The network fits what was tried exactly and is unsure of all the others: it
-# knows roughly which ones are strong, and that is enough to go on.
+# On the left, lines are means over the starts, bands reach from the 10th to the 90th percentile, and the search
+# begins at the dotted line. On the right, a bar is one standard deviation long to each side. From four starts the
+# network comes to 79 MPa on average and the Gaussian process to 81, random order to 70; the strongest concrete has
+# 82.6. Four starts are too few to say which of the two models is better. The network fits what was tried exactly and
+# is unsure of all the others: it knows roughly which ones are strong, and that is enough to go on.
 #
 # ## In a box
 #

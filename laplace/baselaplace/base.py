@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from laplace import checks, linalg, processes, tuning
 from laplace.attributes import check_attribute
-from laplace.baselaplace import calling, card, options, properties, untuned
+from laplace.baselaplace import calling, card, options, properties, states, untuned
 from laplace.baselaplace.described import described
 from laplace.baselaplace.keywords import BackendKeywords, LossLike
 from laplace.baselaplace.random_weights import AllWeights
@@ -562,8 +562,9 @@ class BaseLaplace(ABC, Generic[L_co]):
         "Conjugate-computation variational inference", arXiv:1703.04265; Nickisch & Rasmussen (2008), "Approximations
         for binary Gaussian process classification".
         """
-        # Of several processes all read validation data, or none does; the evidence is that of each.
-        with nullcontext() if val_loader is None else processes.agreed():
+        # Of several processes all read data, or none does; the evidence is that of each.
+        alone = val_loader is None and train_loader is None
+        with states.all_or_nothing(self), nullcontext() if alone else processes.agreed():
             verbose, n_steps, lr = methods.checked_steps(verbose, progress_bar, n_steps, lr)
             grid = methods.checked_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
             start = self._checked("init_prior_prec", init_prior_prec, positive=True)

@@ -422,8 +422,10 @@ class LaplaceModel(AbstractBLLModel, FantasizeMixin):
         if noise is None:
             covariance = torch.kron(torch.eye(y.shape[-2]).to(y), self._noise(y))
         else:
+            _broadcast("noise must be variances of Y", noise.shape, y.shape, into=True)
             covariance = torch.diag_embed(noise.to(y).expand(y.shape).flatten(-2))
-        x = x.expand(*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), *x.shape[-2:])
+        batch = _broadcast("The batch of X must be broadcast with that of Y", x.shape[:-2], y.shape[:-2])
+        x = x.expand(*batch, *x.shape[-2:])
         y = y.expand(*x.shape[:-2], *y.shape[-2:])
         new = Observations(x, y, temperature * covariance)
         return self._with(_observed=new if self._observed is None else self._observed.followed_by(new))

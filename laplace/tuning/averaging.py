@@ -134,7 +134,9 @@ def _search(candidate: int, scale: float, limits: tuple[float, float], near: flo
             )
 
     step = min(COARSE, (high - low) / 4)
-    if near is None:
+    if near is not None:
+        yield from ask(near - step, near, near + step)
+    if near is None or not math.isfinite(at(near)):
         count = math.ceil((high - low) / step)
         grid = [low + i * (high - low) / count for i in range(count + 1)]
         yield from ask(*grid)

@@ -177,7 +177,7 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
         norm = torch.linalg.vector_norm(gradient)
         first = first.maximum(norm)
         # Solved more exactly the nearer the optimum is: the convergence is superlinear then.
-        tolerance = (norm / first.clamp(min=torch.finfo(norm.dtype).tiny)).sqrt().clamp(max=0.1)
+        tolerance = (norm / first.clamp(min=torch.finfo(norm.dtype).tiny)).sqrt().clamp(max=0.1).nan_to_num(0.1)
         direction = head.newton_direction(head.output_hessian(f), gradient, tolerance)
         slope, loss = torch.stack([gradient @ direction, value]).tolist()
         left = -0.5 * slope
@@ -187,7 +187,7 @@ def mode(head: Head, initial: Float[Tensor, " params"] | None = None) -> Float[T
         if found is None:
             break
         theta, value = found
-    if left > eps**0.5 * max(1.0, abs(float(value))):
+    if not left <= eps**0.5 * max(1.0, abs(float(value))):  # also where it is NaN
         warn_of_rest(left)
     return theta
 

@@ -38,6 +38,8 @@ ROWS_TO_TIME = 2048
 LOG_TEMPERATURES = (math.log(0.05), math.log(20.0))
 LOG_NOISES = (math.log(1e-3), math.log(1e3))
 """Limits of log T, and of log σ in units of the residuals."""
+ENLARGED = 1024.0
+"""Residuals are measured at so many times their size, about the inverse of the least noise."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def choose(
         Noise of each output, ``[]`` or ``[C]``, of which a multiple is chosen; ``None``: a temperature is.
     """
     outputs = [rows.outputs(candidate.theta) for candidate in candidates]
+    scales_with_noise = rows.problem.likelihood().scales_with_noise
 
     def predicted(f: Tensor, variance: Tensor | None, t: float, scale: float) -> Scalar:
         if unit is None:
@@ -247,12 +250,14 @@ def choose(
     @cache
     def parts(candidate: int, scale: float) -> tuple[Scalar, Scalar]:
         """At unit noise: what residuals add, and what is left without any."""
-        variance = candidates[candidate].variance
-        rest = predicted(rows.positions.y.to(outputs[candidate]), variance, 0.0, scale)
-        return predicted(outputs[candidate], variance, 0.0, scale) - rest, rest
+        f, variance = outputs[candidate], candidates[candidate].variance
+        y = rows.positions.y.to(f)
+        rest = predicted(y, variance, 0.0, scale)
+        # Made large, as what is left would else round away residuals that are small beside the unit.
+        return (predicted(y + ENLARGED * (f - y), variance, 0.0, scale) - rest) / ENLARGED**2, rest
 
     def evaluate(candidate: int, t: float, scale: float) -> Scalar:
-        if not rows.problem.likelihood().scales_with_noise:
+        if not scales_with_noise:
             return predicted(outputs[candidate], candidates[candidate].variance, t, scale)
         # Noise, variances and widths grow together: one factorization is enough for all noises.
         residuals, rest = parts(candidate, scale)

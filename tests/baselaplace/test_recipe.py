@@ -36,6 +36,19 @@ def test_heads_and_temperature_are_those_of_the_definition(average, bias):
     assert_close(la(data.test), p)
 
 
+def test_a_head_far_from_the_targets_is_tuned_alike_in_both_precisions():
+    noise = generator(0)
+    x, w = torch.randn(600, 5, generator=noise), torch.randn(5, 1, generator=noise)
+    y, found = 100 + x @ w + 0.05 * torch.randn(600, 1, generator=noise), []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model, inputs, targets = nn.Linear(5, 1, dtype=torch.float64).to(dtype), x.to(dtype), y.to(dtype)
+        la = Laplace(model, "regression", hessian_structure="full").fit([(inputs[:300], targets[:300])])
+        la.tune([(inputs[300:], targets[300:])])
+        found.append(la.prior_precision.double())
+    near(found[1], found[0], rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("average", ["parameters", "mixture", False])
 def test_validation_data_are_predicted_better_than_by_the_network_at_its_best_temperature(average):
     for seed in range(3):

@@ -84,10 +84,10 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.every(len(PAGES), each_value=False)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs_and_its_mistakes_raise(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
-    # The compiler cannot trace the checks of shapes; without them tests/test_compiled.py compiles the same calls.
-    monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
+    if pytestconfig.getoption("--check-shapes"):  # which the compiler cannot trace
+        monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     names = run(page, tmp_path, monkeypatch)
     assert names["la"].n_data > 0
     for row in MISTAKE.finditer((DOCS / page).read_text(encoding="utf-8")):

@@ -320,6 +320,10 @@ def test_inputs_and_observations_of_other_shapes_are_refused() -> None:
     for noise in (torch.ones(7, 1), torch.ones(2, 1, *X.shape[:-1], 1)):
         with pytest.raises(ShapeError, match=r"observation_noise must be variances .*got"):
             model.posterior(X, observation_noise=noise)
+    with pytest.raises(ShapeError, match=r"noise must be variances of Y, \[20, 2\]; got \[7, 1\]"):
+        model.condition_on_observations(X, model.posterior(X).mean, noise=torch.ones(7, 1))
+    with pytest.raises(ShapeError, match=r"batch of X must be broadcast with that of Y, \[3\]; got \[2\]"):
+        model.condition_on_observations(X.expand(2, 20, 3), torch.zeros(3, 20, 2))
     fantasies: Any = model.condition_on_observations(BATCHES, model.posterior(BATCHES).mean)
     with pytest.raises(ShapeError, match=r"batch of X .*model's"):
         fantasies.posterior(X.expand(len(BATCHES) + 1, *X.shape))

@@ -133,7 +133,17 @@ def one_fails(rank: int, n: int) -> None:
         error, words = (UnsupportedError, "gridsaerch") if rank == 1 else (ProcessError, "process 1 of . raised Unsupp")
         options = {"method": "gridsaerch" if rank == 1 else "gridsearch"}  # spelling: gridsearch
         refused(error, words, partial(la.optimize_prior_precision, val_loader=shard(X, Y), **options))
+
+        def loss(p: Tensor, y: Tensor) -> Tensor:
+            if rank == 1:
+                raise OSError("disk on fire")
+            return -p.gather(1, y[:, None]).log().mean()
+
+        error, words = (OSError, "on fire") if rank == 1 else (ProcessError, "process 1 of . raised OSError: disk")
+        call = partial(la.optimize_prior_precision, method="gridsearch", grid_size=3, loss=loss)
+        refused(error, words, partial(call, val_loader=shard(X, Y)))
         assert la.log_marginal_likelihood() == before
+        assert la.tuning_ is None
         la.fit(shard(X, Y))
 
 

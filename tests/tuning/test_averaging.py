@@ -47,6 +47,14 @@ def test_an_optimum_at_a_limit_stays_there():
     assert (fixed.log_width, fixed.spread) == (0.3, 0.0)
 
 
+def test_a_candidate_without_a_value_where_the_first_is_best_is_looked_for_elsewhere():
+    def criterion(k, t, s2):
+        return 50 * (t + 1.5) ** 2 if k == 0 else 50 * (t - 1.5) ** 2 if t > 0 else math.nan
+
+    found = averaging.points(criterion, 2, (0.0,), LIMITS, prior=False)
+    assert [point.log_width for point in found] == pytest.approx([-1.5, 1.5], abs=1e-3)
+
+
 def test_scales_are_tried_for_candidates_that_are_close_to_the_best():
     asked = set()
 

@@ -133,6 +133,15 @@ def test_single_precision_reaches_the_optimum_to_its_own_precision():
     torch.testing.assert_close(found.double(), mode(problem), rtol=1e-3, atol=1e-3)  # the root of the rounding unit
 
 
+def test_a_norm_that_overflows_ends_with_a_warning_and_not_where_it_started():
+    torch.manual_seed(0)
+    phi, y = 1e10 * torch.randn(20, 600, dtype=torch.float32), 1e10 * torch.randn(20, 1, dtype=torch.float32)
+    prior = GaussianPrior(torch.zeros((), dtype=torch.float32), torch.ones(1, dtype=torch.float32), (600, 1))
+    with pytest.warns(NumericalWarning, match="above the optimum"):
+        found = mode(Head(phi, y, shapes_of(1, 600), resolve("regression"), prior))
+    assert found.norm() > 0
+
+
 def test_conjugate_gradients_solve_a_linear_system():
     A, b = psd(6, 0, rank=6) + torch.eye(6), torch.randn(6, generator=generator(1))
     assert_close(conjugate_gradients(lambda v: A @ v, b, A.diagonal(), 1e-12), torch.linalg.solve(A, b))
