@@ -122,6 +122,7 @@ def test_a_mapping_without_its_main_entry():
 # -- values of inputs, targets and outputs ----------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @every_structure
 @basic_cases
 @not_finite

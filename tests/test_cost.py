@@ -23,6 +23,7 @@ def wide(rows: int, n_features: int, n_outputs: int, likelihood: str):
     return model, x, y
 
 
+@pytest.mark.every(2)
 @every_structure
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 @pytest.mark.parametrize("backend", [None, AutogradEF], ids=["GGN", "EF"])

@@ -199,6 +199,7 @@ def test_tuning_and_evidence_may_break_at_any_step(structure, step, monkeypatch)
     assert_same(everything(la, case), before)
 
 
+@pytest.mark.every(2)
 @every_structure
 @pytest.mark.parametrize(
     ("where", "broken"), [(room, "move"), (states, "Fit"), (room, "GaussianPrior"), (room, "fingerprint")]

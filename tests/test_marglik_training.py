@@ -123,6 +123,7 @@ def refitted(case: Case, la: Any, structure: str, model: nn.Module, **options: A
     return again
 
 
+@pytest.mark.every(3, each_value=False)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_returned_approximation_belongs_to_the_returned_weights(case):
     la, model, margliks, losses = short(case)

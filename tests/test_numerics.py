@@ -177,6 +177,7 @@ def test_a_dense_float32_posterior_without_prior_warns_and_names_the_cure(case, 
     assert cured.mean.dtype == torch.float64
 
 
+@pytest.mark.every(3)
 @every_structure
 @pytest.mark.filterwarnings("ignore:The posterior precision has a condition number")  # of the scaled features
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -212,6 +213,7 @@ def test_degenerate_features(structure, likelihood, features):
 # -- precision --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @every_structure
 @basic_cases
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

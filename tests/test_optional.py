@@ -28,6 +28,7 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch: p
     assert not isinstance(caught.value, BackendUnavailableError)
 
 
+@pytest.mark.slow
 def test_a_package_with_the_same_import_name_is_found_at_import(tmp_path: Path) -> None:
     folder = tmp_path / "laplace_torch-0.3.dist-info"
     folder.mkdir()

@@ -45,6 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the best of fe
 WITH_GENERATOR = ({"link_approx": "mc"}, {"link_approx": "mc", "joint": True}, {"pred_type": "nn"})
 
 
+@pytest.mark.every(3, each_value=False)
 @pytest.mark.parametrize(("likelihood", "subset", "structure", "options"), ESTIMATORS)
 def test_the_global_random_state_stays(likelihood, subset, structure, options, tmp_path):
     data = CLASSES if likelihood == "classification" else TARGETS

@@ -19,7 +19,7 @@ from tests.estimators import (
 from tests.tools import assert_close
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(10)
 @every_structure
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

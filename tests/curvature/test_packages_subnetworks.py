@@ -27,7 +27,7 @@ def fitted(network: Network, cls, structure: str, index: torch.Tensor, model=Non
     return la
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @every_package
 @pytest.mark.parametrize("name", ["mlp", "mlp_regression", "two_convolutions", "batch_norm_1d", "masked_rows"])
 @pytest.mark.parametrize("choice", ["few", "shuffled"])

@@ -148,6 +148,7 @@ def with_outliers(n):
     )
 
 
+@pytest.mark.every(3, each_value=False)
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("rows", [torch.tensor(TWO_MAXIMA), with_outliers(200)], ids=["two maxima", "outliers"])
 def test_uncertain_noise_and_mean_that_vary_together(rows, power):

@@ -103,6 +103,7 @@ def problem(model, head, labels, padded) -> reference.Problem:
     return reference.Problem(model, logits, names, dict(encode(padded=padded)), labels(), "classification", CLASSES)
 
 
+@pytest.mark.every(2)
 @rows
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_hugging_face_models_are_fitted_as_they_come(build, head, labels, padded, options, structure):

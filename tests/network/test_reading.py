@@ -76,6 +76,7 @@ def fitted(kind, model, **options):
     return la
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RETURNED)
 def test_outputs_are_read_from_what_the_model_returns(kind, name):

@@ -105,7 +105,7 @@ def fold_curvature(fold, structure):
     return torch.block_diag(torch.kron(G, A), G)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @likelihoods
 @pytest.mark.parametrize("structure", NAMES)
 def test_scores_are_those_of_explicit_refits_fold_by_fold(likelihood, structure):
