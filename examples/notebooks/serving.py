@@ -163,11 +163,11 @@ legend = right.legend()
 
 # %% [markdown]
 # On the left is what the servers answered. The network calls three in five images of noise a digit with a probability
-# of 0.8 or more, the tuned file one in five; of true digits 95 and 90 in 100 get as much. On the right, the tuned
-# file does more than a softmax: one image takes 0.2 ms instead of less than 0.1, 64 images take 1.5 times as
-# long as with the network, and 256 twice as long. Most of that goes into the density of the features of each image, by which predictions
-# are widened where images are foreign. It is computed in float64, O(C · D²) for each row. `la.tune(val_loader,
-# distance_aware=False)` leaves it out.
+# of 0.8 or more, the tuned file one in five; of true digits 95 and 90 in 100 get as much. On the right, the tuned file
+# does more than a softmax: one image takes 0.2 ms instead of less than 0.1, 64 images take 1.5 times as long as with
+# the network, and 256 twice as long. Most of that goes into the density of the features of each image, by which
+# predictions are widened where images are foreign. It is computed in float64, O(C · D²) for each row.
+# `la.tune(val_loader, distance_aware=False)` leaves it out.
 #
 # ## Without ONNX
 #
