@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from laplace import processes, tuning
-from laplace.baselaplace import states, untuned
+from laplace.baselaplace import untuned
 from laplace.baselaplace.adjustments import Adjustments
 from laplace.enums import TuningMethod
 from laplace.errors import UnsupportedError, warn
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def by_method(
     la: FittedLaplace, method: TuningMethod | None, asked: tuning.Settings, *further: Any, verbose: bool
 ) -> tuning.Tuning:
-    """Choose by a method, or by validation data, and assign what was found: all of it or nothing."""
+    """Choose by a method, or by validation data, and assign it; the caller brings all back where that fails."""
     problem, collect = la._problem(), partial(collected, la, asked)
     if method in tuning.REFITS and (asked.refit is not False or problem.fit.trained is not None):
         problem = replace(problem, output_temperature=1.0)  # another head: a temperature of the present one is not its
@@ -35,23 +35,22 @@ def by_method(
         found, fit = tuning.by_validation(problem, asked, collect, *further), problem.fit
     else:
         found, fit = tuning.METHODS[method](problem, asked, collect)
-    with states.all_or_nothing(la):
-        if fit is not problem.fit:
-            likelihood = la._unit_likelihood
-            # A classifier is predicted best by the refitted mode alone.
-            classes = "output_temperature" in likelihood.hyperparameters
-            alone = method is TuningMethod.LOO and fit.trained is not None and classes
-            adjustments = Adjustments(not alone, contrasts=fit.averaged and likelihood.ignores_shifts)
-            vars(la).update(_fit=fit, _adjustments=adjustments)
-        if problem.output_temperature != la._output_temperature:
-            la.output_temperature = problem.output_temperature
-        if method not in (None, *tuning.REFITS) and not getattr(la, "weight_uncertainty", True):
-            msg = (
-                f"method={method.value!r} chose a prior precision, but predictions leave the posterior's variance out, "
-                "as tune or loo chose. They change with la.weight_uncertainty = True."
-            )
-            warn(msg, UserWarning)
-        return assign(la, found, verbose=verbose)
+    if fit is not problem.fit:
+        likelihood = la._unit_likelihood
+        # A classifier is predicted best by the refitted mode alone.
+        classes = "output_temperature" in likelihood.hyperparameters
+        alone = method is TuningMethod.LOO and fit.trained is not None and classes
+        adjustments = Adjustments(not alone, contrasts=fit.averaged and likelihood.ignores_shifts)
+        vars(la).update(_fit=fit, _adjustments=adjustments)
+    if problem.output_temperature != la._output_temperature:
+        la.output_temperature = problem.output_temperature
+    if method not in (None, *tuning.REFITS) and not getattr(la, "weight_uncertainty", True):
+        msg = (
+            f"method={method.value!r} chose a prior precision, but predictions leave the posterior's variance out, "
+            "as tune or loo chose. They change with la.weight_uncertainty = True."
+        )
+        warn(msg, UserWarning)
+    return assign(la, found, verbose=verbose)
 
 
 def collected(la: FittedLaplace, asked: tuning.Settings, loader: Iterable[Any] | None, what: str) -> tuning.CachedData:

@@ -259,7 +259,7 @@ def choose(
     def evaluate(candidate: int, t: float, scale: float) -> Scalar:
         if not scales_with_noise:
             return predicted(outputs[candidate], candidates[candidate].variance, t, scale)
-        # Noise, variances and widths grow together: one factorization is enough for all noises.
+        # Noise, variances and widths grow together: two scores are enough for all noises.
         residuals, rest = parts(candidate, scale)
         return math.exp(-2 * t) * residuals + outputs[candidate].numel() * t + rest
 
